@@ -1,0 +1,215 @@
+"""Everything that a user can set, as plain dataclasses; a recipe is a Python file with one ``config = Config(...)``.
+
+Values are checked when a config is made, so that a typing error costs no training time. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cascade_rcnn.errors import ConfigError
+
+Semantics = Literal["mmdetection", "detectron2", "paper", "torchvision"]
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network. What the three published implementations do differently is set by ``semantics``."""
+
+    backbone: str = "resnet50.tv_in1k"
+    """timm name with its weights' tag, any network that gives features of strides 4..32."""
+    pretrained: bool = True
+    """Start from the ImageNet weights of that name (downloaded once, or found in the cache)."""
+    backbone_weights: str = ""
+    """A file with backbone weights (.safetensors or .pth) instead of timm's."""
+    style: Literal["pytorch", "caffe"] = "pytorch"
+    """ResNet stride in the 3x3 (pytorch; RGB, mean and std) or in the 1x1 convolution (caffe; BGR, std 1)."""
+    norm: Literal["frozen_statistics", "frozen", "batch", "sync", "group"] = "frozen_statistics"
+    """Batch norm: statistics frozen and affine trained; all frozen; trained; trained over all GPUs; or group norm."""
+    frozen_stages: int = 1
+    """-1 trains all, 0 freezes the stem, 1 the stem and the first stage, ... 4 the whole backbone."""
+    semantics: Semantics = "mmdetection"
+    """Whose training and test details to follow (docs/parity.md)."""
+
+    fpn_channels: int = 256
+    anchor_scales: tuple[float, ...] = (8.0,)
+    """Anchor side in units of the level's stride."""
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Height over width."""
+    rpn_samples: int = 256
+    """Anchors per image in the RPN's loss, at most half of them positive."""
+
+    stage_ious: tuple[float, ...] = (0.5, 0.6, 0.7)
+    """IoU that makes a box positive, per stage; its length is the number of stages (one: Faster R-CNN)."""
+    stage_loss_weights: tuple[float, ...] | None = None
+    """Weight of each stage's losses; None takes those of ``semantics``."""
+    stage_stds: tuple[tuple[float, float, float, float], ...] | None = None
+    """Standard deviation of the box deltas per stage; None: (.1, .1, .2, .2) divided by 1, 2, 3, ..."""
+    roi_samples: int = 512
+    """RoIs per image in a stage's loss, at most a quarter of them positive."""
+    class_agnostic_boxes: bool = True
+    """One box per RoI (the paper's cascade) or one per class (Faster R-CNN)."""
+    head_channels: int = 1024
+    box_head: Literal["2fc", "4conv1fc_gn"] = "2fc"
+    masks: Literal["none", "every", "last", "one"] = "none"
+    """A mask head at every stage, at the last, or one trained on stage 1's samples and run on the final boxes."""
+    mask_channels: int = 256
+
+    # Test time
+    stop_after_stage: int = 0
+    """Use the first n stages only; 0 uses all."""
+    score_threshold: float = 0.05
+    nms: Literal["class", "agnostic", "soft"] = "class"
+    nms_iou: float = 0.5
+    max_detections: int = 100
+    """Detections kept per image; raise it for dense scenes."""
+    test_proposals: int = 1000
+    """RPN proposals kept per image at test time."""
+
+    def __post_init__(self) -> None:
+        stages = len(self.stage_ious)
+        _require(stages >= 1, "model.stage_ious is empty: give one IoU per stage, e.g. 0.5 0.6 0.7")
+        _require(all(0 < iou < 1 for iou in self.stage_ious), f"model.stage_ious {self.stage_ious}: each in (0, 1)")
+        for name in ("stage_loss_weights", "stage_stds"):
+            value = getattr(self, name)
+            _require(value is None or len(value) == stages, f"model.{name} has {len(value or ())} entries "
+                     f"for {stages} stages (the length of model.stage_ious)")
+        _require(0 <= self.stop_after_stage <= stages, f"model.stop_after_stage {self.stop_after_stage}: "
+                 f"there are {stages} stages; 0 uses all")
+        _require(-1 <= self.frozen_stages <= 4, f"model.frozen_stages {self.frozen_stages}: between -1 and 4")
+        _require(0 <= self.score_threshold < 1, f"model.score_threshold {self.score_threshold}: between 0 and 1")
+        _require(0 < self.nms_iou <= 1, f"model.nms_iou {self.nms_iou}: between 0 and 1")
+        for name in ("max_detections", "test_proposals", "rpn_samples", "roi_samples", "fpn_channels"):
+            _require(getattr(self, name) >= 1, f"model.{name} {getattr(self, name)}: at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the data lies and what the network sees of it."""
+
+    root: str = ""
+    """Folder of the data set; its format is recognised (docs/data.md)."""
+    train: str = "train"
+    """Split to train on; several joined with a plus: 2007_trainval+2012_trainval."""
+    val: str = "val"
+    """Split to evaluate on."""
+    short_side: tuple[int, ...] = (800,)
+    """Shorter side in training: one size, or the choices (or the two ends, see short_side_mode)."""
+    short_side_mode: Literal["choice", "range"] = "choice"
+    long_side: int = 1333
+    """Limit of the longer side."""
+    test_short_side: int = 0
+    """Shorter side at test time; 0: the largest of short_side."""
+    large_scale_jitter: tuple[float, float] | None = None
+    """Resize by a random factor of (long_side, long_side), then crop or pad to it: (0.1, 2.0)."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    vertical_flip: float = 0.0
+    photometric: bool = False
+    """Random brightness, contrast, saturation and hue."""
+    antialias: bool | None = None
+    """Resize with antialiasing (Pillow's bilinear); None: as model.semantics wants it."""
+    keep_empty: bool = True
+    """Train on images without objects too."""
+    ignore_regions: bool = False
+    """Keep crowds, DontCare and ignored objects out of the negatives instead of treating them as background."""
+    repeat: int = 1
+    """Passes over the data per epoch."""
+    workers: int = 2
+    """Loader processes per GPU."""
+    pad_multiple: int = 32
+    max_pixels: int = 100_000_000
+    """Refuse to decode an image with more pixels than this."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.short_side) >= 1 and min(self.short_side) >= 32, f"data.short_side {self.short_side}: "
+                 "at least one size of at least 32 pixels")
+        _require(self.short_side_mode == "choice" or len(self.short_side) == 2,
+                 f"data.short_side {self.short_side}: with short_side_mode range give the two ends")
+        _require(self.long_side >= max(self.short_side), f"data.long_side {self.long_side} is below the shorter "
+                 f"side {max(self.short_side)}: raise it")
+        _require(0 <= self.flip <= 1, f"data.flip {self.flip}: a probability")
+        _require(self.repeat >= 1, f"data.repeat {self.repeat}: at least 1")
+        _require(self.workers >= 0, f"data.workers {self.workers}: 0 loads in the main process")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The schedule. ``lr`` belongs to ``images_per_step`` images and is scaled when the real number differs."""
+
+    epochs: int = 12
+    milestones: tuple[int, ...] = (8, 11)
+    """Epochs after which the learning rate falls to a tenth (schedule multistep)."""
+    schedule: Literal["multistep", "cosine"] = "multistep"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.02
+    images_per_step: int = 16
+    """Images per step that lr is meant for."""
+    batch_size: int = 2
+    """Images per process and pass."""
+    accumulate: int = 1
+    """Passes per step; 0: as many as bring the real batch up to images_per_step."""
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    norm_weight_decay: bool = True
+    """Decay norm weights and biases too, as mmdetection's SGD recipes do."""
+    warmup_steps: int = 500
+    warmup_factor: float = 0.001
+    clip_grad_norm: float = 0.0
+    """Limit of the gradient's norm; 0: none."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on GPUs that have it, else fp32."""
+    ema: float = 0.0
+    """Decay of the moving average of the weights, e.g. 0.9998; 0: none."""
+    activation_checkpointing: bool = False
+    """Recompute the backbone's activations backward: less memory, about a quarter more time."""
+    compile: bool = False
+    """torch.compile backbone, FPN and heads."""
+    evaluate_every: int = 1
+    """Epochs between evaluations; 0: never."""
+    save_every: int = 0
+    """Steps between checkpoints within an epoch; 0: at the end of each epoch only."""
+    patience: int = 0
+    """Stop after so many evaluations without a better result; 0: never."""
+    log_every: int = 50
+    """Steps between logged lines."""
+    max_steps: int = 0
+    """Stop after so many steps; 0: the whole schedule."""
+    max_bad_losses: int = 5
+    """Stop after so many non-finite losses in a row."""
+    max_bad_images: int = 100
+    """Stop when more images than this could not be read."""
+    seed: int = 0
+    deterministic: bool = False
+    """Bit-equal runs, slower."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, f"train.epochs {self.epochs}: at least 1")
+        _require(self.lr > 0, f"train.lr {self.lr}: above 0")
+        _require(self.batch_size >= 1, f"train.batch_size {self.batch_size}: at least 1")
+        _require(self.images_per_step >= 1, f"train.images_per_step {self.images_per_step}: at least 1")
+        _require(self.accumulate >= 0, f"train.accumulate {self.accumulate}: 0 or more")
+        _require(0 <= self.ema < 1, f"train.ema {self.ema}: 0 (off) or a decay below 1")
+        _require(list(self.milestones) == sorted(set(self.milestones)), f"train.milestones {self.milestones}: rising")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A recipe: network, data, schedule."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    published: str = ""
+    """What others reached with this recipe, and where that is written."""
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain nested dictionaries, as written to ``config.json`` and into checkpoints."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,53 @@
+"""What every reader gives: one record per image and one split per list of images.
+
+Readers (``coco.py``, ``voc.py``, ...) know a format and nothing else; everything behind them knows records only.
+Only NumPy here: checking and converting annotations needs no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# COCO's own spelling: a list of polygons [[x1, y1, x2, y2, ...], ...] or an RLE {"size": [h, w], "counts": str | list}
+Segmentation = list[list[float]] | dict[str, Any]
+
+
+@dataclass(slots=True)
+class ImageRecord:
+    """One image and its G objects, in pixels of the original image (as decoded, EXIF orientation not applied)."""
+
+    path: Path  # where the file lies
+    file_name: str  # as the data set names it, for messages and submissions
+    image_id: int | str
+    height: int  # 0 when the annotation does not say
+    width: int
+    boxes: NDArray[np.float64]  # [G, 4] xyxy, width = x2 - x1
+    labels: NDArray[np.int64]  # [G], index into the split's class names (0 for regions of no class)
+    ignore: NDArray[np.bool_]  # [G], not to be learnt: crowd, DontCare, difficult, invalid
+    areas: NDArray[np.float64]  # [G], of the mask where there is one, else of the box
+    segmentations: list[Segmentation | None] | None = None  # [G], None when the data set has no masks
+    # [G] each; the format's own facts: "iscrowd", "difficult", "truncated", "occluded", "visible_boxes" [G, 4], "ids"
+    attributes: dict[str, NDArray[Any]] = field(default_factory=dict)
+    source: str = ""  # file (and line or index) of the annotation, for messages
+
+
+@dataclass(slots=True)
+class DataSplit:
+    """A list of images with one vocabulary of class names."""
+
+    format: str  # "coco", "voc", "kitti", "citypersons", "widerface", "yolo"
+    name: str  # "train", "val", "test", or the data set's own word
+    root: Path  # the folder the user named
+    records: list[ImageRecord]
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]  # [K], the data set's own id of each class (1..K where it has none)
+    truth: Path | None = None  # what ``score --truth`` takes for this split
+    has_masks: bool = False
+
+    def __len__(self) -> int:
+        return len(self.records)
