@@ -145,6 +145,7 @@ class TrainConfig:
     """The schedule. ``lr`` belongs to ``images_per_step`` images and is scaled when the real number differs."""
 
     epochs: int = 12
+    """Passes over the data; 0 chooses epochs, milestones and warm-up from the number of images."""
     milestones: tuple[int, ...] = (8, 11)
     """Epochs after which the learning rate falls to a tenth (schedule multistep)."""
     schedule: Literal["multistep", "cosine"] = "multistep"
@@ -191,7 +192,7 @@ class TrainConfig:
     """Bit-equal runs, slower."""
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, f"train.epochs {self.epochs}: at least 1")
+        _require(self.epochs >= 0, f"train.epochs {self.epochs}: 0 (chosen from the number of images) or more")
         _require(self.lr > 0, f"train.lr {self.lr}: above 0")
         _require(self.batch_size >= 1, f"train.batch_size {self.batch_size}: at least 1")
         _require(self.images_per_step >= 1, f"train.images_per_step {self.images_per_step}: at least 1")
