@@ -17,6 +17,15 @@ from numpy.typing import NDArray
 Segmentation = list[list[float]] | dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong with a data set, where it stands, and how it was met; ``problems.py`` lists the kinds."""
+
+    kind: str
+    where: str  # file, and line or index
+    message: str
+
+
 @dataclass(slots=True)
 class ImageRecord:
     """One image and its G objects, in pixels of the original image (as decoded, EXIF orientation not applied)."""
@@ -48,6 +57,7 @@ class DataSplit:
     category_ids: tuple[int, ...]  # [K], the data set's own id of each class (1..K where it has none)
     truth: Path | None = None  # what ``score --truth`` takes for this split
     has_masks: bool = False
+    problems: list[Problem] = field(default_factory=list)  # what the reader met and left out (empty boxes, ...)
 
     def __len__(self) -> int:
         return len(self.records)
