@@ -1,0 +1,262 @@
+"""Checkpoints that survive a killed process, a full disk and a curious reader.
+
+A checkpoint is one ``.safetensors`` file: the weights and, as JSON in its metadata, the resolved configuration, the
+class names, the data set's category ids, the format version, and whatever the writer adds (step, epoch, metrics).
+Nothing here reads or writes a pickle.
+
+Every file is written beside its place under a temporary name, flushed to disk, read back, and only then renamed over
+its predecessor. A process that is killed at any moment leaves either the old file or the new one, whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cascade_rcnn.config import Config
+from cascade_rcnn.errors import CheckpointError, ConfigError
+
+FORMAT_VERSION = 1
+"""Raised when a reader of the older version would misread the file; new optional metadata does not raise it."""
+
+BEST, LAST = "best.safetensors", "last.safetensors"
+STATE = Path("state") / "training.safetensors"
+_FOREIGN = (".pth", ".pt", ".pkl", ".ckpt", ".bin", ".tar")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk: everything that is needed to build and to use it."""
+
+    state: dict[str, Tensor]  # on the CPU, keys of ``CascadeRCNN.state_dict()``
+    config: Config
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]  # the data set's own ids, as long as class_names; 1..K when it has none
+    metadata: dict[str, Any] = field(default_factory=dict)  # what the writer added: step, epoch, metrics, ...
+
+
+def save_checkpoint(
+    path: str | Path,
+    state: Mapping[str, Tensor],
+    *,
+    config: Config,
+    class_names: Sequence[str],
+    category_ids: Sequence[int] = (),
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint atomically; ``extra`` is anything that JSON can hold.
+
+    Raises CheckpointError when the file cannot be written (disk full, read-only folder); a previous file of that name
+    is then as it was.
+    """
+    ids = tuple(category_ids) or tuple(range(1, len(class_names) + 1))
+    metadata = {
+        "kind": "model",
+        "config": json.dumps(config.to_dict()),
+        "class_names": json.dumps(list(class_names)),
+        "category_ids": json.dumps([int(number) for number in ids]),
+        "extra": json.dumps(dict(extra or {})),
+    }
+    write_tensors(Path(path), state, metadata)
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint, or the best (else the last) of a run folder.
+
+    Raises CheckpointError, in one line with the way out: no such file, a checkpoint of another library, a damaged
+    file, or a file of a newer version.
+    """
+    file = find_checkpoint(Path(path))
+    state, metadata = read_tensors(file, kind="model")
+    from cascade_rcnn.recipes import config_from_dict
+
+    try:
+        class_names = tuple(str(name) for name in json.loads(metadata["class_names"]))
+        category_ids = tuple(int(number) for number in json.loads(metadata["category_ids"]))
+        config = config_from_dict(json.loads(metadata["config"]), source=f"{file}, config")
+        extra = json.loads(metadata.get("extra", "{}"))
+    except ConfigError as error:
+        raise CheckpointError(f"{error}; the checkpoint was written by another version of this program") from error
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: its metadata is damaged ({type(error).__name__}: {error}); "
+                              "use another copy of the checkpoint") from error
+    return Checkpoint(state, config, class_names, category_ids, extra)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The file that ``path`` means: itself, or best.safetensors, else last.safetensors, of a run folder."""
+    if path.is_dir():
+        for name in (BEST, LAST):
+            if (path / name).is_file():
+                return path / name
+        raise CheckpointError(f"{path}: neither {BEST} nor {LAST} in this folder; give a run's folder or a "
+                              ".safetensors file")
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file; give a .safetensors checkpoint or the folder of a run")
+    if path.suffix.lower() in _FOREIGN:
+        raise CheckpointError(f"{path}: a checkpoint of another library; convert it first: "
+                              f"cascade-rcnn convert {path} {path.with_suffix('.safetensors').name}")
+    return path
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file atomically, with a checksum of its tensors in the metadata."""
+    on_host = _on_host(tensors)
+    metadata = {
+        "format": "pt",
+        "cascade_rcnn": str(FORMAT_VERSION),
+        "crc32": str(_checksum(on_host)),
+        **metadata,
+    }
+
+    def write(temporary: Path) -> None:
+        save_file(on_host, temporary, metadata=dict(metadata))
+
+    def verify(temporary: Path) -> None:
+        with safe_open(temporary, framework="pt") as file:
+            if file.metadata() != metadata or str(_checksum(_Lazy(file))) != metadata["crc32"]:
+                raise OSError("the file reads back differently from what was written")
+
+    with _clear_failure(path):
+        replace_file(path, write, verify)
+
+
+def read_tensors(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what ``write_tensors`` wrote: tensors on the CPU, and the metadata. ``kind`` is "model" or "training"."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            _check_origin(path, metadata, kind)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({_one_line(error)}); it is damaged or of "
+                              "another kind: use another copy") from error
+    if str(_checksum(tensors)) != metadata.get("crc32", str(_checksum(tensors))):
+        raise CheckpointError(f"{path}: the weights do not match their checksum, the file is damaged; use another copy")
+    return tensors, metadata
+
+
+def replace_file(path: Path, write: Callable[[Path], None], verify: Callable[[Path], None] | None = None) -> None:
+    """Let ``write`` fill a temporary file, flush it to disk, ``verify`` it, and rename it over ``path``.
+
+    Whatever fails, the file at ``path`` stays as it was and the temporary file is removed. The temporary name is
+    fixed, so that what a killed process left behind is overwritten by the next save.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        _flush(temporary)
+        if verify is not None:
+            verify(temporary)
+        temporary.replace(path)
+        _flush(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file atomically. Raises CheckpointError when it cannot be written."""
+    text = json.dumps(value, indent=2) + "\n"
+    with _clear_failure(path):
+        replace_file(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _check_origin(path: Path, metadata: Mapping[str, str], kind: str) -> None:
+    version = metadata.get("cascade_rcnn", "")
+    if not version.isdecimal():
+        raise CheckpointError(f"{path}: a safetensors file of another program (no cascade_rcnn metadata); if it holds "
+                              "backbone weights only, name it in --model.backbone-weights")
+    if int(version) > FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format version {version}, this program reads up to {FORMAT_VERSION}; "
+                              "upgrade it: pip install --upgrade cascade-rcnn")
+    found = metadata.get("kind", "")
+    if found != kind:
+        way_out = (f"give {LAST} or {BEST} of the run instead" if found == "training"
+                   else "resume needs the run's own state folder")
+        raise CheckpointError(f"{path}: holds a {found or 'nameless'} state where a {kind} state is wanted; {way_out}")
+
+
+@contextmanager
+def _clear_failure(path: Path) -> Iterator[None]:
+    """Turn what the operating system says about a failed write into one line with the way out."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        before = "the file from before is unchanged" if path.exists() else "nothing was left behind"
+        raise CheckpointError(f"{path}: cannot be written ({_one_line(error)}); {before}; free some space or make the "
+                              "folder writable, then go on with --resume, or choose another with --out") from error
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU where needed; names that share memory (tied weights) get memory of their own."""
+    result: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        host = tensor.detach().to("cpu").contiguous()
+        address = host.untyped_storage().data_ptr()
+        if host.numel() and (address in seen or host.untyped_storage().nbytes() != host.nbytes):
+            host = host.clone()
+        seen.add(host.untyped_storage().data_ptr())
+        result[name] = host
+    return result
+
+
+class _Lazy(Mapping[str, Tensor]):
+    """An open safetensors file as a mapping that reads one tensor at a time."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.keys())
+
+    def __len__(self) -> int:
+        return len(self._file.keys())
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 over names and bytes, in the order of the names; about a second per 1.5 GB."""
+    value = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        if tensor.numel():
+            value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
+    return value
+
+
+def _flush(path: Path) -> None:
+    """Ask the operating system to put a file, or the names in a folder, onto the disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # only POSIX systems open folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _one_line(error: BaseException) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__
