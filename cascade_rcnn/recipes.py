@@ -115,6 +115,20 @@ def finetune_schedule(config: Config, num_images: int) -> Config:
         config, train=dataclasses.replace(train, epochs=epochs, milestones=milestones, warmup_steps=warmup))
 
 
+def config_to_python(config: Config) -> str:
+    """A recipe file that gives this very config, every setting written out."""
+    lines = [f'"""{config.published or "A recipe"}"""', "",
+             "from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig", "", "config = Config("]
+    for section, value in vars(config).items():
+        if dataclasses.is_dataclass(value):
+            lines.append(f"    {section}={type(value).__name__}(")
+            lines += [f"        {name}={setting!r}," for name, setting in vars(value).items()]
+            lines.append("    ),")
+        else:
+            lines.append(f"    {section}={value!r},")
+    return "\n".join([*lines, ")", ""])
+
+
 def _recipe_files() -> dict[str, Path]:
     package = Path(__file__).resolve().parent
     checkout = package.parent / "configs"

@@ -1,0 +1,354 @@
+"""The command ``cascade-rcnn``: one function per command, each with its own arguments and help.
+
+A mistake of the user ends with one line, ``error: what, which value, what to do``, and exit code 2, before anything is
+written. Ctrl-C ends quietly with 130. Anything else is a fault of the program and shows its traceback.
+
+Torch and timm are imported inside the commands: ``cascade-rcnn COMMAND --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from cascade_rcnn import __version__
+from cascade_rcnn.config import Config
+from cascade_rcnn.errors import ConfigError, UserError
+from cascade_rcnn.recipes import apply_overrides, config_names, config_to_python, load_config
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of our output has left
+
+
+class _UsageError(UserError):
+    """Words on the command line that do not fit the command."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with mistakes as one line and options written out in full."""
+
+    def __init__(self, prog: str, description: str, example: str) -> None:
+        super().__init__(prog=prog, description=description, epilog=f"example:\n  {example}", allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(f"{message} (see '{self.prog} --help')")
+
+    def parse_all(self, words: Sequence[str]) -> argparse.Namespace:
+        """Parse, and name the closest option where one is not known."""
+        namespace, unknown = self.parse_known_args(words)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            matches = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+            hint = f", did you mean {matches[0]}?" if matches else ""
+            self.error(f"unexpected argument {unknown[0]!r}{hint}")
+        return namespace
+
+
+# Each command below takes the words after its name.
+
+
+def _demo(words: Sequence[str]) -> None:
+    parser = _parser("demo", "cascade-rcnn demo --out runs/demo")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="run folder (runs/demo)")
+    parser.add_argument("--quick", action="store_true", help="about a minute: shows that it works, not how well")
+    args = parser.parse_all(words)
+
+    from cascade_rcnn.demo import run_demo
+
+    run_demo(out=args.out, quick=args.quick)
+
+
+def _train(words: Sequence[str]) -> None:
+    settings, words = _split_settings(words)
+    parser = _parser("train", "cascade-rcnn train finetune --data my_images --train.batch-size 4")
+    parser.usage = "cascade-rcnn train CONFIG [--data DIR] [--out RUN] [--resume] [--key.sub value ...]"
+    parser.add_argument("config", metavar="CONFIG", help="recipe: a name ('cascade-rcnn config' lists them), a file, or a run's folder")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="data set; its format is recognised (data.root)")
+    parser.add_argument("--out", type=Path, metavar="RUN", help="run folder (runs/NAME OF THE RECIPE)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run folder")
+    parser.add_argument("--deterministic", action="store_true", help="bit-equal runs, slower (train.deterministic)")
+    parser.add_argument("--no-check", action="store_true", help="skip the check of the data before training")
+    if "-h" in words or "--help" in words:
+        print(parser.format_help())
+        print(_settings_help())
+        return
+    args, unknown = parser.parse_known_args(words)
+    settings += ["--data.root", str(args.data)] if args.data is not None else []
+    settings += ["--train.deterministic"] if args.deterministic else []
+    config = apply_overrides(load_config(args.config), settings + unknown)
+    if not config.data.root:
+        raise ConfigError(f"{args.config} names no data: add --data DIR")
+    recipe = Path(args.config)
+    out = args.out or (recipe if recipe.is_dir() else Path("runs") / recipe.stem.replace("-", "_"))
+
+    from cascade_rcnn.train import run_train
+
+    run_train(config, out=out, resume=args.resume, check=not args.no_check)
+
+
+def _evaluate(words: Sequence[str]) -> None:
+    parser = _parser("evaluate", "cascade-rcnn evaluate runs/demo --data runs/demo/data --out metrics.json")
+    _add_checkpoint(parser)
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data set; its format is recognised")
+    parser.add_argument("--split", default="", metavar="NAME", help="split (the one of the recipe, mostly val)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the metrics as JSON, values in 0..1")
+    parser.add_argument("--submission", type=Path, metavar="DIR", help="also write the benchmark's own result files")
+    _add_device(parser)
+    args = parser.parse_all(words)
+
+    from cascade_rcnn.evaluate import run_evaluate
+
+    run_evaluate(args.checkpoint, data=args.data, split=args.split, out=args.out, submission=args.submission,
+                 device=args.device, batch_size=args.batch_size)
+
+
+def _predict(words: Sequence[str]) -> None:
+    parser = _parser("predict", "cascade-rcnn predict runs/demo street.jpg photos/ --out found --score 0.5")
+    _add_checkpoint(parser)
+    parser.add_argument("inputs", nargs="+", metavar="IMAGE|FOLDER|VIDEO", help="what to look at")
+    parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR",
+                        help="folder for the drawings and predictions.json (predictions)")
+    parser.add_argument("--score", type=_probability, default=0.3, metavar="S",
+                        help="draw detections from this score on; predictions.json has all (0.3)")
+    parser.add_argument("--no-draw", action="store_true", help="predictions.json only")
+    _add_device(parser)
+    args = parser.parse_all(words)
+
+    from cascade_rcnn.predict import run_predict
+
+    run_predict(args.checkpoint, args.inputs, out=args.out, score=args.score, draw=not args.no_draw,
+                device=args.device, batch_size=args.batch_size)
+
+
+def _score(words: Sequence[str]) -> None:
+    parser = _parser("score", "cascade-rcnn score --format coco --truth instances_val2017.json --results mine.json")
+    parser.add_argument("--format", required=True, choices=("coco", "voc", "kitti", "citypersons", "widerface"),
+                        help="whose protocol and whose files")
+    parser.add_argument("--truth", type=Path, required=True, metavar="T",
+                        help="coco: instances json; voc: year folder; kitti: label_2; citypersons: val_gt.json or "
+                        "anno_val.mat; widerface: folder of the .mat files")
+    parser.add_argument("--results", type=Path, required=True, metavar="R",
+                        help="results in the benchmark's own submission format")
+    parser.add_argument("--split", default="test", help="voc: the list in ImageSets/Main (test)")
+    parser.add_argument("--iou", type=_probability, default=0.5, help="voc: overlap that counts as found (0.5)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the metrics as JSON, values in 0..1")
+    args = parser.parse_all(words)
+
+    from cascade_rcnn.score import run_score
+
+    run_score(format=args.format, truth=args.truth, results=args.results, split=args.split, iou=args.iou, out=args.out)
+
+
+def _check(words: Sequence[str]) -> int:
+    parser = _parser("check", "cascade-rcnn check my_images --draw 16 --out report")
+    parser.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
+    parser.add_argument("--fix", type=Path, metavar="OUT", help="write a repaired copy of the annotations there")
+    parser.add_argument("--draw", type=_count, default=0, metavar="N", help="draw a sheet of N samples")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the sheet and the report as JSON")
+    args = parser.parse_all(words)
+
+    from cascade_rcnn.data.check import run_check
+
+    return run_check(args.data, fix=args.fix, draw=args.draw, out=args.out)
+
+
+def _convert(words: Sequence[str]) -> None:
+    parser = _parser("convert", "cascade-rcnn convert cascade_rcnn_r50_fpn_1x.pth r50.safetensors")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="mmdetection, detectron2, torchvision, Detectron")
+    parser.add_argument("dest", type=Path, metavar="DEST.safetensors", help="checkpoint to write")
+    parser.add_argument("--config", metavar="NAME", help="recipe, where the weights do not say enough")
+    args = parser.parse_all(words)
+
+    from cascade_rcnn.convert import run_convert
+
+    run_convert(args.source, args.dest, config=args.config)
+
+
+def _convert_data(words: Sequence[str]) -> None:
+    parser = _parser("convert-data", "cascade-rcnn convert-data VOCdevkit my_coco --to coco")
+    parser.add_argument("source", type=Path, metavar="SRC", help="data set; its format is recognised")
+    parser.add_argument("dest", type=Path, metavar="DST", help="folder to write")
+    parser.add_argument("--to", required=True, choices=("coco", "voc", "yolo"), help="format to write")
+    args = parser.parse_all(words)
+
+    from cascade_rcnn.data.convert_data import run_convert_data
+
+    run_convert_data(args.source, args.dest, to=args.to)
+
+
+def _config(words: Sequence[str]) -> None:
+    settings, words = _split_settings(words)
+    parser = _parser("config", "cascade-rcnn config finetune --train.lr 0.01 > my_recipe.py")
+    parser.add_argument("name", nargs="?", metavar="NAME|FILE", help="recipe; without one, lists the names")
+    parser.add_argument("--json", action="store_true", help="as JSON instead of a recipe file in Python")
+    args, unknown = parser.parse_known_args(words)
+    if args.name is None:
+        if settings + unknown:
+            parser.error(f"{(settings + unknown)[0]} without a recipe to change")
+        print("\n".join(config_names()))
+        return
+    config = apply_overrides(load_config(args.name), settings + unknown)
+    print(_as_json(config) if args.json else config_to_python(config), end="")
+
+
+def _benchmark(words: Sequence[str]) -> None:
+    parser = _parser("benchmark", "cascade-rcnn benchmark --size 800 1088 --batch 1")
+    parser.add_argument("--config", default="cascade_rcnn_r50_fpn_1x_coco", metavar="NAME", help="recipe to measure")
+    parser.add_argument("--size", type=_count, nargs=2, default=(800, 1088), metavar=("H", "W"), help="(800 1088)")
+    parser.add_argument("--batch", type=_count, default=1, metavar="N", help="images at once (1)")
+    parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 (auto)")
+    parser.add_argument("--train", action="store_true", help="measure training steps instead of prediction")
+    parser.add_argument("--compile", action="store_true", help="also measure with torch.compile")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="also measure reading this data set")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON")
+    args = parser.parse_all(words)
+
+    from cascade_rcnn.benchmark import run_benchmark
+
+    run_benchmark(config=args.config, size=tuple(args.size), batch=args.batch, device=args.device, train=args.train,
+                  compile=args.compile, data=args.data, out=args.out)
+
+
+class _Command(NamedTuple):
+    run: Callable[[Sequence[str]], int | None]
+    summary: str
+    details: str = ""
+
+
+COMMANDS: dict[str, _Command] = {
+    "demo": _Command(_demo, "Makes a small data set, trains, evaluates, predicts and draws: minutes on a laptop."),
+    "train": _Command(_train, "Trains a recipe on your data.",
+                      "The data are checked first. Everything goes to the run folder: best.safetensors,\n"
+                      "last.safetensors, log.jsonl, metrics.jsonl, config.json, and images/ with what the network\n"
+                      "sees and finds. --out RUN --resume goes on where a run was stopped.\n"
+                      "On several GPUs: torchrun --nproc-per-node 8 -m cascade_rcnn train CONFIG ..."),
+    "evaluate": _Command(_evaluate, "Measures a checkpoint on a data set by the data set's own metrics."),
+    "predict": _Command(_predict, "Finds objects in images, folders or videos: drawings and predictions.json."),
+    "score": _Command(_score, "Scores a results file by a benchmark's official protocol; needs no model."),
+    "check": _Command(_check, "Finds what would ruin a training on this data set, before it starts.",
+                      "Exit code 1 when something was found that stops a training."),
+    "convert": _Command(_convert, "Converts a checkpoint of another library.",
+                        "What it is and how its network was built is read from the weights; no code in it is run."),
+    "convert-data": _Command(_convert_data, "Converts a data set to COCO, VOC or YOLO."),
+    "config": _Command(_config, "Prints a recipe with all its settings, or lists all recipes."),
+    "benchmark": _Command(_benchmark, "Shows where the time goes, beside torchvision and the machine's own limit."),
+}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    words = sys.argv[1:] if words is None else words
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()
+    except UserError as error:
+        _print_error(error)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # What is still buffered goes nowhere, or Python would complain about the same pipe at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    return code
+
+
+def _dispatch(words: Sequence[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"cascade-rcnn {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        matches = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        hint = f", did you mean {matches[0]}?" if matches else f"; there are {', '.join(COMMANDS)}"
+        raise _UsageError(f"no command {words[0]!r}{hint}")
+    try:
+        return COMMANDS[words[0]].run(words[1:]) or 0
+    except SystemExit as stop:  # argparse ends --help this way; the engine a run that was stopped by a signal
+        return stop.code if isinstance(stop.code, int) else 0
+
+
+def _overview() -> str:
+    lines = ["Cascade R-CNN for today's PyTorch.", "", "usage: cascade-rcnn COMMAND ...", ""]
+    lines += [f"  {name:<13} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", "'cascade-rcnn COMMAND --help' tells more. Begin with: cascade-rcnn demo"])
+
+
+def _print_error(error: UserError) -> None:
+    """One line on stderr; of the processes of torchrun only the first one reports what all of them saw."""
+    rank = int(os.environ.get("RANK", "0"))
+    message = " ".join(str(error).split("\n"))
+    if rank == 0:
+        print(f"error: {message}", file=sys.stderr)
+    elif not isinstance(error, (ConfigError, _UsageError)):
+        print(f"error (rank {rank}): {message}", file=sys.stderr)
+
+
+def _parser(command: str, example: str) -> _Parser:
+    entry = COMMANDS[command]
+    description = f"{entry.summary}\n\n{entry.details}" if entry.details else entry.summary
+    return _Parser(f"cascade-rcnn {command}", description, example)
+
+
+def _add_checkpoint(parser: _Parser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=".safetensors file or the folder of a run")
+
+
+def _add_device(parser: _Parser) -> None:
+    parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 (auto: a GPU if there is one)")
+    parser.add_argument("--batch-size", type=_count, default=1, metavar="N", help="images at once (1)")
+
+
+def _count(word: str) -> int:
+    with contextlib.suppress(ValueError):
+        if (value := int(word)) >= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of at least 1")
+
+
+def _probability(word: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(word)) <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"{word!r} is not a number between 0 and 1")
+
+
+def _split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part ``--key.sub value ...`` from the command's own words; the values of a setting run to the next option."""
+    settings: list[str] = []
+    others: list[str] = []
+    target = others
+    for word in words:
+        if word.startswith("--") or word == "-h":
+            target = settings if "." in word.partition("=")[0] else others
+        target.append(word)
+    return settings, others
+
+
+def _settings_help() -> str:
+    """All settings with types, defaults and meaning, as tyro reads them from the dataclasses."""
+    import tyro
+
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        tyro.cli(Config, default=Config(), args=["--help"], prog="cascade-rcnn train CONFIG")
+    usage, box, settings = text.getvalue().partition("╭─ model options")
+    return f"Settings of a recipe, changed by --key.sub value:\n\n{box + settings or usage}"
+
+
+def _as_json(config: Config) -> str:
+    import json
+
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
