@@ -1,0 +1,163 @@
+"""Which format a folder holds, what it contains, and one of its splits: ``open_split("data/coco", "train")``.
+
+A split is named by the data set's own word or a synonym (val, valid); two are joined with a plus; a part is named by
+per cent, ``train:0-90`` and ``train:90-100``, always the same images whatever the order of the list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from cascade_rcnn.data import files
+from cascade_rcnn.data.coco import coco_files, read_coco
+from cascade_rcnn.data.problems import Problems
+from cascade_rcnn.data.records import DataSplit, ImageRecord
+from cascade_rcnn.errors import DataError
+
+_Names = Callable[[Path], Iterable[str]]
+_Reader = Callable[..., DataSplit]
+
+# In this order; a COCO json beside another format's files wins, being what most tools export on purpose
+_FORMATS: dict[str, tuple[_Names, _Reader, str]] = {
+    "coco": (coco_files, read_coco, "COCO: annotations/instances_*.json, train/_annotations.coco.json, or a json file"),
+}
+
+
+def recognise(root: Path | str) -> str:
+    """The format of a data set: coco, citypersons, widerface, kitti, voc or yolo.
+
+    Raises ``DataError`` that lists what was looked for and what is there.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise DataError(f"{files.printable(root)}: no such folder; give the data set's folder as --data")
+    for name, (find, _, _) in _FORMATS.items():
+        if any(True for _ in find(root)):
+            return name
+    raise DataError(_not_recognised(root))
+
+
+def splits(root: Path | str) -> list[str]:
+    """Names of the splits of a data set, as the data set writes them."""
+    root = Path(root)
+    return list(_FORMATS[recognise(root)][0](root))
+
+
+def open_split(root: Path | str, split: str, *, problems: Problems | None = None) -> DataSplit:
+    """Reads a split of a data set of any known format.
+
+    Args:
+        root: folder of the data set, or a COCO json file.
+        split: a name, names joined with a plus, each perhaps with a part: ``2007_trainval+2012_trainval:0-50``.
+        problems: where problems are collected; by default those that would ruin a training are raised.
+    """
+    root = Path(root)
+    reader = _FORMATS[recognise(root)][1]
+    parts = []
+    for word in split.split("+"):
+        name, _, share = word.strip().partition(":")
+        part = reader(root, name, problems=problems or Problems())
+        parts.append(_share(part, share, root) if share else part)
+    return parts[0] if len(parts) == 1 else _join(parts, split)
+
+
+def _share(split: DataSplit, share: str, root: Path) -> DataSplit:
+    """The images of a split from one per cent to another, in an order that only their names decide."""
+    low, dash, high = share.replace("%", "").partition("-")
+    try:
+        start, end = float(low), float(high)
+    except ValueError:
+        start, end = 0.0, 0.0
+    if not dash or not 0 <= start < end <= 100:
+        raise DataError(f"{files.printable(root)}: part {files.shown(share)} of split {split.name!r} is not "
+                        "understood; write per cent from and to, e.g. train:0-90")
+
+    def place(record: ImageRecord) -> bytes:
+        return hashlib.sha256(record.file_name.encode("utf-8", "surrogateescape")).digest()
+
+    shuffled = sorted(range(len(split)), key=lambda number: place(split.records[number]))
+    chosen = sorted(shuffled[round(len(split) * start / 100): round(len(split) * end / 100)])
+    # The truth file speaks of all images: whoever scores a part writes its own (writers.coco_dict)
+    return replace(split, name=f"{split.name}:{share}", records=[split.records[n] for n in chosen], truth=None)
+
+
+def _join(parts: list[DataSplit], name: str) -> DataSplit:
+    first = parts[0]
+    for part in parts[1:]:
+        if (part.class_names, part.category_ids) != (first.class_names, first.category_ids):
+            raise DataError(f"{files.printable(first.root)}: splits {first.name!r} and {part.name!r} have different "
+                            f"classes ({', '.join(first.class_names)}; {', '.join(part.class_names)}); make them equal")
+    records = [record for part in parts for record in part.records]
+    if len({record.image_id for record in records}) < len(records):
+        records = [replace(record, image_id=f"{part.name}/{record.image_id}") for part in parts
+                   for record in part.records]
+    has_masks = any(part.has_masks for part in parts)
+    if has_masks:
+        records = [record if record.segmentations is not None else
+                   replace(record, segmentations=[None] * len(record.boxes)) for record in records]
+    return replace(first, name=name, records=records, truth=None, has_masks=has_masks,
+                   problems=[problem for part in parts for problem in part.problems])
+
+
+def describe(root: Path | str) -> str:
+    """What a data set holds, one line per split: images, objects, ignore regions, classes."""
+    root = Path(root)
+    found = recognise(root)
+    lines = [f"{files.printable(root)}: {found} format"]
+    for name in splits(root):
+        lines.append("  " + describe_split(open_split(root, name, problems=Problems(strict=False))))
+    return "\n".join(lines)
+
+
+def describe_split(split: DataSplit) -> str:
+    """``train: 205 images, 2724 objects, 3 classes (RBC, WBC, Platelets)``, and what was left out."""
+    ignored = sum(int(record.ignore.sum()) for record in split.records)
+    objects = sum(len(record.boxes) for record in split.records) - ignored
+    classes = ", ".join(split.class_names[:8]) + (", ..." if len(split.class_names) > 8 else "")
+    text = f"{split.name}: {_count(len(split), 'image')}, {_count(objects, 'object')}"
+    text += f", {_count(ignored, 'ignore region')}" if ignored else ""
+    text += f", {_count(len(split.class_names), 'class', 'classes')} ({classes})"
+    text += ", masks" if split.has_masks else ""
+    left_out = Counter(problem.kind for problem in split.problems)
+    return text + "".join(f", {number} x {kind}" for kind, number in left_out.items())
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def _not_recognised(root: Path) -> str:
+    wanted = "; ".join(text for _, _, text in _FORMATS.values())
+    for child in files.subfolders(root):
+        for name, (find, _, _) in _FORMATS.items():
+            if any(True for _ in find(child)):
+                return f"{files.printable(root)}: no data set here, but {files.printable(child)} is {name}: name that"
+    if _is_folder_per_class(root):
+        return (f"{files.printable(root)}: a folder per class holds no boxes and is not supported; draw boxes with a "
+                "labelling tool (CVAT, Label Studio, labelImg) and export COCO, VOC or YOLO")
+    return (f"{files.printable(root)}: no known data set; looked for {wanted}. There is: {_tree(root)}; "
+            "docs/data.md shows each layout")
+
+
+def _is_folder_per_class(root: Path) -> bool:
+    folders = files.subfolders(root)
+    inner = [child for folder in folders for child in files.subfolders(folder)] or folders
+    return len(inner) >= 2 and all(files.list_files(folder) for folder in inner)
+
+
+def _tree(root: Path) -> str:
+    """The first entries of a folder and of its subfolders, in one line."""
+    if not root.is_dir():
+        return "a file"
+    names = []
+    for child in sorted(root.iterdir())[:8]:
+        inner = ""
+        if child.is_dir():
+            below = sorted(grandchild.name for grandchild in child.iterdir())
+            inner = "/ (" + ", ".join(below[:3]) + (", ..." if len(below) > 3 else "") + ")"
+        names.append(child.name + inner)
+    return files.printable(", ".join(names)) or "nothing"
