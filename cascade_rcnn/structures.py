@@ -50,6 +50,7 @@ class ImageBatch(_TensorBatch):
     original_sizes: Tensor  # int64 [B, 2], (height, width) before resizing
     image_ids: tuple[int | str, ...] = ()
     paths: tuple[str, ...] = ()
+    bad: tuple[tuple[str, str], ...] = ()  # (path, reason) of unreadable images that others in the batch stand in for
 
     def __len__(self) -> int:
         return int(self.pixels.shape[0])
