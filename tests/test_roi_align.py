@@ -1,9 +1,179 @@
-import torch
+"""RoIAlign against torchvision's operator, which is applied here level by level."""
 
-from cascade_rcnn.models.roi_align import assign_levels
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align as torchvision_roi_align
+
+from cascade_rcnn.models import roi_align as module
+from cascade_rcnn.models.roi_align import assign_levels, roi_align, roi_align_rows, rows_weight
+
+STRIDES = (4, 8, 16, 32)
+
+
+def pyramid(*, batch: int = 2, channels: int = 5, height: int = 96, width: int = 160,
+            dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(batch, channels, height // s, width // s, generator=generator).to(dtype) for s in STRIDES]
+
+
+def some_boxes(*, batch: int = 2, count: int = 60, height: int = 96, width: int = 160, seed: int = 0) -> Tensor:
+    """Boxes of all sizes and shapes, a few far outside the image, a few empty, one on exact pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.rand(batch, count, 2, generator=generator) * torch.tensor([width, height])
+    size = torch.exp(torch.rand(batch, count, 2, generator=generator) * 5.5 - 0.5)
+    boxes = torch.cat((centre - size / 2, centre + size / 2), dim=2)
+    boxes[:, 1] = torch.tensor([0.0, 0, width, height])
+    boxes[:, 2] = torch.tensor([-300.0, -200, -250, -100])
+    boxes[:, 3] = torch.tensor([20.0, 20, 20, 20])
+    boxes[:, 4] = torch.tensor([20.0, 10, 20, 40])
+    boxes[:, 5] = torch.tensor([28.0, 28, 56, 84])
+    boxes[:, 6] = torch.tensor([-900.0, 5, 900, 9])
+    return boxes
+
+
+def expected(features: list[Tensor], boxes: Tensor, *, output_size: int, valid: Tensor | None = None,
+             sampling_ratio: int = 0, aligned: bool = True) -> Tensor:
+    levels = assign_levels(boxes, len(features))
+    result = features[0].new_zeros(*boxes.shape[:2], features[0].shape[1], output_size, output_size)
+    for image in range(boxes.shape[0]):
+        for level, (feature, stride) in enumerate(zip(features, STRIDES)):
+            chosen = levels[image] == level
+            if valid is not None:
+                chosen &= valid[image]
+            pooled = torchvision_roi_align(feature[image : image + 1], [boxes[image][chosen].to(feature.dtype)],
+                                           output_size, 1 / stride, sampling_ratio, aligned)
+            result[image] = result[image].index_put((chosen.nonzero().squeeze(1),), pooled)
+    return result
 
 
 def test_levels_follow_the_box_size_and_are_clamped() -> None:
     sides = torch.tensor([0.0, 1, 55.9, 112, 224, 447, 448, 3000])
     boxes = torch.stack((sides * 0, sides * 0, sides, sides), dim=1)
     assert assign_levels(boxes, 4).tolist() == [0, 0, 0, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("output_size", [7, 14])
+@pytest.mark.parametrize("sampling_ratio", [0, 1, 2, 5])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_equals_torchvision(output_size: int, sampling_ratio: int, aligned: bool) -> None:
+    features, boxes = pyramid(), some_boxes()
+    options = {"output_size": output_size, "sampling_ratio": sampling_ratio, "aligned": aligned}
+    ours = roi_align(features, boxes, strides=STRIDES, **options)
+    torch.testing.assert_close(ours, expected(features, boxes, **options), rtol=1e-5, atol=1e-5)
+
+
+def test_channels_last_and_contiguous_features_give_the_same_bits() -> None:
+    features, boxes = pyramid(), some_boxes()
+    other = [feature.contiguous(memory_format=torch.channels_last) for feature in features]
+    assert torch.equal(*(roi_align_rows(f, boxes, output_size=7, strides=STRIDES) for f in (features, other)))
+
+
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_gradient_equals_torchvision(sampling_ratio: int) -> None:
+    boxes = some_boxes()
+    valid = torch.arange(boxes.shape[1]).expand(boxes.shape[:2]) % 5 != 0
+    found = []
+    for function in (lambda f, **options: roi_align(f, boxes, strides=STRIDES, **options),
+                     lambda f, **options: expected(f, boxes, **options)):
+        features = [feature.requires_grad_() for feature in pyramid()]
+        pooled = function(features, output_size=7, valid=valid, sampling_ratio=sampling_ratio)
+        pooled.backward(torch.randn(pooled.shape, generator=torch.Generator().manual_seed(2)))
+        found.append([feature.grad for feature in features])
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_is_the_derivative() -> None:
+    features = [feature.requires_grad_() for feature in pyramid(batch=1, channels=1, height=32, width=64,
+                                                                dtype=torch.float64)]
+    boxes = some_boxes(batch=1, count=8, height=32, width=64)
+    assert torch.autograd.gradcheck(lambda *f: roi_align_rows(f, boxes, output_size=2, strides=STRIDES), features)
+
+
+def test_boxes_that_are_not_valid_give_zeros_and_no_gradient() -> None:
+    features, boxes = [feature.requires_grad_() for feature in pyramid()], some_boxes()
+    valid = torch.zeros(boxes.shape[:2], dtype=torch.bool)
+    pooled = roi_align_rows(features, boxes, output_size=7, strides=STRIDES, valid=valid)
+    assert pooled.shape == (2, 60, 49, 5)
+    assert not pooled.any()
+    pooled.sum().backward()
+    assert all(feature.grad is not None and not feature.grad.any() for feature in features)
+
+
+def test_no_boxes_at_all() -> None:
+    features = [feature.requires_grad_() for feature in pyramid()]
+    pooled = roi_align(features, torch.zeros(2, 0, 4), output_size=7, strides=STRIDES)
+    assert pooled.shape == (2, 0, 5, 7, 7)
+    pooled.sum().backward()
+
+
+def test_boxes_that_are_not_finite_do_no_harm() -> None:
+    boxes = torch.tensor([[[float("nan")] * 4, [0, 0, float("inf"), 9], [0, 0, 30, 30]]])
+    features = pyramid(batch=1)
+    pooled = roi_align(features, boxes, output_size=7, strides=STRIDES)
+    assert torch.isfinite(pooled).all()
+    torch.testing.assert_close(pooled[:, 2:], expected(features, boxes[:, 2:], output_size=7), rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_is_summed_in_float32() -> None:
+    features, boxes = pyramid(dtype=torch.bfloat16), some_boxes()
+    exact = expected([feature.float() for feature in features], boxes, output_size=7)
+    pooled = roi_align(features, boxes, output_size=7, strides=STRIDES)
+    assert pooled.dtype == torch.bfloat16
+    torch.testing.assert_close(pooled, exact.bfloat16(), rtol=8e-3, atol=1e-5)
+
+
+def test_a_large_number_of_boxes_is_cut_into_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, boxes = pyramid(), some_boxes()
+    whole = roi_align_rows(features, boxes, output_size=7, strides=STRIDES)
+    monkeypatch.setattr(module, "_CHUNK", 1)
+    assert torch.equal(roi_align_rows(features, boxes, output_size=7, strides=STRIDES), whole)
+
+
+def test_export_uses_torchvision_with_the_same_numbers() -> None:
+    class Pool(torch.nn.Module):
+        def forward(self, features: list[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
+            return roi_align(features, boxes, output_size=7, strides=STRIDES, valid=valid)
+
+    features, boxes = pyramid(), some_boxes()
+    valid = torch.rand(boxes.shape[:2], generator=torch.Generator().manual_seed(3)) > 0.3
+    program = torch.export.export(Pool(), (features, boxes, valid))
+    names = {str(node.target) for node in program.graph.nodes}
+    assert any("torchvision.roi_align" in name for name in names)
+    assert not any("cascade_rcnn" in name for name in names)
+    torch.testing.assert_close(program.module()(features, boxes, valid),
+                               expected(features, boxes, output_size=7, valid=valid), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
+def test_operator_keeps_the_contract_of_torch_compile() -> None:
+    features, boxes = [feature.requires_grad_() for feature in pyramid(channels=2)], some_boxes(count=10)
+    valid = torch.ones(boxes.shape[:2], dtype=torch.bool)
+    torch.library.opcheck(module._rows, (features, boxes, valid, 7, list(STRIDES), 0, True))
+
+
+def test_compiles_into_one_graph_with_its_gradient() -> None:
+    def pool(features: list[Tensor], boxes: Tensor) -> Tensor:
+        return roi_align(features, boxes * 2, output_size=7, strides=STRIDES).relu()
+
+    boxes, found = some_boxes(), []
+    for function in (pool, torch.compile(pool, fullgraph=True, backend="aot_eager")):
+        features = [feature.requires_grad_() for feature in pyramid()]
+        function(features, boxes).square().sum().backward()
+        found.append([feature.grad for feature in features])
+    assert all(torch.equal(*pair) for pair in zip(*found))
+
+
+def test_head_weights_reordered_for_rows_give_the_same_product() -> None:
+    features, boxes = pyramid(), some_boxes()
+    weight = torch.randn(11, 5 * 49, generator=torch.Generator().manual_seed(4))
+    pooled = roi_align(features, boxes, output_size=7, strides=STRIDES)
+    rows = roi_align_rows(features, boxes, output_size=7, strides=STRIDES)
+    torch.testing.assert_close(rows.flatten(2) @ rows_weight(weight, 49).T, pooled.flatten(2) @ weight.T,
+                               rtol=1e-4, atol=1e-4)
+
+
+def test_wrong_number_of_strides_is_refused() -> None:
+    with pytest.raises(ValueError, match="4 feature maps for 3 strides"):
+        roi_align(pyramid(), some_boxes(), output_size=7, strides=STRIDES[:3])
