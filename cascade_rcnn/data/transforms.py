@@ -1,0 +1,178 @@
+"""What happens to an image between file and network: resize, jitter and crop, flip, colour.
+
+H, W: (height, width) of the image at hand; G objects. Every step changes pixels and boxes together and writes down, per
+output row and column, which source row and column it shows; masks follow later, object by object (``masks.py``).
+Pixels go through torchvision's transforms v2, in uint8 and channels-last (twice as fast as planar).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from cascade_rcnn.config import DataConfig, Semantics
+from cascade_rcnn.data.masks import nearest_indices
+
+SMALLEST_CROPPED_BOX = 1.0  # pixels; what a random crop leaves of an object below this is not learnt
+
+
+@dataclass(slots=True)
+class Sample:
+    """An image on its way through the transforms."""
+
+    image: Tensor  # uint8 [3, H, W]
+    boxes: NDArray[np.float32]  # [G, 4] xyxy in pixels of the image
+    keep: NDArray[np.bool_]  # [G], False where a crop has cut the object away
+    rows: NDArray[np.int64]  # [H], source row shown in each row
+    cols: NDArray[np.int64]  # [W], source column shown in each column
+
+    @staticmethod
+    def of(image: Tensor, boxes: NDArray[np.float32]) -> Sample:
+        """A sample before any transform."""
+        height, width = image.shape[-2:]
+        return Sample(image, boxes.astype(np.float32), np.ones(len(boxes), dtype=bool), np.arange(height),
+                      np.arange(width))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)"""
+        return int(self.image.shape[-2]), int(self.image.shape[-1])
+
+
+def wants_antialias(config: DataConfig, semantics: Semantics = "mmdetection") -> bool:
+    """Whether to resize like Pillow (detectron2) or like OpenCV, without antialiasing (the others)."""
+    return semantics == "detectron2" if config.antialias is None else config.antialias
+
+
+def fitted_size(size: tuple[int, int], short_side: int, long_side: int) -> tuple[int, int]:
+    """(height, width) after scaling so that the shorter side is ``short_side`` unless the longer exceeds ``long_side``.
+
+    mmdetection's rule, int(side * scale + 0.5); detectron2's gives the same sizes. At least one pixel.
+    """
+    height, width = size
+    scale = min(long_side / max(size), short_side / min(size))
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+
+
+def resize(sample: Sample, size: tuple[int, int], *, antialias: bool = False) -> Sample:
+    """Bilinear for pixels, nearest for masks; boxes by each side's own factor."""
+    height, width = sample.size
+    factor = np.array([size[1] / width, size[0] / height] * 2, dtype=np.float32)
+    limit = np.array([size[1], size[0]] * 2, dtype=np.float32)
+    return Sample(
+        resize_pixels(sample.image, size, antialias=antialias), np.clip(sample.boxes * factor, 0, limit), sample.keep,
+        sample.rows[nearest_indices(height, size[0])], sample.cols[nearest_indices(width, size[1])])
+
+
+def resize_pixels(image: Tensor, size: tuple[int, int], *, antialias: bool) -> Tensor:
+    """uint8 [3, H, W] to uint8 [3, *size], bilinear."""
+    if tuple(image.shape[-2:]) == size:
+        return image
+    resized: Tensor = F.resize_image(image, list(size), antialias=antialias)
+    return resized
+
+
+def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample:
+    """The part that starts at (top, left), at most (height, width) large; objects with nothing left are not kept."""
+    bottom, right = min(top + height, sample.size[0]), min(left + width, sample.size[1])
+    origin = np.array([left, top] * 2, dtype=np.float32)
+    limit = np.array([right - left, bottom - top] * 2, dtype=np.float32)
+    boxes = np.clip(sample.boxes - origin, 0, limit)
+    visible = (boxes[:, 2:] - boxes[:, :2] >= SMALLEST_CROPPED_BOX).all(axis=1)
+    return Sample(sample.image[:, top:bottom, left:right], boxes, sample.keep & visible, sample.rows[top:bottom],
+                  sample.cols[left:right])
+
+
+def flip_horizontal(sample: Sample) -> Sample:
+    """Mirror left and right."""
+    width = np.float32(sample.size[1])
+    boxes = sample.boxes.copy()
+    boxes[:, 0], boxes[:, 2] = width - sample.boxes[:, 2], width - sample.boxes[:, 0]
+    return Sample(F.horizontal_flip_image(sample.image), boxes, sample.keep, sample.rows, sample.cols[::-1])
+
+
+def flip_vertical(sample: Sample) -> Sample:
+    """Mirror top and bottom."""
+    height = np.float32(sample.size[0])
+    boxes = sample.boxes.copy()
+    boxes[:, 1], boxes[:, 3] = height - sample.boxes[:, 3], height - sample.boxes[:, 1]
+    return Sample(F.vertical_flip_image(sample.image), boxes, sample.keep, sample.rows[::-1], sample.cols)
+
+
+def photometric(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Random brightness, contrast, saturation, hue and channel order (torchvision's, SSD's ranges)."""
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator: seed it from ours
+        torch.manual_seed(int(rng.integers(2**31)))
+        distorted: Tensor = v2.RandomPhotometricDistort()(image)
+    return distorted
+
+
+def large_scale_jitter(sample: Sample, config: DataConfig, rng: np.random.Generator, *, antialias: bool) -> Sample:
+    """Fit the image into a square of ``long_side`` times a random factor, then crop to the square at random.
+
+    What is smaller than the square stays so and is padded by the loader (Ghiasi et al., arXiv 2012.07177).
+    """
+    assert config.large_scale_jitter is not None
+    low, high = config.large_scale_jitter
+    side = max(int(config.long_side * rng.uniform(low, high) + 0.5), 1)
+    sample = resize(sample, fitted_size(sample.size, side, side), antialias=antialias)
+    spare = [max(length - config.long_side, 0) for length in sample.size]
+    top, left = (int(rng.integers(length + 1)) for length in spare)
+    if not any(spare):
+        return sample
+    return crop(sample, top, left, config.long_side, config.long_side)
+
+
+def train_transform(
+    sample: Sample, config: DataConfig, rng: np.random.Generator, *, semantics: Semantics = "mmdetection"
+) -> Sample:
+    """Resize (one size, a choice, a range, or large-scale jitter), flip, colour; random numbers from ``rng`` alone."""
+    antialias = wants_antialias(config, semantics)
+    if config.large_scale_jitter is not None:
+        sample = large_scale_jitter(sample, config, rng, antialias=antialias)
+    else:
+        if config.short_side_mode == "range":
+            short_side = int(rng.integers(min(config.short_side), max(config.short_side) + 1))
+        else:
+            short_side = config.short_side[int(rng.integers(len(config.short_side)))]
+        sample = resize(sample, fitted_size(sample.size, short_side, config.long_side), antialias=antialias)
+    if rng.random() < config.flip:
+        sample = flip_horizontal(sample)
+    if rng.random() < config.vertical_flip:
+        sample = flip_vertical(sample)
+    if config.photometric:
+        sample.image = photometric(sample.image, rng)
+    return sample
+
+
+def network_size(size: tuple[int, int], config: DataConfig) -> tuple[int, int]:
+    """(height, width) of the network input for an image of that (height, width)."""
+    return fitted_size(size, config.test_short_side or max(config.short_side), config.long_side)
+
+
+def test_transform(sample: Sample, config: DataConfig, *, semantics: Semantics = "mmdetection") -> Sample:
+    """Resize to the size of test time."""
+    return resize(sample, network_size(sample.size, config), antialias=wants_antialias(config, semantics))
+
+
+def resize_for_test(
+    image: Tensor, config: DataConfig, *, semantics: Semantics = "mmdetection"
+) -> tuple[Tensor, tuple[float, float]]:
+    """An image as evaluation and prediction feed it.
+
+    Args:
+        image: uint8 [3, H, W].
+
+    Returns:
+        The resized image, uint8 [3, H', W'], and the factors (W' / W, H' / H) that take boxes there.
+    """
+    height, width = image.shape[-2:]
+    size = network_size((height, width), config)
+    resized = resize_pixels(image, size, antialias=wants_antialias(config, semantics))
+    return resized, (size[1] / width, size[0] / height)
