@@ -72,7 +72,8 @@ def _train(words: Sequence[str]) -> None:
     settings, words = _split_settings(words)
     parser = _parser("train", "cascade-rcnn train finetune --data my_images --train.batch-size 4")
     parser.usage = "cascade-rcnn train CONFIG [--data DIR] [--out RUN] [--resume] [--key.sub value ...]"
-    parser.add_argument("config", metavar="CONFIG", help="recipe: a name ('cascade-rcnn config' lists them), a file, or a run's folder")
+    parser.add_argument("config", metavar="CONFIG",
+                        help="recipe: a name ('cascade-rcnn config' lists them), a file, or a run's folder")
     parser.add_argument("--data", type=Path, metavar="DIR", help="data set; its format is recognised (data.root)")
     parser.add_argument("--out", type=Path, metavar="RUN", help="run folder (runs/NAME OF THE RECIPE)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run folder")
