@@ -1,0 +1,253 @@
+"""A thin layer over torch.distributed: torchrun starts the processes, this joins them.
+
+Everything works alone as well: without torchrun there is one rank, nothing is communicated, and the functions below
+give back what they were given. Collectives run at fixed places of the loop, never depending on the data.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cascade_rcnn.errors import ConfigError, UserError
+from cascade_rcnn.structures import ImageBatch, Targets
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among those of a run."""
+
+    rank: int
+    size: int
+    device: torch.device
+    restarts: int = 0  # how often torchrun has started this group anew after a failure
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 writes files and speaks."""
+        return self.rank == 0
+
+
+def rank() -> int:
+    """This process's number, 0 when alone."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 when alone."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@contextmanager
+def start(device: str | torch.device | None = None, *, timeout_minutes: float = 30.0) -> Iterator[World]:
+    """Join the other processes of a torchrun, or be alone; leave them at the end.
+
+    ``device`` None takes this process's GPU where there is one, else the CPU. GPUs talk over NCCL; host tensors and
+    objects, and everything on CPUs, over gloo. Raises UserError with more processes than GPUs on this machine.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    chosen = _choose_device(device, local_rank)
+    joined = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if joined:
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+    try:
+        yield World(rank(), world_size(), chosen, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    finally:
+        if joined and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _choose_device(device: str | torch.device | None, local_rank: int) -> torch.device:
+    if device is not None:
+        chosen = torch.device(device)
+    else:
+        chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.type != "cuda" or chosen.index is not None:
+        return chosen
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise UserError(f"process {local_rank + 1} on this machine finds only {gpus} GPUs: start at most {gpus} "
+                        "processes per machine, or name another --device")
+    return torch.device("cuda", local_rank)
+
+
+def barrier() -> None:
+    """Wait until every rank has come here."""
+    if world_size() > 1:
+        dist.all_reduce(torch.zeros(1))  # over gloo: needs no GPU, unlike dist.barrier() with NCCL
+
+
+def all_gather(value: _Value) -> list[_Value]:
+    """Every rank's value, in the order of the ranks, on every rank. Pickled on the way between our own processes."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather(value: _Value) -> list[_Value]:
+    """Every rank's value on rank 0, an empty list elsewhere: for large results that only rank 0 merges."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+def broadcast(value: _Value) -> _Value:
+    """Rank 0's value on every rank."""
+    if world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box)
+    result: _Value = box[0]
+    return result
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Element-wise mean of a tensor over the ranks, on its device."""
+    if world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+class Vote:
+    """Whether any rank wants to stop. Every rank votes once per step; nobody waits for the answer on a GPU.
+
+    On a GPU the answer to a vote is collected at the next one, while the step runs; on CPUs, where steps are long, at
+    once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._at_once = device.type == "cpu"
+        self._pending: tuple[Any, Tensor] | None = None
+
+    def cast(self, stop: bool) -> bool:
+        """Give this rank's vote and return whether all ranks stop now."""
+        if world_size() == 1:
+            return stop
+        answer = self._collect()
+        mine = torch.tensor([float(stop)])
+        self._pending = (dist.all_reduce(mine, op=dist.ReduceOp.MAX, async_op=True), mine)
+        return self._collect() if self._at_once else answer
+
+    def _collect(self) -> bool:
+        if self._pending is None:
+            return False
+        work, votes = self._pending
+        work.wait()
+        self._pending = None
+        return bool(votes.item() > 0)  # a host tensor: no wait for the GPU
+
+
+class LossModule(nn.Module):
+    """``model.loss`` as a forward, which is what DistributedDataParallel watches."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: ImageBatch, targets: Targets) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = self.model.loss(images, targets)  # type: ignore[operator]
+        return losses
+
+
+def wrap(model: nn.Module, world: World, *, norm: str = "") -> nn.Module:
+    """A module whose forward gives the losses and whose backward averages gradients over the ranks.
+
+    Every parameter takes part in every step (an image without objects gives zero losses, not missing ones), so unused
+    parameters need not be searched for. ``norm`` is ``config.model.norm``: only trained batch norm has buffers that
+    change and must be kept alike.
+    """
+    module = LossModule(model)
+    if world.size == 1:
+        return module
+    devices = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=norm in ("batch", "sync"),
+                                   gradient_as_bucket_view=True)
+
+
+def with_synchronised_norm(model: nn.Module, world: World) -> nn.Module:
+    """Batch norm over the images of all GPUs (``model.norm = "sync"``); on one process plain batch norm is the same."""
+    if world.size == 1:
+        return model
+    if world.device.type != "cuda":
+        raise ConfigError("model.norm sync: synchronised batch norm needs GPUs; use --model.norm group on CPUs")
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return converted
+
+
+def without_sync(module: nn.Module, active: bool) -> AbstractContextManager[None]:
+    """Keep gradients to this rank for the passes before the last of an accumulated step."""
+    if active and isinstance(module, DistributedDataParallel):
+        return module.no_sync()  # type: ignore[no-any-return]
+    return nullcontext()
+
+
+class Watchdog:
+    """Reports a step that takes too long: which rank, which step, which images, and where the program stands.
+
+    A rank that hangs makes all others wait for it until the process group's timeout kills the job without a reason.
+    Every rank that is late says what it is doing before that: the culprit is the one that is not waiting for others.
+    """
+
+    def __init__(self, minutes: float, *, rank: int = 0) -> None:
+        self._limit, self._rank = minutes * 60, rank
+        self._what, self._since, self._reported = "", time.monotonic(), True
+        self._done = threading.Event()
+        self._main = threading.main_thread().ident
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        if self._limit > 0:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def now(self, what: str) -> None:
+        """Begin something that should end within the limit; costs an assignment."""
+        self._what, self._since, self._reported = what, time.monotonic(), False
+
+    def rest(self) -> None:
+        """Nothing to watch for a while: an evaluation may take as long as it needs."""
+        self._reported = True
+
+    def _watch(self) -> None:
+        while not self._done.wait(min(30.0, self._limit / 4)):
+            seconds = time.monotonic() - self._since
+            if not self._reported and seconds > self._limit:
+                self._reported = True
+                self._report(seconds)
+
+    def _report(self, seconds: float) -> None:
+        frame = sys._current_frames().get(self._main or 0)
+        stack = traceback.extract_stack(frame)[-4:] if frame else []
+        places = " < ".join(f"{place.name} ({os.path.basename(place.filename)}:{place.lineno})"  # noqa: PTH119
+                            for place in reversed(stack))
+        print(f"stalled: rank {self._rank} for {seconds / 60:.1f} minutes in {self._what}; at {places}",
+              file=sys.stderr, flush=True)
