@@ -20,7 +20,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union
 
-from cascade_rcnn.config import Config
+from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
 from cascade_rcnn.errors import ConfigError
 
 # Keys that older versions wrote into config.json and checkpoints: the key of today, or None where it has no meaning
@@ -153,7 +153,7 @@ def _load_python(path: Path) -> Config:
     if not isinstance(config, Config):
         found = "nothing of that name" if config is None else f"config is a {type(config).__name__}"
         raise ConfigError(f"{path}: expected 'config = Config(...)', found {found}")
-    return config
+    return config_from_dict(config.to_dict(), source=str(path))  # checks the types, which Python has not done
 
 
 def _load_json(path: Path) -> Config:
@@ -173,9 +173,9 @@ def _one_line(error: Exception) -> str:
         return message
     if isinstance(error, TypeError) and "unexpected keyword argument" in message:
         key = message.rsplit("'", 2)[-2]
-        section = message.split("Config", 1)[0].lower()
-        fields = [name.removeprefix(f"{section}.") for name in _flat_hints(Config) if name.startswith(section)]
-        return f"unknown setting {key}{_closest(key, fields)}"
+        cls = {"ModelConfig": ModelConfig, "DataConfig": DataConfig, "TrainConfig": TrainConfig}.get(
+            message.partition(".")[0], Config)
+        return f"unknown setting {key}{_closest(key, list(typing.get_type_hints(cls)))}"
     return f"{type(error).__name__}: {message}"
 
 
