@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cascade_rcnn.errors import ConfigError, UserError
-from cascade_rcnn.structures import ImageBatch, Targets
 
 _Value = TypeVar("_Value")
 
@@ -108,9 +107,9 @@ def gather(value: _Value) -> list[_Value]:
     """Every rank's value on rank 0, an empty list elsewhere: for large results that only rank 0 merges."""
     if world_size() == 1:
         return [value]
-    values: list[Any] | None = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(value, values)
-    return values or []
+    values: list[Any] = [None] * world_size() if rank() == 0 else []
+    dist.gather_object(value, values if rank() == 0 else None)
+    return values
 
 
 def broadcast(value: _Value) -> _Value:
@@ -161,31 +160,16 @@ class Vote:
         return bool(votes.item() > 0)  # a host tensor: no wait for the GPU
 
 
-class LossModule(nn.Module):
-    """``model.loss`` as a forward, which is what DistributedDataParallel watches."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: ImageBatch, targets: Targets) -> dict[str, Tensor]:
-        losses: dict[str, Tensor] = self.model.loss(images, targets)  # type: ignore[operator]
-        return losses
-
-
 def wrap(model: nn.Module, world: World, *, norm: str = "") -> nn.Module:
-    """A module whose forward gives the losses and whose backward averages gradients over the ranks.
+    """The model, whose forward gives the losses, so that its backward averages gradients over the ranks.
 
     Every parameter takes part in every step (an image without objects gives zero losses, not missing ones), so unused
     parameters need not be searched for. ``norm`` is ``config.model.norm``: only trained batch norm has buffers that
     change and must be kept alike.
     """
-    module = LossModule(model)
     if world.size == 1:
-        return module
-    devices = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=norm in ("batch", "sync"),
-                                   gradient_as_bucket_view=True)
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=norm == "batch", gradient_as_bucket_view=True)
 
 
 def with_synchronised_norm(model: nn.Module, world: World) -> nn.Module:
@@ -194,14 +178,14 @@ def with_synchronised_norm(model: nn.Module, world: World) -> nn.Module:
         return model
     if world.device.type != "cuda":
         raise ConfigError("model.norm sync: synchronised batch norm needs GPUs; use --model.norm group on CPUs")
-    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     return converted
 
 
 def without_sync(module: nn.Module, active: bool) -> AbstractContextManager[None]:
     """Keep gradients to this rank for the passes before the last of an accumulated step."""
     if active and isinstance(module, DistributedDataParallel):
-        return module.no_sync()  # type: ignore[no-any-return]
+        return module.no_sync()
     return nullcontext()
 
 

@@ -88,7 +88,7 @@ class Interrupts:
     def _arrives_late(self) -> bool:
         """Whether a signal is pending, or comes within half a second (a whole process group is being stopped)."""
         self._immediate = False
-        deadline = time.monotonic() + (0.5 if multiprocessing.active_children() or not self._children else 0.0)
+        deadline = time.monotonic() + 0.5
         while not self.pending and time.monotonic() < deadline:
             time.sleep(0.02)
         return bool(self.pending)
