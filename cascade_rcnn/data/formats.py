@@ -16,6 +16,7 @@ from cascade_rcnn.data import files
 from cascade_rcnn.data.coco import coco_files, read_coco
 from cascade_rcnn.data.problems import Problems
 from cascade_rcnn.data.records import DataSplit, ImageRecord
+from cascade_rcnn.data.voc import read_voc, voc_splits
 from cascade_rcnn.errors import DataError
 
 _Names = Callable[[Path], Iterable[str]]
@@ -24,6 +25,7 @@ _Reader = Callable[..., DataSplit]
 # In this order; a COCO json beside another format's files wins, being what most tools export on purpose
 _FORMATS: dict[str, tuple[_Names, _Reader, str]] = {
     "coco": (coco_files, read_coco, "COCO: annotations/instances_*.json, train/_annotations.coco.json, or a json file"),
+    "voc": (voc_splits, read_voc, "VOC: Annotations/*.xml with JPEGImages/ and ImageSets/Main/*.txt"),
 }
 
 
