@@ -1,0 +1,165 @@
+"""Backbones: any timm network that gives features of strides 4, 8, 16 and 32."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import timm
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cascade_rcnn.errors import CheckpointError, ConfigError
+
+STRIDES = (4, 8, 16, 32)
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
+
+
+def _create(name: str, *, pretrained: bool) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=pretrained, features_only=True)  # type: ignore[no-any-return]
+    except (RuntimeError, AttributeError, AssertionError) as error:
+        if "nknown model" in str(error) or not timm.is_model(name.split(".")[0]):
+            near = timm.list_models(f"*{name.split('.')[0][:8]}*")[:5]
+            hint = f"; near it: {', '.join(near)}" if near else ""
+            raise ConfigError(f"model.backbone {name!r} is not a network of timm{hint}") from error
+        if pretrained and "nvalid pretrained" in str(error):
+            tags = timm.list_pretrained(name.split(".")[0] + ".*")
+            raise ConfigError(f"model.backbone {name!r}: no such weights; timm has {', '.join(tags) or 'none'}") from error
+        if "features_only" in str(error):
+            raise ConfigError(f"model.backbone {name!r} gives no feature pyramid: choose a hierarchical network") from error
+        raise
+    except Exception as error:  # timm and its hub client raise many kinds of network errors; the way out is the same
+        if not pretrained:
+            raise
+        raise CheckpointError(
+            f"ImageNet weights of {name!r} are not in the cache and could not be downloaded ({type(error).__name__}): "
+            "connect once, or give a file with --model.backbone-weights FILE (the network's state_dict as .pth or "
+            ".safetensors), or train from scratch with --model.pretrained False"
+        ) from error
+
+
+class Backbone(nn.Module):
+    """A timm network cut to its features of strides 4..32.
+
+    ``style`` "caffe" puts a bottleneck's stride into its 1x1 convolution. ``norm`` and ``frozen_stages`` as in
+    :class:`cascade_rcnn.config.ModelConfig`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        pretrained: bool = False,
+        style: str = "pytorch",
+        norm: str = "frozen_statistics",
+        frozen_stages: int = 1,
+    ) -> None:
+        super().__init__()
+        body: Any = _create(name, pretrained=pretrained)
+        reductions = body.feature_info.reduction()
+        missing = [stride for stride in STRIDES if stride not in reductions]
+        if missing:
+            raise ConfigError(f"model.backbone {name!r} gives strides {reductions}, not {STRIDES}: choose another network")
+        self.selected = [len(reductions) - 1 - reductions[::-1].index(stride) for stride in STRIDES]
+        self.channels = [body.feature_info.channels()[i] for i in self.selected]
+        self.body = body
+        self.norm = norm
+        self.recompute = False
+        if style == "caffe":
+            _move_stride_to_first_convolution(body, name)
+        if norm == "group":
+            _replace_batch_norm(body)
+        self._frozen = self._modules_to_freeze(frozen_stages, name)
+        for module in self._frozen:
+            module.requires_grad_(False)
+        if norm == "frozen":
+            for module in body.modules():
+                if isinstance(module, _BATCH_NORMS):
+                    module.requires_grad_(False)
+
+    def _modules_to_freeze(self, frozen_stages: int, name: str) -> list[nn.Module]:
+        """The children up to the stem (0) or the n-th of the four stages."""
+        if frozen_stages < 0:
+            return []
+        if frozen_stages == 4:
+            return list(self.body.children())
+        positions: dict[str, int] | None = getattr(self.body, "return_layers", None)
+        if positions is None:
+            raise ConfigError(f"model.backbone {name!r} can only be trained whole (--model.frozen-stages -1) or not at all (4)")
+        order = {child: i for i, child in enumerate(positions)}
+        first = self.selected[0]
+        # The stem ends with the feature before stride 4, or, without one, has everything before the first stage.
+        limit = self.selected[frozen_stages - 1] if frozen_stages else first - 1
+        frozen, seen = [], -1
+        for child, module in self.body.named_children():
+            if seen >= limit and frozen_stages:
+                break
+            if not frozen_stages and order.get(child, -1) >= first:
+                break
+            frozen.append(module)
+            seen = max(seen, order.get(child, -1))
+        return frozen
+
+    def train(self, mode: bool = True) -> Backbone:
+        super().train(mode)
+        if self.norm in ("frozen_statistics", "frozen"):
+            for module in self.body.modules():
+                if isinstance(module, _BATCH_NORMS):
+                    module.eval()
+        for module in self._frozen:
+            module.eval()
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Normalised images [B, 3, H, W] to features [B, C_l, H/s, W/s] of strides 4, 8, 16, 32."""
+        if self.recompute and self.training and torch.is_grad_enabled():
+            features = checkpoint(self.body, images.requires_grad_(), use_reentrant=False)
+        else:
+            features = self.body(images)
+        chosen = [features[i] for i in self.selected]
+        # Some of timm's transformers give [B, H, W, C].
+        return [f if f.shape[1] == c else f.permute(0, 3, 1, 2) for f, c in zip(chosen, self.channels)]
+
+    def fold_batch_norm(self) -> None:
+        """Fold each batch norm into the convolution before it: the same function at test time, with less work.
+
+        Only pairs that are certain by name are folded: ``conv1``/``bn1`` in a block, and (conv, norm) in a sequence.
+        """
+        for module in list(self.body.modules()):
+            children = dict(module.named_children())
+            names = list(children)
+            for before, after in zip(names, names[1:]):
+                conv, norm = children[before], children[after]
+                paired = after == before.replace("conv", "bn") or isinstance(module, nn.Sequential)
+                if paired and isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d and before != after:
+                    setattr(module, before, _folded(conv, norm))
+                    setattr(module, after, nn.Identity())
+
+
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    folded = copy.deepcopy(conv)
+    folded.weight = nn.Parameter((conv.weight * scale[:, None, None, None]).detach(), requires_grad=False)
+    bias = conv.bias if conv.bias is not None else torch.zeros_like(norm.running_mean)
+    folded.bias = nn.Parameter(((bias - norm.running_mean) * scale + norm.bias).detach(), requires_grad=False)
+    return folded
+
+
+def _move_stride_to_first_convolution(body: nn.Module, name: str) -> None:
+    blocks = [m for m in body.modules() if hasattr(m, "conv3") and getattr(m.conv2, "stride", 1) == (2, 2)]
+    if not blocks:
+        raise ConfigError(f"model.style caffe is for ResNets with bottleneck blocks, not for {name!r}: use pytorch")
+    for block in blocks:
+        block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)  # type: ignore[union-attr, assignment]
+
+
+def _replace_batch_norm(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, nn.GroupNorm(32, child.num_features))
+        else:
+            _replace_batch_norm(child)

@@ -1,0 +1,63 @@
+"""Box head of one stage: two fully connected layers, a classifier and a box regressor.
+
+R RoIs, C channels, K classes (K = background).
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BoxHead(nn.Module):
+    """RoI features [R, C, 7, 7] to class logits [R, K + 1] and deltas [R, 4] (or [R, 4 K], one box per class)."""
+
+    def __init__(
+        self, channels: int, num_classes: int, *, width: int = 1024, size: int = 7, class_agnostic: bool = True
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels * size * size, width)
+        self.fc2 = nn.Linear(width, width)
+        self._add_outputs(width, num_classes, class_agnostic)
+        for layer in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def _add_outputs(self, width: int, num_classes: int, class_agnostic: bool) -> None:
+        self.classifier = nn.Linear(width, num_classes + 1)
+        self.deltas = nn.Linear(width, 4 if class_agnostic else 4 * num_classes)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.normal_(self.deltas.weight, std=0.001)
+        nn.init.zeros_(self.classifier.bias)
+        nn.init.zeros_(self.deltas.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.relu(self.fc1(x.flatten(1)))  # [R, width]
+        x = F.relu(self.fc2(x))
+        return self.classifier(x), self.deltas(x)
+
+
+class ConvBoxHead(BoxHead):
+    """Four 3x3 convolutions with group norm and one fully connected layer (arXiv 1803.08494, 1811.08883)."""
+
+    def __init__(
+        self, channels: int, num_classes: int, *, width: int = 1024, size: int = 7, class_agnostic: bool = True
+    ) -> None:
+        nn.Module.__init__(self)
+        self.convs = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.GroupNorm(32, channels), nn.ReLU())
+            for _ in range(4)
+        )
+        self.fc1 = nn.Linear(channels * size * size, width)
+        self._add_outputs(width, num_classes, class_agnostic)
+        for module in self.convs.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.xavier_uniform_(self.fc1.weight)
+        nn.init.zeros_(self.fc1.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        for conv in self.convs:
+            x = conv(x)
+        x = F.relu(self.fc1(x.flatten(1)))
+        return self.classifier(x), self.deltas(x)

@@ -1,0 +1,67 @@
+"""Arithmetic of boxes: always float32, (x1, y1, x2, y2), width = x2 - x1.
+
+N, M boxes; leading dimensions broadcast.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# A box may grow by 1000/16 at most in one step; larger deltas are clamped before exp (all published implementations).
+MAX_LOG_RATIO = math.log(1000.0 / 16.0)
+
+
+def box_area(boxes: Tensor) -> Tensor:
+    """Areas [...] of boxes [..., 4]."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Boxes [B, N, 4] clipped to images of ``sizes`` [B, 2] (height, width)."""
+    limits = sizes.flip(-1).to(boxes.dtype).repeat(1, 2)[:, None, :]  # [B, 1, 4] as (w, h, w, h)
+    return torch.minimum(boxes.clamp(min=0), limits)
+
+
+def _intersection(a: Tensor, b: Tensor) -> Tensor:
+    top_left = torch.maximum(a[..., :, None, :2], b[..., None, :, :2])
+    bottom_right = torch.minimum(a[..., :, None, 2:], b[..., None, :, 2:])
+    return (bottom_right - top_left).clamp(min=0).prod(-1)  # [..., N, M]
+
+
+def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union [..., N, M] of boxes [..., N, 4] and [..., M, 4]; 0 for two empty boxes."""
+    intersection = _intersection(a, b)
+    union = box_area(a)[..., :, None] + box_area(b)[..., None, :] - intersection
+    return intersection / union.clamp(min=1e-6)
+
+
+def pairwise_iof(a: Tensor, b: Tensor) -> Tensor:
+    """Share [..., N, M] of each box of ``a`` that lies inside each box of ``b``."""
+    return _intersection(a, b) / box_area(a)[..., :, None].clamp(min=1e-6)
+
+
+def encode_boxes(boxes: Tensor, targets: Tensor, stds: Tensor) -> Tensor:
+    """Deltas [..., 4] that lead from ``boxes`` to ``targets`` (R-CNN, eq. 6-9), divided by ``stds`` [4].
+
+    Empty boxes and targets (padding) give finite values.
+    """
+    size = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1e-6)
+    target_size = (targets[..., 2:] - targets[..., :2]).clamp(min=1e-6)
+    shift = (targets[..., :2] + targets[..., 2:] - boxes[..., :2] - boxes[..., 2:]) * 0.5 / size
+    return torch.cat([shift, (target_size / size).log()], dim=-1) / stds
+
+
+def decode_boxes(deltas: Tensor, boxes: Tensor, stds: Tensor, *, limit_shrinking: bool = True) -> Tensor:
+    """Apply ``deltas`` [..., 4] (in units of ``stds`` [4]) to ``boxes`` [..., 4].
+
+    ``limit_shrinking`` clamps the log ratio on both sides (mmdetection), else only growth is limited (detectron2).
+    """
+    deltas = deltas.float() * stds
+    size = boxes[..., 2:] - boxes[..., :2]
+    center = (boxes[..., :2] + boxes[..., 2:]) * 0.5 + deltas[..., :2] * size
+    ratio = deltas[..., 2:].clamp(min=-MAX_LOG_RATIO if limit_shrinking else None, max=MAX_LOG_RATIO)
+    half = size * ratio.exp() * 0.5
+    return torch.cat([center - half, center + half], dim=-1)

@@ -1,0 +1,217 @@
+"""From a configuration to modules: the only place where the two meet, and the table of what implementations do differently."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cascade_rcnn.config import ModelConfig
+from cascade_rcnn.errors import CheckpointError
+from cascade_rcnn.models.anchors import AnchorGenerator
+from cascade_rcnn.models.backbone import STRIDES, Backbone
+from cascade_rcnn.models.box_head import BoxHead, ConvBoxHead
+from cascade_rcnn.models.cascade import Cascade, CascadeDetails
+from cascade_rcnn.models.detector import CascadeRCNN
+from cascade_rcnn.models.fpn import FeaturePyramid
+from cascade_rcnn.models.mask_head import MaskHead
+from cascade_rcnn.models.rpn import RPN, RPNDetails
+
+RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+BGR_MEAN, BGR_STD = (103.53, 116.28, 123.675), (1.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Semantics:
+    """One implementation's choices where the published ones differ (docs/parity.md)."""
+
+    halving_loss_weights: bool  # stage losses 1, 0.5, 0.25 or 1, 1, 1
+    resample: bool
+    divide_gradient: bool  # the gradient from each of n box heads into the features is divided by n
+    box_beta: float
+    rpn_box_beta: float
+    one_stage_box_beta: float  # a single stage (Faster R-CNN) uses this for both losses
+    train_proposals: int
+    one_stage_train_proposals: int
+    best_box_iou: float
+    rematch_best: bool
+    fixed_rpn_normalizer: bool
+    limit_shrinking: bool
+    mean_of_logits: bool
+    bgr: bool  # network input BGR with std 1 whatever the style
+    mask_padding: bool = True
+    rounded_anchors: bool = False
+    sampling_ratio: int = 0
+    aligned: bool = True
+
+
+SEMANTICS = {
+    "mmdetection": Semantics(
+        halving_loss_weights=True, resample=True, divide_gradient=False,
+        box_beta=1.0, rpn_box_beta=1 / 9, one_stage_box_beta=0.0,
+        train_proposals=2000, one_stage_train_proposals=1000,
+        best_box_iou=0.3, rematch_best=True, fixed_rpn_normalizer=False,
+        limit_shrinking=True, mean_of_logits=True, bgr=False,
+    ),
+    "detectron2": Semantics(
+        halving_loss_weights=False, resample=False, divide_gradient=True,
+        box_beta=0.0, rpn_box_beta=0.0, one_stage_box_beta=0.0,
+        train_proposals=1000, one_stage_train_proposals=1000,
+        best_box_iou=0.0, rematch_best=False, fixed_rpn_normalizer=True,
+        limit_shrinking=False, mean_of_logits=False, bgr=True, mask_padding=False,
+    ),
+    "paper": Semantics(
+        halving_loss_weights=True, resample=False, divide_gradient=False,
+        box_beta=1.0, rpn_box_beta=1 / 9, one_stage_box_beta=1.0,
+        train_proposals=2000, one_stage_train_proposals=2000,
+        best_box_iou=0.0, rematch_best=False, fixed_rpn_normalizer=True,
+        limit_shrinking=False, mean_of_logits=False, bgr=True,
+    ),
+    "torchvision": Semantics(
+        halving_loss_weights=False, resample=True, divide_gradient=False,
+        box_beta=1 / 9, rpn_box_beta=1 / 9, one_stage_box_beta=1 / 9,
+        train_proposals=2000, one_stage_train_proposals=2000,
+        best_box_iou=0.0, rematch_best=False, fixed_rpn_normalizer=False,
+        limit_shrinking=False, mean_of_logits=False, bgr=False,
+        mask_padding=False, rounded_anchors=True, sampling_ratio=2, aligned=False,
+    ),
+}  # fmt: skip
+
+
+def wants_antialias(config: ModelConfig) -> bool:
+    """Whether the implementation that ``config`` follows resizes images with antialiasing (Pillow) or without (OpenCV)."""
+    return config.semantics == "detectron2"
+
+
+def stage_stds(config: ModelConfig) -> tuple[tuple[float, ...], ...]:
+    """Standard deviations of each stage's deltas: the paper's (.1, .1, .2, .2) divided by 1, 2, 3, ..."""
+    if config.stage_stds is not None:
+        return config.stage_stds
+    if config.semantics == "detectron2":  # box weights (10, 10, 5, 5) times 1, 2, 3
+        return tuple(tuple(s / (k + 1) for s in (0.1, 0.1, 0.2, 0.2)) for k in range(len(config.stage_ious)))
+    table = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067), (0.025, 0.025, 0.05, 0.05))
+    more = tuple(tuple(s / (k + 1) for s in table[0]) for k in range(4, len(config.stage_ious)))
+    return (table + more)[: len(config.stage_ious)]
+
+
+def build_model(config: ModelConfig, num_classes: int, *, pretrained: bool = False) -> CascadeRCNN:
+    """The network of ``config`` for ``num_classes`` classes (without background), in training mode.
+
+    ``pretrained`` also loads the backbone's ImageNet weights that the configuration names; give False when a whole
+    checkpoint is loaded afterwards.
+    """
+    semantics = SEMANTICS[config.semantics]
+    wanted = pretrained and config.pretrained
+    bgr = semantics.bgr or config.style == "caffe"
+    if wanted and not config.backbone_weights and config.style == "caffe":
+        raise CheckpointError(
+            "timm has no Caffe-style ImageNet weights: give a file with --model.backbone-weights FILE (detectron2's R-50.pkl "
+            "through cascade-rcnn convert), or use --model.style pytorch, or --model.pretrained False"
+        )
+    backbone = Backbone(
+        config.backbone,
+        pretrained=wanted and not config.backbone_weights,
+        style=config.style,
+        norm=config.norm,
+        frozen_stages=config.frozen_stages,
+    )
+    if wanted and config.backbone_weights:
+        load_backbone_weights(backbone, Path(config.backbone_weights))
+    group_norm = config.norm == "group"
+    fpn = FeaturePyramid(backbone.channels, config.fpn_channels, group_norm=group_norm)
+    model = CascadeRCNN(
+        backbone,
+        fpn,
+        _build_rpn(config, semantics),
+        _build_cascade(config, semantics, num_classes),
+        mean=BGR_MEAN if bgr else RGB_MEAN,
+        std=BGR_STD if bgr else RGB_STD,
+        bgr=bgr,
+    )
+    return model.train()
+
+
+def _build_rpn(config: ModelConfig, semantics: Semantics) -> RPN:
+    one_stage = len(config.stage_ious) == 1
+    train_proposals = semantics.one_stage_train_proposals if one_stage else semantics.train_proposals
+    anchors = AnchorGenerator(
+        (*STRIDES, 64), scales=config.anchor_scales, ratios=config.anchor_ratios, rounded=semantics.rounded_anchors
+    )
+    details = RPNDetails(
+        samples=config.rpn_samples,
+        box_beta=semantics.one_stage_box_beta if one_stage else semantics.rpn_box_beta,
+        best_box_iou=semantics.best_box_iou,
+        rematch_best=semantics.rematch_best,
+        fixed_normalizer=semantics.fixed_rpn_normalizer,
+        pre_nms=(2000, max(1000, config.test_proposals)),
+        post_nms=(train_proposals, config.test_proposals),
+        limit_shrinking=semantics.limit_shrinking,
+        mask_padding=semantics.mask_padding,
+    )
+    return RPN(config.fpn_channels, anchors, details=details)
+
+
+def _build_cascade(config: ModelConfig, semantics: Semantics, num_classes: int) -> Cascade:
+    stages = len(config.stage_ious)
+    weights = config.stage_loss_weights or tuple(0.5**k if semantics.halving_loss_weights else 1.0 for k in range(stages))
+    details = CascadeDetails(
+        ious=config.stage_ious,
+        loss_weights=weights,
+        samples=config.roi_samples,
+        resample=semantics.resample,
+        box_beta=semantics.one_stage_box_beta if stages == 1 else semantics.box_beta,
+        feature_gradient=1 / stages if semantics.divide_gradient else 1.0,
+        limit_shrinking=semantics.limit_shrinking,
+        mean_of_logits=semantics.mean_of_logits,
+        sampling_ratio=semantics.sampling_ratio,
+        aligned=semantics.aligned,
+        masks=config.masks,
+        score_threshold=config.score_threshold,
+        nms=config.nms,
+        nms_iou=config.nms_iou,
+        max_detections=config.max_detections,
+    )
+    make_box_head = {"2fc": BoxHead, "4conv1fc_gn": ConvBoxHead}[config.box_head]
+    box_heads: list[nn.Module] = [
+        make_box_head(
+            config.fpn_channels, num_classes, width=config.head_channels, class_agnostic=config.class_agnostic_boxes
+        )
+        for _ in range(stages)
+    ]
+    number = {"none": 0, "every": stages, "last": 1, "one": 1}[config.masks]
+    mask_heads = [
+        MaskHead(config.fpn_channels, num_classes, width=config.mask_channels, group_norm=config.norm == "group")
+        for _ in range(number)
+    ]
+    cascade = Cascade(box_heads, mask_heads, stds=stage_stds(config), strides=STRIDES, details=details)
+    if config.stop_after_stage:
+        cascade.stages_at_test = config.stop_after_stage
+    return cascade
+
+
+def load_backbone_weights(backbone: Backbone, path: Path) -> None:
+    """Load a state_dict (.safetensors or .pth) into ``backbone``; keys of a classifier are left out.
+
+    Raises :class:`CheckpointError` if the file is missing or does not fit.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"model.backbone_weights {path}: no such file")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state) if isinstance(state, dict) else state
+    wanted = backbone.body.state_dict()
+    state = {key.removeprefix("backbone.").removeprefix("body."): value for key, value in state.items()}
+    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    wrong = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    if missing or wrong:
+        raise CheckpointError(
+            f"model.backbone_weights {path} does not fit {type(backbone.body).__name__}: {len(missing)} keys are missing "
+            f"({', '.join(missing[:3])}), {len(wrong)} have another shape ({', '.join(wrong[:3])})"
+        )
+    backbone.body.load_state_dict({key: state.get(key, wanted[key]) for key in wanted})

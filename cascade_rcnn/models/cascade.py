@@ -1,0 +1,276 @@
+"""Cascade of box heads (arXiv 1906.09756, section 4): each stage trains on the boxes that the stage before has refined.
+
+B images, N boxes per image (padded, ``valid`` marks real ones), S samples, K classes (K = background), xyxy input pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cascade_rcnn.models.boxes import clip_boxes, decode_boxes, encode_boxes
+from cascade_rcnn.models.mask_head import MaskHead, mask_loss, mask_targets
+from cascade_rcnn.models.matching import Samples, choose, match, normalizer, take
+from cascade_rcnn.models.postprocess import select_detections
+from cascade_rcnn.models.roi_align import roi_align
+from cascade_rcnn.models.rpn import smooth_l1
+from cascade_rcnn.structures import Proposals, RawDetections, Targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeDetails:
+    """What the published implementations do differently (``models/build.py`` has the table)."""
+
+    ious: tuple[float, ...]
+    loss_weights: tuple[float, ...]
+    samples: int = 512  # RoIs per image in a stage's loss, a quarter of them positive
+    resample: bool = True  # stages 2.. sample again with ground truth added, else they take all boxes of the stage before
+    box_beta: float = 1.0  # where the box loss turns from square to absolute; 0: absolute everywhere
+    feature_gradient: float = 1.0  # factor on the gradient from the box heads into the RoI features
+    limit_shrinking: bool = True
+    mean_of_logits: bool = True  # the ensemble averages logits (mmdetection) or probabilities
+    sampling_ratio: int = 0
+    aligned: bool = True
+    masks: str = "none"  # "every", "last" or "one" (trained on stage 1's samples)
+    score_threshold: float = 0.05
+    nms: str = "class"
+    nms_iou: float = 0.5
+    max_detections: int = 100
+
+
+def _scale_gradient(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1.0 else x * factor + x.detach() * (1 - factor)
+
+
+def _trimmed(valid: Tensor) -> int:
+    """How many leading rows to compute: on a CPU those in use, on a GPU all (asking would make the host wait)."""
+    if valid.device.type != "cpu" or valid.shape[1] == 0:
+        return int(valid.shape[1])
+    used = valid.any(dim=0).nonzero()
+    return int(used[-1]) + 1 if len(used) else 1
+
+
+class Cascade(nn.Module):
+    """The stages' box heads and the mask heads. One stage is Faster or Mask R-CNN."""
+
+    def __init__(
+        self,
+        box_heads: Sequence[nn.Module],
+        mask_heads: Sequence[MaskHead],
+        *,
+        stds: Sequence[Sequence[float]],
+        strides: Sequence[int],
+        details: CascadeDetails,
+    ) -> None:
+        super().__init__()
+        self.box_heads = nn.ModuleList(box_heads)
+        self.mask_heads = nn.ModuleList(mask_heads)
+        self.strides = tuple(strides)
+        self.details = details
+        self.stages_at_test = len(box_heads)  # fewer: stop after that stage
+        self.register_buffer("stds", torch.tensor([list(s) for s in stds]), persistent=False)  # [stages, 4]
+        self.stds: Tensor
+
+    def loss(
+        self, pyramid: list[Tensor], proposals: Proposals, sizes: Tensor, targets: Targets
+    ) -> dict[str, Tensor]:
+        """Losses ``s0.cls``, ``s0.box``, (``s0.mask``,) ``s1.cls`` ... , already weighted."""
+        losses: dict[str, Tensor] = {}
+        samples = self._sample(proposals.boxes, proposals.valid, targets, stage=0)
+        for k in range(len(self.box_heads)):
+            if k > 0:
+                samples = self._samples_of_later_stage(k, boxes, valid, targets)
+            logits, deltas = self._run_stage(k, pyramid, samples.boxes, samples.valid)  # [B, S, K + 1], [B, S, 4 or 4 K]
+            losses |= self._box_losses(k, logits, deltas, samples, targets)
+            if (mask_head := self._mask_head_trained_at(k)) is not None:
+                losses[f"s{k}.mask"] = self._mask_loss(k, mask_head, pyramid, samples, sizes, targets)
+            boxes, valid = self._refine(k, logits, deltas, samples, sizes, targets)
+        return losses
+
+    @torch.no_grad()
+    def detect(self, pyramid: list[Tensor], proposals: Proposals, sizes: Tensor) -> RawDetections:
+        """Detections: the mean of the stages' class scores on the boxes of the last stage."""
+        details = self.details
+        count = _trimmed(proposals.valid)
+        boxes, valid = proposals.boxes[:, :count], proposals.valid[:, :count]
+        total: Tensor | float = 0.0
+        stages = self.stages_at_test
+        for k in range(stages):
+            logits, deltas = self._run_stage(k, pyramid, boxes, valid)
+            total = total + (logits if details.mean_of_logits else logits.softmax(dim=-1))
+            if k + 1 < stages:
+                boxes = self._decode(k, deltas, boxes, logits[..., :-1].argmax(dim=-1), sizes)
+            else:
+                boxes = self._decode_all(k, deltas, boxes, sizes)
+        assert isinstance(total, Tensor)
+        mean = total / stages
+        probabilities = mean.softmax(dim=-1) if details.mean_of_logits else mean
+        found = select_detections(
+            probabilities[..., :-1],
+            boxes,
+            valid,
+            score_threshold=details.score_threshold,
+            nms=details.nms,
+            nms_iou=details.nms_iou,
+            max_detections=details.max_detections,
+        )
+        if self.mask_heads:
+            found.masks = self._masks(pyramid, found)
+        return found
+
+    # Stages
+
+    def _run_stage(self, k: int, pyramid: list[Tensor], boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits [B, N, K + 1] and deltas [B, N, 4 or 4 K] of stage ``k``, float32; garbage where not valid."""
+        batch, count = valid.shape
+        x = self._pool(pyramid, boxes, valid, size=7)
+        if self.training:
+            x = _scale_gradient(x, self.details.feature_gradient)
+        logits, deltas = self.box_heads[k](x.flatten(0, 1))
+        return logits.view(batch, count, -1).float(), deltas.view(batch, count, -1).float()
+
+    def _pool(self, pyramid: list[Tensor], boxes: Tensor, valid: Tensor, *, size: int) -> Tensor:
+        return roi_align(
+            pyramid[: len(self.strides)],
+            boxes,
+            output_size=size,
+            strides=self.strides,
+            valid=valid,
+            sampling_ratio=self.details.sampling_ratio,
+            aligned=self.details.aligned,
+        )
+
+    def _decode(self, k: int, deltas: Tensor, boxes: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
+        """Boxes [B, N, 4] after stage ``k``; a class-specific head moves each box as its class ``labels`` [B, N] says."""
+        if deltas.shape[-1] > 4:
+            deltas = deltas.unflatten(-1, (-1, 4))
+            deltas = deltas.gather(2, labels[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
+        moved = decode_boxes(deltas, boxes, self.stds[k], limit_shrinking=self.details.limit_shrinking)
+        return clip_boxes(moved, sizes)
+
+    def _decode_all(self, k: int, deltas: Tensor, boxes: Tensor, sizes: Tensor) -> Tensor:
+        """Boxes [B, N, 4], or [B, N, K, 4] for a class-specific head."""
+        if deltas.shape[-1] == 4:
+            return self._decode(k, deltas, boxes, deltas, sizes)
+        deltas = deltas.unflatten(-1, (-1, 4))
+        moved = decode_boxes(deltas, boxes[:, :, None], self.stds[k], limit_shrinking=self.details.limit_shrinking)
+        return clip_boxes(moved.flatten(1, 2), sizes).view_as(moved)
+
+    # Training
+
+    def _sample(self, boxes: Tensor, valid: Tensor, targets: Targets, *, stage: int) -> Samples:
+        """Ground truth is added to the boxes, all are matched, and ``samples`` of them drawn."""
+        truth = targets.valid
+        all_boxes = torch.cat([targets.boxes, boxes], dim=1)
+        usable = torch.cat([truth, valid], dim=1)
+        iou = self.details.ious[stage]
+        matches = match(all_boxes, usable, targets, positive_iou=iou, negative_iou=iou)
+        own = torch.arange(truth.shape[1], device=truth.device).expand_as(truth)  # a truth is its own object
+        matches.index = torch.cat([torch.where(truth, own, 0), matches.index[:, truth.shape[1] :]], dim=1)
+        matches.positive = torch.cat([truth, matches.positive[:, truth.shape[1] :]], dim=1)
+        rows, real, positive, most = choose(matches, self.details.samples, positive_share=0.25)
+        count = _trimmed(real)
+        rows, real, positive = rows[:, :count], real[:, :count], positive[:, :count]
+        return Samples(
+            boxes=take(all_boxes, rows),
+            valid=real,
+            positive=positive,
+            index=take(matches.index, rows),
+            is_truth=real & (rows < truth.shape[1]),
+            max_positives=min(most, count),
+        )
+
+    def _samples_of_later_stage(self, k: int, boxes: Tensor, valid: Tensor, targets: Targets) -> Samples:
+        if self.details.resample:
+            return self._sample(boxes, valid, targets, stage=k)
+        iou = self.details.ious[k]
+        matches = match(boxes, valid, targets, positive_iou=iou, negative_iou=iou)
+        real = matches.positive | matches.negative
+        no = torch.zeros_like(real)
+        return Samples(boxes, real, matches.positive, matches.index, no, boxes.shape[1])
+
+    @torch.no_grad()
+    def _refine(
+        self, k: int, logits: Tensor, deltas: Tensor, samples: Samples, sizes: Tensor, targets: Targets
+    ) -> tuple[Tensor, Tensor]:
+        """The boxes that stage ``k`` hands on; the samples that were ground truth stay behind if it is added again."""
+        labels = self._labels(samples, targets)
+        guess = logits[..., :-1].argmax(dim=-1)
+        boxes = self._decode(k, deltas, samples.boxes, torch.where(samples.positive, labels, guess), sizes)
+        valid = samples.valid & ~samples.is_truth if self.details.resample else samples.valid
+        valid = valid & ((boxes[..., 2:] - boxes[..., :2]).amin(dim=-1) > 0)
+        return boxes * valid[..., None], valid
+
+    def _labels(self, samples: Samples, targets: Targets) -> Tensor:
+        return take(targets.labels, samples.index)  # [B, S]
+
+    def _box_losses(
+        self, k: int, logits: Tensor, deltas: Tensor, samples: Samples, targets: Targets
+    ) -> dict[str, Tensor]:
+        background = logits.shape[-1] - 1
+        total = normalizer(samples.valid.sum())
+        labels = self._labels(samples, targets)
+        wanted_class = torch.where(samples.positive, labels, background)
+        cls = F.cross_entropy(logits.flatten(0, 1), wanted_class.flatten(), reduction="none").view_as(labels)
+        most = samples.max_positives
+        positive = samples.positive[:, :most]
+        wanted = encode_boxes(samples.boxes, take(targets.boxes, samples.index), self.stds[k])[:, :most]
+        deltas = deltas[:, :most]
+        if deltas.shape[-1] > 4:
+            own = labels[:, :most, None, None].expand(-1, -1, 1, 4)
+            deltas = deltas.unflatten(-1, (-1, 4)).gather(2, own).squeeze(2)
+        box = smooth_l1(deltas, wanted, self.details.box_beta)
+        weight = self.details.loss_weights[k]
+        return {
+            f"s{k}.cls": torch.where(samples.valid, cls, 0.0).sum() / total * weight,
+            f"s{k}.box": torch.where(positive[..., None], box, 0.0).sum() / total * weight,
+        }
+
+    # Masks
+
+    def _mask_head_trained_at(self, k: int) -> MaskHead | None:
+        """The mask head that learns from stage ``k``'s samples."""
+        trained_at = {
+            "none": (),
+            "every": range(len(self.box_heads)),
+            "last": (len(self.box_heads) - 1,),
+            "one": (0,),
+        }[self.details.masks]
+        if k not in trained_at:
+            return None
+        return self.mask_heads[k if self.details.masks == "every" else 0]  # type: ignore[return-value]
+
+    def _mask_loss(
+        self, k: int, head: MaskHead, pyramid: list[Tensor], samples: Samples, sizes: Tensor, targets: Targets
+    ) -> Tensor:
+        most = samples.max_positives
+        positive = samples.positive[:, :most]
+        count = _trimmed(positive)
+        positive, boxes, index = positive[:, :count], samples.boxes[:, :count], samples.index[:, :count]
+        if targets.masks is not None:
+            # The bitmaps that mmdetection averages are padded like the image, hence their extent.
+            padded = torch.div(sizes + 31, 32, rounding_mode="floor") * 32
+            has_mask = take(targets.masks.sizes.amin(dim=-1), index) > 0
+            wanted = mask_targets(targets.masks, boxes, index, padded, bins=28).flatten(0, 1)
+            positive = positive & has_mask
+        else:
+            wanted, positive = boxes.new_zeros(positive.numel(), 28, 28), torch.zeros_like(positive)
+        x = self._pool(pyramid, boxes, positive, size=14).flatten(0, 1)
+        logits = head.of_labels(x, take(targets.labels, index).flatten())
+        weight = self.details.loss_weights[k]
+        return mask_loss(logits, wanted, positive.flatten()) / normalizer(positive.sum()) * weight
+
+    def _masks(self, pyramid: list[Tensor], found: RawDetections) -> Tensor:
+        """Mask probabilities [B, D, 28, 28] of each detection's class: the mean of the heads in use."""
+        count = _trimmed(found.valid)
+        batch, total = found.valid.shape
+        x = self._pool(pyramid, found.boxes[:, :count], found.valid[:, :count], size=14).flatten(0, 1)
+        heads = self.mask_heads[: self.stages_at_test] if self.details.masks == "every" else self.mask_heads
+        labels = found.labels[:, :count].flatten()
+        mean = sum(head.of_labels(x, labels).float().sigmoid() for head in heads) / len(heads)  # type: ignore[operator]
+        side = mean.shape[-1]
+        return F.pad(mean.view(batch, count, side, side), (0, 0, 0, 0, 0, total - count))

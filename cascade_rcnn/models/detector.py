@@ -1,0 +1,85 @@
+"""The whole network: images in, losses or detections out.
+
+    pixels -> normalise -> backbone -> FPN -> RPN -> cascade -> masks -> detections
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cascade_rcnn.models.backbone import Backbone
+from cascade_rcnn.models.cascade import Cascade
+from cascade_rcnn.models.fpn import FeaturePyramid
+from cascade_rcnn.models.rpn import RPN
+from cascade_rcnn.structures import ImageBatch, RawDetections, Targets
+
+
+class CascadeRCNN(nn.Module):
+    """Cascade (Mask) R-CNN; with one stage Faster (Mask) R-CNN.
+
+    ``mean`` and ``std`` are in grey levels, in the order RGB, or BGR with ``bgr`` (the networks trained in Caffe).
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        fpn: FeaturePyramid,
+        rpn: RPN,
+        cascade: Cascade,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        bgr: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.fpn = fpn
+        self.rpn = rpn
+        self.cascade = cascade
+        self.bgr = bgr
+        self.register_buffer("mean", torch.tensor(list(mean)).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(list(std)).view(3, 1, 1), persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+
+    def loss(self, images: ImageBatch, targets: Targets) -> dict[str, Tensor]:
+        """Weighted losses by name (``rpn_cls``, ``rpn_box``, ``s0.cls``, ...); their sum is what training minimises."""
+        pyramid = self.pyramid(images)
+        losses, proposals = self.rpn.loss(pyramid, images.sizes, targets)
+        return losses | self.cascade.loss(pyramid, proposals, images.sizes, targets)
+
+    @torch.no_grad()
+    def detect(self, images: ImageBatch) -> RawDetections:
+        """Detections in pixels of the network input, sorted by falling score. Call ``eval()`` first."""
+        pyramid = self.pyramid(images)
+        return self.cascade.detect(pyramid, self.rpn.propose(pyramid, images.sizes), images.sizes)
+
+    def forward(self, images: ImageBatch, targets: Targets) -> dict[str, Tensor]:
+        """As :meth:`loss`: what a data-parallel wrapper calls."""
+        return self.loss(images, targets)
+
+    def pyramid(self, images: ImageBatch) -> list[Tensor]:
+        """Feature maps p2..p6 of a batch."""
+        return self.fpn(self.backbone(self.normalize(images)))  # type: ignore[no-any-return]
+
+    def normalize(self, images: ImageBatch) -> Tensor:
+        """Normalised input [B, 3, H, W] in channels-last memory, exactly zero where an image is padded."""
+        pixels = images.pixels.flip(1) if self.bgr else images.pixels
+        height, width = pixels.shape[-2:]
+        row, column = torch.arange(height, device=pixels.device), torch.arange(width, device=pixels.device)
+        inside = (row[:, None] < images.sizes[:, 0, None, None]) & (column < images.sizes[:, 1, None, None])
+        x = (pixels.float() - self.mean) / self.std * inside[:, None]
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def set_activation_checkpointing(self, on: bool) -> None:
+        """Recompute the backbone's activations in the backward pass: less memory, more time."""
+        self.backbone.recompute = on
+
+    def optimize_for_inference(self) -> CascadeRCNN:
+        """Fold batch norms and lay weights out for speed; the detector then gives the same detections but cannot train."""
+        self.eval().requires_grad_(False)
+        self.backbone.fold_batch_norm()
+        return self.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

@@ -1,0 +1,168 @@
+"""Which box learns which object, and which boxes take part in a loss.
+
+B images, N boxes, G objects (padded), S samples. Pairwise tables are computed in chunks of bounded size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cascade_rcnn.models.boxes import pairwise_iof, pairwise_iou
+from cascade_rcnn.structures import Targets
+
+MAX_TABLE = 1 << 24  # entries of a pairwise table held at once (64 MB in float32)
+IGNORED_SHARE = 0.5  # a negative with more than this share of its area inside an ignored region takes no part
+
+
+@dataclass
+class Matches:
+    """For each box its object and its role; rows that are neither positive nor negative take no part."""
+
+    index: Tensor  # int64 [B, N], row of the object with the largest IoU (any row where there is none)
+    positive: Tensor  # bool [B, N]
+    negative: Tensor  # bool [B, N]
+
+
+@dataclass
+class Samples:
+    """Boxes chosen for a loss, positives first; ``valid`` marks real rows."""
+
+    boxes: Tensor  # float32 [B, S, 4]
+    valid: Tensor  # bool [B, S]
+    positive: Tensor  # bool [B, S]
+    index: Tensor  # int64 [B, S], matched object
+    is_truth: Tensor  # bool [B, S], rows that are ground-truth boxes added to the proposals
+    max_positives: int  # positives lie in the first so many rows
+
+
+def _best_object(boxes: Tensor, objects: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest IoU [N] of each box [N, 4] with the valid objects [G, 4], and that object's row [N]."""
+    chunk = max(1, MAX_TABLE // max(1, objects.shape[0]))
+    parts = []
+    for part in boxes.split(chunk):
+        iou = pairwise_iou(part, objects).masked_fill(~valid, -1.0)
+        parts.append(iou.max(dim=1))
+    if not parts:
+        return boxes.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=boxes.device)
+    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+
+
+def _best_boxes(
+    boxes: Tensor, objects: Tensor, valid: Tensor, usable: Tensor, *, min_iou: float
+) -> Tensor:
+    """For each box [N] the last object (1-based) whose best box it is, or 0.
+
+    An object's best boxes are all those that share its largest IoU, if that is at least ``min_iou``.
+    """
+    chunk = max(1, MAX_TABLE // max(1, objects.shape[0]))
+
+    def tables() -> list[tuple[int, Tensor]]:
+        return [(start, boxes[start : start + chunk]) for start in range(0, boxes.shape[0], chunk)]
+
+    def table(start: int, part: Tensor) -> Tensor:
+        return pairwise_iou(part, objects).masked_fill(~usable[start : start + len(part), None], -1.0)
+
+    best = boxes.new_full((objects.shape[0],), -1.0)
+    for start, part in tables():
+        best = torch.maximum(best, table(start, part).amax(dim=0))
+    eligible = valid & (best >= min_iou) & (best > 0)
+    number = torch.arange(1, objects.shape[0] + 1, device=boxes.device)
+    owners = [
+        ((table(start, part) == best) & eligible).to(torch.int64).mul(number).amax(dim=1) for start, part in tables()
+    ]
+    return torch.cat(owners)
+
+
+def ignored_by_regions(boxes: Tensor, targets: Targets, b: int) -> Tensor:
+    """Boxes [N] of image ``b`` that lie mostly inside one of its ignored regions."""
+    regions, real = targets.boxes[b], targets.ignore[b]
+    chunk = max(1, MAX_TABLE // max(1, regions.shape[0]))
+    parts = [
+        pairwise_iof(part, regions).masked_fill(~real, 0.0).amax(dim=1) > IGNORED_SHARE for part in boxes.split(chunk)
+    ]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def match(
+    boxes: Tensor,
+    usable: Tensor,
+    targets: Targets,
+    *,
+    positive_iou: float,
+    negative_iou: float,
+    best_box_iou: float | None = None,
+    rematch_best: bool = True,
+) -> Matches:
+    """Match boxes [B, N, 4] (those that are ``usable`` [B, N]) with the objects of their images.
+
+    Positive: IoU >= ``positive_iou``; negative: IoU < ``negative_iou``. With ``best_box_iou`` every object's best boxes
+    are positive too if their IoU reaches it (the RPN's rule); ``rematch_best`` then hands them to that object
+    (mmdetection) instead of leaving them with the object of their own largest IoU (detectron2, torchvision).
+    """
+    indices, positives, negatives = [], [], []
+    for b in range(boxes.shape[0]):
+        iou, index = _best_object(boxes[b], targets.boxes[b], targets.valid[b])
+        positive = (iou >= positive_iou) & usable[b]
+        negative = (iou < negative_iou) & usable[b]
+        if best_box_iou is not None:
+            owner = _best_boxes(boxes[b], targets.boxes[b], targets.valid[b], usable[b], min_iou=best_box_iou)
+            positive = positive | (owner > 0)
+            if rematch_best:
+                index = torch.where(owner > 0, owner - 1, index)
+        negative = negative & ~positive & ~ignored_by_regions(boxes[b], targets, b)
+        indices.append(index)
+        positives.append(positive)
+        negatives.append(negative)
+    return Matches(torch.stack(indices), torch.stack(positives), torch.stack(negatives))
+
+
+def choose(matches: Matches, count: int, *, positive_share: float) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Choose ``count`` rows at random, at most ``positive_share`` of them positive, the rest negative.
+
+    Returns rows [B, S], their validity [B, S], whether they are positive [B, S], and how many leading rows can be
+    positive. S = min(count, N) whatever the data holds.
+    """
+    total = matches.positive.shape[1]
+    positives = min(int(count * positive_share), total)
+    count = min(count, total)
+    key = torch.rand(matches.positive.shape, device=matches.positive.device)
+
+    def first(mask: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        values, rows = torch.where(mask, key, -1.0).topk(number, dim=1)
+        return values >= 0, rows
+
+    taken, rows = first(matches.positive, positives)
+    chosen_positive = torch.zeros_like(matches.positive).scatter(1, rows, taken)
+    free = count - taken.sum(dim=1, keepdim=True)
+    taken, rows = first(matches.negative, count)
+    taken = taken & (torch.arange(count, device=rows.device) < free)
+    chosen_negative = torch.zeros_like(matches.negative).scatter(1, rows, taken)
+    order = chosen_positive * 2 + chosen_negative + key * 0.5  # positives, negatives, the rest
+    rows = order.topk(count, dim=1).indices  # [B, S]
+    is_positive = chosen_positive.gather(1, rows)
+    return rows, is_positive | chosen_negative.gather(1, rows), is_positive, positives
+
+
+def take(values: Tensor, rows: Tensor) -> Tensor:
+    """Rows [B, S] of ``values`` [B, N] or [B, N, D]."""
+    if values.dim() == 2:
+        return values.gather(1, rows)
+    return values.gather(1, rows[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def normalizer(count: Tensor) -> Tensor:
+    """A loss's divisor: ``count`` averaged over the processes, at least 1.
+
+    Averaging the processes' gradients then gives exactly the gradient of one process with the whole batch.
+    """
+    count = count.detach().float().reshape(())
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        count = count.clone()
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return count.clamp(min=1.0)
