@@ -42,7 +42,7 @@ class _Shape:
 
 
 def generate_shapes(
-    out: Path, *, train_images: int = 320, val_images: int = 64, size: int = 160, objects: tuple[int, int] = (1, 7),
+    out: Path, *, train_images: int = 320, val_images: int = 64, size: int = 160, objects: tuple[int, int] = (2, 8),
     seed: int = 0
 ) -> Path:
     """Write the data set and return its folder; the same arguments give the same data.
@@ -201,7 +201,8 @@ def _paint(pixels: Pixels, alpha: Pixels, shape: _Shape, rng: np.random.Generato
         colour = _colour(rng)
     if rng.random() < 0.5:
         shift = max(int(size / 80), 1)
-        shadow = Image.fromarray((np.roll(alpha, (shift, shift), (0, 1)) * 255).astype(np.uint8))
+        shadow = Image.new("L", (size, size))
+        shadow.paste(Image.fromarray((alpha * 255).astype(np.uint8)), (shift, shift))
         dark = np.asarray(shadow.filter(ImageFilter.GaussianBlur(shift)), dtype=np.float32) / 255
         pixels *= 1 - 0.45 * dark[..., None]
     fill = np.clip(colour * _pattern(rng, size)[..., None], 0, 255)
@@ -218,15 +219,19 @@ def _colour(rng: np.random.Generator) -> NDArray[np.float32]:
 
 def _pattern(rng: np.random.Generator, size: int) -> Pixels:
     """Brightness [size, size] about 1: plain, shaded, striped or dotted."""
-    y, x = np.mgrid[:size, :size].astype(np.float32)
+    y, x = np.ogrid[:np.float32(size), :np.float32(size)]
     angle, period = rng.uniform(0, np.pi), size * rng.uniform(0.03, 0.07)
     along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
     kind = int(rng.integers(4))
-    wave, cross_wave = np.sin(2 * np.pi * along / period), np.sin(2 * np.pi * across / period)
-    patterns = (np.ones_like(x), 0.75 + 0.5 * (along - along.min()) / np.ptp(along), 1 + 0.22 * np.sign(wave),
-                1 - 0.3 * (wave * cross_wave > 0.35))
-    chosen: Pixels = patterns[kind].astype(np.float32)
-    return chosen
+    if kind == 0:
+        brightness = np.ones((size, size))
+    elif kind == 1:
+        brightness = 0.75 + 0.5 * (along - along.min()) / np.ptp(along)
+    elif kind == 2:
+        brightness = 1 + 0.22 * np.sign(np.sin(2 * np.pi * along / period))
+    else:
+        brightness = 1 - 0.3 * (np.sin(2 * np.pi * along / period) * np.sin(2 * np.pi * across / period) > 0.35)
+    return np.asarray(brightness, dtype=np.float32)
 
 
 def _background(rng: np.random.Generator, size: int) -> Pixels:
