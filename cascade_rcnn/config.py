@@ -187,6 +187,8 @@ class TrainConfig:
     """Stop after so many non-finite losses in a row."""
     max_bad_images: int = 100
     """Stop when more images than this could not be read."""
+    stall_minutes: float = 10.0
+    """Report a process that has spent more minutes than this on one step, with step and images; 0: never."""
     seed: int = 0
     deterministic: bool = False
     """Bit-equal runs, slower."""
