@@ -173,8 +173,8 @@ def _one_line(error: Exception) -> str:
         return message
     if isinstance(error, TypeError) and "unexpected keyword argument" in message:
         key = message.rsplit("'", 2)[-2]
-        cls = {"ModelConfig": ModelConfig, "DataConfig": DataConfig, "TrainConfig": TrainConfig}.get(
-            message.partition(".")[0], Config)
+        called = message.partition(".")[0]
+        (cls,) = [cls for cls in (Config, ModelConfig, DataConfig, TrainConfig) if cls.__name__ == called] or [Config]
         return f"unknown setting {key}{_closest(key, list(typing.get_type_hints(cls)))}"
     return f"{type(error).__name__}: {message}"
 

@@ -1,0 +1,141 @@
+"""How much a newcomer must read: sizes of modules and functions, and the files that one image passes through."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+import cascade_rcnn
+from cascade_rcnn import recipes
+from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
+
+PACKAGE = Path(cascade_rcnn.__file__).resolve().parent
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] != "configs")
+MODULE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 9
+FILES, MODEL_FILES = 30, 14
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _trees() -> Iterator[tuple[str, ast.Module]]:
+    for path in MODULES:
+        yield str(path.relative_to(PACKAGE)), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _functions() -> Iterator[tuple[str, Function]]:
+    for name, tree in _trees():
+        for node in ast.walk(tree):
+            if isinstance(node, Function):
+                yield f"{name}:{node.lineno} {node.name}", node
+
+
+def _parameters(function: Function) -> list[str]:
+    arguments = function.args
+    names = [a.arg for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]]
+    return [name for name in names if name not in ("self", "cls")]
+
+
+def _is_kernel(function: Function) -> bool:
+    """A Triton kernel takes a pointer and a stride for each axis: that many parameters are its nature."""
+    return any("triton" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def test_no_module_is_longer_than_a_sitting() -> None:
+    lines = {str(path.relative_to(PACKAGE)): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
+    assert {name: count for name, count in lines.items() if count > MODULE_LINES} == {}
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    lines = {name: (node.end_lineno or 0) - node.lineno + 1 for name, node in _functions()}
+    assert {name: count for name, count in lines.items() if count > FUNCTION_LINES} == {}
+
+
+def test_no_function_takes_too_many_parameters() -> None:
+    counts = {name: len(_parameters(node)) for name, node in _functions() if not _is_kernel(node)}
+    assert {name: count for name, count in counts.items() if count > PARAMETERS} == {}
+
+
+def test_nothing_is_registered_and_no_string_names_a_class() -> None:
+    classes = {node.name for _, tree in _trees() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    found = []
+    for name, tree in _trees():
+        type_variables = [node for node in ast.walk(tree) if isinstance(node, ast.Call)
+                          and isinstance(node.func, ast.Name) and node.func.id == "TypeVar"]
+        allowed = {inner for node in type_variables for inner in ast.walk(node)}
+        for node in ast.walk(tree):
+            words = [getattr(node, field, "") for field in ("id", "attr", "name", "arg")]
+            if any(isinstance(word, str) and "registr" in word.lower() for word in words):
+                found.append(f"{name}:{getattr(node, 'lineno', 0)} registers")
+            is_class_name = isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in classes
+            if is_class_name and node not in allowed and name != "__init__.py":  # which lists the public names
+                found.append(f"{name}:{node.lineno} names the class {node.value}")
+    assert found == []
+
+
+@pytest.mark.parametrize("path", recipes._recipe_files().values(), ids=lambda path: path.stem)
+def test_a_recipe_is_understood_from_itself_and_config_py(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    imported = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+                for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.Import, ast.ImportFrom))}
+    assert imported == {"cascade_rcnn.config"}
+    assert len(text.splitlines()) <= 60 and (ast.get_docstring(ast.parse(text)) or "") != ""
+
+
+class _Files:
+    """Context that notes the package's files in which a function ran (importing a module alone does not count)."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, set[str]] = {}
+
+    def _note(self, frame: FrameType, event: str, argument: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(str(PACKAGE)) and code.co_name != "<module>":
+            self.seen.setdefault(str(Path(code.co_filename).relative_to(PACKAGE)), set()).add(code.co_name)
+
+    def __enter__(self) -> _Files:
+        threading.setprofile(self._note)
+        sys.setprofile(self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        sys.setprofile(None)
+        threading.setprofile(None)  # type: ignore[arg-type]
+
+
+def _tiny_config(data: Path) -> Config:
+    return Config(
+        model=ModelConfig(backbone="resnet18", pretrained=False, fpn_channels=16, head_channels=16, mask_channels=8,
+                          masks="every", norm="batch", frozen_stages=-1, test_proposals=50),
+        data=DataConfig(root=str(data), short_side=(64,), long_side=96, workers=0),
+        train=TrainConfig(epochs=1, milestones=(), batch_size=2, images_per_step=2, warmup_steps=1, max_steps=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def files_of_one_image(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """Train two steps and evaluate, in this process."""
+    from cascade_rcnn.data.shapes import generate_shapes
+
+    train: Callable[..., Any] = __import__("cascade_rcnn.train", fromlist=["train"]).train
+    folder = tmp_path_factory.mktemp("budget")
+    data = generate_shapes(folder / "data", train_images=4, val_images=4, size=64)
+    with _Files() as files:
+        train(_tiny_config(data), out=folder / "run")
+    return files.seen
+
+
+def test_one_image_passes_few_files(files_of_one_image: dict[str, set[str]]) -> None:
+    assert len(files_of_one_image) <= FILES, "\n".join(sorted(files_of_one_image))
+    assert {"train.py", "evaluate.py", "models/cascade.py", "evaluation/coco.py"} <= set(files_of_one_image)
+
+
+def test_the_model_is_few_files(files_of_one_image: dict[str, set[str]]) -> None:
+    model = sorted(name for name in files_of_one_image if name.startswith("models/") or name == "structures.py")
+    assert len(model) <= MODEL_FILES, "\n".join(model)
