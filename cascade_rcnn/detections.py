@@ -1,8 +1,8 @@
 """What the detector found in one image, in pixels of that image, and how to take it elsewhere.
 
-D detections, m side of the mask head's output. Masks stay [D, m, m] probabilities until somebody asks for pixels, and are
-then pasted object by object within their own box: 300 masks in a 12-megapixel image never lie in memory as 300 bitmaps
-unless ``.masks`` is read.
+D detections, m side of the mask head's output. Masks stay [D, m, m] probabilities until somebody asks for pixels, and
+are then pasted object by object within their own box: 300 masks in a 12-megapixel image never lie in memory as 300
+bitmaps unless ``.masks`` is read.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Detections:
         try:
             import supervision
         except ImportError as error:
-            raise UserError("to_supervision needs the package supervision: pip install 'cascade-rcnn[supervision]'") from error
+            raise UserError("the package supervision is missing: pip install 'cascade-rcnn[supervision]'") from error
         masks = self.masks
         return supervision.Detections(
             xyxy=self.boxes.numpy().astype(np.float32).reshape(-1, 4),
@@ -129,7 +129,7 @@ class Detections:
         from cascade_rcnn.visualize import draw_detections
 
         if self.image is None:
-            raise UserError("these detections hold no image to draw on: use visualize.draw_detections(image, detections)")
+            raise UserError("no image to draw on in these detections: use visualize.draw_detections(image, detections)")
         return draw_detections(self.image, self, **options)
 
     def save(self, path: str | Path, **options: Any) -> Path:
@@ -149,7 +149,7 @@ class Detections:
 def _bilinear_weights(start: float, end: float, first: int, last: int, side: int) -> NDArray[np.float32]:
     """Weights [last - first, side] of a bilinear sample at each pixel's centre, on ``side`` cells from start to end.
 
-    The same as ``grid_sample`` with ``align_corners=False`` and zeros outside: a tent of one cell around each cell's centre.
+    As ``grid_sample`` with ``align_corners=False`` and zeros outside: a tent of one cell around each cell's centre.
     """
     centres = (np.arange(first, last, dtype=np.float64) + 0.5 - start) / (end - start) * side - 0.5
     distance: NDArray[np.float64] = np.abs(centres[:, None] - np.arange(side, dtype=np.float64))
