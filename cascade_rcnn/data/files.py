@@ -76,6 +76,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_dir(path: Path) -> bool:
+    """Whether a folder is there; names that the disk cannot hold are not."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def subfolders(path: Path) -> list[Path]:
     """Folders below a folder, sorted; none where it cannot be listed."""
     try:

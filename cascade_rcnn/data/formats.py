@@ -13,10 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from cascade_rcnn.data import files
+from cascade_rcnn.data.citypersons import citypersons_splits, read_citypersons
 from cascade_rcnn.data.coco import coco_files, read_coco
+from cascade_rcnn.data.kitti import kitti_splits, read_kitti
 from cascade_rcnn.data.problems import Problems
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.data.voc import read_voc, voc_splits
+from cascade_rcnn.data.widerface import read_widerface, widerface_splits
+from cascade_rcnn.data.yolo import read_yolo, yolo_splits
 from cascade_rcnn.errors import DataError
 
 _Names = Callable[[Path], Iterable[str]]
@@ -25,6 +29,10 @@ _Reader = Callable[..., DataSplit]
 # In this order; a COCO json beside another format's files wins, being what most tools export on purpose
 _FORMATS: dict[str, tuple[_Names, _Reader, str]] = {
     "coco": (coco_files, read_coco, "COCO: annotations/instances_*.json, train/_annotations.coco.json, or a json file"),
+    "citypersons": (citypersons_splits, read_citypersons, "CityPersons: annotations/anno_*.mat with leftImg8bit/"),
+    "widerface": (widerface_splits, read_widerface, "WIDER FACE: wider_face_split/*_bbx_gt.txt, WIDER_train/images"),
+    "kitti": (kitti_splits, read_kitti, "KITTI: training/label_2/*.txt with training/image_2"),
+    "yolo": (yolo_splits, read_yolo, "YOLO: data.yaml, or classes.txt with images/ and labels/"),
     "voc": (voc_splits, read_voc, "VOC: Annotations/*.xml with JPEGImages/ and ImageSets/Main/*.txt"),
 }
 
@@ -49,20 +57,29 @@ def splits(root: Path | str) -> list[str]:
     return list(_FORMATS[recognise(root)][0](root))
 
 
-def open_split(root: Path | str, split: str, *, problems: Problems | None = None) -> DataSplit:
+def disjoint_splits(root: Path | str) -> list[str]:
+    """The splits without those that repeat others: no trainval where train and val are there."""
+    names = splits(root)
+    have = {name.lower() for name in names}
+    return [name for name in names if not (name.lower().endswith("trainval") and
+                                           {name.lower()[:-8] + "train", name.lower()[:-8] + "val"} <= have)]
+
+
+def open_split(root: Path | str, split: str, *, strict: bool = True) -> DataSplit:
     """Reads a split of a data set of any known format.
 
     Args:
         root: folder of the data set, or a COCO json file.
         split: a name, names joined with a plus, each perhaps with a part: ``2007_trainval+2012_trainval:0-50``.
-        problems: where problems are collected; by default those that would ruin a training are raised.
+        strict: raise the first problem that would ruin a training; else leave it out. Either way
+            ``DataSplit.problems`` lists what was left out.
     """
     root = Path(root)
     reader = _FORMATS[recognise(root)][1]
     parts = []
     for word in split.split("+"):
         name, _, share = word.strip().partition(":")
-        part = reader(root, name, problems=problems or Problems())
+        part = reader(root, name, problems=Problems(strict=strict))
         parts.append(_share(part, share, root) if share else part)
     return parts[0] if len(parts) == 1 else _join(parts, split)
 
@@ -111,7 +128,7 @@ def describe(root: Path | str) -> str:
     found = recognise(root)
     lines = [f"{files.printable(root)}: {found} format"]
     for name in splits(root):
-        lines.append("  " + describe_split(open_split(root, name, problems=Problems(strict=False))))
+        lines.append("  " + describe_split(open_split(root, name, strict=False)))
     return "\n".join(lines)
 
 

@@ -62,8 +62,9 @@ def voc_splits(root: Path) -> list[str]:
 
 def _lists(root: Path) -> list[_List]:
     found: list[_List] = []
-    children = files.subfolders(root) if root.is_dir() else []
-    grandchildren = [below for child in children for below in files.subfolders(child)] if len(children) < 200 else []
+    children = files.subfolders(root) if files.is_dir(root) else []
+    grandchildren = [below for child in children if child.name.startswith("VOCdevkit")
+                     for below in files.subfolders(child)]
     for folder in [root, *children, *grandchildren]:
         for name in ("Annotations", "annotations", "xmls"):
             if _has_xml(folder / name):

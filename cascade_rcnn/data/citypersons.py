@@ -1,0 +1,112 @@
+"""CityPersons: ``anno_train.mat`` and ``anno_val.mat`` on Cityscapes images (``leftImg8bit/val/CITY/*.png``).
+
+Pedestrians are the one class; riders, sitting and other persons, groups and marked regions are ignore regions.
+``image_id`` counts from 1 in the order of the file, as the official ``val_gt.json`` does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cascade_rcnn.data import files
+from cascade_rcnn.data.matlab import read_mat, text
+from cascade_rcnn.data.problems import Problems
+from cascade_rcnn.data.records import DataSplit, ImageRecord
+from cascade_rcnn.errors import DataError
+
+_PEDESTRIAN = 1
+_HEIGHT, _WIDTH = 1024, 2048  # of every Cityscapes image
+
+
+def citypersons_splits(root: Path) -> list[str]:
+    """Names of the splits: those with an ``anno_SPLIT.mat``."""
+    return list(_annotations(root))
+
+
+def _annotations(root: Path) -> dict[str, Path]:
+    for folder in (root / "annotations", root, *(files.subfolders(root) if root.is_dir() else [])):
+        found = {path.stem.removeprefix("anno_"): path for path in files.list_files(folder, {".mat"})
+                 if path.name.startswith("anno_")}
+        if found:
+            return found
+    return {}
+
+
+def read_citypersons(root: Path, split: str, *, problems: Problems | None = None) -> DataSplit:
+    """Reads one split. Attributes: ``visible_boxes`` [G, 4] xyxy, ``kind`` (the file's class 0..5).
+
+    Raises ``DataError`` with file, image and reason.
+    """
+    problems = problems or Problems()
+    found = _annotations(root)
+    name = files.resolve_split(list(found), split, root)
+    path = found[name]
+    variables = list(read_mat(path).values())
+    if len(variables) != 1 or not isinstance(variables[0], np.ndarray):
+        raise DataError(f"{files.printable(path)}: {len(variables)} variables where CityPersons has one, "
+                        f"anno_{name}_aligned")
+    folder = next((root / base for base in ("leftImg8bit", "images") if (root / base).is_dir()), root / "leftImg8bit")
+    records = []
+    for number, entry in enumerate(variables[0].reshape(-1)):
+        place = f"{files.printable(path)}, image {number + 1}"
+        try:
+            city, image, rows = _fields(entry)
+            file = files.safe_path(root, folder, f"{name}/{city}/{image}")
+        except ValueError as error:
+            problems.add("bad-annotation", place, str(error))
+            continue
+        records.append(_read_record(file, number + 1, rows, place, problems))
+    truth = root / "evaluation" / "val_gt.json"
+    return DataSplit("citypersons", name, root, records, ("pedestrian",), (1,),
+                     truth=truth if name == "val" and files.is_file(truth) else path, problems=problems.items)
+
+
+def _fields(entry: Any) -> tuple[str, str, NDArray[np.float64]]:
+    while isinstance(entry, np.ndarray) and entry.dtype.names is None and entry.size == 1:
+        entry = entry.reshape(-1)[0]
+    if not isinstance(entry, np.ndarray | np.void) or entry.dtype.names is None:
+        raise ValueError("no structure of cityname, im_name and bbs")
+    names = {field.lower(): field for field in entry.dtype.names}
+    if not {"cityname", "im_name", "bbs"} <= set(names):
+        raise ValueError(f"fields {', '.join(names)} where cityname, im_name and bbs are wanted")
+    city, image = (text(entry[names[field]]) for field in ("cityname", "im_name"))
+    rows = entry[names["bbs"]]
+    while isinstance(rows, np.ndarray) and rows.dtype == object and rows.size == 1:
+        rows = rows.reshape(-1)[0]
+    if not isinstance(rows, np.ndarray) or rows.dtype.kind not in "iuf":
+        raise ValueError("bbs is not a table of numbers")
+    if rows.size and (rows.ndim != 2 or rows.shape[1] != 10):
+        raise ValueError(f"bbs of shape {rows.shape} where rows of 10 numbers are wanted")
+    # the file's unsigned 16 bits would overflow in x + w
+    return city, image, rows.astype(np.float64).reshape(-1, 10)
+
+
+def _read_record(path: Path, image_id: int, rows: NDArray[np.float64], place: str, problems: Problems) -> ImageRecord:
+    height, width = files.image_size(path) or (_HEIGHT, _WIDTH)
+    keep = np.ones(len(rows), dtype=np.bool_)
+    for number, row in enumerate(rows):
+        left, top, wide, high = row[1:5]
+        where = f"{place}, row {number + 1}"
+        if not np.all(np.abs(row) < 1e9):
+            problems.add("bad-number", where, files.shown(row.tolist()))
+        elif wide <= 0 or high <= 0:
+            problems.add("empty-box", where, f"box {row[1:5].tolist()} (x, y, width, height) has no area")
+        elif left >= width or top >= height or left + wide <= 0 or top + high <= 0:
+            problems.add("outside-box", where, f"box {row[1:5].tolist()} (x, y, width, height) lies outside the image")
+        else:
+            continue
+        keep[number] = False
+    rows = rows[keep]
+    boxes, visible = rows[:, 1:5].copy(), rows[:, 6:10].copy()
+    boxes[:, 2:] += boxes[:, :2]
+    visible[:, 2:] += visible[:, :2]
+    kind = rows[:, 0].astype(np.int64)
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return ImageRecord(path, path.name, image_id, height, width, boxes, np.zeros(len(rows), dtype=np.int64),
+                       kind != _PEDESTRIAN, areas, attributes={"visible_boxes": visible, "kind": kind}, source=place)
+
+

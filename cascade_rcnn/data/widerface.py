@@ -1,0 +1,153 @@
+"""WIDER FACE: ``wider_face_split/wider_face_SPLIT_bbx_gt.txt`` (or ``.mat``) beside ``WIDER_SPLIT/images/EVENT``.
+
+The one class is ``face``; faces marked invalid are ignore regions. An image without faces has the count 0 and one row
+of zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cascade_rcnn.data import files
+from cascade_rcnn.data.matlab import read_mat, text
+from cascade_rcnn.data.problems import Problems
+from cascade_rcnn.data.records import DataSplit, ImageRecord
+from cascade_rcnn.errors import DataError
+
+_COLUMNS = ("blur", "expression", "illumination", "invalid", "occlusion", "pose")
+_Entry = tuple[str, str, NDArray[np.float64]]  # file name, place, rows of x y w h and the six columns
+
+
+def widerface_splits(root: Path) -> list[str]:
+    """Names of the splits: those with a ``wider_face_SPLIT_bbx_gt.txt`` or ``wider_face_SPLIT.mat``."""
+    return list(_annotations(root))
+
+
+def _annotations(root: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for folder in (root / "wider_face_split", root):
+        for path in files.list_files(folder, {".txt", ".mat"}):
+            name = path.stem.removeprefix("wider_face_")
+            if name == path.stem or (path.suffix == ".txt" and not name.endswith("_bbx_gt")) or name == "test":
+                continue
+            if path.suffix == ".txt" or name not in found:
+                found[name.removesuffix("_bbx_gt")] = path
+    return found
+
+
+def read_widerface(root: Path, split: str, *, problems: Problems | None = None) -> DataSplit:
+    """Reads one split; sizes come from the images' headers. Attributes: blur, expression, illumination, invalid,
+    occlusion, pose. Raises ``DataError`` with file, line and reason.
+    """
+    problems = problems or Problems()
+    found = _annotations(root)
+    name = files.resolve_split(list(found), split, root)
+    path = found[name]
+    folders = (root / f"WIDER_{name}" / "images", root / f"WIDER_{name}", root / "images" / name, root / "images")
+    folder = next((folder for folder in folders if folder.is_dir()), folders[0])
+    records = []
+    for image, place, rows in _read_text(path, problems) if path.suffix == ".txt" else _read_matlab(path, problems):
+        try:
+            file = files.safe_path(root, folder, image)
+        except ValueError as error:
+            problems.add("unsafe-path", place, str(error))
+            continue
+        records.append(_read_record(file, image, rows, place, problems))
+    truth = next((root / base for base in ("ground_truth", "eval_tools/ground_truth") if (root / base).is_dir()), None)
+    return DataSplit("widerface", name, root, records, ("face",), (1,), truth=truth if name == "val" else None,
+                     problems=problems.items)
+
+
+def _read_text(path: Path, problems: Problems) -> Iterator[_Entry]:
+    lines = files.read_lines(path)
+    printed, at = files.printable(path), 0
+    while at < len(lines):
+        name, place = lines[at].strip(), f"{printed}, line {at + 1}"
+        at += 1
+        if not name:
+            continue
+        word = lines[at].strip() if at < len(lines) else ""
+        if not (word.isascii() and word.isdigit() and len(word) < 8):
+            problems.add("bad-annotation", place, f"{files.shown(name)} is followed by {files.shown(word)}, where the "
+                         "number of faces is wanted")
+            continue
+        count, at = int(word), at + 1
+        rows: list[list[float]] = []
+        for _ in range(count):
+            row = _row(lines[at]) if at < len(lines) else None
+            if row is None:
+                problems.add("bad-annotation", f"{printed}, line {at + 1}", f"no row of 10 numbers, where {count} "
+                             f"faces of {files.shown(name)} are announced and {len(rows)} read")
+                break
+            rows.append(row)
+            at += 1
+        if count == 0 and at < len(lines) and (row := _row(lines[at])) is not None and not any(row):
+            at += 1  # the row of zeros
+        yield name, place, np.array(rows, dtype=np.float64).reshape(-1, 4 + len(_COLUMNS))
+
+
+def _row(line: str) -> list[float] | None:
+    words = line.split()
+    if len(words) not in (4, 4 + len(_COLUMNS)):
+        return None
+    try:
+        row = [float(word) for word in words]
+    except ValueError:
+        return None
+    return row + [0.0] * (4 + len(_COLUMNS) - len(row))
+
+
+def _read_matlab(path: Path, problems: Problems) -> Iterator[_Entry]:
+    content = read_mat(path)
+    missing = [key for key in ("event_list", "file_list", "face_bbx_list") if key not in content]
+    if missing:
+        raise DataError(f"{files.printable(path)}: no variable {', '.join(missing)}; this is not WIDER FACE's file")
+    events = content["event_list"].reshape(-1)
+    for number, event in enumerate(events):
+        try:
+            columns = [_cells(content[f"{column}_label_list"], number) if f"{column}_label_list" in content else None
+                       for column in _COLUMNS]
+            names, boxes = _cells(content["file_list"], number), _cells(content["face_bbx_list"], number)
+            for image, file in enumerate(names):
+                rows = np.asarray(boxes[image], dtype=np.float64).reshape(-1, 4)
+                extra = [np.zeros(len(rows)) if column is None else
+                         np.asarray(column[image], dtype=np.float64).reshape(len(rows)) for column in columns]
+                yield (f"{text(event)}/{text(file)}.jpg", f"{files.printable(path)}, event {number + 1}, image "
+                       f"{image + 1}", np.concatenate([rows, np.stack(extra, axis=1)], axis=1))
+        except (ValueError, TypeError, IndexError) as error:
+            problems.add("bad-annotation", f"{files.printable(path)}, event {number + 1}", f"{error}")
+
+
+def _cells(table: Any, number: int) -> Any:
+    cells = table.reshape(-1)[number]
+    return cells.reshape(-1) if isinstance(cells, np.ndarray) else cells
+
+
+def _read_record(path: Path, name: str, rows: NDArray[np.float64], place: str, problems: Problems) -> ImageRecord:
+    height, width = files.image_size(path) or (0, 0)
+    keep = np.ones(len(rows), dtype=np.bool_)
+    for number, row in enumerate(rows):
+        left, top, wide, high = row[:4]
+        where = f"{place}, face {number + 1}"
+        if not np.all(np.abs(row) < 1e9):
+            problems.add("bad-number", where, files.shown(row.tolist()))
+        elif wide <= 0 or high <= 0:
+            problems.add("empty-box", where, f"box {row[:4].tolist()} (x, y, width, height) has no area")
+        elif width and (left >= width or top >= height or left + wide <= 0 or top + high <= 0):
+            problems.add("outside-box", where, f"box {row[:4].tolist()} (x, y, width, height) lies outside the image "
+                         f"({width} x {height})")
+        else:
+            continue
+        keep[number] = False
+    rows = rows[keep]
+    boxes = rows[:, :4].copy()
+    boxes[:, 2:] += boxes[:, :2]
+    attributes = {column: rows[:, 4 + number].astype(np.int64) for number, column in enumerate(_COLUMNS)}
+    areas = rows[:, 2] * rows[:, 3]
+    return ImageRecord(path, name, name.rsplit(".", 1)[0], height, width, boxes, np.zeros(len(rows), dtype=np.int64),
+                       attributes["invalid"] > 0, areas, attributes=attributes, source=place)
