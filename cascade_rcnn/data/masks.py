@@ -96,7 +96,8 @@ def _decode_polygons(packed: bytes, size: tuple[int, int]) -> tuple[NDArray[np.u
     w, h = int(high[0]) - left, int(high[1]) - top
     if w <= 0 or h <= 0:
         return None
-    shifted = (fifths - _GRID * low) / _GRID
+    shifted = fifths - _GRID * low
+    shifted = np.where(shifted < 0, shifted - 1, shifted) / _GRID  # the rasteriser truncates int(5 x + 0.5) towards 0
     polygons = np.split(shifted.reshape(-1), np.cumsum(lengths)[:-1])
     rles = rle_api.frPyObjects([polygon.tolist() for polygon in polygons], h, w)
     return rle_api.decode(rle_api.merge(rles) if len(rles) > 1 else rles[0]), top, left
