@@ -126,7 +126,7 @@ def _read_categories(entries: list[Any], annotations: list[Any], where: str, pro
     # Roboflow writes the project's name as category 0, parent of all others, and never uses it
     parents = {entry.get("supercategory") for entry in entries if isinstance(entry, dict) and entry.get("id") != 0}
     first = names.get(0)
-    if len(names) > 1 and parents == {first} and not any(
+    if first is not None and len(names) > 1 and parents == {first} and not any(
         isinstance(row, dict) and row.get("category_id") == 0 for row in annotations
     ):
         del names[0]

@@ -216,8 +216,8 @@ def _read_box(item: ElementTree.Element, height: int, width: int, place: str,
     if not all(abs(value) < 1e9 for value in (left, top, right, bottom)):  # false for NaN
         problems.add("bad-number", place, f"bndbox {files.shown(texts)} (xmin, ymin, xmax, ymax)")
         return None
-    # The format could hold an object of one pixel, but files with xmax = xmin are slips of the mouse
-    if right <= left or bottom <= top:
+    # xmax = xmin is an object one pixel wide; a box of a single pixel is a slip of the mouse
+    if right < left or bottom < top or (right == left and bottom == top):
         problems.add("empty-box", place, f"bndbox {files.shown([left, top, right, bottom])} has no area")
         return None
     if width and (left > width or top > height or right < 1 or bottom < 1):
