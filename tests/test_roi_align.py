@@ -112,7 +112,7 @@ def test_boxes_that_are_not_finite_do_no_harm() -> None:
     boxes = torch.tensor([[[float("nan")] * 4, [0, 0, float("inf"), 9], [0, 0, 30, 30]]])
     features = pyramid(batch=1)
     pooled = roi_align(features, boxes, output_size=7, strides=STRIDES)
-    assert torch.isfinite(pooled).all()
+    assert not pooled[:, :2].any()
     torch.testing.assert_close(pooled[:, 2:], expected(features, boxes[:, 2:], output_size=7), rtol=1e-5, atol=1e-5)
 
 

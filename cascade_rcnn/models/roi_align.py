@@ -69,7 +69,7 @@ def roi_align_rows(
     sampling_ratio: int = 0,
     aligned: bool = True,
 ) -> Tensor:
-    """Features of each box as contiguous rows ``[B, N, S * S, C]``; zero where ``valid`` is False.
+    """Features of each box as contiguous rows ``[B, N, S * S, C]``; zero where not ``valid`` or not finite.
 
     ``features`` are L maps ``[B, C, H_l, W_l]`` with ``strides`` in pixels (channels-last memory is read as it lies,
     other memory is copied first), ``boxes`` is ``[B, N, 4]`` with x2 >= x1 and y2 >= y1, ``valid`` bool ``[B, N]``.
@@ -110,9 +110,11 @@ def _portable_rows(
     """Every box on every level, emptied where it belongs elsewhere: no samples, no cost, static shapes."""
     batch, count = boxes.shape[:2]
     image = torch.arange(batch, device=boxes.device, dtype=boxes.dtype)[:, None, None].expand(batch, count, 1)
-    levels = assign_levels(boxes, len(features))
+    wanted = boxes.isfinite().all(dim=2)
     if valid is not None:
-        levels = torch.where(valid, levels, -1)
+        wanted = wanted & valid
+    boxes = torch.where(wanted[..., None], boxes, 0)
+    levels = torch.where(wanted, assign_levels(boxes, len(features)), -1)
     total: Tensor | None = None
     for level, (feature, stride) in enumerate(zip(features, strides)):
         here = (levels == level)[..., None]
@@ -171,7 +173,9 @@ def _bags(
 ) -> Iterator[_Bags]:  # fmt: skip
     """Boxes sorted into groups of equal shape, then cut into chunks; all of it on the CPU, whatever the device."""
     count = boxes.shape[1]
-    boxes = boxes.flatten(0, 1).cpu().nan_to_num()
+    boxes = boxes.flatten(0, 1).cpu()
+    finite = boxes.isfinite().all(dim=1)
+    boxes = torch.where(finite[:, None], boxes, 0)
     levels = assign_levels(boxes, len(shapes))
     limits = torch.tensor([shape[-2:] for shape in shapes])  # [L, 2], (height, width)
     scaled = boxes * (1.0 / torch.tensor(strides, dtype=torch.float32))[levels, None] - (0.5 if aligned else 0.0)
@@ -182,9 +186,9 @@ def _bags(
     spread = samples - 1 if ratio <= 0 else (extent / size * (samples - 1) / samples).ceil()
     taps = (spread + 2).clamp(max=_MAX_TAPS - 1).long()
     key = (levels * _MAX_TAPS + taps[:, 0]) * _MAX_TAPS + taps[:, 1]
-    wanted = extent.amin(dim=1) > 0 if ratio <= 0 else torch.ones_like(levels, dtype=torch.bool)
+    wanted = finite & (extent.amin(dim=1) > 0) if ratio <= 0 else finite
     if valid is not None:
-        wanted &= valid.flatten().cpu()
+        wanted = wanted & valid.flatten().cpu()
     order = torch.nonzero(wanted).squeeze(1)
     key, sorted_ = key[order].sort(stable=True)
     order = order[sorted_]

@@ -10,6 +10,9 @@ in float32 with atomic additions, whose order varies: runs differ in the last bi
 path instead when ``torch.use_deterministic_algorithms`` is on.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# ruff: noqa: N803, SIM102 - constants of a kernel are written in capitals; compile-time and run-time conditions nest
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -24,7 +27,7 @@ _BLOCK = 256  # channels of a program: 16 bytes of bfloat16 per lane of one warp
 
 
 @triton.jit
-def _weight(pixel, start, offset, side, samples, limit):  # type: ignore[no-untyped-def]
+def _weight(pixel, start, offset, side, samples, limit):
     """Sum over one axis' samples of their bilinear weight at ``pixel``; torchvision's rule at the border."""
     total = 0.0
     for sample in range(samples):
@@ -36,7 +39,7 @@ def _weight(pixel, start, offset, side, samples, limit):  # type: ignore[no-unty
 
 
 @triton.jit
-def _span(start, offset, side, samples, limit):  # type: ignore[no-untyped-def]
+def _span(start, offset, side, samples, limit):
     """First pixel that an axis' samples touch and the one after the last."""
     first = start + offset + 0.5 * side / samples
     last = start + offset + (samples - 0.5) * side / samples
@@ -46,12 +49,12 @@ def _span(start, offset, side, samples, limit):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _axis(begin, end, scale, SIZE: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _axis(begin, end, scale, SIZE: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr):
     """Start, side of a bin and samples per bin of a box along one axis, in pixels of its level."""
     shift = 0.5 if ALIGNED else 0.0
     start = begin * scale - shift
     extent = end * scale - shift - start
-    extent = tl.where(extent > (0.0 if ALIGNED else 1.0), extent, 0.0 if ALIGNED else 1.0)  # NaN becomes empty too
+    extent = tl.where(extent > (0.0 if ALIGNED else 1.0), extent, 0.0 if ALIGNED else 1.0)
     # Exact division: an approximate 2.0000002 would be rounded up to three samples.
     side = tl.div_rn(extent, extent * 0.0 + SIZE)
     if RATIO > 0:
@@ -62,12 +65,12 @@ def _axis(begin, end, scale, SIZE: tl.constexpr, RATIO: tl.constexpr, ALIGNED: t
 
 
 @triton.jit
-def _roi_align(  # type: ignore[no-untyped-def]
+def _roi_align(
     map0, map1, map2, map3, map4, height0, height1, height2, height3, height4, width0, width1, width2, width3, width4,
     scale0, scale1, scale2, scale3, scale4, boxes, valid, rows, count, channels,
     LEVELS: tl.constexpr, SIZE: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr, HAS_VALID: tl.constexpr,
     BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
-):  # noqa: N803 # fmt: skip
+):  # fmt: skip
     """Forward: maps -> rows ``[R, S * S, C]``. Backward: rows hold the gradient, the maps (float32) receive theirs."""
     bin_ = tl.program_id(0)
     box = bin_ // (SIZE * SIZE)
@@ -97,7 +100,7 @@ def _roi_align(  # type: ignore[no-untyped-def]
 
     top, bin_height, samples_y = _axis(y1, y2, scale, SIZE, RATIO, ALIGNED)
     left, bin_width, samples_x = _axis(x1, x2, scale, SIZE, RATIO, ALIGNED)
-    wanted = (samples_y > 0) & (samples_x > 0)
+    wanted = (samples_y > 0) & (samples_x > 0) & (tl.abs(x1) + tl.abs(y1) + tl.abs(x2) + tl.abs(y2) < 1e30)
     if HAS_VALID:
         wanted = wanted & (tl.load(valid + box) != 0)
     place = rows + bin_.to(tl.int64) * channels + channel
@@ -114,7 +117,7 @@ def _roi_align(  # type: ignore[no-untyped-def]
                 weight = by_row * _weight(column, left, across * bin_width, bin_width, samples_x, width)
                 pixel = maps + (image + row * width + column) * channels + channel
                 if BACKWARD:
-                    tl.atomic_add(pixel, total * weight, mask=within & (weight != 0.0), sem="relaxed")
+                    tl.atomic_add(pixel, total * weight, mask=within, sem="relaxed")
                 else:
                     total += weight * tl.load(pixel, mask=within, other=0.0).to(tl.float32)
     if not BACKWARD:
