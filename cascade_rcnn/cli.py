@@ -122,13 +122,14 @@ def _predict(words: Sequence[str]) -> None:
     parser.add_argument("--score", type=_probability, default=0.3, metavar="S",
                         help="draw detections from this score on; predictions.json has all (0.3)")
     parser.add_argument("--no-draw", action="store_true", help="predictions.json only")
+    parser.add_argument("--shard", default="", metavar="I/N", help="look at every N-th image only, from the I-th on")
     _add_device(parser)
     args = parser.parse_all(words)
 
     from cascade_rcnn.predict import run_predict
 
     run_predict(args.checkpoint, args.inputs, out=args.out, score=args.score, draw=not args.no_draw,
-                device=args.device, batch_size=args.batch_size)
+                device=args.device, batch_size=args.batch_size, shard=args.shard)
 
 
 def _score(words: Sequence[str]) -> None:
@@ -175,7 +176,7 @@ def _convert(words: Sequence[str]) -> None:
     run_convert(args.source, args.dest, config=args.config)
 
 
-def _convert_data(words: Sequence[str]) -> None:
+def _convert_data(words: Sequence[str]) -> int:
     parser = _parser("convert-data", "cascade-rcnn convert-data VOCdevkit my_coco --to coco")
     parser.add_argument("source", type=Path, metavar="SRC", help="data set; its format is recognised")
     parser.add_argument("dest", type=Path, metavar="DST", help="folder to write")
@@ -184,7 +185,7 @@ def _convert_data(words: Sequence[str]) -> None:
 
     from cascade_rcnn.data.convert_data import run_convert_data
 
-    run_convert_data(args.source, args.dest, to=args.to)
+    return run_convert_data(args.source, args.dest, to=args.to)
 
 
 def _config(words: Sequence[str]) -> None:
