@@ -191,7 +191,8 @@ def _convert_data(words: Sequence[str]) -> int:
 def _config(words: Sequence[str]) -> None:
     settings, words = _split_settings(words)
     parser = _parser("config", "cascade-rcnn config finetune --train.lr 0.01 > my_recipe.py")
-    parser.add_argument("name", nargs="?", metavar="NAME|FILE", help="recipe; without one, lists the names")
+    parser.add_argument("name", nargs="?", metavar="NAME|FILE",
+                        help="recipe, run or checkpoint; without one, lists the names of the recipes")
     parser.add_argument("--json", action="store_true", help="as JSON instead of a recipe file in Python")
     args, unknown = parser.parse_known_args(words)
     if args.name is None:
@@ -199,7 +200,13 @@ def _config(words: Sequence[str]) -> None:
             parser.error(f"{(settings + unknown)[0]} without a recipe to change")
         print("\n".join(config_names()))
         return
-    config = apply_overrides(load_config(args.name), settings + unknown)
+    if Path(args.name).suffix == ".safetensors":
+        from cascade_rcnn.checkpoint import load_checkpoint
+
+        config = load_checkpoint(args.name).config
+    else:
+        config = load_config(args.name)
+    config = apply_overrides(config, settings + unknown)
     print(_as_json(config) if args.json else config_to_python(config), end="")
 
 
@@ -346,8 +353,10 @@ def _settings_help() -> str:
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         tyro.cli(Config, default=Config(), args=["--help"], prog="cascade-rcnn train CONFIG")
-    usage, box, settings = text.getvalue().partition("╭─ model options")
-    return f"Settings of a recipe, changed by --key.sub value:\n\n{box + settings or usage}"
+    lines = text.getvalue().splitlines()
+    first = next((i for i, line in enumerate(lines) if "model options" in line), 0)  # behind tyro's own usage
+    return "\n".join(["Settings of a recipe, changed by --key.sub value:", "",
+                      *(line.rstrip() for line in lines[first:])])
 
 
 def _as_json(config: Config) -> str:
