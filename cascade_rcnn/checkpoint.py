@@ -94,6 +94,25 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(state, config, class_names, category_ids, extra)
 
 
+def save_training(run: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+    """Write the state of a training into its run folder: one file, so that all of it belongs to the same step.
+
+    ``info`` is what JSON can hold. Raises CheckpointError when it cannot be written; the state from before then stays.
+    """
+    write_tensors(run / STATE, tensors, {"kind": "training", "info": json.dumps(dict(info))})
+
+
+def load_training(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what ``save_training`` wrote. Raises CheckpointError: damaged, or of a newer version."""
+    tensors, metadata = read_tensors(run / STATE, kind="training")
+    try:
+        info: dict[str, Any] = json.loads(metadata["info"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{run / STATE}: its metadata is damaged; start anew from {LAST} in another folder "
+                              "with --out") from error
+    return tensors, info
+
+
 def find_checkpoint(path: Path) -> Path:
     """The file that ``path`` means: itself, or best.safetensors, else last.safetensors, of a run folder."""
     if path.is_dir():

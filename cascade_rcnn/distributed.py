@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cascade_rcnn.errors import ConfigError, UserError
 
 _Value = TypeVar("_Value")
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _choose_device(device: str | torch.device | None, local_rank: int) -> torch.
         chosen = torch.device(device)
     else:
         chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if chosen.type != "cuda" or chosen.index is not None:
+    if str(chosen) != "cuda":  # a CPU, or a numbered GPU
         return chosen
     gpus = torch.cuda.device_count()
     if local_rank >= gpus:
@@ -172,13 +173,13 @@ def wrap(model: nn.Module, world: World, *, norm: str = "") -> nn.Module:
     return DistributedDataParallel(model, broadcast_buffers=norm == "batch", gradient_as_bucket_view=True)
 
 
-def with_synchronised_norm(model: nn.Module, world: World) -> nn.Module:
+def with_synchronised_norm(model: _Model, world: World) -> _Model:
     """Batch norm over the images of all GPUs (``model.norm = "sync"``); on one process plain batch norm is the same."""
     if world.size == 1:
         return model
     if world.device.type != "cuda":
         raise ConfigError("model.norm sync: synchronised batch norm needs GPUs; use --model.norm group on CPUs")
-    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    converted: _Model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     return converted
 
 

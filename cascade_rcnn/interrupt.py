@@ -85,6 +85,18 @@ class Interrupts:
         for child in started:
             child.join(timeout=2)
 
+    def keep_worker_deaths_quiet(self) -> None:
+        """Replace PyTorch's SIGCHLD handler, which raises wherever the program stands when a loader process dies.
+
+        A cluster that stops a job signals all its processes; an error in the middle of an optimizer step would leave
+        half-updated weights. The loader itself still notices a dead worker when it waits for it.
+        """
+        child = getattr(signal, "SIGCHLD", None)
+        if child is not None and threading.current_thread() is threading.main_thread():
+            before = signal.signal(child, signal.SIG_DFL)
+            if before != signal.SIG_DFL:
+                self._before[child] = before
+
     def _arrives_late(self) -> bool:
         """Whether a signal is pending, or comes within half a second (a whole process group is being stopped)."""
         self._immediate = False
@@ -108,13 +120,3 @@ class Interrupts:
         if self._immediate:
             self._immediate = False
             raise StopNow
-
-
-def keep_worker_deaths_quiet() -> None:
-    """Replace PyTorch's SIGCHLD handler, which raises wherever the program stands when a loader process dies.
-
-    A cluster that stops a job signals all its processes; an error in the middle of an optimizer step would then leave
-    half-updated weights. The loader itself still notices a dead worker when it waits for it.
-    """
-    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
