@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -131,7 +132,7 @@ class DetectionDataset(Dataset[Item]):
             image=sample.image, original_size=size, image_id=self.packed.image_id(index), path=path,
             boxes=sample.boxes[kept], labels=self.packed.labels[start:end].numpy()[kept].astype(np.int64),
             ignore=self.packed.ignore[start:end].numpy()[kept],
-            masks=[self._mask(start + int(row), size, sample) for row in kept] if self.masks else None)
+            masks=[self._mask(index, start + int(row), size, sample) for row in kept] if self.masks else None)
 
     def _check_size(self, index: int, size: tuple[int, int]) -> None:
         """The annotation counts pixels of an image of its own size; another size means boxes in the wrong place."""
@@ -140,12 +141,11 @@ class DetectionDataset(Dataset[Item]):
             raise DataError(f"{self.packed.path(index)}: is {size[1]}x{size[0]} (EXIF orientation not applied), the "
                             f"annotation says {width}x{height}; run cascade-rcnn check on the data")
 
-    def _mask(self, row: int, size: tuple[int, int], sample: Sample) -> Window | None:
+    def _mask(self, index: int, row: int, size: tuple[int, int], sample: Sample) -> Window | None:
         try:
             window = decode_window(self.packed.segmentation(row), size)
         except DataError as error:
-            raise DataError(f"{self.packed.path(int(np.searchsorted(self.packed.offsets, row, 'right')) - 1)}: "
-                            f"{error}") from None
+            raise DataError(f"{self.packed.path(index)}: {error}") from None
         return None if window is None else transform_window(*window, sample.rows, sample.cols)
 
 
@@ -252,6 +252,10 @@ class Loader:
         """Choose the training epoch (each is shuffled and augmented anew) and the step to start at (resuming)."""
         assert isinstance(self.sampler, TrainSampler), "an evaluation loader has no epochs"
         self.sampler.set_epoch(epoch, start_step)
+
+    def processes(self) -> list[BaseProcess]:
+        """The worker processes that are running."""
+        return list(getattr(getattr(self._loader, "_iterator", None), "_workers", ()))
 
     def close(self) -> None:
         """End the worker processes now rather than when this object is collected."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from faster_coco_eval import mask as rle_api
@@ -47,7 +48,7 @@ def pack_segmentation(segmentation: Segmentation | None, *, source: str = "") ->
     return _POLYGONS + struct.pack(f"<{len(lengths) + 1}i", len(lengths), *lengths) + fifths.tobytes()
 
 
-def _pack_rle(rle: dict[str, object], source: str) -> bytes:
+def _pack_rle(rle: dict[str, Any], source: str) -> bytes:
     size, counts = rle.get("size"), rle.get("counts")
     if not isinstance(size, Sequence) or len(size) != 2 or not isinstance(counts, (str, bytes, Sequence)):
         raise DataError(f"{source}: an RLE mask needs size [height, width] and counts; got keys {sorted(rle)}")
@@ -77,12 +78,16 @@ def _decode_rle(packed: bytes, size: tuple[int, int]) -> tuple[NDArray[np.uint8]
     height, width = struct.unpack_from("<2i", packed, 1)
     if (height, width) != size:
         raise DataError(f"an RLE mask of {width}x{height} on an image of {size[1]}x{size[0]}; run cascade-rcnn check")
-    rle = {"size": [height, width], "counts": packed[9:]}
-    left, top, w, h = (int(value) for value in rle_api.toBbox(rle))
+    return _extent_of({"size": [height, width], "counts": packed[9:]}, 0, 0)
+
+
+def _extent_of(rle: dict[str, Any], top: int, left: int) -> tuple[NDArray[np.uint8], int, int] | None:
+    """Decode an RLE whose corner lies at (top, left) and keep the object's extent."""
+    x, y, w, h = (int(value) for value in rle_api.toBbox(rle))
     if w <= 0 or h <= 0:
         return None
     whole = rle_api.decode(rle)  # [H, W] column by column in memory; freed before the next object's
-    return np.asfortranarray(whole[top:top + h, left:left + w]), top, left
+    return np.asfortranarray(whole[y:y + h, x:x + w]), top + y, left + x
 
 
 def _decode_polygons(packed: bytes, size: tuple[int, int]) -> tuple[NDArray[np.uint8], int, int] | None:
@@ -100,7 +105,7 @@ def _decode_polygons(packed: bytes, size: tuple[int, int]) -> tuple[NDArray[np.u
     shifted = np.where(shifted < 0, shifted - 1, shifted) / _GRID  # the rasteriser truncates int(5 x + 0.5) towards 0
     polygons = np.split(shifted.reshape(-1), np.cumsum(lengths)[:-1])
     rles = rle_api.frPyObjects([polygon.tolist() for polygon in polygons], h, w)
-    return rle_api.decode(rle_api.merge(rles) if len(rles) > 1 else rles[0]), top, left
+    return _extent_of(rle_api.merge(rles) if len(rles) > 1 else rles[0], top, left)
 
 
 def nearest_indices(old: int, new: int) -> NDArray[np.int64]:
