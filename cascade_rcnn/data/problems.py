@@ -56,6 +56,9 @@ KINDS: dict[str, Kind] = {
                       "`--fix OUT`", refuses=True),
     "no-learnable-objects": Kind("error", "split without any object to learn", "look for a wrong split or folder",
                                  refuses=True),
+    "unreadable-split": Kind("error", "split that cannot be read", "mend the file that is named", refuses=True),
+    "no-images": Kind("error", "split without image files", "put the images where they are looked for, or link them "
+                      "there", refuses=True),
     "missing-image": Kind("error", "image file that is not there", "complete the download, or drop it with "
                           "`--fix OUT`"),
     "unreadable-image": Kind("error", "file that is not an image", "replace it, or drop it with `--fix OUT`"),
@@ -85,8 +88,10 @@ KINDS: dict[str, Kind] = {
                             "per class"),
     "image-without-objects": Kind("note", "image without objects", "used as background (data.keep_empty); fine if it "
                                   "is meant"),
-    "no-anchor": Kind("warning", "object that no anchor meets with IoU 0.5", "change model.anchor_scales or "
-                      "anchor_ratios, or the input size (data.short_side, data.long_side)"),
+    "no-anchor": Kind("warning", "more than a quarter of the objects meet no anchor with IoU 0.5", "change what is "
+                      "named; such objects train on their best anchor only"),
+    "some-without-anchor": Kind("note", "objects that no anchor meets with IoU 0.5", "such objects train on their best "
+                                "anchor only; common up to a quarter"),
     "tiny-object": Kind("warning", "object below 4 pixels at the network's input", "enlarge the input "
                         "(data.short_side, data.long_side) or cut the images into tiles"),
     "too-many-objects": Kind("warning", "image with more objects than detections are kept", "raise "
