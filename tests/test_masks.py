@@ -8,10 +8,14 @@ from faster_coco_eval import mask as rle_api
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade_rcnn.data.masks import decode_window, nearest_indices, pack_segmentation, transform_window
+from cascade_rcnn.data.masks import decode_window, nearest_indices, pack_segmentations, transform_window
 from cascade_rcnn.errors import DataError
 
 SIZE = (37, 52)  # height, width
+
+
+def pack_segmentation(segmentation, source=""):  # type: ignore[no-untyped-def]
+    return pack_segmentations([None, segmentation], source=source)[1]
 
 
 def _pasted(found, size=SIZE):  # type: ignore[no-untyped-def]

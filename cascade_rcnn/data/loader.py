@@ -7,9 +7,12 @@ the batches that the interrupted one would have seen.
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
@@ -223,7 +226,7 @@ class Loader:
     """
 
     def __init__(self, dataset: DetectionDataset, sampler: TrainSampler | EvalSampler, *, workers: int) -> None:
-        self.dataset, self.sampler = dataset, sampler
+        self.dataset, self.sampler, self._ends_at_exit = dataset, sampler, False
         method: str | None = None
         if workers > 0:
             # forked workers share the arrays without copying; elsewhere they must lie in shared memory
@@ -243,7 +246,11 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[ImageBatch, Targets]]:
         assert self._loader is not None, "this loader is closed"
-        for batch in self._loader:
+        batches = iter(self._loader)
+        if not self._ends_at_exit:  # after torch's own handler is registered, so that this one comes before it
+            atexit.register(_close, weakref.ref(self))
+            self._ends_at_exit = True
+        for batch in batches:
             if isinstance(batch, DataError):
                 raise batch
             yield batch
@@ -259,7 +266,15 @@ class Loader:
 
     def close(self) -> None:
         """End the worker processes now rather than when this object is collected."""
-        self._loader = None
+        workers, self._loader = getattr(self._loader, "_iterator", None), None
+        if workers is not None:
+            workers._shutdown_workers()  # at once, even while somebody still holds the iterator
+
+
+def _close(loader: weakref.ref[Loader]) -> None:
+    """At exit: otherwise torch waits five seconds for each worker before it ends it by force."""
+    if (alive := loader()) is not None:
+        alive.close()
 
 
 def train_loader(
@@ -290,6 +305,7 @@ def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE) and None)
 
 

@@ -27,25 +27,32 @@ _GRID = 5  # COCO's rasteriser rounds polygon corners to fifths of a pixel: int(
 _POLYGONS, _RLE = b"P", b"R"
 
 
-def pack_segmentation(segmentation: Segmentation | None, *, source: str = "") -> bytes:
-    """Bytes that ``decode_window`` reads; empty when there is no mask or no polygon of three points.
+def pack_segmentations(segmentations: Sequence[Segmentation | None], *, source: str = "") -> list[bytes]:
+    """Bytes that ``decode_window`` reads, per object; empty when there is no mask or no polygon of three points.
+
+    All polygons of an image are rounded in one go: COCO's 860,000 objects take seconds.
 
     Raises:
-        DataError: an RLE without a usable size or counts.
+        DataError: an RLE without a usable size or counts, a coordinate that is not a number.
     """
-    if not segmentation:
-        return b""
-    if isinstance(segmentation, dict):
-        return _pack_rle(segmentation, source)
-    polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
-    if not polygons:
-        return b""
-    lengths = [len(polygon) // 2 * 2 for polygon in polygons]
-    values = np.array(list(chain.from_iterable(p[:n] for p, n in zip(polygons, lengths))), dtype=np.float64)
+    polygons = [[polygon[:len(polygon) // 2 * 2] for polygon in segmentation if len(polygon) >= 6]
+                if isinstance(segmentation, list) else [] for segmentation in segmentations]
+    values = np.array(list(chain.from_iterable(chain.from_iterable(polygons))), dtype=np.float64)
     if not np.isfinite(values).all():
         raise DataError(f"{source}: a polygon holds a coordinate that is not a number; run cascade-rcnn check --fix")
-    fifths = np.clip(np.trunc(values * _GRID + 0.5), -(2**30), 2**30).astype("<i4")
-    return _POLYGONS + struct.pack(f"<{len(lengths) + 1}i", len(lengths), *lengths) + fifths.tobytes()
+    fifths = np.clip(np.trunc(values * _GRID + 0.5), -(2**30), 2**30).astype("<i4").tobytes()
+    packed, start = [], 0
+    for segmentation, parts in zip(segmentations, polygons):
+        if isinstance(segmentation, dict) and segmentation:
+            packed.append(_pack_rle(segmentation, source))
+        elif parts:
+            lengths = [len(part) for part in parts]
+            end = start + 4 * sum(lengths)
+            packed.append(_POLYGONS + struct.pack(f"<{len(lengths) + 1}i", len(lengths), *lengths) + fifths[start:end])
+            start = end
+        else:
+            packed.append(b"")
+    return packed
 
 
 def _pack_rle(rle: dict[str, Any], source: str) -> bytes:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cascade_rcnn.data.masks import pack_segmentation
+from cascade_rcnn.data.masks import pack_segmentations
 from cascade_rcnn.data.records import ImageRecord
 
 
@@ -31,7 +31,7 @@ class PackedRecords:
     path_offsets: Tensor  # int64 [I + 1]
     ids: Tensor  # uint8, all image ids, "i" + digits or "s" + text
     id_offsets: Tensor  # int64 [I + 1]
-    segmentations: Tensor  # uint8, ``masks.pack_segmentation`` of all objects
+    segmentations: Tensor  # uint8, ``masks.pack_segmentations`` of all objects
     segmentation_offsets: Tensor  # int64 [N + 1]; [1] when there are no masks
     dropped: int = 0  # degenerate boxes left out
     ignored: int = 0  # ignore regions left out, treated as background
@@ -98,8 +98,8 @@ def pack_records(
         if masks:
             given = record.segmentations or [None] * len(record.boxes)
             source = record.source or str(record.path)
-            segmentations += [b"" if record.ignore[row] else pack_segmentation(given[row], source=source)
-                              for row in rows]
+            segmentations += pack_segmentations([None if record.ignore[row] else given[row] for row in rows],
+                                                source=source)
     flat_boxes = np.concatenate(boxes) if boxes else np.zeros((0, 4))
     return PackedRecords(
         boxes=torch.from_numpy(flat_boxes),
