@@ -10,7 +10,7 @@ in float32 with atomic additions, whose order varies: runs differ in the last bi
 path instead when ``torch.use_deterministic_algorithms`` is on.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 # ruff: noqa: N803, SIM102 - constants of a kernel are written in capitals; compile-time and run-time conditions nest
 
 from __future__ import annotations
