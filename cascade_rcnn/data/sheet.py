@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cascade_rcnn.data.files import is_file, printable
-from cascade_rcnn.data.records import DataSplit, ImageRecord
+import numpy as np
+from numpy.typing import NDArray
+
+from cascade_rcnn.data.files import is_file, printable, quiet_pillow
+from cascade_rcnn.data.records import DataSplit, ImageRecord, Segmentation
+from cascade_rcnn.data.segmentations import decode_rle
 from cascade_rcnn.errors import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from cascade_rcnn.detections import MaskCrop
+
+_LABELLED = 24  # pixels on the sheet: a smaller object would be hidden by its own name
+
 
 def draw_samples(splits: Sequence[DataSplit], count: int, *, marked: set[str] | None = None,
-                 cell: int = 480) -> Image:
+                 cell: int = 560) -> Image:
     """A picture of ``count`` images with their objects, spread evenly over the splits; ignore regions are hatched.
 
     Up to half of them are images that ``marked`` names by their records' source. Raises ``DataError`` where no image
@@ -22,29 +31,76 @@ def draw_samples(splits: Sequence[DataSplit], count: int, *, marked: set[str] | 
     """
     from PIL import Image as Pictures
 
-    from cascade_rcnn.visualize import contact_sheet, draw_record
+    from cascade_rcnn.charts import contact_sheet
 
     there = [(split, record) for split in splits for record in split.records if is_file(record.path)]
     if not there:
         raise DataError("no image file of the data set is there, so nothing can be drawn; complete the images first")
-    suspects = [pair for pair in there if any(place.startswith(pair[1].source) for place in marked or ())]
-    chosen = _spread(suspects, count // 2)
+    places = {place.split(", object ")[0].split(", annotation id ")[0].split(", face ")[0] for place in marked or ()}
+    chosen = _spread([pair for pair in there if pair[1].source in places], count // 2)
     names = {id(record) for _, record in chosen}
     chosen += _spread([pair for pair in there if id(pair[1]) not in names], count - len(chosen))
     pictures, titles = [], []
     for split, record in chosen:
-        title = f"{split.name}: {printable(record.file_name.rsplit('/', 1)[-1])}"
+        name = printable(record.file_name.rsplit("/", 1)[-1])
+        title = f"{split.name}: {name}"
         try:
-            pictures.append(draw_record(record, split.class_names))
-        except DataError:
+            pictures.append(_draw(record, split.class_names, cell))
+        except OSError as error:  # what Pillow raises for torn files
             pictures.append(Pictures.new("RGB", (cell, cell // 2), (90, 20, 20)))
-            title += " (cannot be read)"
-        titles.append(title)
+            title = f"cannot be read ({error}): {name}"
+        titles.append(title if len(title) <= 38 else title[:17] + "..." + title[-18:])
     return contact_sheet(pictures, cell=cell, titles=titles)
 
 
 def _spread(pairs: list[tuple[DataSplit, ImageRecord]], count: int) -> list[tuple[DataSplit, ImageRecord]]:
-    if count <= 0 or not pairs:
-        return []
     count = min(count, len(pairs))
     return [pairs[place * len(pairs) // count] for place in range(count)]
+
+
+def _draw(record: ImageRecord, class_names: tuple[str, ...], cell: int) -> Image:
+    """The image scaled to a cell first, so that lines stay as thick as they are drawn."""
+    from PIL import Image as Pictures
+
+    from cascade_rcnn.drawing import Mark, class_color, draw_marks
+
+    with quiet_pillow(), Pictures.open(record.path) as image:
+        scale = cell / max(image.size)
+        if scale < 0.5:
+            image.draft("RGB", (cell, cell))  # JPEG decodes straight to a smaller size
+        picture = image.convert("RGB")
+    original = (record.width, record.height) if record.width else picture.size
+    picture = picture.resize((max(1, round(original[0] * scale)), max(1, round(original[1] * scale))))
+    marks = []
+    for row, (box, label, ignore) in enumerate(zip((record.boxes * scale).tolist(), record.labels.tolist(),
+                                                    record.ignore.tolist())):
+        mask = record.segmentations[row] if record.segmentations is not None else None
+        name = "ignored" if ignore else class_names[label]
+        mark = Mark(tuple(box), class_color(label), text=name, name=name, ignore=ignore)
+        marks.append(replace(mark, crop=_crop(mask, picture.size, scale) if mask else None))
+    legible = [min(mark.box[2] - mark.box[0], mark.box[3] - mark.box[1]) >= _LABELLED for mark in marks]
+    return draw_marks(picture, marks, labels=sum(legible) > 0.5 * len(legible))
+
+
+def _crop(mask: Segmentation, size: tuple[int, int], scale: float) -> MaskCrop | None:
+    """The mask's pixels on the sheet, cut to their extent."""
+    from PIL import Image as Pictures
+    from PIL import ImageDraw
+
+    from cascade_rcnn.detections import MaskCrop
+
+    if isinstance(mask, dict):
+        full = Pictures.fromarray(decode_rle(mask).astype(np.uint8) * 255)
+        if 0 in full.size:
+            return None
+        picture = full.resize(size, Pictures.Resampling.NEAREST)
+    else:
+        picture = Pictures.new("L", size)
+        pen = ImageDraw.Draw(picture)
+        for polygon in mask:
+            pen.polygon([value * scale for value in polygon], fill=255)
+    extent = picture.getbbox()
+    if extent is None:
+        return None
+    pixels: NDArray[np.bool_] = np.asarray(picture.crop(extent)) > 0
+    return MaskCrop(extent[1], extent[0], pixels)
