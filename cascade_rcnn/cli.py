@@ -169,11 +169,12 @@ def _convert(words: Sequence[str]) -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE", help="mmdetection, detectron2, torchvision, Detectron")
     parser.add_argument("dest", type=Path, metavar="DEST.safetensors", help="checkpoint to write")
     parser.add_argument("--config", metavar="NAME", help="recipe, where the weights do not say enough")
+    parser.add_argument("--overwrite", action="store_true", help="replace DEST where it holds something else")
     args = parser.parse_all(words)
 
     from cascade_rcnn.convert import run_convert
 
-    run_convert(args.source, args.dest, config=args.config)
+    run_convert(args.source, args.dest, config=args.config, overwrite=args.overwrite)
 
 
 def _convert_data(words: Sequence[str]) -> int:

@@ -107,7 +107,7 @@ def finetune_schedule(config: Config, num_images: int) -> Config:
     if train.epochs:
         return config
     epochs = min(100, max(12, round(1000 / math.sqrt(max(1, num_images)))))
-    images_per_step = train.batch_size * max(1, train.accumulate)
+    images_per_step = train.batch_size * train.accumulate or train.images_per_step  # accumulate 0 fills the step
     steps = epochs * config.data.repeat * math.ceil(max(1, num_images) / images_per_step)
     milestones = (round(epochs * 2 / 3), round(epochs * 11 / 12))
     warmup = min(train.warmup_steps, max(1, steps // 10))

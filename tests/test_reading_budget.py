@@ -100,13 +100,13 @@ class _Files:
             self.seen.setdefault(str(Path(code.co_filename).relative_to(PACKAGE)), set()).add(code.co_name)
 
     def __enter__(self) -> _Files:
-        threading.setprofile(self._note)
-        sys.setprofile(self._note)
+        threading.settrace(self._note)
+        sys.settrace(self._note)  # returns None: called once per function, not per line
         return self
 
     def __exit__(self, *error: object) -> None:
-        sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
+        sys.settrace(None)
+        threading.settrace(None)  # type: ignore[arg-type]
 
 
 def _tiny_config(data: Path) -> Config:

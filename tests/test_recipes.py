@@ -235,6 +235,8 @@ def test_few_images_get_more_epochs(images: int, epochs: int) -> None:
 def test_the_warm_up_takes_at_most_a_tenth_of_a_short_training() -> None:
     short = finetune_schedule(Config(train=TrainConfig(epochs=0, batch_size=4)), 100)
     assert short.train.warmup_steps == 100 * 25 // 10
+    filled = finetune_schedule(Config(train=TrainConfig(epochs=0, accumulate=0)), 100)
+    assert filled.train.warmup_steps == 100 * 7 // 10
     long = finetune_schedule(Config(train=TrainConfig(epochs=0)), 100_000)
     assert long.train.warmup_steps == 500
 
