@@ -77,7 +77,9 @@ def evaluate_citypersons(
     """
     notes = [] if notes is None else notes
     people = read_truth(truth)
-    table, _, _ = files.parse_results(results, images=people.image_ids, categories=people.categories)
+    table = files.parse_results(
+        files.read_json(results), name=str(results), images=people.image_ids, categories=people.categories
+    )
     candidates = candidates_of(people, table)
     metrics: dict[str, float | None] = {}
     for name, subset in subsets.items():

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rcnn.data.records import DataSplit, Segmentation
+from cascade_rcnn.data.segmentations import polygon_points, rle_counts
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation import files
 
@@ -71,9 +72,36 @@ def evaluate_coco(
     scenes; AR at it is added as ``/ARn``). ``class_names`` names the categories in the order of rising id, instead of
     the truth's own names. Raises ``DataError``.
     """
-    table = coco_table(
-        truth, results, iou_type=iou_type, class_names=class_names, max_detections=max_detections
+    table = coco_table(truth, results, iou_type=iou_type, class_names=class_names, max_detections=max_detections)
+    return _metrics(table, iou_type, notes)
+
+
+def evaluate_coco_files(
+    truth: Path, results: Path, *, notes: list[str] | None = None
+) -> dict[str, float | None]:
+    """``evaluate_coco`` for boxes and, where the results have masks, for masks, reading each file once."""
+    notes = [] if notes is None else notes
+    dataset, found = files.read_json(truth), files.read_json(results)
+    annotations = dataset.get("annotations") if isinstance(dataset, dict) else None
+    masked_truth = isinstance(annotations, list) and any(
+        isinstance(one, dict) and one.get("segmentation") for one in annotations
     )
+    entries = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    boxes = not entries or any("bbox" in one for one in entries)
+    masks = not entries or any("segmentation" in one for one in entries)
+    if masks and not masked_truth:
+        if entries:
+            notes.append(f"{truth} has no masks: boxes only")
+        boxes, masks = True, False
+    metrics: dict[str, float | None] = {}
+    for iou_type, wanted in (("bbox", boxes), ("segm", masks)):
+        if wanted:
+            table = _table((dataset, str(truth)), (found, str(results)), iou_type, None, 100)  # type: ignore[arg-type]
+            metrics |= _metrics(table, iou_type, notes)
+    return metrics
+
+
+def _metrics(table: CocoTable, iou_type: str, notes: list[str] | None) -> dict[str, float | None]:
     metrics = {
         "AP": table.average_precision(),
         "AP50": table.average_precision(iou=0.5),
@@ -100,14 +128,22 @@ def coco_table(
     class_names: Sequence[str] | None = None, max_detections: int = 100,
 ) -> CocoTable:
     """The arrays behind ``evaluate_coco``; same arguments, same errors."""
-    from faster_coco_eval import COCO, COCOeval_faster  # slow to import
-
     if max_detections < 1:
         raise DataError(f"max_detections {max_detections}: at least 1")
-    where = str(truth) if isinstance(truth, Path) else "ground truth"
-    dataset, rows = _own_truth(files.read_json(truth) if isinstance(truth, Path) else truth, where, iou_type)
+    named_truth = (files.read_json(truth), str(truth)) if isinstance(truth, Path) else (truth, "ground truth")
+    named_results = (files.read_json(results), str(results)) if isinstance(results, Path) else (results, "results")
+    return _table(named_truth, named_results, iou_type, class_names, max_detections)
+
+
+def _table(
+    truth: tuple[Any, str], results: tuple[Any, str], iou_type: IouType, class_names: Sequence[str] | None,
+    max_detections: int,
+) -> CocoTable:
+    from faster_coco_eval import COCO, COCOeval_faster  # slow to import
+
+    dataset, rows = _own_truth(*truth, iou_type)
     names = _class_names(dataset["categories"], class_names)
-    detections = _own_results(results, rows, dataset, iou_type)
+    detections = _own_results(*results, rows, dataset, iou_type)
     coco = COCO(dataset)
     found = coco.loadRes(detections) if detections else COCO({**dataset, "annotations": []})
     evaluation = COCOeval_faster(coco, found, iouType=iou_type, print_function=_silent)
@@ -156,10 +192,30 @@ def _own_truth(
         box = [float(side) for side in one["bbox"]] if "bbox" in one else [0.0, 0.0, 0.0, 0.0]
         copy = {"id": index + 1, "image_id": rows[one["image_id"]], "category_id": one["category_id"], "bbox": box,
                 "area": float(one["area"] if "area" in one else box[2] * box[3]), "iscrowd": int(one.get("iscrowd", 0))}
-        annotations.append(copy | ({"segmentation": one["segmentation"]} if iou_type == "segm" else {}))
-    sizes = [{"id": row, "height": images[key].get("height", 0), "width": images[key].get("width", 0)}
-             for key, row in rows.items()]
+        annotations.append(copy)
+    try:
+        sizes = [{"id": row, "height": int(images[key].get("height", 0)), "width": int(images[key].get("width", 0))}
+                 for key, row in rows.items()]
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: an image whose height or width is not a number ({error}): correct it") from error
+    if iou_type == "segm":
+        _add_masks(annotations, truth["annotations"], sizes, where)
     return {"images": sizes, "annotations": annotations, "categories": categories}, rows
+
+
+def _add_masks(own: list[dict[str, Any]], given: list[dict[str, Any]], sizes: list[dict[str, Any]], where: str) -> None:
+    by_row = {image["id"]: (image["height"], image["width"]) for image in sizes}
+    for index, (one, annotation) in enumerate(zip(own, given)):
+        mask = annotation.get("segmentation")
+        try:
+            if isinstance(mask, list) and mask:
+                if any(polygon_points(polygon) < 3 for polygon in mask):
+                    raise ValueError("polygon of fewer than three points")
+                one["segmentation"] = mask
+            else:
+                one["segmentation"] = _compressed(mask, *by_row[one["image_id"]])
+        except ValueError as error:
+            raise DataError(f"{where}: annotation {index}: {error}: mend it or score boxes only") from error
 
 
 def _sorted(ids: Mapping[Any, Any]) -> list[Any]:
@@ -178,8 +234,6 @@ def _annotation_problem(
         return f"image_id {one['image_id']!r} is not among the images"
     if one["category_id"] not in categories:
         return f"category_id {one['category_id']!r} is not among the categories"
-    if iou_type == "segm" and not isinstance(one.get("segmentation"), (list, dict)):
-        return "has no segmentation: score boxes only (results without segmentation)"
     try:
         values = [float(side) for side in one["bbox"]] if "bbox" in one or iou_type == "bbox" else [0.0] * 4
         values.append(float(one.get("area", 0)))
@@ -197,11 +251,11 @@ def _class_names(categories: list[dict[str, Any]], class_names: Sequence[str] | 
 
 
 def _own_results(
-    results: Path | list[dict[str, Any]], rows: Mapping[Hashable, int], dataset: dict[str, Any], iou_type: IouType
+    found: Any, where: str, rows: Mapping[Hashable, int], dataset: dict[str, Any], iou_type: IouType
 ) -> list[dict[str, Any]]:
     """Checked copies with only what ``iou_type`` needs: with a box in it, a mask's area would be taken from the box."""
     known = {one["id"] for one in dataset["categories"]}
-    table, found, where = files.parse_results(results, images=rows, categories=known, need_box=iou_type == "bbox")
+    table = files.parse_results(found, name=where, images=rows, categories=known, need_box=iou_type == "bbox")
     own: list[dict[str, Any]] = [
         {"image_id": int(image), "category_id": int(category), "score": float(score)}
         for image, category, score in zip(table.images, table.categories, table.scores)
@@ -210,26 +264,25 @@ def _own_results(
         return [one | {"bbox": box} for one, box in zip(own, table.boxes.tolist())]
     sizes = {image["id"]: (image["height"], image["width"]) for image in dataset["images"]}
     for index, (one, given) in enumerate(zip(own, found)):
-        mask = given.get("segmentation")
-        size = mask.get("size") if isinstance(mask, dict) else None
-        if not isinstance(mask, dict) or not isinstance(size, (list, tuple)) or "counts" not in mask:
-            raise DataError(f"{where}: detection {index}: segmentation is not an RLE {{'size', 'counts'}}: "
-                            "encode the mask (pycocotools.mask.encode)")
-        if tuple(size) != sizes[one["image_id"]]:
-            raise DataError(f"{where}: detection {index}: mask of size {list(size)} for an image of "
-                            f"{list(sizes[one['image_id']])} (height, width): encode it at the original size")
-        one["segmentation"] = {"size": list(size), "counts": _compressed(mask)}
+        try:
+            one["segmentation"] = _compressed(given.get("segmentation"), *sizes[one["image_id"]])
+        except ValueError as error:
+            raise DataError(f"{where}: detection {index}: {error}: encode the mask at the image's own size") from error
     return own
 
 
-def _compressed(mask: Mapping[str, Any]) -> Any:
-    """Counts as the library's compressed form; RLEs may hold a list of numbers instead."""
+def _compressed(mask: Any, height: int, width: int) -> dict[str, Any]:
+    """An RLE as the library wants it, which does not check (runs beyond the image would be read past their end)."""
+    if not isinstance(mask, dict):
+        raise ValueError("segmentation is not an RLE {'size', 'counts'}")
+    size = [int(side) for side in mask.get("size") or ()]
+    runs = rle_counts({"size": size, "counts": mask.get("counts")}, height=height, width=width)
     if not isinstance(mask["counts"], list):
-        return mask["counts"]
+        return {"size": size, "counts": mask["counts"]}
     from faster_coco_eval.core import mask as rle  # slow to import
 
-    height, width = mask["size"]
-    return rle.frPyObjects({"size": [height, width], "counts": mask["counts"]}, height, width)["counts"]
+    packed: dict[str, Any] = rle.frPyObjects({"size": size, "counts": runs.tolist()}, height, width)
+    return packed
 
 
 def coco_truth(split: DataSplit) -> dict[str, Any]:

@@ -93,15 +93,13 @@ def _first_bad_line(path: Path, lines: list[str], columns: str, names: int, skip
 
 
 def parse_results(
-    results: Path | Sequence[Mapping[str, Any]], *, images: Mapping[Hashable, int], categories: Collection[int],
-    need_box: bool = True,
-) -> tuple[ResultTable, Sequence[Mapping[str, Any]], str]:
-    """A results list in COCO's layout, from a JSON file or from memory, checked.
+    found: Any, *, name: str, images: Mapping[Hashable, int], categories: Collection[int], need_box: bool = True
+) -> ResultTable:
+    """A results list in COCO's layout, checked; ``name`` is its file, for messages.
 
     ``images`` gives the row of each image id. With ``need_box`` false, ``bbox`` may be absent (mask results) and the
-    boxes of the table are zero. Returns the table, the list itself and its name for messages.
+    boxes of the table are zero.
     """
-    name, found = (str(results), read_json(results)) if isinstance(results, Path) else ("results", results)
     if not isinstance(found, list):
         raise DataError(f"{name}: holds {_kind(found)}, not a list of detections: "
                         'give [{"image_id", "category_id", "bbox": [x, y, width, height], "score"}, ...]')
@@ -110,13 +108,12 @@ def parse_results(
         if problem:
             raise DataError(f"{name}: detection {index}: {problem}")
     empty = (0.0, 0.0, 0.0, 0.0)
-    table = ResultTable(
+    return ResultTable(
         np.array([images[entry["image_id"]] for entry in found], np.int64),
         np.array([entry["category_id"] for entry in found], np.int64),
         np.array([entry.get("bbox", empty) if need_box else empty for entry in found], np.float64).reshape(-1, 4),
         np.array([entry["score"] for entry in found], np.float64),
     )
-    return table, found, name
 
 
 def _entry_problem(

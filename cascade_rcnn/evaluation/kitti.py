@@ -224,18 +224,18 @@ def read_kitti_files(truth: Path, results: Path) -> tuple[Boxes, Boxes, set[str]
     for path in paths:
         if path.stem not in labelled:
             raise DataError(f"{path}: there is no {truth / path.name}: was it made for another split?")
-    labels = _read([truth / path.name for path in paths], _LABEL, _KNOWN)
-    detections = _read(paths, f"{_LABEL} score", _KNOWN)
+    labels = _read([truth / path.name for path in paths], _LABEL)
+    detections = _read(paths, f"{_LABEL} score", known=_KNOWN.union(labels.types.tolist()))
     return labels, detections, labelled - {path.stem for path in paths}
 
 
-def _read(paths: list[Path], columns: str, known: frozenset[str]) -> Boxes:
+def _read(paths: list[Path], columns: str, *, known: frozenset[str] | None = None) -> Boxes:
     frames, types, tables = [], [], [np.zeros((0, len(columns.split()) - 1))]
     for frame, path in enumerate(paths):
         words, table = files.read_table(path, columns=columns)
         lower = [word.lower() for word in words]
         for word, kind in zip(words, lower):
-            if kind not in known:
+            if known is not None and kind not in known:
                 raise DataError(f"{path}: unknown type {word!r}: use {files.names_of(CLASSES)}")
         frames += [frame] * len(words)
         types += lower

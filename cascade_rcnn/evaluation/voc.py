@@ -121,7 +121,7 @@ def read_truth(root: Path, split: str) -> tuple[dict[str, ClassObjects], dict[st
     if not listing.is_file():
         known = files.names_of([path.stem for path in listing.parent.glob("*.txt")]) or "none"
         raise DataError(f"{listing}: not found: choose --split among {known}")
-    lines = [line.split()[0] for line in files.read_text(listing).splitlines() if line.strip()]
+    lines = [_image_name(line) for line in files.read_text(listing).splitlines() if line.strip()]
     image_ids = {name: row for row, name in enumerate(lines)}
     if len(image_ids) != len(lines):
         twice = next(name for row, name in enumerate(lines) if image_ids[name] != row)
@@ -135,6 +135,12 @@ def read_truth(root: Path, split: str) -> tuple[dict[str, ClassObjects], dict[st
         table = np.array(found, np.float64)
         objects[label] = ClassObjects(table[:, 0].astype(np.int64), table[:, 1:5], difficult=table[:, 5] != 0)
     return objects, image_ids
+
+
+def _image_name(line: str) -> str:
+    """``000001``, or ``000001  -1`` of a list per class."""
+    name, _, flag = line.strip().rpartition(" ")
+    return name.strip() if name and flag in ("1", "-1", "0") else line.strip()
 
 
 def _read_annotation(path: Path) -> list[tuple[str, tuple[float, float, float, float], bool]]:
