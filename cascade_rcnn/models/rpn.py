@@ -34,12 +34,12 @@ class RPNDetails:
     best_box_iou: float = 0.3  # an object's best anchors are positive from this IoU on
     rematch_best: bool = True
     fixed_normalizer: bool = False  # divide by samples * images instead of by the anchors really sampled
-    mean_over_positives: bool = False
     pre_nms: tuple[int, int] = (2000, 1000)  # per level, train and test
     post_nms: tuple[int, int] = (2000, 1000)  # per image, train and test
     limit_shrinking: bool = True
     nms_iou: float = 0.7
     mask_padding: bool = True  # anchors in a batch's padding take no part
+    inside_only: bool = False  # anchors that cross the image's border take no part in the loss
     min_size: float = 0.0
 
 
@@ -105,9 +105,13 @@ class RPN(nn.Module):
         details = self.details
         batch = logits.shape[0]
         boxes = anchors.expand(batch, -1, -1)
+        usable = self._usable(shapes, sizes)
+        if details.inside_only:
+            limits = sizes.flip(-1)[:, None]  # [B, 1, 2] as (w, h)
+            usable = usable & (boxes[..., :2] >= 0).all(-1) & (boxes[..., 2:] < limits).all(-1)
         matches = match(
             boxes,
-            self._usable(shapes, sizes),
+            usable,
             targets,
             positive_iou=0.7,
             negative_iou=0.3,
