@@ -8,14 +8,10 @@ from faster_coco_eval import mask as rle_api
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade_rcnn.data.masks import decode_window, nearest_indices, pack_segmentations, transform_window
+from cascade_rcnn.data.masks import decode_window, nearest_indices, pack_segmentation, pack_segmentations, transform_window
 from cascade_rcnn.errors import DataError
 
 SIZE = (37, 52)  # height, width
-
-
-def pack_segmentation(segmentation, source=""):  # type: ignore[no-untyped-def]
-    return pack_segmentations([None, segmentation], source=source)[1]
 
 
 def _pasted(found, size=SIZE):  # type: ignore[no-untyped-def]
@@ -74,6 +70,12 @@ def test_no_polygon_of_three_points_is_no_mask(nothing: object) -> None:
     assert decode_window(b"", SIZE) is None
 
 
+def test_objects_packed_together_equal_objects_packed_alone() -> None:
+    objects = [[[1.0, 2, 30, 2, 30, 20]], None, rle_api.encode(np.asfortranarray(_blob(2))), [[5.0, 5]],
+               [[0.1, 0.3, 9, 9, 3.3, 20, 7], [30.0, 1, 40, 1, 40, 9]]]
+    assert pack_segmentations(objects) == [pack_segmentation(one) for one in objects]  # type: ignore[arg-type]
+
+
 def test_empty_and_outside_masks_are_none() -> None:
     empty = rle_api.encode(np.zeros(SIZE, dtype=np.uint8, order="F"))
     assert decode_window(pack_segmentation(empty), SIZE) is None
@@ -81,9 +83,10 @@ def test_empty_and_outside_masks_are_none() -> None:
 
 
 @pytest.mark.parametrize("wrong, message", [
-    ({"size": [37], "counts": "abc"}, "needs size"),
-    ({"counts": [1, 2]}, "needs size"),
-    ({"size": [37, 52], "counts": [5, 5]}, "add up to 10"),
+    ({"size": [37], "counts": "abc"}, "RLE without a size"),
+    ({"counts": [1, 2]}, "RLE without a size"),
+    ({"size": [37, 52], "counts": [5, 5]}, "do not fill its size"),
+    ({"size": [37, 52], "counts": "zzz~"}, "foreign characters"),
     ([[1.0, 2, float("nan"), 4, 5, 6]], "not a number"),
 ])
 def test_unusable_segmentation_names_its_source(wrong: object, message: str) -> None:
@@ -94,6 +97,19 @@ def test_unusable_segmentation_names_its_source(wrong: object, message: str) -> 
 def test_rle_of_another_size_is_an_error() -> None:
     with pytest.raises(DataError, match="RLE mask of 52x37 on an image of 10x10"):
         decode_window(pack_segmentation(rle_api.encode(np.asfortranarray(_blob(1)))), (10, 10))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(0, 120), max_size=30))
+def test_any_run_lengths_draw_as_cocos_own_decoder_draws_them(counts: list[int]) -> None:
+    total = SIZE[0] * SIZE[1]
+    kept = [run for run, end in zip(counts, np.cumsum(counts)) if end <= total]
+    runs = [*kept, total - sum(kept)]
+    expected = rle_api.decode(rle_api.frPyObjects({"size": list(SIZE), "counts": runs}, *SIZE))
+    found = decode_window(pack_segmentation({"size": list(SIZE), "counts": runs}), SIZE)
+    np.testing.assert_array_equal(_pasted(found), expected)
+    if found is not None:  # no wider than the object
+        assert found[0][0].any() and found[0][-1].any() and found[0][:, 0].any() and found[0][:, -1].any()
 
 
 def test_nearest_indices_follow_opencv() -> None:

@@ -1,6 +1,6 @@
 """Instance masks between annotation and network input, one object at a time.
 
-A mask is kept as a few bytes (a COCO run-length code, or polygons on the rasteriser's own grid of a fifth of a pixel)
+A mask is kept as a few bytes (run lengths, or polygons on the rasteriser's own grid of a fifth of a pixel)
 until the image's transform is known. A transform of masks is two index arrays: which source row each output row shows,
 and which source column each output column. Resizing, cropping and flipping compose in them, so that only the object's
 own crop is ever decoded: 300 masks on 12 megapixels cost one object at a time, not 300 images.
@@ -21,6 +21,7 @@ from faster_coco_eval import mask as rle_api
 from numpy.typing import NDArray
 
 from cascade_rcnn.data.records import Segmentation
+from cascade_rcnn.data.segmentations import rle_counts
 from cascade_rcnn.errors import DataError
 
 _GRID = 5  # COCO's rasteriser rounds polygon corners to fifths of a pixel: int(5 x + 0.5)
@@ -55,18 +56,18 @@ def pack_segmentations(segmentations: Sequence[Segmentation | None], *, source: 
     return packed
 
 
+def pack_segmentation(segmentation: Segmentation | None, *, source: str = "") -> bytes:
+    """``pack_segmentations`` of one object."""
+    return pack_segmentations([segmentation], source=source)[0]
+
+
 def _pack_rle(rle: dict[str, Any], source: str) -> bytes:
-    size, counts = rle.get("size"), rle.get("counts")
-    if not isinstance(size, Sequence) or len(size) != 2 or not isinstance(counts, (str, bytes, Sequence)):
-        raise DataError(f"{source}: an RLE mask needs size [height, width] and counts; got keys {sorted(rle)}")
-    height, width = int(size[0]), int(size[1])
-    if not isinstance(counts, (str, bytes)):
-        if sum(counts) != height * width:
-            raise DataError(f"{source}: the counts of an RLE mask add up to {sum(counts)} pixels, its size says "
-                            f"{height}x{width}; run cascade-rcnn check --fix")
-        counts = rle_api.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)["counts"]
-    code = counts.encode() if isinstance(counts, str) else counts
-    return _RLE + struct.pack("<2i", height, width) + bytes(code)
+    """Run lengths are kept as numbers: the loader then never hands unchecked codes to a decoder in C."""
+    try:
+        runs = rle_counts(rle, height=0, width=0)
+    except ValueError as error:
+        raise DataError(f"{source}: {error}; run cascade-rcnn check --fix") from None
+    return _RLE + struct.pack("<2i", *rle["size"]) + np.array(runs, dtype="<i4").tobytes()
 
 
 def decode_window(packed: bytes, size: tuple[int, int]) -> tuple[NDArray[np.uint8], int, int] | None:
@@ -82,19 +83,21 @@ def decode_window(packed: bytes, size: tuple[int, int]) -> tuple[NDArray[np.uint
 
 
 def _decode_rle(packed: bytes, size: tuple[int, int]) -> tuple[NDArray[np.uint8], int, int] | None:
+    """Draw only the columns that the object touches."""
     height, width = struct.unpack_from("<2i", packed, 1)
     if (height, width) != size:
         raise DataError(f"an RLE mask of {width}x{height} on an image of {size[1]}x{size[0]}; run cascade-rcnn check")
-    return _extent_of({"size": [height, width], "counts": packed[9:]}, 0, 0)
-
-
-def _extent_of(rle: dict[str, Any], top: int, left: int) -> tuple[NDArray[np.uint8], int, int] | None:
-    """Decode an RLE whose corner lies at (top, left) and keep the object's extent."""
-    x, y, w, h = (int(value) for value in rle_api.toBbox(rle))
-    if w <= 0 or h <= 0:
+    ends = np.cumsum(np.frombuffer(packed, dtype="<i4", offset=9), dtype=np.int64)  # run i: ends[i - 1] .. ends[i]
+    on = np.flatnonzero(ends[1::2] > ends[:-1:2])  # runs of the object with a length
+    if not on.size:
         return None
-    whole = rle_api.decode(rle)  # [H, W] column by column in memory; freed before the next object's
-    return np.asfortranarray(whole[y:y + h, x:x + w]), top + y, left + x
+    left, right = int(ends[2 * on[0]] // height), int((ends[2 * on[-1] + 1] - 1) // height) + 1
+    bounds = np.concatenate([[left * height], np.clip(ends, left * height, right * height)])
+    lengths = bounds[1:] - bounds[:-1]
+    block = np.repeat(np.arange(len(ends), dtype=np.uint8) & 1, lengths).reshape(right - left, height)
+    rows = np.flatnonzero(block.any(axis=0))
+    top, bottom = int(rows[0]), int(rows[-1]) + 1
+    return np.ascontiguousarray(block[:, top:bottom]).T, top, left
 
 
 def _decode_polygons(packed: bytes, size: tuple[int, int]) -> tuple[NDArray[np.uint8], int, int] | None:
@@ -112,7 +115,11 @@ def _decode_polygons(packed: bytes, size: tuple[int, int]) -> tuple[NDArray[np.u
     shifted = np.where(shifted < 0, shifted - 1, shifted) / _GRID  # the rasteriser truncates int(5 x + 0.5) towards 0
     polygons = np.split(shifted.reshape(-1), np.cumsum(lengths)[:-1])
     rles = rle_api.frPyObjects([polygon.tolist() for polygon in polygons], h, w)
-    return _extent_of(rle_api.merge(rles) if len(rles) > 1 else rles[0], top, left)
+    rle = rle_api.merge(rles) if len(rles) > 1 else rles[0]
+    x, y, w, h = (int(value) for value in rle_api.toBbox(rle))
+    if w <= 0 or h <= 0:
+        return None
+    return np.asfortranarray(rle_api.decode(rle)[y:y + h, x:x + w]), top + y, left + x
 
 
 def nearest_indices(old: int, new: int) -> NDArray[np.int64]:
