@@ -9,7 +9,7 @@ The data lies as its archives unpack:
     data/widerface/WIDER_{train,val}/images/EVENT/*.jpg
 
 Most faces are small: anchors start at 16 pixels and images are enlarged to a shorter side of up to 1200.
-Faces marked invalid stay out of the negatives; up to 750 faces are kept per image, as the official evaluation counts.
+Faces marked invalid stay out of the negatives; up to 750 faces are kept per image.
 Published for this network: none. Not yet measured with this project.
 """
 

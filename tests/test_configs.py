@@ -1,0 +1,95 @@
+"""Every recipe loads, says what was published, builds, and has as many parameters as its model."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cascade_rcnn.models.build import build_model
+from cascade_rcnn.recipes import config_names, load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "configs").rglob("*.py"))
+ZOO: dict[str, dict[str, Any]] = {
+    entry["config"].removesuffix(".py").replace("-", "_"): entry
+    for entry in json.loads((ROOT / "tests/data/parity/mmdet_zoo.json").read_text(encoding="utf-8"))
+}
+
+
+def docstring(path: Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+
+
+def test_every_recipe_has_a_name_of_its_own() -> None:
+    names = [path.stem for path in FILES]
+    assert len(names) == len(set(names)) and set(config_names()) == set(names)
+
+
+def test_all_thirty_cascade_recipes_are_there() -> None:
+    assert len(ZOO) == 30
+    assert set(ZOO) <= {path.stem for path in FILES if path.parent.name == "cascade_rcnn"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_recipe_is_short_and_says_what_to_expect(path: Path) -> None:
+    config = load_config(path)
+    text = path.read_text(encoding="utf-8")
+    code = text[text.index('"""\n\n') :]
+    about = docstring(path)
+    assert len(code.splitlines()) <= 25, "a recipe is read at a glance"
+    assert f"python3 tools/train.py configs/{path.parent.name}/{path.name}" in about
+    assert "Published for this" in about and "Not yet measured with this project." in about
+    assert config.published, "the published result, or none"
+    if config.published.startswith("none"):
+        assert "none" in about
+    else:
+        assert config.published.split(" box AP")[0] in about
+    assert load_config(path.stem) == config
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_recipe_builds(path: Path) -> None:
+    config = load_config(path)
+    with torch.device("meta"):
+        model = build_model(config.model, 80)
+    trainable = sum(parameter.requires_grad for parameter in model.parameters())
+    assert trainable > 0
+    if path.stem in ZOO:
+        assert sum(parameter.numel() for parameter in model.parameters()) == ZOO[path.stem]["parameters"]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_recipe_has_the_published_settings(name: str) -> None:
+    entry, config = ZOO[name], load_config(name)
+    train, data, model = config.train, config.data, config.model
+    assert (train.epochs, [list(train.milestones)]) == (entry["epochs"], entry["milestones"])
+    assert (train.lr, train.weight_decay, train.batch_size) == (
+        entry["lr"], entry["weight_decay"], entry["batch_per_gpu"])
+    assert train.images_per_step == 8 * entry["batch_per_gpu"]
+    assert data.repeat == (entry["repeat"] or 1)
+    assert model.style == entry["backbone"]["style"]
+    assert model.frozen_stages == entry["backbone"]["frozen_stages"]
+    assert (model.norm == "frozen_statistics") == entry["backbone"]["norm_requires_grad"]
+    assert model.masks == ("every" if entry["masks"] else "none")
+    if entry["published"]:
+        assert f"{entry['published']['results']['box AP']} box AP" in config.published
+    steps = {step["type"]: step for step in entry["pipeline"]}
+    if "Resize" in steps:
+        assert [data.long_side, *data.short_side] == steps["Resize"]["scale"]
+    elif "RandomCrop" in steps:
+        assert [data.long_side, data.long_side] == steps["RandomCrop"]["crop_size"]
+        assert list(data.large_scale_jitter or ()) == steps["RandomResize"]["ratio_range"]
+    else:
+        assert data.short_side_mode == "range"
+        assert [[data.long_side, short] for short in data.short_side] == steps["RandomResize"]["scale"]
+
+
+def test_benchmarks_with_ignore_regions_keep_them_out_of_the_negatives() -> None:
+    for path in FILES:
+        expected = path.parent.name in ("kitti", "citypersons", "widerface")
+        assert load_config(path).data.ignore_regions == expected, path.stem
