@@ -53,8 +53,10 @@ def coco_files(root: Path) -> dict[str, Path]:
 
 
 def _jsons(folder: Path) -> dict[str, Path]:
-    candidates = [path for path in files.list_files(folder, {".json"}) if _looks_like_coco(path)]
-    instances = [path for path in candidates if path.name.startswith("instances")]
+    jsons = files.list_files(folder, {".json"})
+    # By its name alone it is meant to be COCO: if it is damaged, reading it shall say so
+    instances = [path for path in jsons if path.name.startswith("instances_")]
+    candidates = [path for path in jsons if _looks_like_coco(path)]
     chosen = instances or [path for path in candidates if not path.name.startswith(_OTHER_TASKS)]
     return {_split_name(path): path for path in chosen}
 
