@@ -141,6 +141,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     def write(temporary: Path) -> None:
         save_file(on_host, temporary, metadata=dict(metadata))
+        temporary.chmod(0o666 & ~_umask())  # safetensors' own choice is a file that only its owner may read
 
     def verify(temporary: Path) -> None:
         with safe_open(temporary, framework="pt") as file:
@@ -274,6 +275,12 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)  # the only way to ask is to set it
+    os.umask(mask)
+    return mask
 
 
 def _one_line(error: BaseException) -> str:

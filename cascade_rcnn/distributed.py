@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cascade_rcnn.errors import ConfigError, UserError
+
+# newer versions of torch call it so; both bring the buffers of rank 0 to the others before each forward
+_SYNC_BUFFERS = ("forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+                 else "broadcast_buffers")
 
 _Value = TypeVar("_Value")
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -170,7 +175,8 @@ def wrap(model: nn.Module, world: World, *, norm: str = "") -> nn.Module:
     """
     if world.size == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=norm == "batch", gradient_as_bucket_view=True)
+    options: dict[str, Any] = {_SYNC_BUFFERS: norm == "batch"}
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
 
 
 def with_synchronised_norm(model: _Model, world: World) -> _Model:

@@ -9,6 +9,7 @@ A pass is one batch through the network; ``accumulate`` passes make a step; an e
 
 from __future__ import annotations
 
+import os
 import signal
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from cascade_rcnn import distributed
 from cascade_rcnn.config import Config
+from cascade_rcnn.data.check import check_before_training
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.generators import reproducible
 from cascade_rcnn.interrupt import Interrupts, StopNow, TrainingInterrupted
@@ -62,10 +64,10 @@ def train(config: Config, *, out: Path, resume: bool = False, device: str | torc
         except torch.OutOfMemoryError as error:
             raise UserError(_out_of_memory(config, error)) from error
         finally:
+            if interrupts.pending:
+                interrupts.end_children()  # before close(), which waits for them politely
             if run is not None:
                 run.loader.close()
-            if interrupts.pending:
-                interrupts.end_children()
 
 
 def train_epoch(run: Run, interrupts: Interrupts, watchdog: distributed.Watchdog) -> None:
@@ -118,6 +120,8 @@ def train_epoch(run: Run, interrupts: Interrupts, watchdog: distributed.Watchdog
 
 def run_train(config: Config, *, out: Path, resume: bool = False, check: bool = True) -> None:
     """The command: look at the data first, unless told not to, then train."""
+    if check and int(os.environ.get("RANK", 0)) == 0:  # the other processes wait for it in ``train``
+        check_before_training(config)
     train(config, out=out, resume=resume)
 
 
