@@ -8,7 +8,13 @@ from faster_coco_eval import mask as rle_api
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade_rcnn.data.masks import decode_window, nearest_indices, pack_segmentation, pack_segmentations, transform_window
+from cascade_rcnn.data.masks import (
+    decode_window,
+    nearest_indices,
+    pack_segmentation,
+    pack_segmentations,
+    transform_window,
+)
 from cascade_rcnn.errors import DataError
 
 SIZE = (37, 52)  # height, width
