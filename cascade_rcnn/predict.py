@@ -31,6 +31,7 @@ from cascade_rcnn.errors import CheckpointError, DataError, UserError
 from cascade_rcnn.inputs import InputFile, VideoReader, VideoWriter, collect, to_array
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.detector import CascadeRCNN
+from cascade_rcnn.progress import progress_bar
 from cascade_rcnn.results import ResultsFile, join_shards, parse_shard, results_path
 from cascade_rcnn.structures import ImageBatch, RawDetections
 
@@ -260,7 +261,7 @@ class _Job:
     def run(self, files: Sequence[InputFile]) -> None:
         images = [file for file in files if not file.is_video]
         videos = [file for file in files if file.is_video]
-        with ThreadPoolExecutor(max_workers=4) as pool, _Progress(len(images)) as progress:
+        with ThreadPoolExecutor(max_workers=4) as pool, progress_bar(len(images)) as advance:
             for batch in _batches(_ahead(pool, self._read, images, self.batch_size * _AHEAD), self.batch_size):
                 readable = [(file, pixels) for file, pixels in batch if not isinstance(pixels, DataError)]
                 for error in (pixels for _, pixels in batch if isinstance(pixels, DataError)):
@@ -270,7 +271,7 @@ class _Job:
                     if self.drawings is not None:
                         target = self.drawings / file.drawing
                         self._submit(pool.submit(self._draw, file, pixels, detections, target))
-                progress.advance(len(batch))
+                advance(len(batch))
             while self._pending:
                 self._pending.popleft().result()
         for file in videos:
@@ -313,14 +314,14 @@ class _Job:
         writer = None if self.drawings is None else VideoWriter(self.drawings / file.drawing, reader.rate)
         number = 0
         try:
-            with _Progress(reader.frames, file.name) as progress:
+            with progress_bar(reader.frames, file.name) as advance:
                 for frames in _batches(iter(reader), self.batch_size):
                     for detections in self._predict(frames):
                         self._keep(detections, {"file_name": file.name, "frame": number})
                         number += 1
                         if writer is not None:
                             writer.write(detections[detections.scores >= self.score].draw())
-                    progress.advance(len(frames))
+                    advance(len(frames))
         finally:
             reader.close()
             if writer is not None:
@@ -350,29 +351,6 @@ def _ahead(pool: ThreadPoolExecutor, function: Any, things: Iterable[_T], ahead:
 def _batches(things: Iterator[_T], size: int) -> Iterator[list[_T]]:
     while batch := list(islice(things, size)):
         yield batch
-
-
-class _Progress:
-    """A bar on a terminal, nothing elsewhere."""
-
-    def __init__(self, total: int, what: str = "images") -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                             console=console, disable=not console.is_terminal or not total, transient=True)
-        self._task = self._bar.add_task(what, total=total)
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def advance(self, count: int) -> None:
-        self._bar.advance(self._task, count)
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
 
 
 def _report(summary: PredictSummary, out: Path) -> None:
