@@ -42,6 +42,7 @@ class Semantics:
     mean_of_logits: bool
     bgr: bool  # network input BGR with std 1 whatever the style
     mask_padding: bool = True
+    mmdetection_ranking: bool = False  # its float32 rounding where scores or overlaps tie
     anchors_inside: bool = False  # the RPN of a cascade (not of a single stage) learns from anchors inside the image only
     rounded_anchors: bool = False
     sampling_ratio: int = 0
@@ -54,7 +55,7 @@ SEMANTICS = {
         box_beta=1.0, rpn_box_beta=1 / 9, one_stage_box_beta=0.0,
         train_proposals=2000, one_stage_train_proposals=1000,
         best_box_iou=0.3, rematch_best=True, fixed_rpn_normalizer=False,
-        limit_shrinking=True, mean_of_logits=True, bgr=False, anchors_inside=True,
+        limit_shrinking=True, mean_of_logits=True, bgr=False, anchors_inside=True, mmdetection_ranking=True,
     ),
     "detectron2": Semantics(
         halving_loss_weights=False, resample=False, divide_gradient=True,
@@ -150,6 +151,8 @@ def _build_rpn(config: ModelConfig, semantics: Semantics) -> RPN:
         post_nms=(train_proposals, config.test_proposals),
         limit_shrinking=semantics.limit_shrinking,
         mask_padding=semantics.mask_padding,
+        spread_nms=semantics.mmdetection_ranking,
+        rank_by_probability=semantics.mmdetection_ranking,
         inside_only=semantics.anchors_inside and not one_stage,
     )
     return RPN(config.fpn_channels, anchors, details=details)

@@ -18,12 +18,17 @@ from cascade_rcnn.structures import RawDetections
 MAX_CANDIDATES = 8192
 
 
-def nms_keep(boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, iou: float) -> Tensor:
+def nms_keep(
+    boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, iou: float, *, spread: bool = False
+) -> Tensor:
     """Which boxes [B, M] survive greedy NMS among the valid ones of the same image and group.
 
-    ``boxes`` [B, M, 4], ``scores``, ``groups`` (non-negative) and ``valid`` [B, M].
+    ``boxes`` [B, M, 4], ``scores``, ``groups`` (non-negative) and ``valid`` [B, M]. ``spread`` moves each group to a place
+    of its own first, as mmdetection does: it changes nothing but the rounding of the IoU, which decides ties at the limit.
     """
     batch, count = scores.shape
+    if spread and count:
+        boxes = boxes + (groups * (boxes.flatten(1).amax(dim=1, keepdim=True) + 1)).unsqueeze(-1)
     image = torch.arange(batch, device=boxes.device)[:, None]
     group = groups * batch + image
     # Boxes that are no candidates go into a group of their own, so that shapes stay fixed; on a CPU they are left out.

@@ -40,6 +40,8 @@ class RPNDetails:
     nms_iou: float = 0.7
     mask_padding: bool = True  # anchors in a batch's padding take no part
     inside_only: bool = False  # anchors that cross the image's border take no part in the loss
+    spread_nms: bool = False  # mmdetection's rounding in NMS
+    rank_by_probability: bool = False  # order proposals by float32 probability instead of by logit
     min_size: float = 0.0
 
 
@@ -150,6 +152,12 @@ class RPN(nn.Module):
         for level, anchors in enumerate(levels):
             score = logits[level].detach().masked_fill(~usable[level], -torch.inf)
             score, rows = score.topk(min(pre_nms, score.shape[1]), dim=1)
+            if details.rank_by_probability:
+                # Near 1 float32 probabilities of different logits are equal; then the earlier anchor comes first.
+                rows = rows.sort(dim=1).values
+                score = logits[level].detach().sigmoid().masked_fill(~usable[level], -torch.inf).gather(1, rows)
+                score, order = score.sort(dim=1, descending=True, stable=True)
+                rows = rows.gather(1, order)
             anchor = take(anchors.expand(len(score), -1, -1), rows)
             delta = take(deltas[level].detach(), rows)
             box = decode_boxes(delta, anchor, self.stds, limit_shrinking=details.limit_shrinking)
@@ -159,7 +167,7 @@ class RPN(nn.Module):
         box, score, group = torch.cat(boxes, 1), torch.cat(scores, 1), torch.cat(groups, 1)  # [B, M, 4], [B, M]
         side = (box[..., 2:] - box[..., :2]).amin(dim=-1)
         real = torch.isfinite(score) & (side > details.min_size)
-        keep = nms_keep(box, score, group, real, details.nms_iou)
+        keep = nms_keep(box, score, group, real, details.nms_iou, spread=details.spread_nms)
         score, rows = score.masked_fill(~keep, -torch.inf).topk(min(post_nms, score.shape[1]), dim=1)
         valid = torch.isfinite(score)
         return Proposals(take(box, rows) * valid[..., None], score, valid)
