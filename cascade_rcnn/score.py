@@ -127,7 +127,7 @@ def _coco_tables(metrics: Metrics, kinds: list[str]) -> list[_Table]:
     for head, chosen in (
         ("", [name for name in plain if name.startswith("AP")]),
         ("", [name for name in plain if name.startswith("AR")]),
-        ("AP at IoU", [name for name in names if name.startswith("AP@")]),
+        ("IoU", [name for name in names if name.startswith("AP@")]),
     ):
         columns = [name.removeprefix("AP@") for name in chosen]
         tables.append((head, columns, {kind: [f"{kind}/{name}" for name in chosen] for kind in kinds}))

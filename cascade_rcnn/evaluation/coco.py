@@ -214,7 +214,7 @@ def _add_masks(own: list[dict[str, Any]], given: list[dict[str, Any]], sizes: li
                 one["segmentation"] = mask
             else:
                 one["segmentation"] = _compressed(mask, *by_row[one["image_id"]])
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise DataError(f"{where}: annotation {index}: {error}: mend it or score boxes only") from error
 
 
@@ -266,7 +266,7 @@ def _own_results(
     for index, (one, given) in enumerate(zip(own, found)):
         try:
             one["segmentation"] = _compressed(given.get("segmentation"), *sizes[one["image_id"]])
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise DataError(f"{where}: detection {index}: {error}: encode the mask at the image's own size") from error
     return own
 
@@ -281,7 +281,7 @@ def _compressed(mask: Any, height: int, width: int) -> dict[str, Any]:
         return {"size": size, "counts": mask["counts"]}
     from faster_coco_eval.core import mask as rle  # slow to import
 
-    packed: dict[str, Any] = rle.frPyObjects({"size": size, "counts": runs.tolist()}, height, width)
+    packed: dict[str, Any] = rle.frPyObjects({"size": size, "counts": list(runs)}, height, width)
     return packed
 
 

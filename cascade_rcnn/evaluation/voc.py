@@ -128,7 +128,10 @@ def read_truth(root: Path, split: str) -> tuple[dict[str, ClassObjects], dict[st
         raise DataError(f"{listing}: image {twice!r} is listed twice: remove one line")
     rows: dict[str, list[tuple[int, float, float, float, float, bool]]] = {}
     for name, row in image_ids.items():
-        for label, box, difficult in _read_annotation(root / "Annotations" / f"{name}.xml"):
+        path = root / "Annotations" / f"{name}.xml"
+        if not path.is_file():
+            raise DataError(f"{listing}: image {name!r} has no {path}: add the annotation or remove the line")
+        for label, box, difficult in _read_annotation(path):
             rows.setdefault(label, []).append((row, *box, difficult))
     objects = {}
     for label, found in rows.items():
