@@ -1,38 +1,68 @@
 """Bilinear resizing of uint8 images exactly as OpenCV does it.
 
-mmdetection's published results were measured on images that OpenCV had resized. Its arithmetic is fixed-point: weights of
-11 bits, products shifted down between the two passes. Floating-point bilinear interpolation differs from it by one grey
-level in a fifth of the pixels, which moves the scores of a detector in the second digit.
+mmdetection's published results were measured on images that OpenCV had resized. Its arithmetic is fixed-point: weights
+of 11 bits, products shifted down between the two passes. Floating-point bilinear interpolation differs from it by one
+grey level in a fifth of the pixels, which moves the scores of a detector in the second digit.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _ONE = 1 << 11
+_BLOCK = 16  # rows at a time, so that the 32-bit sums stay in the cache: 8 ms for 800x1080 where whole images take 19
+Integers = NDArray[np.int32]
 
 
-def _taps(source: int, target: int, *, clamp: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _taps(source: int, target: int, *, clamp: bool) -> tuple[Integers, Integers, Integers, Integers]:
     """First and second pixel [target] of each output pixel and their integer weights."""
-    position = ((torch.arange(target, dtype=torch.float64) + 0.5) * (source / target) - 0.5).float()
-    first = position.floor()
+    position = ((np.arange(target) + 0.5) * (source / target) - 0.5).astype(np.float32)
+    first = np.floor(position)
     share = position - first
     if clamp:  # OpenCV moves samples beyond the border onto it in rows, but only repeats the border in columns
-        share = torch.where((first < 0) | (first >= source - 1), 0.0, share)
-    low = first.long()
-    weights = ((1 - share) * _ONE).round().int(), (share * _ONE).round().int()
-    return low.clamp(0, source - 1), (low + 1).clamp(0, source - 1), *weights
+        share = np.where((first < 0) | (first >= source - 1), np.float32(0), share)
+    low = first.astype(np.int32)
+    weights = np.rint((1 - share) * _ONE).astype(np.int32), np.rint(share * _ONE).astype(np.int32)
+    return low.clip(0, source - 1), (low + 1).clip(0, source - 1), *weights
 
 
 def resize_like_opencv(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """``image`` uint8 [C, H, W] resized to ``size`` (height, width): bit for bit what ``cv2.resize`` gives."""
-    if image.shape[-2:] == size:
+    """``image`` uint8 [C, H, W] on the CPU resized to ``size`` (height, width): bit for bit what ``cv2.resize`` gives.
+
+    The result lies channels-last in memory.
+    """
+    if tuple(image.shape[-2:]) == size:
         return image
-    left, right, weight_left, weight_right = _taps(image.shape[-1], size[1], clamp=True)
-    top, bottom, weight_top, weight_bottom = _taps(image.shape[-2], size[0], clamp=False)
-    pixels = image.int()
-    across = pixels[..., left].mul_(weight_left).add_(pixels[..., right].mul_(weight_right)).bitwise_right_shift_(4)
-    upper = across[:, top].mul_(weight_top[:, None]).bitwise_right_shift_(16)
-    lower = across[:, bottom].mul_(weight_bottom[:, None]).bitwise_right_shift_(16)
-    return upper.add_(lower).add_(2).bitwise_right_shift_(2).clamp_(0, 255).to(torch.uint8)
+    channels, height, width = image.shape
+    left, right, *weights = _taps(width, size[1], clamp=True)
+    top, bottom, weight_top, weight_bottom = _taps(height, size[0], clamp=False)
+    # one row of an image is W * C numbers: index and weigh it so, all channels at once
+    take_left, take_right = ((taps[:, None] * channels + np.arange(channels)).reshape(-1) for taps in (left, right))
+    weight_left, weight_right = (np.repeat(weight, channels) for weight in weights)
+    rows = image.permute(1, 2, 0).contiguous().numpy().reshape(height, width * channels)
+    across = np.empty((height, size[1] * channels), dtype=np.int16)  # at most 255 * 2048 >> 4
+    for start in range(0, height, _BLOCK):
+        part = rows[start:start + _BLOCK].astype(np.int32)
+        sums = part.take(take_left, axis=1)
+        sums *= weight_left
+        other = part.take(take_right, axis=1)
+        other *= weight_right
+        sums += other
+        sums >>= 4
+        across[start:start + _BLOCK] = sums
+    resized = np.empty((size[0], size[1] * channels), dtype=np.uint8)
+    for start in range(0, size[0], _BLOCK):
+        block = slice(start, start + _BLOCK)
+        upper, lower = across[top[block]].astype(np.int32), across[bottom[block]].astype(np.int32)
+        upper *= weight_top[block, None]
+        lower *= weight_bottom[block, None]
+        upper >>= 16
+        lower >>= 16
+        upper += lower
+        upper += 2
+        upper >>= 2
+        resized[block] = upper  # 0..255 already: the weights of a pixel add up to one
+    return torch.from_numpy(resized.reshape(*size, channels)).permute(2, 0, 1)
