@@ -43,7 +43,7 @@ def recognise(root: Path | str) -> str:
     Raises ``DataError`` that lists what was looked for and what is there.
     """
     root = Path(root)
-    if not root.exists():
+    if not (files.is_dir(root) or files.is_file(root)):
         raise DataError(f"{files.printable(root)}: no such folder; give the data set's folder as --data")
     for name, (find, _, _) in _FORMATS.items():
         if any(True for _ in find(root)):
