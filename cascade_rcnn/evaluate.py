@@ -167,16 +167,17 @@ def _official(split: DataSplit, results: list[dict[str, Any]], submission: Path 
     own_metric = split.format in ("voc", "kitti", "citypersons", "widerface")
     if submission is None and not (own_metric and split.truth is not None):
         return {}
-    from cascade_rcnn.evaluation.submission import write_submission
+    from cascade_rcnn.evaluation.submission import voc_list_name, write_submission
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = submission or Path(scratch) / "submission"
-        write_submission(split.format if own_metric else "coco", split, results, folder)
+        written = write_submission(split.format if own_metric else "coco", split, results, folder)
         if submission is not None:
-            print(f"submission: {printable(submission)}")
+            print(f"submission: {printable(written)}")
         if not own_metric or split.truth is None or not any(len(record.boxes) for record in split.records):
             return {}
-        return score(format=split.format, truth=split.truth, results=folder, split=split.name, notes=notes)
+        name = voc_list_name(split) if split.format == "voc" else split.name
+        return score(format=split.format, truth=split.truth, results=written, split=name, notes=notes)
 
 
 def curve(metrics: Metrics, kind: str = "bbox") -> list[tuple[float, float | None]]:

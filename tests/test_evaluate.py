@@ -1,0 +1,214 @@
+"""Evaluation from images to numbers, with a network that knows the answers, misses some, or sees nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scenes import write_coco, write_text
+from small_training import run_ranks, small_config, small_data
+from torch import nn
+
+from cascade_rcnn import distributed, evaluate
+from cascade_rcnn.checkpoint import save_checkpoint
+from cascade_rcnn.config import Config, DataConfig, ModelConfig
+from cascade_rcnn.data.formats import open_split
+from cascade_rcnn.data.records import DataSplit, ImageRecord
+from cascade_rcnn.errors import DataError
+from cascade_rcnn.evaluate import curve, evaluate_model, match_classes, run_evaluate
+from cascade_rcnn.models.build import build_model
+from cascade_rcnn.structures import ImageBatch, RawDetections
+
+NAMES = ("box", "crate", "tin")
+
+
+class Oracle(nn.Module):
+    """Finds every annotated object exactly, in the network's own coordinates; ``miss`` leaves out every n-th image."""
+
+    def __init__(self, split: DataSplit, *, masks: bool = False, miss: int = 0) -> None:
+        super().__init__()
+        self.records = {record.image_id: record for record in split.records}
+        self.missed = {record.image_id for record in split.records[::miss]} if miss else set()
+        self.masks = masks
+
+    def detect(self, images: ImageBatch) -> RawDetections:
+        rows = 12
+        batch = len(images)
+        raw = RawDetections(torch.zeros(batch, rows, 4), torch.zeros(batch, rows),
+                            torch.zeros(batch, rows, dtype=torch.int64), torch.zeros(batch, rows, dtype=torch.bool),
+                            torch.ones(batch, rows, 4, 4) if self.masks else None)
+        for b, image_id in enumerate(images.image_ids):
+            record = self.records[image_id]
+            kept = ~record.ignore
+            n = 0 if image_id in self.missed else int(kept.sum())
+            factor = (images.sizes[b] / images.original_sizes[b]).flip(0).repeat(2)
+            raw.boxes[b, :n] = (torch.from_numpy(record.boxes[kept][:n]) * factor).float()
+            raw.labels[b, :n] = torch.from_numpy(record.labels[kept][:n])
+            raw.scores[b, :n] = 0.9 - 0.01 * torch.arange(n)
+            raw.valid[b, :n] = True
+        return raw
+
+
+def make_split(root: Path, *, images: int = 7, masks: bool = False) -> DataSplit:
+    """Images of many sizes with rectangles of whole pixels; one without objects, one with a crowd."""
+    random = np.random.default_rng(0)
+    records = []
+    for index in range(images):
+        height, width = int(random.integers(40, 90)), int(random.integers(40, 90))
+        path = root / f"{index}.png"
+        Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(path)
+        count = 0 if index == 2 else int(random.integers(1, 6))
+        corner = np.stack([random.integers(0, width - 12, count), random.integers(0, height - 12, count)], axis=1)
+        boxes = np.concatenate([corner, corner + random.integers(6, 12, (count, 2))], axis=1).astype(np.float64)
+        polygons: Any = [[[x1, y1, x2, y1, x2, y2, x1, y2]] for x1, y1, x2, y2 in boxes.tolist()]
+        ignore = np.zeros(count, dtype=np.bool_)
+        if index == 3:
+            ignore[0] = True
+        areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        records.append(ImageRecord(path, path.name, f"image {index}", height, width, boxes,
+                                   random.integers(0, 3, count), ignore, areas, polygons if masks else None))
+    return DataSplit("coco", "val", root, records, NAMES, (11, 5, 8), has_masks=masks)
+
+
+def make_config(*, masks: bool = False) -> Config:
+    return Config(model=ModelConfig(masks="last" if masks else "none"),
+                  data=DataConfig(short_side=(70,), long_side=120, workers=0))
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_an_oracle_reaches_ap_1(tmp_path: Path, masks: bool, batch_size: int) -> None:
+    split = make_split(tmp_path, masks=masks)
+    metrics = evaluate_model(Oracle(split, masks=masks), make_config(masks=masks), split, batch_size=batch_size)
+    kinds = ("bbox", "segm") if masks else ("bbox",)
+    for kind in kinds:
+        assert metrics[f"{kind}/AP"] == pytest.approx(1.0)
+        assert all(value == pytest.approx(1.0) for _, value in curve(metrics, kind))
+        assert {key for key in metrics if key.startswith(f"{kind}/AP/")} == {f"{kind}/AP/{name}" for name in NAMES}
+    assert any(key.startswith("segm/") for key in metrics) == masks
+
+
+def test_missed_images_cost_recall(tmp_path: Path) -> None:
+    split = make_split(tmp_path)
+    metrics = evaluate_model(Oracle(split, miss=2), make_config(), split)
+    assert metrics["bbox/AP"] is not None and 0.05 < metrics["bbox/AP"] < 0.95
+
+
+def test_a_blind_network_reaches_0(tmp_path: Path) -> None:
+    split = make_split(tmp_path)
+    metrics = evaluate_model(Oracle(split, miss=1), make_config(), split)
+    assert metrics["bbox/AP"] == 0.0
+
+
+def test_the_network_is_left_in_its_own_mode(tmp_path: Path) -> None:
+    split = make_split(tmp_path, images=2)
+    model = Oracle(split)
+    for mode in (True, False):
+        evaluate_model(model.train(mode), make_config(), split)
+        assert model.training is mode
+
+
+def test_classes_are_matched_by_name(tmp_path: Path) -> None:
+    split = make_split(tmp_path)
+    known = ("tin", "sofa", "box", "crate")  # other order, one more
+    class_map = match_classes(known, split, "x.safetensors")
+    assert class_map == [2, -1, 0, 1]
+    shuffled = [known.index(name) for name in NAMES]
+
+    class Shuffled(Oracle):
+        def detect(self, images: ImageBatch) -> RawDetections:
+            raw = super().detect(images)
+            raw.labels = torch.tensor(shuffled)[raw.labels]
+            raw.labels[:, -1], raw.scores[:, -1], raw.valid[:, -1] = 1, 0.95, True  # a sofa in every image
+            raw.boxes[:, -1] = torch.tensor([1.0, 1, 30, 30])
+            return raw
+
+    metrics = evaluate_model(Shuffled(split), make_config(), split, class_map=class_map)
+    assert metrics["bbox/AP"] == pytest.approx(1.0)
+
+
+def test_a_class_that_the_checkpoint_does_not_know_names_both_lists(tmp_path: Path) -> None:
+    split = make_split(tmp_path, images=1)
+    with pytest.raises(DataError) as caught:
+        match_classes(("box", "cat"), split, "best.safetensors")
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in ("does not know crate, tin", "data: box, crate, tin", "checkpoint: box, cat", "train"):
+        assert part in message
+
+
+def _evaluate_in_ranks(folder: str) -> dict[str, float | None]:
+    with distributed.start("cpu"):
+        split = make_split(Path(folder) / str(distributed.rank()))
+        return evaluate_model(Oracle(split, miss=3), make_config(), split)
+
+
+def test_two_processes_get_the_same_metrics_as_one(tmp_path: Path) -> None:
+    for name in ("0", "1", "alone"):
+        (tmp_path / name).mkdir()
+    split = make_split(tmp_path / "alone")
+    alone = evaluate_model(Oracle(split, miss=3), make_config(), split)
+    assert run_ranks(2, _evaluate_in_ranks, str(tmp_path)) == [alone, alone]
+
+
+def save_untrained(path: Path, names: tuple[str, ...], *, root: Path | None = None, masks: str = "last") -> Path:
+    """A checkpoint of a small network that has learnt nothing."""
+    config = small_config(model={"masks": masks})
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(root or small_data())))
+    model = build_model(config.model, len(names))
+    save_checkpoint(path, model.state_dict(), config=config, class_names=names)
+    return path
+
+
+def test_the_command_writes_metrics_and_coco_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    split = open_split(small_data(), "val")
+    checkpoint = save_untrained(tmp_path / "best.safetensors", split.class_names)
+    metrics = run_evaluate(checkpoint, data=small_data(), out=tmp_path / "metrics.json", submission=tmp_path / "sub",
+                           device="cpu", batch_size=2)
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written == metrics and {"bbox/AP", "segm/AP", "bbox/AP@0.75", "bbox/AP/star"} <= set(written)
+    results = json.loads((tmp_path / "sub" / "results.json").read_text())
+    assert {"image_id", "category_id", "bbox", "score", "segmentation"} <= set(results[0])
+    shown = capsys.readouterr().out
+    assert "star" in shown and str(tmp_path / "metrics.json") in shown
+
+
+def write_voc(root: Path) -> Path:
+    for name in ("1", "2"):
+        (root / "JPEGImages").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 48), (90, 120, 60)).save(root / "JPEGImages" / f"{name}.jpg")
+        box = f"<xmin>11</xmin><ymin>{name}</ymin><xmax>30</xmax><ymax>25</ymax>"
+        write_text(root / "Annotations" / f"{name}.xml",
+                   f"<annotation><filename>{name}.jpg</filename><size><width>64</width><height>48</height></size>"
+                   f"<object><name>cat</name><difficult>0</difficult><bndbox>{box}</bndbox></object></annotation>")
+    write_text(root / "ImageSets" / "Main" / "val.txt", "1\n2\n")
+    return root
+
+
+def test_a_voc_data_set_is_scored_by_its_own_protocol_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_voc(tmp_path / "voc")
+    split = open_split(root, "val")
+    checkpoint = save_untrained(tmp_path / "cat.safetensors", split.class_names, masks="none")
+    metrics = run_evaluate(checkpoint, data=root, split="val", device="cpu")
+    assert {"voc/mAP", "voc/mAP07", "bbox/AP"} <= set(metrics)
+    monkeypatch.setattr(evaluate, "detect", lambda _, images: Oracle(split).detect(images))
+    metrics = run_evaluate(checkpoint, data=root, split="val", device="cpu")
+    assert metrics["voc/mAP"] == metrics["voc/mAP07"] == pytest.approx(1.0)
+    assert metrics["bbox/AP"] == pytest.approx(1.0)
+
+
+def test_a_split_without_annotations_gives_a_submission_only(tmp_path: Path) -> None:
+    root = write_coco(tmp_path / "data", {
+        "images": [{"id": 1, "file_name": "a.png", "height": 48, "width": 64}],
+        "categories": [{"id": 3, "name": "Pedestrian"}], "annotations": []}, split="test")
+    checkpoint = save_untrained(tmp_path / "p.safetensors", ("Pedestrian",))
+    metrics = run_evaluate(checkpoint, data=root, split="test", device="cpu", out=tmp_path / "m.json",
+                           submission=tmp_path / "sub")
+    assert metrics == {} and not (tmp_path / "m.json").exists()
+    assert isinstance(json.loads((tmp_path / "sub" / "results.json").read_text()), list)
