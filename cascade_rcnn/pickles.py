@@ -376,8 +376,7 @@ def _listed(kind: Callable[[Any], object]) -> Callable[..., object]:
 
 
 _TENSOR_MAKERS: dict[str, Callable[..., object]] = {
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor": _tensor, "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
 }
@@ -389,14 +388,13 @@ _MAKERS: dict[str, Callable[..., object]] = {
     "torch.device": lambda *args: ":".join(str(part) for part in args),
     "torch.Size": _listed(tuple),
     "collections.OrderedDict": _listed(OrderedDict),
-    "builtins.set": _listed(set), "__builtin__.set": _listed(set),
-    "builtins.frozenset": _listed(frozenset), "__builtin__.frozenset": _listed(frozenset),
-    "builtins.list": _listed(list), "builtins.dict": _listed(dict), "builtins.tuple": _listed(tuple),
+    **{f"{module}.{kind.__name__}": _listed(kind) for module in ("builtins", "__builtin__")
+       for kind in (set, frozenset, list, dict, tuple)},
     "builtins.slice": lambda *_: None, "builtins.complex": lambda *_: None,
     "_codecs.encode": _bytes, "builtins.bytes": _bytes,
     **{f"{module}._reconstructor": lambda kind, *_: _make(kind, ()) for module in ("copyreg", "copy_reg")},
     "numpy.dtype": lambda code, *_: _Dtype(str(code)),
-    **{f"numpy.{core}.multiarray._reconstruct": lambda *_: Array() for core in ("core", "_core")},
-    **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
-    **{f"numpy.{core}.numeric._frombuffer": lambda *args: Array(_values(*args)) for core in ("core", "_core")},
+    **{f"numpy.{core}.{name}": maker for core in ("core", "_core") for name, maker in (
+        ("multiarray._reconstruct", lambda *_: Array()), ("multiarray.scalar", _scalar),
+        ("numeric._frombuffer", lambda *args: Array(_values(*args))))},
 }

@@ -1,0 +1,481 @@
+"""Checkpoints of other libraries become ours: every value in its place, decisions said, what does not fit listed."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cascade_rcnn.checkpoint import load_checkpoint
+from cascade_rcnn.convert import COCO_IDS, COCO_NAMES, run_convert
+from cascade_rcnn.convert_config import read_config_text
+from cascade_rcnn.convert_keys import absorb_preprocessing, recognise
+from cascade_rcnn.errors import CheckpointError
+from cascade_rcnn.models.build import build_model, load_backbone_weights
+from cascade_rcnn.structures import ImageBatch
+
+MANIFESTS = Path(__file__).parent / "data/parity"
+MASK = "mmdet_cascade_mask_rcnn_r50_fpn"
+D2 = "detectron2_cascade_mask_rcnn_R_50_FPN"
+CLASSES = 3
+_SMALLER = {256: 32, 1024: 16, 12544: 32 * 49, 80: CLASSES, 81: CLASSES + 1}
+
+
+def foreign_state(name: str) -> dict[str, Tensor]:
+    """The keys of a published checkpoint, its heads narrower and for three classes, random values."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for key, shape in json.loads((MANIFESTS / f"{name}.manifest.json").read_text(encoding="utf-8"))["keys"]:
+        if not key.startswith(("backbone.conv", "backbone.bn", "backbone.layer", "backbone.bottom_up")):
+            lateral = "lateral" in key and len(shape) == 4
+            shape = [_SMALLER.get(n, n) if i == 0 or not lateral else n for i, n in enumerate(shape)]
+        state[key] = torch.zeros(()) if not shape else torch.rand(shape, generator=generator) + 0.5
+    return state
+
+
+def convert(tmp_path: Path, content: object, *, name: str = "source.pth", config: str | None = None) -> Any:
+    source, dest = tmp_path / name, tmp_path / "dest.safetensors"
+    torch.save(content, source)
+    run_convert(source, dest, config=config)
+    return load_checkpoint(dest)
+
+
+def assert_every_value_arrived(source: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+    wanted = sorted(float(value.double().sum()) for key, value in source.items() if value.dim())
+    found = sorted(float(value.double().sum()) for value in ours.values() if value.dim())
+    assert wanted == pytest.approx(found, rel=1e-12)
+
+
+MMDET_PAIRS = {
+    "backbone.layer3.5.bn2.running_var": "backbone.body.layer3.5.bn2.running_var",
+    "backbone.layer1.0.downsample.1.weight": "backbone.body.layer1.0.downsample.1.weight",
+    "neck.lateral_convs.3.conv.weight": "fpn.lateral.3.weight",
+    "neck.fpn_convs.0.conv.bias": "fpn.output.0.bias",
+    "rpn_head.rpn_conv.weight": "rpn.conv.weight",
+    "rpn_head.rpn_cls.bias": "rpn.objectness.bias",
+    "rpn_head.rpn_reg.weight": "rpn.deltas.weight",
+    "roi_head.bbox_head.2.shared_fcs.0.weight": "cascade.box_heads.2.fc1.weight",
+    "roi_head.bbox_head.1.shared_fcs.1.bias": "cascade.box_heads.1.fc2.bias",
+    "roi_head.bbox_head.0.fc_cls.weight": "cascade.box_heads.0.classifier.weight",
+    "roi_head.bbox_head.2.fc_reg.bias": "cascade.box_heads.2.deltas.bias",
+    "roi_head.mask_head.1.convs.3.conv.weight": "cascade.mask_heads.1.convs.3.weight",
+    "roi_head.mask_head.2.upsample.weight": "cascade.mask_heads.2.upsample.weight",
+    "roi_head.mask_head.0.conv_logits.weight": "cascade.mask_heads.0.logits.weight",
+}
+D2_PAIRS = {
+    "backbone.bottom_up.stem.conv1.norm.running_mean": "backbone.body.bn1.running_mean",
+    "backbone.bottom_up.res2.0.shortcut.weight": "backbone.body.layer1.0.downsample.0.weight",
+    "backbone.bottom_up.res5.2.conv3.norm.bias": "backbone.body.layer4.2.bn3.bias",
+    "backbone.fpn_lateral5.weight": "fpn.lateral.3.weight",
+    "backbone.fpn_output2.weight": "fpn.output.0.weight",
+    "proposal_generator.rpn_head.anchor_deltas.weight": "rpn.deltas.weight",
+    "roi_heads.box_head.1.fc2.weight": "cascade.box_heads.1.fc2.weight",
+    "roi_heads.box_predictor.2.cls_score.bias": "cascade.box_heads.2.classifier.bias",
+    "roi_heads.mask_head.mask_fcn4.weight": "cascade.mask_heads.0.convs.3.weight",
+    "roi_heads.mask_head.deconv.bias": "cascade.mask_heads.0.upsample.bias",
+    "roi_heads.mask_head.predictor.weight": "cascade.mask_heads.0.logits.weight",
+}
+
+
+def test_mmdetection_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = foreign_state(MASK)
+    meta = {"epoch": 12, "dataset_meta": {"classes": ("cat", "dog", "eel"), "palette": [(1, 2, 3)]}}
+    made = convert(tmp_path, {"meta": meta, "state_dict": state, "optimizer": {"state": {0: torch.ones(3)}}})
+    for theirs, ours in MMDET_PAIRS.items():
+        assert torch.equal(made.state[ours], state[theirs]), theirs
+    assert_every_value_arrived(state, made.state)
+    assert made.class_names == ("cat", "dog", "eel") and made.category_ids == (1, 2, 3)
+    model = made.config.model
+    assert (model.backbone, model.semantics, model.style) == ("resnet50.tv_in1k", "mmdetection", "pytorch")
+    assert model.masks == "every"
+    assert (model.stage_ious, model.class_agnostic_boxes, model.norm) == ((0.5, 0.6, 0.7), True, "frozen_statistics")
+    assert (model.fpn_channels, model.head_channels, model.mask_channels) == (32, 16, 32)
+    build_model(model, CLASSES).load_state_dict(made.state)
+    said = capsys.readouterr().out
+    for word in ("format: mmdetection", "resnet50", "3 stages", "3 classes", "style: pytorch", "cat, dog, eel"):
+        assert word in said
+
+
+def test_mmdetection_2_with_moving_averages_and_data_parallel_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = foreign_state(MASK)
+    stored = {f"module.{key}": value for key, value in state.items()}
+    stored |= {"module.ema_" + key.replace(".", "_"): torch.zeros_like(value) for key, value in state.items()}
+    meta = {"CLASSES": ["cat", "dog", "eel"], "mmdet_version": "2.28"}
+    made = convert(tmp_path, {"meta": meta, "state_dict": stored})
+    assert_every_value_arrived(state, made.state)
+    assert made.class_names == ("cat", "dog", "eel")
+    assert "EMA" in capsys.readouterr().out
+
+
+def test_mmengine_keeps_the_averages_under_the_plain_keys(tmp_path: Path) -> None:
+    state = foreign_state(MASK)
+    raw = {f"module.{key}": value + 1 for key, value in state.items()} | {"steps": torch.tensor(10)}
+    made = convert(tmp_path, {"state_dict": state, "ema_state_dict": raw, "meta": {}})
+    assert_every_value_arrived(state, made.state)
+
+
+CONFIG_TEXT_3 = """
+norm_cfg = dict(requires_grad=False, type='BN')
+model = dict(
+    type='CascadeRCNN',
+    backbone=dict(depth=50, frozen_stages=2, norm_cfg=norm_cfg, norm_eval=True, style='caffe', type='ResNet'),
+    data_preprocessor=dict(bgr_to_rgb=False, mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0]),
+    roi_head=dict(stage_loss_weights=[1, 0.5, 0.25], bbox_head=[
+        dict(bbox_coder=dict(target_stds=[0.1, 0.1, 0.2, 0.2])),
+        dict(bbox_coder=dict(target_stds=[0.05, 0.05, 0.1, 0.1])),
+        dict(bbox_coder=dict(target_stds=[0.033, 0.033, 0.067, 0.067]))]),
+    rpn_head=dict(anchor_generator=dict(ratios=[0.5, 1.0, 2.0], scales=[4])),
+    train_cfg=dict(rcnn=[dict(assigner=dict(pos_iou_thr=t)) for t in (0.5,)]),
+    test_cfg=dict(rcnn=dict(max_per_img=300, nms=dict(iou_threshold=0.6, type='soft_nms'), score_thr=0.001),
+                  rpn=dict(max_per_img=500)))
+test_pipeline = [dict(type='LoadImageFromFile'), dict(keep_ratio=True, scale=(1000, 600), type='Resize')]
+evil = __import__('os').system('true')
+"""
+CONFIG_TEXT_2 = """
+img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
+model = dict(type='FasterRCNN', backbone=dict(type='ResNet', norm_cfg=dict(type='SyncBN', requires_grad=True),
+             norm_eval=False, style='pytorch'), train_cfg=dict(rcnn=dict(assigner=dict(pos_iou_thr=0.4))),
+             test_cfg=dict(rcnn=dict(score_thr=0.1, nms=dict(type='nms', iou_thr=0.3), max_per_img=50)))
+test_pipeline = [dict(type='MultiScaleFlipAug', img_scale=(640, 480))]
+"""
+
+
+def test_the_config_text_in_the_metadata_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "system", lambda command: pytest.fail("the text was run"))
+    state = foreign_state(MASK)
+    made = convert(tmp_path, {"state_dict": state, "meta": {"cfg": CONFIG_TEXT_3}})
+    model, data = made.config.model, made.config.data
+    assert (model.style, model.norm, model.frozen_stages) == ("caffe", "frozen", 2)
+    assert (model.score_threshold, model.nms, model.nms_iou, model.max_detections) == (0.001, "soft", 0.6, 300)
+    assert (model.test_proposals, model.anchor_scales) == (500, (4.0,))
+    assert model.stage_stds[2] == (0.033, 0.033, 0.067, 0.067)
+    assert (data.short_side, data.long_side) == ((600,), 1000)
+    assert torch.equal(made.state["backbone.body.conv1.weight"], state["backbone.conv1.weight"])
+
+
+def test_config_text_of_version_2() -> None:
+    hints = read_config_text(CONFIG_TEXT_2)
+    assert hints.model == {"style": "pytorch", "norm": "sync", "stage_ious": (0.4,), "score_threshold": 0.1,
+                           "nms_iou": 0.3, "max_detections": 50}
+    assert hints.data == {"short_side": (480,), "long_side": 640}
+    assert hints.preprocessing is not None and not hints.preprocessing.bgr
+
+
+@pytest.mark.parametrize("text", [
+    "", "model = (", "(" * 5000, "model = 3", "model = dict(backbone=7, roi_head=[1])", "x" * 3_000_000,
+    "model = -" + "-" * 50_000 + "1", "model = dict(test_cfg=dict(rcnn=[]))",
+], ids=range(8))
+def test_unusable_config_text_says_nothing(text: str) -> None:
+    assert read_config_text(text).model == {}
+
+
+def test_caffe_style_is_taken_from_the_files_name(tmp_path: Path) -> None:
+    made = convert(tmp_path, {"state_dict": foreign_state(MASK)}, name="cascade_mask_rcnn_r50_caffe_fpn_1x.pth")
+    assert (made.config.model.style, made.config.model.norm) == ("caffe", "frozen")
+
+
+def test_a_recipe_can_be_named(tmp_path: Path) -> None:
+    state = foreign_state(MASK)
+    with pytest.raises(CheckpointError, match="another shape"):  # its heads are wider
+        convert(tmp_path, {"state_dict": state}, config="cascade_mask_rcnn_r50_fpn_1x_coco")
+    recipe = tmp_path / "narrow.py"
+    recipe.write_text("from cascade_rcnn.config import Config, ModelConfig\nconfig = Config(model=ModelConfig("
+                      "masks='every', fpn_channels=32, head_channels=16, mask_channels=32, score_threshold=0.2))\n")
+    made = convert(tmp_path, {"state_dict": state}, config=str(recipe))
+    assert made.config.model.score_threshold == 0.2
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pkl"])
+def test_detectron2(tmp_path: Path, suffix: str) -> None:
+    state = foreign_state(D2)
+    source, dest = tmp_path / f"model_final.{suffix}", tmp_path / "dest.safetensors"
+    if suffix == "pth":
+        mean = torch.tensor([103.53, 116.28, 123.675]).reshape(3, 1, 1)
+        extra = {"pixel_mean": mean, "pixel_std": torch.ones(3, 1, 1),
+                 "proposal_generator.anchor_generator.cell_anchors.0": torch.ones(3, 4)}
+        torch.save({"model": state | extra, "optimizer": {}, "iteration": 89999}, source)
+    else:
+        arrays = {key: value.numpy() for key, value in state.items()}
+        source.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}))
+    run_convert(source, dest)
+    made = load_checkpoint(dest)
+    for theirs, ours in D2_PAIRS.items():
+        assert torch.equal(made.state[ours], state[theirs]), theirs
+    assert_every_value_arrived(state, made.state)
+    model = made.config.model
+    assert (model.semantics, model.style, model.norm, model.masks) == ("detectron2", "caffe", "frozen", "one")
+    assert made.class_names == ("class 1", "class 2", "class 3")
+
+
+def detectron_blobs(state: dict[str, Tensor], stage: str) -> dict[str, np.ndarray[Any, Any]]:
+    """A detectron2 checkpoint under Detectron's names, with background first and boxes for it, without statistics."""
+    blobs: dict[str, np.ndarray[Any, Any]] = {"lr": np.float32(0.1), "fc6_w_momentum": np.ones(3, np.float32)}
+    last = {2: 2, 3: 3, 4: 5, 5: 2}
+    for key, value in state.items():
+        if "running" in key:
+            continue
+        name, end = key.rsplit(".", 1)
+        end = "_w" if end == "weight" else "_b"
+        if match := re.fullmatch(r"backbone\.bottom_up\.res(\d)\.(\d+)\.(conv\d|shortcut)(\.norm)?", name):
+            branch = "branch1" if match[3] == "shortcut" else "branch2" + "abc"[int(match[3][-1]) - 1]
+            name = f"res{match[1]}_{match[2]}_{branch}"
+            end = ("_bn_s" if end == "_w" else "_bn_b") if match[4] else end
+        elif name.startswith("backbone.bottom_up.stem"):
+            name, end = ("res_conv1_bn", "_s" if end == "_w" else "_b") if "norm" in name else ("conv1", end)
+        elif name.startswith("backbone.fpn"):
+            level = int(name[-1])
+            lateral = "_lateral" if level < 5 else ""
+            name = (f"fpn_inner_res{level}_{last[level]}_sum{lateral}" if "lateral" in name
+                    else f"fpn_res{level}_{last[level]}_sum")
+        elif name.startswith("proposal"):
+            name = {"conv": "conv_rpn_fpn2", "objectness_logits": "rpn_cls_logits_fpn2",
+                    "anchor_deltas": "rpn_bbox_pred_fpn2"}[name.rsplit(".", 1)[1]]
+        elif match := re.fullmatch(r"roi_heads\.box_\w+\.(\d)\.(\w+)", name):
+            part = {"fc1": "fc6", "fc2": "fc7"}.get(match[2], match[2])
+            k = int(match[1])
+            name = part + (stage.format(n=k + 1, th=["", "nd", "rd"][k]) if k else "")
+            if part == "cls_score":
+                value = torch.cat([value[-1:], value[:-1]])
+            if part == "bbox_pred":
+                value = torch.cat([torch.full_like(value, 9), value])
+        else:
+            part = name.rsplit(".", 1)[1]
+            name = {"deconv": "conv5_mask", "predictor": "mask_fcn_logits"}.get(part, f"_[mask]_fcn{part[-1]}")
+            value = torch.cat([torch.full_like(value[:1], 9), value]) if part == "predictor" else value
+        blobs[name + end] = value.numpy()
+    return blobs
+
+
+@pytest.mark.parametrize("stage", ["_{n}", "_{n}{th}"])
+def test_the_authors_detectron_blobs(tmp_path: Path, stage: str) -> None:
+    state = foreign_state(D2)
+    source, dest = tmp_path / "model_final.pkl", tmp_path / "dest.safetensors"
+    source.write_bytes(pickle.dumps({"blobs": detectron_blobs(state, stage), "cfg": "MODEL: {}"}, protocol=2))
+    run_convert(source, dest)
+    made = load_checkpoint(dest)
+    for theirs, ours in D2_PAIRS.items():
+        if "running" not in theirs:
+            assert torch.equal(made.state[ours], state[theirs]), theirs
+    assert torch.equal(made.state["backbone.body.layer2.1.bn2.running_var"], torch.full((128,), 1 - 1e-5))
+    # Detectron's mean differs from ours: the first norm takes the difference.
+    constant = torch.tensor([103.53 - 102.9801, 116.28 - 115.9465, 123.675 - 122.7717])
+    shift = (state["backbone.bottom_up.stem.conv1.weight"] * constant[:, None, None]).sum((1, 2, 3))
+    assert torch.allclose(made.state["backbone.body.bn1.running_mean"], -shift, rtol=1e-5)
+    model = made.config.model
+    assert (model.semantics, model.style, model.masks, model.class_agnostic_boxes) == ("paper", "caffe", "last", True)
+
+
+def torchvision_model(masks: bool) -> nn.Module:
+    detection = torchvision.models.detection
+    backbone = detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None)
+    torch.manual_seed(1)
+    kind = detection.MaskRCNN if masks else detection.FasterRCNN
+    faster = detection.faster_rcnn
+    model: nn.Module = kind(backbone, min_size=96, max_size=160, box_head=faster.TwoMLPHead(256 * 49, 64),
+                            box_predictor=faster.FastRCNNPredictor(64, CLASSES + 1),
+                            **({"mask_predictor": detection.mask_rcnn.MaskRCNNPredictor(256, 256, CLASSES + 1)}
+                               if masks else {}))
+    nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.5)
+    nn.init.normal_(model.roi_heads.box_predictor.bbox_pred.weight, std=0.05)
+    return model.eval()
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_torchvision_gives_the_same_detections(tmp_path: Path, masks: bool) -> None:
+    theirs = torchvision_model(masks)
+    made = convert(tmp_path, theirs.state_dict())
+    model = made.config.model
+    assert (model.semantics, model.backbone, model.stage_ious) == ("torchvision", "resnet18.tv_in1k", (0.5,))
+    assert not model.class_agnostic_boxes and model.masks == ("every" if masks else "none")
+    ours = build_model(model, CLASSES).eval()
+    ours.load_state_dict(made.state)
+    pixels = torch.randint(0, 256, (1, 3, 96, 160), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        wanted = theirs([pixels[0] / 255])[0]
+        found = ours.detect(ImageBatch(pixels, torch.tensor([[96, 160]]), torch.tensor([[96, 160]])))
+    count = int(found.valid.sum())
+    assert len(wanted["scores"]) > 5
+    assert abs(count - len(wanted["scores"])) <= 1
+    iou = torchvision.ops.box_iou(found.boxes[0][found.valid[0]], wanted["boxes"])
+    same = (iou > 0.99) & (found.labels[0][found.valid[0]][:, None] == wanted["labels"][None] - 1)
+    assert same.any(dim=1).sum() >= 0.98 * count
+
+
+def test_torchvisions_old_names(tmp_path: Path) -> None:
+    new = torchvision_model(True).state_dict()
+    renames = [(r"(inner_blocks|layer_blocks)\.(\d)\.0\.", r"\1.\2."), (r"head\.conv\.0\.0\.", "head.conv."),
+               (r"mask_head\.(\d)\.0\.", lambda match: f"mask_head.mask_fcn{int(match[1]) + 1}.")]
+    old = {}
+    for key, value in new.items():
+        for pattern, replacement in renames:
+            key = re.sub(pattern, replacement, key)  # type: ignore[call-overload]
+        if not key.endswith("num_batches_tracked"):
+            old[key] = value
+    assert set(old) != set(new)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    first, second = convert(tmp_path / "a", old), convert(tmp_path / "b", new)
+    assert all(torch.equal(first.state[key], value) for key, value in second.state.items())
+
+
+def test_ninety_one_torchvision_classes_keep_cocos_ids(tmp_path: Path) -> None:
+    state = torchvision_model(False).state_dict()
+    for name, rows in (("cls_score", 91), ("bbox_pred", 364)):
+        for part in ("weight", "bias"):
+            key = f"roi_heads.box_predictor.{name}.{part}"
+            state[key] = torch.zeros(rows, *state[key].shape[1:])
+    made = convert(tmp_path, state)
+    assert made.class_names[:2] == ("person", "bicycle") and made.class_names[11] == "unused 12"
+    assert made.class_names[89] == "toothbrush" and made.category_ids == tuple(range(1, 91))
+
+
+def test_coco_names_follow_cocos_ids() -> None:
+    assert len(COCO_NAMES) == len(COCO_IDS) == 80
+    assert dict(zip(COCO_IDS, COCO_NAMES))[13] == "stop sign" and COCO_IDS[-1] == 90
+    assert 12 not in COCO_IDS and COCO_NAMES[-1] == "toothbrush"
+
+
+BACKBONES = {
+    "torchvision": lambda state: state | {"fc.weight": torch.ones(10, 2048), "fc.bias": torch.ones(10)},
+    "mmpretrain": lambda state: {"state_dict": {f"backbone.{key}": value for key, value in state.items()}
+                                 | {"head.fc.weight": torch.ones(10, 2048)}, "meta": {}},
+    "caffe without statistics": lambda state: {key: value for key, value in state.items() if "running" not in key},
+    "detectron2": lambda state: {"model": {d2_name(key): value for key, value in state.items() if "num_b" not in key}
+                                 | {"stem.fc.weight": torch.ones(10, 2048)}, "matching_heuristics": True},
+}
+
+
+def d2_name(key: str) -> str:
+    key = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", key)
+    key = key.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+    key = re.sub(r"\bbn(\d)", r"conv\1.norm", key)
+    return f"stem.{key}" if key.startswith("conv1") else key
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_backbone_alone_becomes_backbone_weights(tmp_path: Path, name: str) -> None:
+    state = timm.create_model("resnet50", features_only=True).state_dict()
+    source, dest = tmp_path / "backbone.pth", tmp_path / "backbone.safetensors"
+    torch.save(BACKBONES[name](state), source)
+    run_convert(source, dest)
+    made = load_file(dest)
+    assert set(made) == set(state)
+    assert all(torch.equal(made[key], state[key]) for key in state if "running_var" not in key)
+    model = build_model(load_checkpoint_config(), 2)
+    load_backbone_weights(model.backbone, dest)
+    assert torch.equal(model.backbone.body.state_dict()["layer4.2.conv3.weight"], state["layer4.2.conv3.weight"])
+    with pytest.raises(CheckpointError, match="backbone"):
+        load_checkpoint(dest)
+
+
+def load_checkpoint_config() -> Any:
+    from cascade_rcnn.config import ModelConfig
+
+    return ModelConfig(head_channels=8, fpn_channels=8)
+
+
+def test_preprocessing_is_moved_into_the_stem() -> None:
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(3, 64, 7, stride=2, bias=False).double(), nn.BatchNorm2d(64).double().eval()
+    nn.init.normal_(norm.running_mean)
+    image = torch.rand(1, 3, 40, 40, dtype=torch.float64) * 255  # RGB
+    mean, std = (100.0, 110.0, 120.0), (2.0, 3.0, 4.0)  # of BGR images
+    our_mean, our_std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+    reference = norm(conv((image.flip(1) - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]))
+    state = {"backbone.body.conv1.weight": conv.weight.detach(), "backbone.body.bn1.running_mean": norm.running_mean}
+    assert absorb_preprocessing(state, bgr=True, mean=mean, std=std, our_bgr=False, our_mean=our_mean, our_std=our_std)
+    conv.weight.data = state["backbone.body.conv1.weight"].double()
+    norm.running_mean = state["backbone.body.bn1.running_mean"].double()
+    ours = norm(conv((image - torch.tensor(our_mean)[:, None, None]) / torch.tensor(our_std)[:, None, None]))
+    assert torch.allclose(ours, reference, rtol=1e-5, atol=1e-4)
+    assert not absorb_preprocessing(state, bgr=False, mean=our_mean, std=our_std,
+                                    our_bgr=False, our_mean=our_mean, our_std=our_std)
+
+
+def test_every_key_that_does_not_fit_is_listed(tmp_path: Path) -> None:
+    state = foreign_state(MASK)
+    del state["neck.fpn_convs.2.conv.bias"]
+    state["roi_head.extra.weight"] = torch.ones(2)
+    state["backbone.layer2.0.conv2_offset.weight"] = torch.ones(2)
+    state["rpn_head.rpn_conv.weight"] = torch.ones(32, 32, 1, 1)
+    with pytest.raises(CheckpointError) as caught:
+        convert(tmp_path, {"state_dict": state})
+    text = str(caught.value)
+    assert "\n" not in text and str(tmp_path / "source.pth") in text
+    assert "1 missing: fpn.output.2.bias" in text and "rpn.conv.weight (32, 32, 1, 1) instead of (32, 32, 3, 3)" in text
+    assert "roi_head.extra.weight" in text and "layer2.0.conv2_offset.weight" in text
+    assert not (tmp_path / "dest.safetensors").exists()
+
+
+def test_unknown_anchors_need_a_recipe(tmp_path: Path) -> None:
+    state = foreign_state(MASK)
+    state["rpn_head.rpn_cls.weight"], state["rpn_head.rpn_cls.bias"] = torch.ones(9, 32, 1, 1), torch.ones(9)
+    with pytest.raises(CheckpointError, match=r"9 anchors.*--config"):
+        convert(tmp_path, {"state_dict": state})
+
+
+@pytest.mark.parametrize(("content", "reason"), [
+    ({"state_dict": {"bbox_head.0.fc_cls.weight": torch.ones(2)}}, "mmdetection 1"),
+    ({"model": {"detr.weight": torch.ones(2)}}, "none of the formats"),
+    ({"epoch": 3}, "no weights"),
+    ([1, 2], "not a state_dict"),
+    (torch.ones(3), "not a state_dict"),
+])
+def test_other_checkpoints_are_named(tmp_path: Path, content: object, reason: str) -> None:
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        convert(tmp_path, content)
+    assert "\n" not in str(caught.value) and not (tmp_path / "dest.safetensors").exists()
+
+
+def test_torchvisions_v2_is_refused_with_its_reason() -> None:
+    with torch.device("meta"):
+        model = torchvision.models.detection.fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None)
+    with pytest.raises(CheckpointError, match="v2 detector"):
+        recognise(model.state_dict())
+
+
+def test_a_hostile_checkpoint_writes_nothing(tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    with pytest.raises(CheckpointError, match="refused"):
+        convert(tmp_path, {"state_dict": {"w": torch.ones(1)}, "x": [Hostile()]})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source.pth"]
+
+
+def test_an_existing_file_is_kept_unless_it_is_the_same_conversion(tmp_path: Path) -> None:
+    state = foreign_state(MASK)
+    convert(tmp_path, collections.OrderedDict(state_dict=state))
+    dest = tmp_path / "dest.safetensors"
+    before = load_file(dest)
+    run_convert(tmp_path / "source.pth", dest)
+    assert all(torch.equal(value, before[key]) for key, value in load_file(dest).items())
+    state["rpn_head.rpn_cls.bias"] += 1
+    with pytest.raises(CheckpointError, match="exists"):
+        convert(tmp_path, {"state_dict": state})
+    assert all(torch.equal(value, before[key]) for key, value in load_file(dest).items())
+    other = tmp_path / "notes.safetensors"
+    other.write_text("mine")
+    with pytest.raises(CheckpointError, match="exists"):
+        run_convert(tmp_path / "source.pth", other)
+    run_convert(tmp_path / "source.pth", dest, overwrite=True)
+    assert not torch.equal(load_file(dest)["rpn.objectness.bias"], before["rpn.objectness.bias"])
+    with pytest.raises(CheckpointError, match="already a checkpoint"):
+        run_convert(dest, tmp_path / "again.safetensors")
+    with pytest.raises(CheckpointError, match="safetensors"):
+        run_convert(tmp_path / "source.pth", tmp_path / "dest.pth")
