@@ -177,13 +177,13 @@ def _split() -> DataSplit:
         record("b.jpg", [[0, 0, 20, 20], [40, 40, 60, 60]], [False, True], iscrowd=np.array([0, 0])),
         record("c.jpg", [], []),
     ]
-    return DataSplit("voc", "test", Path("."), records, ("cat",), (3,))
+    return DataSplit("voc", "test", Path(), records, ("cat",), (3,))
 
 
 def test_truth_from_records_keeps_ids_boxes_and_ignored_objects() -> None:
     truth = coco_truth(_split())
     assert [image["id"] for image in truth["images"]] == ["a.jpg", "b.jpg", "c.jpg"]
-    assert [one["bbox"] for one in truth["annotations"]][0] == [10, 10, 20, 30]
+    assert truth["annotations"][0]["bbox"] == [10, 10, 20, 30]
     assert [one["iscrowd"] for one in truth["annotations"]] == [0, 1, 0, 0]  # the attribute wins over the flag
     assert truth["categories"] == [{"id": 3, "name": "cat"}]
     results = [{"image_id": one["image_id"], "category_id": 3, "bbox": one["bbox"], "score": 0.9}

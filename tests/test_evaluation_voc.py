@@ -130,7 +130,7 @@ def test_wrong_folders_and_splits_say_what_belongs_there(tmp_path: Path) -> None
     _unpack("edge_perfect", tmp_path)
     with pytest.raises(DataError, match="choose --split among test"):
         evaluate_voc(tmp_path, tmp_path / "results", split="val")
-    with pytest.raises(DataError, match="no comp4_det_test_CLASS.txt"):
+    with pytest.raises(DataError, match=r"no comp4_det_test_CLASS\.txt"):
         evaluate_voc(tmp_path, tmp_path / "Annotations")
     with pytest.raises(DataError, match="does not exist"):
         evaluate_voc(tmp_path / "nowhere", tmp_path / "results")
