@@ -93,7 +93,8 @@ def test_random_damage_to_a_file_is_met_with_records_or_a_data_error(name: str, 
 
 _VALUES: list[Any] = [None, True, -1, 0, 1.5, float("nan"), float("inf"), -float("inf"), 10**400, 2**63, "", "x",
                       "../x.png", "/etc/passwd", "a\0b", "\ud800", "é.png", "x" * 5000, [], {}, [None], [[]],
-                      [[1, 2]], [[1, 2, 3]], [[float("nan")] * 8], {"size": [48, 64], "counts": [5]}, {"size": [1, 1], "counts": [1]},
+                      [[1, 2]], [[1, 2, 3]], [[float("nan")] * 8], {"size": [48, 64], "counts": [5]},
+                      {"size": [1, 1], "counts": [1]},
                       {"size": [48, 64], "counts": "zz"}, {"size": "no", "counts": "0"}, {"counts": []},
                       {"size": [10**9, 10**9], "counts": []},
                       [0, 0, 0, 0], [1, 2, -3, 4], [1, 2, 3], ["1", "2", "3", "4"]]

@@ -24,8 +24,9 @@ def shown(value: object) -> str:
 
 
 def printable(path: object) -> str:
-    """A path for a message; names that are not UTF-8 are shown with escapes."""
-    return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+    """A path or text for a one-line message: control characters and bytes that are not UTF-8 become escapes."""
+    text = str(path)
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def read_bytes(path: Path) -> bytes:

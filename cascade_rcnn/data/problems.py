@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from cascade_rcnn.data.files import printable
 from cascade_rcnn.data.records import Problem
 from cascade_rcnn.errors import DataError
 
@@ -108,6 +109,7 @@ class Problems:
 
     def add(self, kind: str, where: str, message: str) -> None:
         """Notes a problem of ``KINDS``. Raises ``DataError`` with file, value and way out if it refuses."""
+        where, message = printable(where), printable(message)  # a damaged file may put anything into them
         if self.strict and KINDS[kind].refuses:
             raise DataError(f"{where}: {message}; {KINDS[kind].advice}")
         self.items.append(Problem(kind, where, message))
