@@ -51,7 +51,8 @@ def _from_array(image: NDArray[Any]) -> NDArray[np.uint8]:
     if image.ndim == 2:
         return _not_empty(np.repeat(image[:, :, None], 3, axis=2))
     if image.ndim == 3 and shape[2] in (1, 3):
-        return _not_empty(np.ascontiguousarray(np.broadcast_to(image, (*shape[:2], 3))))
+        three = image if shape[2] == 3 else np.repeat(image, 3, axis=2)
+        return _not_empty(np.require(three, requirements=["C", "W"]))  # writable: torch warns of views that are not
     hint = "; this looks like channels first: use .transpose(1, 2, 0)" if image.ndim == 3 and shape[0] in (1, 3) else ""
     raise UserError(f"array of shape {list(shape)}: need [H, W, 3] RGB or [H, W] grey{hint}")
 

@@ -159,7 +159,7 @@ class Detector:
                               nothing.astype(np.bool_), None))
         collated = Collate(self.config.data.pad_multiple)(items)
         assert not isinstance(collated, DataError)
-        images = collated[0]
+        images = dataclasses.replace(collated[0], image_ids=())
         return to_detections(detect(self.model, images, self.precision), images, self.class_names, self.category_ids)
 
 

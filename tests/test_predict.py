@@ -1,0 +1,370 @@
+"""Prediction: every kind of input, boxes in original pixels, the command on files, folders, videos and shards."""
+
+from __future__ import annotations
+
+import json
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from small_training import small_config, small_data
+from torch import nn
+
+from cascade_rcnn import load
+from cascade_rcnn.checkpoint import save_checkpoint
+from cascade_rcnn.config import Config, DataConfig, ModelConfig
+from cascade_rcnn.detections import Detections
+from cascade_rcnn.errors import CheckpointError, ConfigError, DataError, UserError
+from cascade_rcnn.inputs import VideoReader, VideoWriter, collect
+from cascade_rcnn.models.build import build_model
+from cascade_rcnn.predict import Detector, choose_device, run_predict
+from cascade_rcnn.results import NAME, ResultsFile, join_shards, parse_shard
+from cascade_rcnn.structures import ImageBatch, RawDetections
+
+
+class FindsBright(nn.Module):
+    """Finds the one bright rectangle of each image, and a false object of low score."""
+
+    def detect(self, images: ImageBatch) -> RawDetections:
+        batch = len(images)
+        raw = RawDetections(torch.zeros(batch, 3, 4), torch.zeros(batch, 3), torch.zeros(batch, 3, dtype=torch.int64),
+                            torch.zeros(batch, 3, dtype=torch.bool))
+        for b in range(batch):
+            bright = images.pixels[b].float().mean(dim=0) > 128
+            ys, xs = bright.nonzero(as_tuple=True)
+            raw.boxes[b, 0] = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+            raw.boxes[b, 1] = torch.tensor([0.0, 0, 8, 8])
+            raw.scores[b] = torch.tensor([0.9, 0.2, 0])
+            raw.labels[b, 1] = 1
+            raw.valid[b, :2] = True
+        return raw
+
+
+def make_detector() -> Detector:
+    config = Config(model=ModelConfig(), data=DataConfig(short_side=(64,), long_side=160))
+    return Detector(FindsBright(), config, ("lamp", "ghost"), (7, 9))  # type: ignore[arg-type]
+
+
+def picture(height: int = 48, width: int = 100) -> NDArray[np.uint8]:
+    pixels = np.full((height, width, 3), 20, dtype=np.uint8)
+    pixels[10:30, 20:60] = (250, 240, 230)
+    return pixels
+
+
+BOX = [20.0, 10.0, 60.0, 30.0]
+
+
+def save_network(path: Path, **model: Any) -> Path:
+    config = small_config(model={"score_threshold": 0.0, **model})
+    torch.manual_seed(1)
+    network = build_model(config.model, 5)
+    save_checkpoint(path, network.state_dict(), config=config, class_names=tuple("abcde"), category_ids=(3, 4, 5, 6, 7))
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_network(tmp_path_factory.mktemp("model") / "best.safetensors", masks="last")
+
+
+# What may be handed in
+
+
+def test_every_kind_of_input_gives_the_same_boxes(tmp_path: Path) -> None:
+    pixels = picture()
+    path = tmp_path / "lamp.png"
+    Image.fromarray(pixels).save(path)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    frozen = np.asarray(Image.fromarray(pixels))  # read-only, as Pillow gives it
+    for image in (path, str(path), Image.fromarray(pixels), pixels, frozen, pixels[:, :, ::-1], tensor):
+        found = make_detector().predict(image)
+        assert isinstance(found, Detections)
+        assert found.size == (48, 100) and found.names == ["lamp", "ghost"]
+        assert found.boxes[0].tolist() == pytest.approx(BOX, abs=1.0)
+
+
+def test_grey_pictures_are_taken(tmp_path: Path) -> None:
+    grey = picture()[:, :, 0]
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    for image in (grey, grey[:, :, None], torch.from_numpy(grey)[None], Image.fromarray(grey), tmp_path / "grey.png"):
+        assert make_detector().predict(image).boxes[0].tolist() == pytest.approx(BOX, abs=1.0)
+
+
+def test_boxes_come_back_by_each_sides_own_factor() -> None:
+    """A size whose two factors differ by rounding: 37 x 301 becomes 20 x 160."""
+    pixels = np.full((37, 301, 3), 10, dtype=np.uint8)
+    pixels[:, 200:] = 255
+    box = make_detector().predict(pixels).boxes[0].tolist()
+    assert box == pytest.approx([200, 0, 301, 37], abs=1.9)
+    assert box[3] == 37.0 and box[2] == 301.0
+
+
+def test_a_file_is_turned_upright_by_its_exif_orientation(tmp_path: Path) -> None:
+    upright = Image.fromarray(picture())
+    for orientation, stored in ((1, upright), (6, upright.rotate(90, expand=True)), (3, upright.rotate(180)),
+                                (8, upright.rotate(-90, expand=True)),
+                                (2, upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
+                                (4, upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM)),
+                                (5, upright.transpose(Image.Transpose.TRANSPOSE)),
+                                (7, upright.transpose(Image.Transpose.TRANSVERSE))):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / f"{orientation}.png"
+        stored.save(path, exif=exif)
+        found = make_detector().predict(path)
+        assert found.size == (48, 100)
+        assert found.boxes[0].tolist() == pytest.approx(BOX, abs=1.0)
+        assert found.draw().size == (100, 48)
+
+
+@pytest.mark.parametrize(("image", "words"), [
+    (np.zeros((8, 8, 3), np.float32), "uint8"),
+    (np.zeros((3, 8, 9), np.uint8), "channels first"),
+    (np.zeros((8, 8, 4), np.uint8), r"\[8, 8, 4\]"),
+    (np.zeros((0, 8, 3), np.uint8), "8x0"),
+    (torch.zeros(3, 8, 8), "uint8"),
+    (torch.zeros(8, 8, 3, dtype=torch.uint8), "channels last"),
+    (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "list of images"),
+    (Image.new("F", (8, 8)), "mode F"),
+    (17, "cannot predict on int"),
+    ("nowhere.jpg", "no such file"),
+])
+def test_what_cannot_be_used_is_told_in_one_line(image: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        make_detector().predict(image)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_and_huge_files_are_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
+    with pytest.raises(DataError, match=r"broken\.jpg"):
+        make_detector().predict(tmp_path / "broken.jpg")
+    Image.new("1", (300, 200)).save(tmp_path / "huge.png")
+    small = Config(data=DataConfig(max_pixels=59_999))
+    with pytest.raises(DataError, match="300x200"):
+        Detector(FindsBright(), small, ("lamp", "ghost")).predict(tmp_path / "huge.png")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="folder"):
+        make_detector().predict(tmp_path)
+
+
+def test_a_list_gives_a_list_and_batches_change_nothing() -> None:
+    images = [picture(48, 100), picture(90, 70), picture(60, 60), picture(48, 100)]
+    alone = [make_detector().predict(image) for image in images]
+    for size in (1, 3, 10):
+        together = make_detector().predict(images, batch_size=size)
+        assert [found.size for found in together] == [(48, 100), (90, 70), (60, 60), (48, 100)]
+        for one, other in zip(alone, together):
+            assert torch.equal(one.boxes, other.boxes)
+    assert make_detector().predict([]) == []
+    with pytest.raises(UserError, match="batch_size 0"):
+        make_detector().predict(images, batch_size=0)
+
+
+def test_score_threshold_leaves_out_weak_detections() -> None:
+    assert make_detector().predict(picture(), score_threshold=0.5).names == ["lamp"]
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_is_all_that_is_needed(checkpoint: Path) -> None:
+    for path in (checkpoint, str(checkpoint), checkpoint.parent):
+        detector = load(path, device="cpu")
+        found = detector.predict(picture())
+        assert len(found) == 10 and found.category_ids == (3, 4, 5, 6, 7)
+        masks = found.masks
+        assert masks is not None and masks.shape == (10, 48, 100)
+        assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
+    assert "5 classes" in repr(detector)
+
+
+def test_a_real_network_gives_the_same_alone_and_in_a_batch(checkpoint: Path) -> None:
+    detector = load(checkpoint, device="cpu")
+    images = [picture(), picture()[:, ::-1].copy()]  # of one size: padding is seen by a network, a little
+    for one, image in zip(detector.predict(images, batch_size=2), images):
+        alone = detector.predict(image)
+        assert torch.allclose(one.scores, alone.scores, atol=1e-4)
+        assert torch.allclose(one.boxes, alone.boxes, atol=1e-2)
+
+
+def test_settings_of_test_time_can_be_changed_when_loading(checkpoint: Path) -> None:
+    assert len(load(checkpoint, device="cpu", max_detections=3).predict(picture())) == 3
+    assert len(load(checkpoint, device="cpu", score_threshold=0.99).predict(picture())) == 0
+    first = load(checkpoint, device="cpu", stop_after_stage=1).predict(picture())
+    assert not torch.equal(first.boxes, load(checkpoint, device="cpu").predict(picture()).boxes)
+    with pytest.raises(ConfigError, match="stop_after_stage 9"):
+        load(checkpoint, device="cpu", stop_after_stage=9)
+
+
+def test_bad_checkpoints_and_devices_are_told_in_one_line(tmp_path: Path, checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such file"):
+        load(tmp_path / "nothing.safetensors")
+    with pytest.raises(UserError, match="device 'abacus'"):
+        choose_device("abacus")
+    state = {"backbone.body.conv1.weight": torch.zeros(3)}
+    save_checkpoint(tmp_path / "odd.safetensors", state, config=small_config(), class_names=("a",))
+    with pytest.raises(CheckpointError, match="do not fit"):
+        load(tmp_path / "odd.safetensors", device="cpu")
+
+
+# The command
+
+
+def write_inputs(root: Path) -> Path:
+    for name in ("a/one.png", "b/one.png", "b/deep/two.jpg", "000000000042.jpg", "three.bmp"):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture()).save(path)
+    (root / "b" / "broken.jpg").write_bytes(b"no picture")
+    (root / "notes.txt").write_text("not an image")
+    (root / ".hidden.png").write_bytes(b"hidden")
+    return root
+
+
+def test_the_command_walks_folders_and_keeps_names_apart(tmp_path: Path, checkpoint: Path,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    root, out = write_inputs(tmp_path / "photos"), tmp_path / "out"
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    summary = run_predict(checkpoint, [root], out=out, device="cpu", batch_size=2, score=0.0)
+    assert summary.images == 5 and len(summary.skipped) == 1 and "broken.jpg" in summary.skipped[0]
+    assert "skipped" in capsys.readouterr().err
+    entries = json.loads((out / NAME).read_text())
+    names = {"000000000042.jpg", "a/one.png", "b/deep/two.jpg", "b/one.png", "three.bmp"}
+    assert {entry["file_name"] for entry in entries} == names
+    assert len(entries) == summary.objects == 50
+    drawings = {path.relative_to(out / "drawings").as_posix() for path in (out / "drawings").rglob("*.*")}
+    assert drawings == {"000000000042.jpg", "a/one.png", "b/deep/two.jpg", "b/one.png", "three.bmp.jpg"}
+    for entry in entries:
+        keys = {"file_name", "label", "category", "category_id", "bbox", "score", "segmentation"}
+        assert set(entry) == keys | ({"image_id"} if entry["file_name"].startswith("0000") else set())
+        assert entry["category"] == "abcde"[entry["label"]] and entry["category_id"] == entry["label"] + 3
+        assert entry["segmentation"]["size"] == [48, 100]
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_predictions_equal_those_of_python(tmp_path: Path, checkpoint: Path) -> None:
+    Image.fromarray(picture()).save(tmp_path / "7.png")
+    run_predict(checkpoint, [tmp_path / "7.png"], out=tmp_path / "out", device="cpu", draw=False)
+    entries = json.loads((tmp_path / "out" / NAME).read_text())
+    found = load(checkpoint, device="cpu").predict(tmp_path / "7.png")
+    found.image_id = 7
+    keys = ("image_id", "category_id", "bbox", "score", "segmentation")
+    assert [{key: entry[key] for key in keys} for entry in entries] == found.to_coco()
+    assert not (tmp_path / "out" / "drawings").exists()
+
+
+def test_looking_again_into_the_folder_above_leaves_the_drawings_out(tmp_path: Path, checkpoint: Path) -> None:
+    Image.fromarray(picture()).save(tmp_path / "one.png")
+    for _ in range(2):
+        assert run_predict(checkpoint, [tmp_path], out=tmp_path / "out", device="cpu").images == 1
+
+
+def test_shards_join_to_the_whole(tmp_path: Path, checkpoint: Path) -> None:
+    root = write_inputs(tmp_path / "photos")
+    whole = run_predict(checkpoint, [root], out=tmp_path / "whole", device="cpu", draw=False)
+    parts = tmp_path / "parts"
+    counts = []
+    for shard in ("2/3", "3/3", "1/3"):
+        assert not (parts / NAME).exists()
+        counts.append(run_predict(checkpoint, [root], out=parts, device="cpu", draw=False, shard=shard).images)
+    assert sum(counts) == whole.images and max(counts) == 2
+
+    def content(path: Path) -> list[str]:
+        return sorted(json.dumps(entry, sort_keys=True) for entry in json.loads(path.read_text()))
+
+    assert content(parts / NAME) == content(tmp_path / "whole" / NAME)
+
+
+def test_shards_are_named_or_come_from_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_shard("") == (1, 1) and parse_shard("2/8") == (2, 8)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert parse_shard("") == (4, 4)
+    for word in ("0/3", "4/3", "x", "1", "1/0"):
+        with pytest.raises(ConfigError, match="i/n"):
+            parse_shard(word)
+
+
+def test_results_appear_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / NAME
+    path.write_text("[1]")
+    with pytest.raises(RuntimeError), ResultsFile(path) as results:
+        results.add([{"a": 1}, {"a": 2}])
+        raise RuntimeError
+    assert json.loads(path.read_text()) == [1]
+    assert json.loads(results.partial.read_text()) == [{"a": 1}, {"a": 2}]
+    with ResultsFile(path) as results:
+        results.add([])
+    assert json.loads(path.read_text()) == [] and not results.partial.exists()
+    assert join_shards(tmp_path, 2) is None
+
+
+def test_inputs_that_cannot_be_used(tmp_path: Path, checkpoint: Path) -> None:
+    root = write_inputs(tmp_path / "photos")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    out = tmp_path / "out"
+    for name, words in (("none", "no such file or folder"), ("empty", "no image or video"),
+                        ("photos/notes.txt", "no known kind"), ("photos/b/broken.jpg", "none of the 1 files")):
+        with pytest.raises(DataError, match=words):
+            run_predict(checkpoint, [tmp_path / name], out=out, device="cpu")
+    with pytest.raises(UserError, match="is a file"):
+        run_predict(checkpoint, [root], out=tmp_path / "file", device="cpu")
+    with pytest.raises(UserError, match="also the folder to look at"):
+        run_predict(checkpoint, [root], out=root, device="cpu")
+
+
+def test_a_drawing_never_replaces_its_image(tmp_path: Path, checkpoint: Path) -> None:
+    path = tmp_path / "out" / "drawings" / "one.png"
+    path.parent.mkdir(parents=True)
+    Image.fromarray(picture()).save(path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="overwrite the image itself"):
+        run_predict(checkpoint, [path], out=tmp_path / "out", device="cpu")
+    assert path.read_bytes() == before
+
+
+def test_inputs_are_named_once_each(tmp_path: Path) -> None:
+    root = write_inputs(tmp_path / "photos")
+    twice = [file.name for file in collect([root, root / "b", root / "a" / "one.png"])]
+    assert len(twice) == len(set(twice)) == 6
+    (tmp_path / "other" / "a").mkdir(parents=True)
+    Image.fromarray(picture()).save(tmp_path / "other" / "a" / "one.png")
+    files = list(collect([root / "a", tmp_path / "other" / "a", root / "b" / "one.png"]))
+    assert [file.name for file in files] == ["a/one.png", "a-2/one.png", "b/one.png"]
+
+
+def test_a_video_is_drawn_and_counted_by_frames(tmp_path: Path, checkpoint: Path) -> None:
+    pytest.importorskip("av")
+    writer = VideoWriter(tmp_path / "clip.mp4", Fraction(10))
+    for _ in range(5):
+        writer.write(Image.fromarray(picture()))
+    writer.close()
+    out = tmp_path / "out"
+    summary = run_predict(checkpoint, [tmp_path / "clip.mp4"], out=out, device="cpu", batch_size=2)
+    assert summary.images == 5
+    entries = json.loads((out / NAME).read_text())
+    assert {entry["frame"] for entry in entries} == set(range(5))
+    reader = VideoReader(out / "drawings" / "clip.mp4")
+    frames = list(reader)
+    reader.close()
+    assert len(frames) == 5 and frames[0].shape == (48, 100, 3)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with pytest.raises(DataError, match=r"broken\.mp4: cannot be read as a video"):
+        run_predict(checkpoint, [tmp_path / "broken.mp4"], out=out, device="cpu")
+
+
+def test_videos_without_pyav_say_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UserError, match=r"pip install 'cascade-rcnn\[video\]'"):
+        VideoReader(tmp_path / "clip.mp4")
+
+
+def test_the_generated_shapes_can_be_predicted(tmp_path: Path, checkpoint: Path) -> None:
+    assert run_predict(checkpoint, [small_data() / "val"], out=tmp_path / "out", device="cpu", draw=False).images == 4
