@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cascade_rcnn.data.matlab import read_mat
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation import files
 from cascade_rcnn.evaluation.pairs import areas, intersections, pair_up
@@ -189,15 +190,13 @@ def read_truth(path: Path) -> People:
 
 
 def _read_mat(path: Path) -> People:
-    from scipy.io import loadmat  # slow to import
-
     if not path.is_file():
         raise DataError(f"{path}: not found: give val_gt.json or anno_val.mat")
+    variables = read_mat(path)
     try:
-        table = loadmat(str(path))
-        cells = next(value for key, value in table.items() if key.startswith("anno_")).ravel()
+        cells = next(value for key, value in variables.items() if key.startswith("anno_")).ravel()
         tables = [np.asarray(cell.ravel()[0][2], np.float64).reshape(-1, 10) for cell in cells]
-    except Exception as error:  # scipy raises many kinds on damaged files
+    except (StopIteration, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: not a CityPersons annotation file ({error}): give anno_val.mat") from error
     rows = np.repeat(np.arange(len(tables)), [len(one) for one in tables])
     table = np.concatenate([*tables, np.zeros((0, 10))])

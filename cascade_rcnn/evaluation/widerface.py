@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cascade_rcnn.data.matlab import read_mat
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation import files
 from cascade_rcnn.evaluation.pairs import best_of_each, ious, pair_up
@@ -126,14 +127,9 @@ def read_truth(root: Path) -> Faces:
 
 
 def _load(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    from scipy.io import loadmat  # slow to import
-
     if not path.is_file():
         raise DataError(f"{path}: not found: give the folder of the official .mat files (eval_tools/ground_truth)")
-    try:
-        table: dict[str, Any] = loadmat(str(path), variable_names=keys)
-    except Exception as error:  # scipy raises many kinds on damaged files
-        raise DataError(f"{path}: not a readable .mat file ({error}): download it again") from error
+    table = read_mat(path)
     for key in keys:
         if key not in table:
             raise DataError(f"{path}: has no {key}: this is not an official WIDER FACE file")
