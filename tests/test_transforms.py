@@ -130,7 +130,7 @@ def test_bilinear_follows_the_source_of_the_recipe() -> None:
     assert T.interpolation(config, training=False) == "opencv"
     assert T.interpolation(config, training=True) == "fast"
     assert T.interpolation(DataConfig(antialias=False), "detectron2", training=True) == "fast"
-    assert T.interpolation(DataConfig(antialias=True), training=False) == "antialias"
+    assert T.interpolation(DataConfig(antialias=True), training=False) == "pillow"
 
 
 def test_crop_drops_what_it_cuts_away() -> None:

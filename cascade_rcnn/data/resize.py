@@ -1,4 +1,4 @@
-"""Bilinear resizing of uint8 images exactly as OpenCV does it.
+"""Bilinear resizing of uint8 images exactly as OpenCV and Pillow do it.
 
 mmdetection's published results were measured on images that OpenCV had resized. Its arithmetic is fixed-point: weights
 of 11 bits, products shifted down between the two passes. Floating-point bilinear interpolation differs from it by one
@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 _ONE = 1 << 11
@@ -66,3 +67,10 @@ def resize_like_opencv(image: Tensor, size: tuple[int, int]) -> Tensor:
         upper >>= 2
         resized[block] = upper  # 0..255 already: the weights of a pixel add up to one
     return torch.from_numpy(resized.reshape(*size, channels)).permute(2, 0, 1)
+
+
+def resize_with_pillow(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """``image`` uint8 [3, H, W] resized to ``size`` (height, width) with Pillow's antialiased filter, as detectron2 does."""
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    resized = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)

@@ -19,10 +19,9 @@ from torchvision.transforms.v2 import functional as F
 
 from cascade_rcnn.config import DataConfig, Semantics
 from cascade_rcnn.data.masks import nearest_indices
-from cascade_rcnn.data.resize import resize_like_opencv
-from cascade_rcnn.data.resize import resize_like_opencv
+from cascade_rcnn.data.resize import resize_like_opencv, resize_with_pillow
 
-Interpolation = Literal["fast", "opencv", "antialias"]  # all bilinear
+Interpolation = Literal["fast", "opencv", "antialias", "pillow"]  # all bilinear
 SMALLEST_CROPPED_BOX = 1.0  # pixels; what a random crop leaves of an object below this is not learnt
 
 
@@ -52,11 +51,11 @@ class Sample:
 def interpolation(config: DataConfig, semantics: Semantics = "mmdetection", *, training: bool) -> Interpolation:
     """How pixels are resized: like Pillow (detectron2), or without antialiasing, like OpenCV (the others).
 
-    OpenCV's arithmetic is followed bit for bit at test time, where published scores are compared. Training takes
+    Their arithmetic is followed bit for bit at test time, where published scores are compared. Training takes
     torchvision's, which is off by one grey level in a fifth of the pixels and ten times as fast.
     """
     if semantics == "detectron2" if config.antialias is None else config.antialias:
-        return "antialias"
+        return "antialias" if training else "pillow"
     return "fast" if training or semantics == "torchvision" else "opencv"
 
 
@@ -86,6 +85,8 @@ def resize_pixels(image: Tensor, size: tuple[int, int], how: Interpolation) -> T
         return image
     if how == "opencv":
         return resize_like_opencv(image, size)
+    if how == "pillow":
+        return resize_with_pillow(image, size)
     resized: Tensor = F.resize_image(image, list(size), antialias=how == "antialias")
     return resized
 
