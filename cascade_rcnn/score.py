@@ -25,7 +25,8 @@ def run_score(
     """
     notes: list[str] = []
     metrics = score(format=format, truth=truth, results=results, split=split, iou=iou, notes=notes)
-    print_metrics(metrics, notes=notes, title=f"{results} against {truth}")
+    overlap = f", overlap {iou:g}" if format == "voc" else ""
+    print_metrics(metrics, notes=notes, title=f"{results} against {truth}{overlap}")
     if out is not None:
         from cascade_rcnn.evaluation.submission import write_json
 

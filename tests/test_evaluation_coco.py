@@ -81,7 +81,15 @@ def test_undefined_values_come_with_a_reason() -> None:
     metrics = evaluate_coco(folder / "gt.json", folder / "bbox_results.json", iou_type="bbox", notes=notes)
     assert set(metrics.values()) == {None}
     assert any("crowds" in note and "airplane" in note for note in notes)
-    assert any("AP75" in note for note in notes)
+    assert any("no object that counts" in note for note in notes)
+
+
+def test_a_size_without_objects_is_named() -> None:
+    truth, results = _scene(3)
+    notes: list[str] = []
+    metrics = evaluate_coco(truth, results, iou_type="bbox", notes=notes)
+    assert metrics["bbox/APl"] is metrics["bbox/ARm"] is None and metrics["bbox/APs"] == pytest.approx(1)
+    assert notes == ["bbox: no object of this size in the ground truth: APl, APm, ARl, ARm undefined"]
 
 
 def _scene(objects: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:

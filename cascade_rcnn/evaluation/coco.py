@@ -118,8 +118,10 @@ def _metrics(table: CocoTable, iou_type: str, notes: list[str] | None) -> dict[s
             notes.append(f"{iou_type}/AP/CLASS is undefined for classes without objects (other than crowds): "
                          f"{files.names_of(absent)}; means leave them out")
         bare = [key for key, value in metrics.items() if value is None and "/" not in key]
-        if bare:
-            notes.append(f"undefined, no object of this size in the ground truth: {files.names_of(bare, most=30)}")
+        if metrics["AP"] is None:
+            notes.append(f"{iou_type}/*: the ground truth has no object that counts (none at all, or only crowds)")
+        elif bare:
+            notes.append(f"{iou_type}: no object of this size in the ground truth: {files.names_of(bare)} undefined")
     return {f"{iou_type}/{key}": value for key, value in metrics.items()}
 
 

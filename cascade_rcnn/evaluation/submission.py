@@ -80,7 +80,7 @@ def _write_voc(split: DataSplit, _: list[dict[str, Any]], table: files.ResultTab
         rows = np.flatnonzero(table.categories == label)
         lines = [_line(names[table.images[row]], table.scores[row], *corners[row]) for row in rows]
         wanted[out / f"comp4_det_{listing}_{_file_name(class_name)}.txt"] = lines
-    return _write_files(out, wanted, pattern="comp4_det_*.txt")
+    return _write_files(out, wanted, pattern=f"comp4_det_{listing}_*.txt")
 
 
 def _write_kitti(split: DataSplit, _: list[dict[str, Any]], table: files.ResultTable, out: Path) -> Path:
