@@ -197,7 +197,7 @@ def _decide(
 
 
 def _config_without_recipe(seen: Structure, kind: Format, hints: Hints, source: Path, notes: list[str]) -> Config:
-    model: dict[str, Any] = dict(seen.model)
+    model: dict[str, Any] = {}
     data: dict[str, Any] = {}
     caffe = seen.groups == 1 and seen.depth >= 50 and seen.group_width == 64
     if kind == "mmdetection":
@@ -216,6 +216,7 @@ def _config_without_recipe(seen: Structure, kind: Format, hints: Hints, source: 
         model |= {"semantics": semantics, "style": style, "norm": "frozen"}
         if kind == "detectron2":
             data = {"short_side": (640, 672, 704, 736, 768, 800)}
+    model |= seen.model
     notes.append(f"style: {style} ({reason})")
     for key, value in hints.model.items():
         if not key.startswith("stage_") or len(value) == seen.stages:
@@ -308,6 +309,10 @@ def _compare(state: dict[str, Tensor], wanted: Mapping[str, torch.Size], left_ov
     if listed:
         raise CheckpointError(f"its keys do not fit the network; {'; '.join(listed)}; if another recipe describes it, "
                               "name it in --config")
+    broken = [key for key, value in fitted.items() if not bool(torch.isfinite(value).all())]
+    if broken:
+        raise CheckpointError(f"{len(broken)} of its weights are not finite ({', '.join(broken[:3])}): take an earlier "
+                              "checkpoint")
     return {key: fitted[key] for key in wanted}
 
 

@@ -109,6 +109,8 @@ def structure_of(state: Mapping[str, Tensor], source: Format) -> Structure:
         "stage_ious": tuple(round(min(0.5 + 0.1 * k, 0.9), 1) for k in range(stages)),
         "masks": masks,
     }
+    if "fpn.lateral_norm.0.weight" in state:
+        model["norm"] = "group"
     if mask_heads:
         model["mask_channels"] = int(state["cascade.mask_heads.0.convs.0.weight"].shape[0])
     return Structure(name, depth, groups, per_group, stages, classes, model)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from cascade_rcnn.config import DataConfig, ModelConfig, TrainConfig
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.recipes import config_names, load_config
 
@@ -93,3 +96,16 @@ def test_benchmarks_with_ignore_regions_keep_them_out_of_the_negatives() -> None
     for path in FILES:
         expected = path.parent.name in ("kitti", "citypersons", "widerface")
         assert load_config(path).data.ignore_regions == expected, path.stem
+
+
+def test_the_migration_page_names_settings_and_recipes_that_exist() -> None:
+    text = (ROOT / "docs/migrate.md").read_text(encoding="utf-8")
+    sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    named = re.findall(r"(?<![\w./])(?:--)?(model|data|train)\.(?!md\b)([a-z][a-z_-]*)", text)
+    known = {section: {field.name for field in dataclasses.fields(kind)} for section, kind in sections.items()}
+    unknown = [f"{section}.{name}" for section, name in named if name.replace("-", "_") not in known[section]]
+    assert len(named) > 60 and not unknown
+    recipes = set(re.findall(r"\b(?:detectron2_)?cascade_(?:mask_)?rcnn_\w+", text))
+    assert recipes and recipes <= set(config_names()) | {"cascade_mask_rcnn_r50_fpn_1x_coco_20200203"}
+    for link in re.findall(r"\]\((\w+\.md)\)", text):
+        assert link in ("data.md", "parity.md")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cascade_rcnn.checkpoint import load_checkpoint
+from cascade_rcnn.config import ModelConfig
 from cascade_rcnn.convert import COCO_IDS, COCO_NAMES, run_convert
 from cascade_rcnn.convert_config import read_config_text
 from cascade_rcnn.convert_keys import absorb_preprocessing, recognise
@@ -111,7 +112,7 @@ def test_mmdetection_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_mmdetection_2_with_moving_averages_and_data_parallel_names(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    state = foreign_state(MASK)
+    state = small_state()
     stored = {f"module.{key}": value for key, value in state.items()}
     stored |= {"module.ema_" + key.replace(".", "_"): torch.zeros_like(value) for key, value in state.items()}
     meta = {"CLASSES": ["cat", "dog", "eel"], "mmdet_version": "2.28"}
@@ -122,10 +123,67 @@ def test_mmdetection_2_with_moving_averages_and_data_parallel_names(
 
 
 def test_mmengine_keeps_the_averages_under_the_plain_keys(tmp_path: Path) -> None:
-    state = foreign_state(MASK)
+    state = small_state()
     raw = {f"module.{key}": value + 1 for key, value in state.items()} | {"steps": torch.tensor(10)}
     made = convert(tmp_path, {"state_dict": state, "ema_state_dict": raw, "meta": {}})
     assert_every_value_arrived(state, made.state)
+
+
+@pytest.mark.parametrize("library", ["mmdetection", "detectron2"])
+def test_one_stage_detectors_have_boxes_per_class(tmp_path: Path, library: str) -> None:
+    state = {}
+    for key, value in foreign_state(MASK if library == "mmdetection" else D2).items():
+        if not re.search(r"(box_head|box_predictor|bbox_head|mask_head)\.[12]\.", key):
+            key = re.sub(r"(box_head|box_predictor|bbox_head|mask_head)\.0\.", r"\1.", key)
+            state[key] = torch.cat([value, value + 1, value + 2]) if "fc_reg" in key or "bbox_pred" in key else value
+    made = convert(tmp_path, {"state_dict" if library == "mmdetection" else "model": state})
+    assert_every_value_arrived(state, made.state)
+    model = made.config.model
+    assert (model.stage_ious, model.class_agnostic_boxes, model.masks) == ((0.5,), False, "every")
+    reg = "roi_head.bbox_head.fc_reg.bias" if library == "mmdetection" else "roi_heads.box_predictor.bbox_pred.bias"
+    assert torch.equal(made.state["cascade.box_heads.0.deltas.bias"], state[reg])
+    assert model.semantics == library
+
+
+def mmdetection_name(key: str, norm: str = "bn") -> str:
+    """mmdetection's name of one of our keys."""
+    for ours, theirs in (
+        (r"backbone\.body\.(.*)\bbn(\d)\.", rf"backbone.\1{norm}\2."), (r"backbone\.body\.", "backbone."),
+        (r"fpn\.lateral\.(\d)", r"neck.lateral_convs.\1.conv"), (r"fpn\.output\.(\d)", r"neck.fpn_convs.\1.conv"),
+        (r"fpn\.lateral_norm\.(\d)", r"neck.lateral_convs.\1.gn"), (r"fpn\.output_norm\.(\d)", r"neck.fpn_convs.\1.gn"),
+        (r"rpn\.conv", "rpn_head.rpn_conv"), (r"rpn\.objectness", "rpn_head.rpn_cls"),
+        (r"rpn\.deltas", "rpn_head.rpn_reg"),
+        (r"cascade\.box_heads\.(\d)\.convs\.(\d)\.0", r"roi_head.bbox_head.\1.shared_convs.\2.conv"),
+        (r"cascade\.box_heads\.(\d)\.convs\.(\d)\.1", r"roi_head.bbox_head.\1.shared_convs.\2.gn"),
+        (r"cascade\.box_heads\.(\d)\.fc1", r"roi_head.bbox_head.\1.shared_fcs.0"),
+        (r"cascade\.box_heads\.(\d)\.fc2", r"roi_head.bbox_head.\1.shared_fcs.1"),
+        (r"cascade\.box_heads\.(\d)\.classifier", r"roi_head.bbox_head.\1.fc_cls"),
+        (r"cascade\.box_heads\.(\d)\.deltas", r"roi_head.bbox_head.\1.fc_reg"),
+        (r"cascade\.mask_heads\.(\d)\.convs\.(\d)", r"roi_head.mask_head.\1.convs.\2.conv"),
+        (r"cascade\.mask_heads\.(\d)\.norms\.(\d)", r"roi_head.mask_head.\1.convs.\2.gn"),
+        (r"cascade\.mask_heads\.(\d)\.upsample", r"roi_head.mask_head.\1.upsample"),
+        (r"cascade\.mask_heads\.(\d)\.logits", r"roi_head.mask_head.\1.conv_logits"),
+    ):
+        renamed, count = re.subn("^" + ours, theirs, key)
+        if count:
+            return renamed
+    raise AssertionError(key)
+
+
+def small_state() -> dict[str, Tensor]:
+    """A small network's weights as mmdetection would store them."""
+    config = ModelConfig(backbone="resnet18", masks="every", fpn_channels=32, head_channels=16, mask_channels=32)
+    state = build_model(config, CLASSES).state_dict()
+    return {mmdetection_name(key): value for key, value in state.items()}
+
+
+def test_group_norm_and_convolutional_heads(tmp_path: Path) -> None:
+    config = ModelConfig(backbone="resnet18", norm="group", box_head="4conv1fc_gn", masks="every", fpn_channels=32,
+                         head_channels=16, mask_channels=32)
+    ours = build_model(config, CLASSES).state_dict()
+    made = convert(tmp_path, {"state_dict": {mmdetection_name(key, "gn"): value for key, value in ours.items()}})
+    assert set(made.state) == set(ours) and all(torch.equal(made.state[key], ours[key]) for key in ours)
+    assert (made.config.model.norm, made.config.model.box_head) == ("group", "4conv1fc_gn")
 
 
 CONFIG_TEXT_3 = """
@@ -375,17 +433,11 @@ def test_a_backbone_alone_becomes_backbone_weights(tmp_path: Path, name: str) ->
     made = load_file(dest)
     assert set(made) == set(state)
     assert all(torch.equal(made[key], state[key]) for key in state if "running_var" not in key)
-    model = build_model(load_checkpoint_config(), 2)
+    model = build_model(ModelConfig(head_channels=8, fpn_channels=8), 2)
     load_backbone_weights(model.backbone, dest)
     assert torch.equal(model.backbone.body.state_dict()["layer4.2.conv3.weight"], state["layer4.2.conv3.weight"])
     with pytest.raises(CheckpointError, match="backbone"):
         load_checkpoint(dest)
-
-
-def load_checkpoint_config() -> Any:
-    from cascade_rcnn.config import ModelConfig
-
-    return ModelConfig(head_channels=8, fpn_channels=8)
 
 
 def test_preprocessing_is_moved_into_the_stem() -> None:
@@ -407,7 +459,7 @@ def test_preprocessing_is_moved_into_the_stem() -> None:
 
 
 def test_every_key_that_does_not_fit_is_listed(tmp_path: Path) -> None:
-    state = foreign_state(MASK)
+    state = small_state()
     del state["neck.fpn_convs.2.conv.bias"]
     state["roi_head.extra.weight"] = torch.ones(2)
     state["backbone.layer2.0.conv2_offset.weight"] = torch.ones(2)
@@ -421,8 +473,15 @@ def test_every_key_that_does_not_fit_is_listed(tmp_path: Path) -> None:
     assert not (tmp_path / "dest.safetensors").exists()
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    state = small_state()
+    state["neck.fpn_convs.2.conv.bias"][3] = float("nan")
+    with pytest.raises(CheckpointError, match=r"not finite \(fpn\.output\.2\.bias"):
+        convert(tmp_path, {"state_dict": state})
+
+
 def test_unknown_anchors_need_a_recipe(tmp_path: Path) -> None:
-    state = foreign_state(MASK)
+    state = small_state()
     state["rpn_head.rpn_cls.weight"], state["rpn_head.rpn_cls.bias"] = torch.ones(9, 32, 1, 1), torch.ones(9)
     with pytest.raises(CheckpointError, match=r"9 anchors.*--config"):
         convert(tmp_path, {"state_dict": state})
@@ -459,7 +518,7 @@ def test_a_hostile_checkpoint_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_an_existing_file_is_kept_unless_it_is_the_same_conversion(tmp_path: Path) -> None:
-    state = foreign_state(MASK)
+    state = small_state()
     convert(tmp_path, collections.OrderedDict(state_dict=state))
     dest = tmp_path / "dest.safetensors"
     before = load_file(dest)
