@@ -1,0 +1,401 @@
+"""Where the time goes: ``cascade-rcnn benchmark`` measures our model, torchvision's and the machine in one run.
+
+Every round measures the machine's matrix product, our model and the peer one after the other, so that all meet the same
+temperature and neighbours; times are medians over the rounds, ratios medians of each round's own ratio.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from cascade_rcnn import measure
+from cascade_rcnn.benchmark_table import print_report
+from cascade_rcnn.config import Config
+from cascade_rcnn.errors import UserError
+from cascade_rcnn.models.build import build_model
+from cascade_rcnn.models.detector import CascadeRCNN
+from cascade_rcnn.recipes import load_config
+from cascade_rcnn.structures import ImageBatch, MaskCrops, Targets
+
+CLASSES = 80
+BACKWARD = "backward and optimizer"
+OBJECTS = 8  # per image in a training step: COCO's mean is 7.3
+
+
+@dataclass
+class Contender:
+    """A model under measurement: ``run`` is one call, ``seconds`` one number per round."""
+
+    name: str
+    run: Callable[[], Any]
+    images: int
+    seconds: list[float] = field(default_factory=list)
+    parts: dict[str, list[float]] = field(default_factory=dict)
+    macs: dict[str, float] = field(default_factory=dict)
+    stopwatch: measure.Stopwatch | None = None
+    model: CascadeRCNN | None = None  # ours, to be watched while it runs
+    peak_memory: int | None = None
+    warm_up: float = 0.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, on what."""
+
+    config: Config
+    size: tuple[int, int]
+    batch: int
+    device: torch.device
+    train: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """bfloat16 where the device is fast in it: GPUs. CPUs without matrix units are slower in it than in float32."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @property
+    def masks(self) -> bool:
+        return self.config.model.masks != "none"
+
+
+def run_benchmark(
+    *, config: str = "cascade_rcnn_r50_fpn_1x_coco", size: tuple[int, int] = (800, 1088), batch: int = 1,
+    device: str = "auto", train: bool = False, compile: bool = False, rounds: int = 0, data: Path | None = None,
+    out: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure ``config`` on synthetic images of ``size`` (height, width); print a table, return (and write) numbers.
+
+    ``rounds`` 0 takes 5 on a CPU and 20 on a GPU. ``data`` also measures how fast that data set can be read. Both
+    models' weights are made from a rule (:func:`cascade_rcnn.measure.seed_weights`).
+    Raises :class:`UserError` for a size or device that cannot be used.
+    """
+    from cascade_rcnn.predict import choose_device
+
+    if min(size) < 64:
+        raise UserError(f"--size {size[0]} {size[1]}: at least 64 pixels a side")
+    setting = Setting(load_config(config), (size[0], size[1]), batch, choose_device(device), train)
+    rounds = rounds or (20 if setting.device.type == "cuda" else 5)
+    ours, peer = _ours(setting), _peer(setting)
+    contenders = [ours, peer] if not compile else [ours, _ours(setting, compiled=True), peer]
+    limits = _measure(setting, contenders, rounds)
+    if setting.device.type == "cpu" and not train:
+        for contender, name in ((ours, "ours"), (peer, "peer")):
+            contender.peak_memory = _peak_in_own_process(name, config, setting)
+    report = _report(setting, contenders, limits, rounds, config)
+    if not train:
+        report["file"] = _measure_file(setting)
+    if data is not None:
+        report["loading"] = _measure_loading(setting, data)
+    print_report(report)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+# The contenders
+
+
+def _images(setting: Setting) -> ImageBatch:
+    pixels = torch.stack([measure.synthetic_image(setting.size, seed=seed) for seed in range(setting.batch)])
+    sizes = torch.tensor([setting.size] * setting.batch)
+    return ImageBatch(pixels, sizes, sizes).to(setting.device)
+
+
+def _boxes(setting: Setting) -> Tensor:
+    """Objects [B, OBJECTS, 4] of 1/16 to 1/2 of the image's sides."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = setting.size
+    frame = torch.tensor([width, height, width, height])
+    corner = torch.rand(setting.batch, OBJECTS, 2, generator=generator) * 0.5
+    side = torch.rand(setting.batch, OBJECTS, 2, generator=generator) * 0.44 + 0.06
+    return torch.cat((corner, corner + side), dim=2) * frame
+
+
+def _ours(setting: Setting, *, compiled: bool = False) -> Contender:
+    model = build_model(setting.config.model, CLASSES)
+    measure.seed_weights(model)
+    images = _images(setting)
+    name = setting.config.model.backbone.partition(".")[0]
+    stages = len(setting.config.model.stage_ious)
+    title = f"cascade-rcnn {name}, {stages} stage{'s' * (stages > 1)}{', masks' * setting.masks}"
+    if setting.train:
+        model.to(setting.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        run = _training_step(model, setting, lambda: model.loss(images, _targets(setting)))
+    else:
+        model.eval().to(setting.device)
+
+        def run() -> Any:
+            with torch.inference_mode(), setting.precision():
+                return model.detect(images)
+
+    contender = Contender(title + ", compiled" * compiled, run, setting.batch)
+    if not compiled:
+        watch = measure.Stopwatch(setting.device)
+        contender.macs = _count_macs(model, setting, images, watch)
+        contender.stopwatch, contender.model = watch, model
+    if not setting.train:
+        model.optimize_for_inference()
+        model.to(setting.device)
+    if compiled:
+        _compile(model, freeze=setting.device.type == "cpu" and not setting.train)
+    return contender
+
+
+def _compile(model: CascadeRCNN, *, freeze: bool) -> None:
+    """Compile what is static; freezing also folds constants and lays weights out for the CPU's convolutions."""
+    import torch._inductor.config as inductor
+
+    inductor.freezing = freeze
+    for part in (model.backbone, model.fpn, model.rpn, *model.cascade.box_heads, *model.cascade.mask_heads):
+        part.compile()
+
+
+def _targets(setting: Setting) -> Targets:
+    boxes = _boxes(setting)
+    valid = torch.ones(setting.batch, OBJECTS, dtype=torch.bool)
+    labels = torch.arange(OBJECTS).expand(setting.batch, OBJECTS) % CLASSES
+    masks = None
+    if setting.masks:
+        origins = boxes[..., [1, 0]].long()
+        extents = (boxes[..., [3, 2]].ceil().long() - origins).clamp(min=1)
+        areas = extents.prod(-1).flatten()
+        offsets = (areas.cumsum(0) - areas).view(setting.batch, OBJECTS)
+        largest = extents.flatten(0, 1).amax(0).tolist()
+        masks = MaskCrops(torch.ones(int(areas.sum()), dtype=torch.uint8), offsets, origins, extents,
+                          (largest[0], largest[1]))  # fmt: skip
+    return Targets(boxes, labels, valid, ~valid, masks).to(setting.device)
+
+
+def _training_step(
+    model: torch.nn.Module, setting: Setting, losses: Callable[[], dict[str, Tensor]]
+) -> Callable[[], Any]:
+    model.train()
+    # A rate of nearly zero: the weights stay what they are from round to round, the work is the same.
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-12, momentum=0.9)
+
+    def run() -> None:
+        with setting.precision():
+            total = torch.stack([*losses().values()]).sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def _peer(setting: Setting) -> Contender:
+    """torchvision's Faster or Mask R-CNN of ResNet-50, what pip can install, with our numbers of boxes."""
+    from torchvision.models import detection
+
+    make = detection.maskrcnn_resnet50_fpn if setting.masks else detection.fasterrcnn_resnet50_fpn
+    ours = setting.config.model
+    model = make(weights=None, weights_backbone=None, num_classes=CLASSES + 1, _skip_resize=True,
+                 rpn_post_nms_top_n_test=ours.test_proposals, box_batch_size_per_image=ours.roi_samples,
+                 box_detections_per_img=ours.max_detections)  # fmt: skip
+    measure.seed_weights(model)
+    model.to(setting.device).eval()
+    batch = _images(setting)
+    images = [pixels.float() / 255 for pixels in batch.pixels]
+    name = f"torchvision {'Mask' if setting.masks else 'Faster'} R-CNN resnet50"
+    if setting.train:
+        height, width = setting.size
+        mask = torch.ones(OBJECTS, height, width, dtype=torch.uint8, device=setting.device)
+        targets = [{"boxes": boxes.to(setting.device), "labels": torch.arange(1, OBJECTS + 1, device=setting.device)}
+                   | ({"masks": mask} if setting.masks else {}) for boxes in _boxes(setting)]  # fmt: skip
+        return Contender(name, _training_step(model, setting, lambda: model(images, targets)), setting.batch)
+
+    def run() -> Any:
+        with torch.inference_mode(), setting.precision():
+            return model(images)
+
+    return Contender(name, run, setting.batch)
+
+
+# Measuring
+
+
+@contextlib.contextmanager
+def _watched(model: CascadeRCNN, watch: measure.Stopwatch) -> Iterator[None]:
+    """Names for the parts of one call. RoIAlign and heads are numbered by the stage that asks."""
+    from cascade_rcnn.models import cascade as cascade_module
+    from cascade_rcnn.models import rpn as rpn_module
+
+    stage = {"next": 0}
+
+    def pooling(*_: Any, size: int = 7, **__: Any) -> str:
+        return f"stage {stage['next'] + 1}: RoIAlign" if size == 7 else "masks: RoIAlign"
+
+    def run_stage(k: int, *_: Any, **__: Any) -> str:
+        stage["next"] = k
+        return f"stage {k + 1}: head"
+
+    undo = [
+        watch.watch(model, "normalize", "normalise"),
+        watch.watch(model.backbone, "forward", "backbone"),
+        watch.watch(model.fpn, "forward", "FPN"),
+        watch.watch(model.rpn, "forward", "RPN convolutions"),
+        watch.watch(rpn_module, "nms_keep", "RPN NMS"),
+        watch.watch(model.cascade, "_run_stage", run_stage),
+        watch.watch(model.cascade, "_pool", pooling),
+        watch.watch(cascade_module, "select_detections", "postprocess"),
+        *(watch.watch(head, "forward", f"stage {k + 1}: head") for k, head in enumerate(model.cascade.box_heads)),
+        *(watch.watch(head, "of_labels", "masks: head") for head in model.cascade.mask_heads),
+    ]
+    try:
+        yield
+    finally:
+        for function in undo:
+            function()
+
+
+def _count_macs(
+    model: CascadeRCNN, setting: Setting, images: ImageBatch, watch: measure.Stopwatch
+) -> dict[str, float]:
+    """Multiply-adds of each part of the forward pass, counted on a run.
+
+    A backward pass has twice as many, because each product has two gradients; frozen layers have fewer, which this
+    leaves out.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), _watched(model, watch):
+        watch.counter = counter
+        model.loss(images, _targets(setting)) if setting.train else model.detect(images)
+    watch.counter = None
+    watch.parts()
+    if setting.train:
+        watch.macs[BACKWARD] = 2 * sum(watch.macs.values())
+    return watch.macs
+
+
+def _measure(setting: Setting, contenders: list[Contender], rounds: int) -> dict[str, float]:
+    device = setting.device
+    small = setting.size[0] * setting.size[1] < 200_000
+    for contender in contenders:
+        start = time.perf_counter()
+        contender.run()
+        measure.synchronize(device)
+        contender.warm_up = time.perf_counter() - start
+        if device.type == "cuda":
+            contender.run()
+            measure.reset_peak_memory(device)
+            contender.run()
+            contender.peak_memory = measure.peak_memory(device)
+    limits = []
+    for _ in range(rounds):
+        limits.append(measure.matmul_rate(device, setting.dtype, small=small))
+        for contender in contenders:
+            watch, model = contender.stopwatch, contender.model
+            with _watched(model, watch) if model and watch else contextlib.nullcontext():
+                start = time.perf_counter()
+                contender.run()
+                measure.synchronize(device)
+                contender.seconds.append(time.perf_counter() - start)
+            for name, seconds in (watch.parts() if watch else {}).items():
+                contender.parts.setdefault(name, []).append(seconds)
+    return {"macs_per_second": statistics.median(limits), "bytes_per_second": measure.copy_rate(device)}
+
+
+def _peak_in_own_process(who: str, config: str, setting: Setting) -> int | None:
+    """Most memory resident while predicting, in a process that has nothing else in it."""
+    call = {"who": who, "config": config, "size": setting.size, "batch": setting.batch}
+    code = "import sys; from cascade_rcnn.benchmark import _print_peak; _print_peak(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(call)], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def _print_peak(call: str) -> None:
+    wanted = json.loads(call)
+    setting = Setting(load_config(wanted["config"]), tuple(wanted["size"]), wanted["batch"], torch.device("cpu"), False)
+    contender = {"ours": _ours, "peer": _peer}[wanted["who"]](setting)
+    contender.run()
+    measure.reset_peak_memory(setting.device)
+    contender.run()
+    print(json.dumps(measure.peak_memory(setting.device)))
+
+
+def _measure_file(setting: Setting, *, rounds: int = 5) -> dict[str, float]:
+    """Seconds to decode a JPEG file of 0.6 of the network's size (as COCO's are), and to resize it."""
+    from PIL import Image
+
+    from cascade_rcnn.data.transforms import resize_for_test
+    from cascade_rcnn.inputs import to_array
+
+    height, width = (round(side * 0.6) for side in setting.size)
+    data = replace(setting.config.data, test_short_side=min(setting.size), long_side=max(setting.size),
+                   short_side=(min(setting.size),), short_side_mode="choice")  # fmt: skip
+    decode, resize = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image.jpg"
+        Image.fromarray(measure.synthetic_image((height, width)).permute(1, 2, 0).numpy()).save(path, quality=90)
+        for _ in range(rounds):
+            start = time.perf_counter()
+            pixels = torch.from_numpy(to_array(path)).permute(2, 0, 1)
+            middle = time.perf_counter()
+            resize_for_test(pixels, data, semantics=setting.config.model.semantics)
+            decode.append(middle - start)
+            resize.append(time.perf_counter() - middle)
+    return {"decode_seconds": statistics.median(decode), "resize_seconds": statistics.median(resize)}
+
+
+def _measure_loading(setting: Setting, root: Path) -> dict[str, float]:
+    """Images per second of the training loader: in one process, and with the recipe's workers."""
+    from cascade_rcnn.data.formats import open_split
+    from cascade_rcnn.data.loader import DetectionDataset, measure_loading
+
+    config = replace(setting.config.data, root=str(root))
+    dataset = DetectionDataset(open_split(root, config.train), config, training=True, masks=setting.masks,
+                               semantics=setting.config.model.semantics)  # fmt: skip
+    rates = {"images_per_second": measure_loading(dataset, workers=0)}
+    if config.workers:
+        rates |= {"workers": config.workers, "with_workers": measure_loading(dataset, workers=config.workers)}
+    return rates
+
+
+# The report
+
+
+def _report(
+    setting: Setting, contenders: list[Contender], limits: dict[str, float], rounds: int, config: str
+) -> dict[str, Any]:
+    peer = contenders[-1]
+    rate = limits["macs_per_second"]
+    macs = sum(contenders[0].macs.values())
+    models = []
+    for contender in contenders:
+        seconds = statistics.median(contender.seconds)
+        entry: dict[str, Any] = {
+            "name": contender.name, "seconds": seconds, "fastest": min(contender.seconds),
+            "images_per_second": contender.images / seconds, "warm_up_seconds": contender.warm_up,
+            "ratio_to_peer": statistics.median(a / b for a, b in zip(contender.seconds, peer.seconds)),
+            "peak_memory_bytes": contender.peak_memory,
+        }  # fmt: skip
+        if contender is not peer:
+            entry |= {"macs": macs, "share_of_limit": macs / rate / seconds}
+        if contender.parts:
+            parts = {name: statistics.median(values) for name, values in contender.parts.items()}
+            parts[BACKWARD if setting.train else "the rest"] = seconds - sum(parts.values())
+            entry["parts"] = [{"name": name, "seconds": value, "macs": contender.macs.get(name, 0.0)}
+                              for name, value in parts.items()]  # fmt: skip
+        models.append(entry)
+    chosen = (f"{setting.dtype}".removeprefix("torch.") + ", channels-last"
+              + ("" if setting.train else ", batch norms folded"))  # fmt: skip
+    return {"config": config, "size": list(setting.size), "batch": setting.batch, "train": setting.train,
+            "rounds": rounds, "chosen": chosen, "machine": measure.describe_machine(setting.device), "limits": limits,
+            "models": models}  # fmt: skip

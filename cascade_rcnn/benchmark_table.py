@@ -1,0 +1,58 @@
+"""The benchmark's numbers as a table."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Print what :func:`cascade_rcnn.benchmark.run_benchmark` returns."""
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    machine, limits = report["machine"], report["limits"]
+    what = "a training step" if report["train"] else "prediction"
+    title = f"{report['config']}: {what}, {report['batch']} x {report['size'][0]} x {report['size'][1]}"
+    table = Table(title=f"{title}, median of {report['rounds']} rounds", title_justify="left")
+    for heading in ("", "ms", "G multiply-adds", "of the limit", "images/s", "peak MB", "ratio to peer"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    rate = limits["macs_per_second"]
+
+    def share(macs: float, seconds: float) -> str:
+        return f"{macs / rate / seconds:.0%}" if macs > 1e6 and seconds > 0 else ""
+
+    for model in report["models"]:
+        for part in model.get("parts", []):
+            macs = part["macs"]
+            table.add_row("  " + part["name"], f"{part['seconds'] * 1e3:.1f}", f"{macs / 1e9:.1f}" if macs else "",
+                          share(macs, part["seconds"]))  # fmt: skip
+        macs, memory = model.get("macs", 0.0), model["peak_memory_bytes"]
+        table.add_row(model["name"], f"{model['seconds'] * 1e3:.1f}", f"{macs / 1e9:.1f}" if macs else "",
+                      share(macs, model["seconds"]), f"{model['images_per_second']:.2f}",
+                      f"{memory / 1e6:.0f}" if memory else "", f"{model['ratio_to_peer']:.2f}",
+                      end_section=True, style="bold")  # fmt: skip
+    console.print(table)
+    console.print(f"{machine['name']}, {machine['threads']} threads, torch {machine['torch']}; "
+                  f"ours: {report['chosen']}")  # fmt: skip
+    console.print(f"limit: matrix product {rate / 1e9:.0f} G multiply-adds/s, "
+                  f"memory copy {limits['bytes_per_second'] / 1e9:.1f} GB/s")  # fmt: skip
+    for model in report["models"]:
+        if "compiled" in model["name"]:
+            console.print(f"compiling took {model['warm_up_seconds']:.0f} s at the first call, less when cached")
+    if file := report.get("file"):
+        console.print(f"a JPEG file: decode {file['decode_seconds'] * 1e3:.1f} ms, "
+                      f"resize {file['resize_seconds'] * 1e3:.1f} ms")  # fmt: skip
+    if loading := report.get("loading"):
+        _print_loading(console, loading, report)
+
+
+def _print_loading(console: Any, loading: dict[str, float], report: dict[str, Any]) -> None:
+    best = loading.get("with_workers", loading["images_per_second"])
+    line = f"reading: {loading['images_per_second']:.0f} images/s in one process"
+    if "with_workers" in loading:
+        line += f", {loading['with_workers']:.0f} with {loading['workers']:.0f} workers"
+    model = report["models"][0]["images_per_second"]
+    limit = "reading the data" if best < model else "the network"
+    console.print(f"{line}; the network takes {model:.1f}: {limit} is the limit")
