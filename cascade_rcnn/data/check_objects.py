@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cascade_rcnn.config import DataConfig, ModelConfig
 from cascade_rcnn.data.files import shown
 from cascade_rcnn.data.problems import Problems
-from cascade_rcnn.data.records import DataSplit
+from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.data.segmentations import segmentation_box
 
 _SLACK = 1.0  # pixels by which a box may leave its image: formats that count from 1, rounding
@@ -150,13 +150,15 @@ def _check_masks(split: DataSplit, problems: Problems) -> None:
                     problems.add("missing-mask", place, f"an object of {shown(record.file_name)} has a box only")
                 continue
             around, box = segmentation_box(mask), record.boxes[row]
-            if around is None or mask_is_off(box, around):
+            if around is None or mask_is_off(box, around, record):
                 text = "is empty" if around is None else f"spans {np.round(around, 1).tolist()}"
                 problems.add("mask-off-box", place, f"box {np.round(box, 1).tolist()}, mask {text}")
 
 
-def mask_is_off(box: NDArray[np.float64], around: NDArray[np.float64]) -> bool:
-    """Whether a mask's extent (xyxy) is another box: IoU below 0.7, and an edge more than 2 pixels away."""
+def mask_is_off(box: NDArray[np.float64], around: NDArray[np.float64], record: ImageRecord) -> bool:
+    """Whether a mask's extent (xyxy) is another box within the image: IoU below 0.7, an edge over 2 pixels away."""
+    if record.height and record.width:
+        box, around = (np.clip(edges, 0, (record.width, record.height) * 2) for edges in (box, around))
     if np.abs(box - around).max() <= 2:
         return False
     shared = np.clip(np.minimum(box[2:], around[2:]) - np.maximum(box[:2], around[:2]), 0, None).prod()

@@ -117,7 +117,7 @@ def _fix_objects(record: ImageRecord, changes: list[str]) -> ImageRecord:
                                         if "ids" in record.attributes else f"object {row + 1}")
         box, old = record.boxes[row], np.round(record.boxes[row], 2).tolist()
         around = segmentation_box(record.segmentations[row]) if record.segmentations is not None else None
-        if around is not None and mask_is_off(box, around):
+        if around is not None and mask_is_off(box, around, record):
             box[:] = around
             changes.append(f"{place}: box {old} set to its mask's {np.round(around, 2).tolist()}")
         clipped = np.clip(box, 0, (record.width, record.height, record.width, record.height))
