@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,8 @@ __all__ = [
 
 def draw_detections(image: str | Path | Image.Image | NDArray[np.uint8] | Tensor, detections: Detections, *,
                     score_threshold: float = 0.0, show_scores: bool = True, labels: bool = True,
-                    mask_alpha: float = 0.4) -> Image.Image:
-    """A new picture of the image's size with boxes, masks, names and scores.
+                    mask_alpha: float = 0.4, scale: int = 1) -> Image.Image:
+    """A new picture of the image's size (times ``scale``) with boxes, masks, names and scores.
 
     ``image`` is a file, a picture, uint8 [H, W, 3] RGB or a uint8 tensor [3, H, W], of the size of the detections.
     Many detections hide their labels behind a legend of class counts.
@@ -43,6 +44,8 @@ def draw_detections(image: str | Path | Image.Image | NDArray[np.uint8] | Tensor
         )
     kept = detections[detections.scores >= score_threshold]
     kept = kept[kept.scores.argsort(descending=True, stable=True)]
+    picture = _enlarged(picture, scale)
+    kept = replace(kept, boxes=kept.boxes * scale, size=(picture.height, picture.width))
     crops = kept.mask_crops() if kept.mask_probs is not None else iter([None] * len(kept))
     marks = []
     for box, score, label, crop in zip(kept.boxes.tolist(), kept.scores.tolist(), kept.labels.tolist(), crops):
@@ -53,17 +56,17 @@ def draw_detections(image: str | Path | Image.Image | NDArray[np.uint8] | Tensor
 
 
 def draw_record(record: ImageRecord, class_names: tuple[str, ...], *, image: Image.Image | None = None,
-                mask_alpha: float = 0.4) -> Image.Image:
-    """A picture of an image's annotations; regions to ignore are hatched in grey."""
+                mask_alpha: float = 0.4, scale: int = 1) -> Image.Image:
+    """A picture (``scale`` times the image's size) of its annotations; regions to ignore are hatched in grey."""
     picture = image if image is not None else _to_picture(record.path)
     marks = []
-    rows = zip(record.boxes.tolist(), record.labels.tolist(), record.ignore.tolist())
+    rows = zip((record.boxes * scale).tolist(), record.labels.tolist(), record.ignore.tolist())
     for row, (box, label, ignore) in enumerate(rows):
         name = "ignored" if ignore else class_names[label]
         segmentation = record.segmentations[row] if record.segmentations is not None else None
-        crop = None if segmentation is None else _crop_of(segmentation, picture, record.source)
+        crop = None if segmentation is None else _crop_of(segmentation, picture, record.source, scale)
         marks.append(Mark(tuple(box), class_color(label), text=name, name=name, crop=crop, ignore=ignore))
-    return draw_marks(picture, marks, mask_alpha=mask_alpha)
+    return draw_marks(_enlarged(picture, scale), marks, mask_alpha=mask_alpha)
 
 
 def draw_batch(images: ImageBatch, targets: Targets, class_names: tuple[str, ...]) -> list[Image.Image]:
@@ -89,6 +92,12 @@ def draw_targets(picture: Image.Image, targets: Targets, index: int, class_names
     return draw_marks(picture, marks)
 
 
+def _enlarged(picture: Image.Image, scale: int) -> Image.Image:
+    if scale == 1:
+        return picture
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.LANCZOS)
+
+
 def _to_picture(image: Any) -> Image.Image:
     if isinstance(image, Image.Image):
         return image.convert("RGB")
@@ -108,12 +117,16 @@ def _crop_from(masks: MaskCrops, index: int, row: int) -> MaskCrop | None:
     return MaskCrop(max(top, 0), max(left, 0), pixels[max(-top, 0) :, max(-left, 0) :])
 
 
-def _crop_of(segmentation: Segmentation, picture: Image.Image, source: str) -> MaskCrop | None:
+def _crop_of(segmentation: Segmentation, picture: Image.Image, source: str, scale: int) -> MaskCrop | None:
     """The pixels of polygons or RLE, decoded in a window around the object."""
     from cascade_rcnn.data.masks import decode_window, pack_segmentation
 
     window = decode_window(pack_segmentation(segmentation, source=source), (picture.height, picture.width))
-    return None if window is None else MaskCrop(window[1], window[2], window[0].astype(np.bool_))
+    if window is None:
+        return None
+    pixels, top, left = window
+    inside = pixels.astype(np.bool_).repeat(scale, axis=0).repeat(scale, axis=1)
+    return MaskCrop(top * scale, left * scale, inside)
 
 
 def _mark_padding(pixels: NDArray[np.uint8], height: int, width: int) -> None:
