@@ -125,7 +125,9 @@ class DetectionDataset(Dataset[Item]):
         size = (int(image.shape[1]), int(image.shape[2]))
         self._check_size(index, size)
         start, end = self.packed.offsets[index:index + 2].tolist()
-        sample = Sample.of(image, self.packed.boxes[start:end].numpy().astype(np.float32))
+        # mmdetection scales boxes in float32, detectron2 in float64: where overlaps tie, the last bit decides.
+        precision = np.float64 if self.semantics == "detectron2" else np.float32
+        sample = Sample.of(image, self.packed.boxes[start:end].numpy().astype(precision))
         if rng is None:
             sample = test_transform(sample, self.config, semantics=self.semantics)
         else:
@@ -133,7 +135,8 @@ class DetectionDataset(Dataset[Item]):
         kept = np.flatnonzero(sample.keep & (sample.boxes[:, 2:] > sample.boxes[:, :2]).all(axis=1))
         return Item(
             image=sample.image, original_size=size, image_id=self.packed.image_id(index), path=path,
-            boxes=sample.boxes[kept], labels=self.packed.labels[start:end].numpy()[kept].astype(np.int64),
+            boxes=sample.boxes[kept].astype(np.float32),
+            labels=self.packed.labels[start:end].numpy()[kept].astype(np.int64),
             ignore=self.packed.ignore[start:end].numpy()[kept],
             masks=[self._mask(index, start + int(row), size, sample) for row in kept] if self.masks else None)
 
@@ -146,7 +149,7 @@ class DetectionDataset(Dataset[Item]):
 
     def _mask(self, index: int, row: int, size: tuple[int, int], sample: Sample) -> Window | None:
         try:
-            window = decode_window(self.packed.segmentation(row), size)
+            window = decode_window(self.packed.segmentation(row), size, sample.canvas)
         except DataError as error:
             raise DataError(f"{self.packed.path(index)}: {error}") from None
         return None if window is None else transform_window(*window, sample.rows, sample.cols)

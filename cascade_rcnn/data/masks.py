@@ -70,16 +70,23 @@ def _pack_rle(rle: dict[str, Any], source: str) -> bytes:
     return _RLE + struct.pack("<2i", *rle["size"]) + np.array(runs, dtype="<i4").tobytes()
 
 
-def decode_window(packed: bytes, size: tuple[int, int]) -> tuple[NDArray[np.uint8], int, int] | None:
+def decode_window(
+    packed: bytes, size: tuple[int, int], canvas: tuple[int, int] | None = None
+) -> tuple[NDArray[np.uint8], int, int] | None:
     """The object's own pixels and where they lie: (uint8 [h, w] of 0 and 1, top, left), or None if there are none.
 
-    ``size`` is the (height, width) of the image as decoded.
+    ``size`` is the (height, width) of the image as decoded. With a ``canvas`` (height, width) the object is drawn as large
+    as if the image had been resized to it: polygons keep their smooth outline (detectron2's way), bitmaps are repeated.
     """
     if not packed:
         return None
-    if packed[:1] == _RLE:
-        return _decode_rle(packed, size)
-    return _decode_polygons(packed, size)
+    canvas = canvas or size
+    if packed[:1] == _POLYGONS:
+        return _decode_polygons(packed, size, canvas)
+    window = _decode_rle(packed, size)
+    if window is None or canvas == size:
+        return window
+    return transform_window(*window, nearest_indices(size[0], canvas[0]), nearest_indices(size[1], canvas[1]))
 
 
 def _decode_rle(packed: bytes, size: tuple[int, int]) -> tuple[NDArray[np.uint8], int, int] | None:
@@ -100,11 +107,16 @@ def _decode_rle(packed: bytes, size: tuple[int, int]) -> tuple[NDArray[np.uint8]
     return np.ascontiguousarray(block[:, top:bottom]).T, top, left
 
 
-def _decode_polygons(packed: bytes, size: tuple[int, int]) -> tuple[NDArray[np.uint8], int, int] | None:
+def _decode_polygons(
+    packed: bytes, size: tuple[int, int], canvas: tuple[int, int]
+) -> tuple[NDArray[np.uint8], int, int] | None:
     """Draw in a window around the object: shifting by whole pixels on the grid of fifths changes no pixel."""
     (count,) = struct.unpack_from("<i", packed, 1)
     lengths = struct.unpack_from(f"<{count}i", packed, 5)
     fifths = np.frombuffer(packed, dtype="<i4", offset=5 + 4 * count).reshape(-1, 2)  # x, y
+    if canvas != size:
+        scale = np.array([canvas[1] / size[1], canvas[0] / size[0]])
+        fifths, size = np.trunc(fifths * scale + 0.5).astype(np.int32), canvas
     low = np.maximum(fifths.min(axis=0) // _GRID, 0)
     high = np.minimum(-(-fifths.max(axis=0) // _GRID) + 1, (size[1], size[0]))
     left, top = int(low[0]), int(low[1])

@@ -7,8 +7,8 @@ Pixels go through torchvision's transforms v2, in uint8 and channels-last (twice
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,17 +30,18 @@ class Sample:
     """An image on its way through the transforms."""
 
     image: Tensor  # uint8 [3, H, W]
-    boxes: NDArray[np.float32]  # [G, 4] xyxy in pixels of the image
+    boxes: NDArray[np.floating[Any]]  # [G, 4] xyxy in pixels of the image; arithmetic stays in the precision given
     keep: NDArray[np.bool_]  # [G], False where a crop has cut the object away
     rows: NDArray[np.int64]  # [H], source row shown in each row
     cols: NDArray[np.int64]  # [W], source column shown in each column
+    canvas: tuple[int, int]  # (height, width) of the source that rows and columns count in: where masks are drawn
 
     @staticmethod
-    def of(image: Tensor, boxes: NDArray[np.float32]) -> Sample:
+    def of(image: Tensor, boxes: NDArray[np.floating[Any]]) -> Sample:
         """A sample before any transform."""
         height, width = image.shape[-2:]
-        return Sample(image, boxes.astype(np.float32), np.ones(len(boxes), dtype=bool), np.arange(height),
-                      np.arange(width))
+        return Sample(image, boxes.copy(), np.ones(len(boxes), dtype=bool), np.arange(height), np.arange(width),
+                      (height, width))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -70,13 +71,17 @@ def fitted_size(size: tuple[int, int], short_side: int, long_side: int) -> tuple
 
 
 def resize(sample: Sample, size: tuple[int, int], how: Interpolation = "fast") -> Sample:
-    """Bilinear for pixels, nearest for masks; boxes by each side's own factor."""
+    """Bilinear for pixels; boxes by each side's own factor; masks by nearest neighbour, or, where pixels are antialiased
+    (detectron2's way), drawn at the new size.
+    """
     height, width = sample.size
-    factor = np.array([size[1] / width, size[0] / height] * 2, dtype=np.float32)
-    limit = np.array([size[1], size[0]] * 2, dtype=np.float32)
-    return Sample(
-        resize_pixels(sample.image, size, how), np.clip(sample.boxes * factor, 0, limit), sample.keep,
-        sample.rows[nearest_indices(height, size[0])], sample.cols[nearest_indices(width, size[1])])
+    factor = np.array([size[1] / width, size[0] / height] * 2, dtype=sample.boxes.dtype)
+    limit = np.array([size[1], size[0]] * 2, dtype=sample.boxes.dtype)
+    pixels, boxes = resize_pixels(sample.image, size, how), np.clip(sample.boxes * factor, 0, limit)
+    if how in ("antialias", "pillow") and sample.canvas == sample.size:
+        return Sample(pixels, boxes, sample.keep, np.arange(size[0]), np.arange(size[1]), size)
+    rows, cols = nearest_indices(height, size[0]), nearest_indices(width, size[1])
+    return replace(sample, image=pixels, boxes=boxes, rows=sample.rows[rows], cols=sample.cols[cols])
 
 
 def resize_pixels(image: Tensor, size: tuple[int, int], how: Interpolation) -> Tensor:
@@ -94,28 +99,28 @@ def resize_pixels(image: Tensor, size: tuple[int, int], how: Interpolation) -> T
 def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample:
     """The part that starts at (top, left), at most (height, width) large; objects with nothing left are not kept."""
     bottom, right = min(top + height, sample.size[0]), min(left + width, sample.size[1])
-    origin = np.array([left, top] * 2, dtype=np.float32)
-    limit = np.array([right - left, bottom - top] * 2, dtype=np.float32)
+    origin = np.array([left, top] * 2, dtype=sample.boxes.dtype)
+    limit = np.array([right - left, bottom - top] * 2, dtype=sample.boxes.dtype)
     boxes = np.clip(sample.boxes - origin, 0, limit)
     visible = (boxes[:, 2:] - boxes[:, :2] >= SMALLEST_CROPPED_BOX).all(axis=1)
     return Sample(sample.image[:, top:bottom, left:right], boxes, sample.keep & visible, sample.rows[top:bottom],
-                  sample.cols[left:right])
+                  sample.cols[left:right], sample.canvas)
 
 
 def flip_horizontal(sample: Sample) -> Sample:
     """Mirror left and right."""
-    width = np.float32(sample.size[1])
+    width = sample.size[1]
     boxes = sample.boxes.copy()
     boxes[:, 0], boxes[:, 2] = width - sample.boxes[:, 2], width - sample.boxes[:, 0]
-    return Sample(F.horizontal_flip_image(sample.image), boxes, sample.keep, sample.rows, sample.cols[::-1])
+    return replace(sample, image=F.horizontal_flip_image(sample.image), boxes=boxes, cols=sample.cols[::-1])
 
 
 def flip_vertical(sample: Sample) -> Sample:
     """Mirror top and bottom."""
-    height = np.float32(sample.size[0])
+    height = sample.size[0]
     boxes = sample.boxes.copy()
     boxes[:, 1], boxes[:, 3] = height - sample.boxes[:, 3], height - sample.boxes[:, 1]
-    return Sample(F.vertical_flip_image(sample.image), boxes, sample.keep, sample.rows[::-1], sample.cols)
+    return replace(sample, image=F.vertical_flip_image(sample.image), boxes=boxes, rows=sample.rows[::-1])
 
 
 def photometric(image: Tensor, rng: np.random.Generator) -> Tensor:
