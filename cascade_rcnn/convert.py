@@ -30,7 +30,8 @@ from cascade_rcnn.convert_config import (
 )
 from cascade_rcnn.convert_keys import Format, absorb_preprocessing, adapt_values, recognise, rename
 from cascade_rcnn.errors import CheckpointError, UserError
-from cascade_rcnn.pickles import Placeholder, as_tensor, read_pickled
+from cascade_rcnn.pickle_makers import Placeholder
+from cascade_rcnn.pickles import as_tensor, read_pickled
 
 # Names of COCO's category ids 1..90; "-" where an id was never used.
 _COCO_90_TEXT = (

@@ -1,25 +1,23 @@
 """Reads weights out of other libraries' pickled checkpoints without running anything that the file asks for.
 
 A pickle is a program for a small stack machine. Its dangerous instructions name a function and call it. Here a name
-becomes an inert ``Name``; a call is looked up in ``_MAKERS``, a table of our own few functions that rebuild tensors,
-arrays and containers; a class of a training library becomes a ``Placeholder`` that remembers its name and nothing else;
-a name of Python itself, torch or numpy that is not in the table is an error. No name is ever imported, nothing that
-comes from the file is ever called, and every size is checked against the file's own before memory is asked for.
+becomes an inert ``Name``; a call is looked up in a table (``pickle_makers``) of our own few functions that rebuild
+tensors, arrays and containers; a class of a training library becomes a ``Placeholder`` that remembers its name and
+nothing else; a name of Python itself, torch or numpy that is not in the table is an error. No name is ever imported,
+nothing that comes from the file is ever called, and every size is checked against the file's own before memory is asked
+for.
 
-``torch.load(weights_only=True)`` is not used: it stops at mmengine's history buffers and detectron2's arrays, and it
-trusts the storage sizes that the pickle states.
+``torch.load(weights_only=True)`` stops at mmengine's history buffers and detectron2's arrays. Since this reader is needed
+for those, it reads all files: one way, the same with every version of torch.
 """
 
 from __future__ import annotations
 
-import math
 import pickle
 import re
-import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +26,7 @@ import torch
 from torch import Tensor
 
 from cascade_rcnn.errors import CheckpointError
+from cascade_rcnn.pickle_makers import Array, Dtype, Name, Placeholder, Storage, check_keys, fill_array, make
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of torch.save's format before 1.6
 _MAX_PROGRAM = 256 << 20  # bytes of pickle in a zip, the tensors' data not counted
@@ -39,58 +38,6 @@ _STORAGES = {
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
     "UntypedStorage": torch.uint8,
 }
-# Standard-library data classes that harmlessly occur in checkpoints; they become placeholders.
-_INERT_STDLIB = ("argparse.Namespace", "datetime.", "pathlib.", "uuid.", "decimal.", "fractions.", "numpy.random.",
-                 "collections.defaultdict", "collections.deque", "collections.Counter", "torch.Generator")
-_REFUSED_ROOTS = frozenset(sys.stdlib_module_names) | {
-    "torch", "numpy", "torchvision", "cascade_rcnn", "__builtin__", "__builtins__", "copy_reg", "commands",
-    "exceptions", "pip", "setuptools", "pkg_resources", "cloudpickle", "dill", "joblib",
-} - {"__main__"}
-
-
-@dataclass(frozen=True)
-class Name:
-    """A global that the file names: text, never the object itself."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(eq=False)
-class Placeholder:
-    """Stands for an object of a class that is not known here."""
-
-    kind: Name
-    state: list[object] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class Array:
-    """A numpy array in the making: pickle first creates it empty, then gives it its values."""
-
-    values: np.ndarray[Any, Any] | None = None
-
-
-@dataclass(eq=False)
-class _Dtype:
-    code: str
-    order: str = "<"
-
-    def resolve(self) -> np.dtype[Any]:
-        if re.fullmatch(r"[<>=|]?(?:[biufcSU]\d{1,4}|\?|b1|[BHIQbhiqefd])", self.code) is None:
-            raise CheckpointError(f"holds an array of type {self.code!r}")
-        dtype = np.dtype(self.code)
-        return dtype.newbyteorder(">") if self.order == ">" else dtype
-
-
-@dataclass(eq=False)
-class _Storage:
-    values: Tensor  # 1-D
-
-
 def as_tensor(value: object) -> Tensor | None:
     """A tensor from what a checkpoint holds under a key, or None for anything that is not an array of numbers."""
     if isinstance(value, Tensor):
@@ -143,15 +90,15 @@ def _read_zip(file: IO[bytes], size: int) -> object:
             raise CheckpointError("its pickle is larger than 256 MiB: refused")
         if root + "byteorder" in entries and archive.read(root + "byteorder") != b"little":
             raise CheckpointError("written on a big-endian machine: save it again on another")
-        storages: dict[str, _Storage] = {}
+        storages: dict[str, Storage] = {}
 
-        def load(dtype: torch.dtype, key: str, numel: int) -> _Storage:
+        def load(dtype: torch.dtype, key: str, numel: int) -> Storage:
             if key not in storages:
                 data = archive.read(f"{root}data/{key}")
                 if len(data) != numel * dtype.itemsize:
                     raise CheckpointError(f"storage {key} has {len(data)} bytes, its tensors claim {numel} x {dtype}")
                 flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0).byte()
-                storages[key] = _Storage(flat.view(dtype))
+                storages[key] = Storage(flat.view(dtype))
             return storages[key]
 
         with archive.open(programs[0]) as program:
@@ -160,30 +107,30 @@ def _read_zip(file: IO[bytes], size: int) -> object:
 
 def _read_stream(file: IO[bytes], size: int) -> object:
     """A plain pickle, or torch's older form: magic, version, system, objects, storage keys, then each storage."""
-    storages: dict[str, _Storage] = {}
+    storages: dict[str, Storage] = {}
     claimed = 0
 
-    def reserve(dtype: torch.dtype, key: str, numel: int) -> _Storage:
+    def reserve(dtype: torch.dtype, key: str, numel: int) -> Storage:
         nonlocal claimed
         if key not in storages:
             claimed += numel * dtype.itemsize
             if claimed > size:
                 raise CheckpointError("its storages claim more bytes than the file has: refused")
-            storages[key] = _Storage(torch.zeros(numel, dtype=dtype))
+            storages[key] = Storage(torch.zeros(numel, dtype=dtype))
         return storages[key]
 
     source = _Checked(file, size)
     first = _Machine(source, None).load()
-    if first != _LEGACY_MAGIC:
+    if not isinstance(first, int) or first != _LEGACY_MAGIC:
         return first
     for _ in range(2):  # version; sizes of C types, little endian on every machine in use
         _Machine(source, None).load()
     content = _Machine(source, reserve).load()
     keys = _Machine(source, None).load()
-    if not isinstance(keys, list) or {str(key) for key in keys} != set(storages):
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or set(keys) != set(storages):
         raise CheckpointError("its storages do not belong to its tensors: fetch the file again")
     for key in keys:
-        values = storages[str(key)].values
+        values = storages[key].values
         if int.from_bytes(source.read(8), "little") != values.numel():
             raise CheckpointError(f"storage {key} is not as long as its tensors claim: fetch the file again")
         if values.numel():
@@ -197,7 +144,7 @@ class _Checked:
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self._file = file
-        self._left = size
+        self._left = self.size = size
 
     def read(self, count: int = -1) -> bytes:
         if not 0 <= count <= self._left:
@@ -216,7 +163,7 @@ class _Checked:
         return line
 
 
-_LoadStorage = Callable[[torch.dtype, str, int], _Storage]
+_LoadStorage = Callable[[torch.dtype, str, int], Storage]
 
 
 class _Machine(pickle._Unpickler):  # the one written in Python: its instructions can be replaced
@@ -230,6 +177,7 @@ class _Machine(pickle._Unpickler):  # the one written in Python: its instruction
     def __init__(self, file: _Checked, storage: _LoadStorage | None) -> None:
         super().__init__(file, encoding="latin1")  # pickles of Python 2 hold their arrays' bytes in strings
         self._storage = storage
+        self._allowance = 4 * file.size + (1 << 20)  # items that calls may copy: one string is not copied for ever
 
     def find_class(self, module: str, name: str) -> Any:
         return Name(str(module), str(name))
@@ -237,21 +185,29 @@ class _Machine(pickle._Unpickler):  # the one written in Python: its instruction
     def get_extension(self, code: int) -> None:
         raise CheckpointError(f"uses the pickle extension {code}: refused")
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def persistent_load(self, pid: Any) -> Storage:
         if self._storage is None or not isinstance(pid, tuple) or not 5 <= len(pid) <= 6 or pid[0] != "storage":
             raise CheckpointError("refers to data outside of the file: refused")
         kind, key, numel = pid[1], pid[2], pid[4]
         if not (isinstance(kind, Name) and kind.module in ("torch", "torch.storage", "torch.cuda")):
-            raise CheckpointError(f"a storage of kind {str(kind)[:60]}: refused")
+            raise CheckpointError("a storage of an unknown kind: refused")
         dtype = _STORAGES.get(kind.name)
-        if dtype is None or not isinstance(numel, int) or numel < 0 or (len(pid) == 6 and pid[5] is not None):
+        is_whole = isinstance(key, str) and isinstance(numel, int) and numel >= 0 and (len(pid) == 5 or pid[5] is None)
+        if dtype is None or not is_whole:
             raise CheckpointError(f"a storage of kind {kind} is not read here")
-        return self._storage(dtype, str(key), numel)
+        return self._storage(dtype, key, numel)
 
     def _call(self, target: object, args: object) -> object:
         if not isinstance(target, Name) or not isinstance(args, tuple):
             raise CheckpointError(f"calls something that is not a class ({type(target).__name__}): refused")
-        return _make(target, args)
+        self._spend(args)
+        return make(target, args)
+
+    def _spend(self, values: Any) -> None:
+        for value in values if isinstance(values, tuple) else ():
+            self._allowance -= len(value) if isinstance(value, (str, bytes, list, tuple, dict, set, frozenset)) else 0
+        if self._allowance < 0:
+            raise CheckpointError("copies its own data over and over: refused")
 
     def _op_reduce(self) -> None:
         args = self.stack.pop()
@@ -277,11 +233,21 @@ class _Machine(pickle._Unpickler):  # the one written in Python: its instruction
         if isinstance(made, Placeholder):
             made.state.append(state)
         elif isinstance(made, Array):
-            _fill_array(made, state)
-        elif isinstance(made, _Dtype):
+            fill_array(made, state)
+        elif isinstance(made, Dtype):
             made.order = str(state[1])
         elif not isinstance(made, (OrderedDict, Tensor)):  # whose _metadata and hooks are not needed
             raise CheckpointError(f"sets the state of a {type(made).__name__}: refused")
+
+    def _op_dict(self) -> None:
+        values = self.pop_mark()
+        self.append({})
+        self._fill(dict, values)
+
+    def _op_frozenset(self) -> None:
+        values = self.pop_mark()
+        check_keys(values)
+        self.append(frozenset(values))
 
     def _fill(self, kind: type, values: list[Any]) -> None:
         """Put items into a plain container; a placeholder only keeps them."""
@@ -293,6 +259,7 @@ class _Machine(pickle._Unpickler):  # the one written in Python: its instruction
         elif isinstance(into, list):
             into.extend(values)
         elif isinstance(into, (dict, set)):
+            check_keys(values if kind is set else values[::2])
             into.update(values if kind is set else zip(values[::2], values[1::2]))
 
 
@@ -308,93 +275,7 @@ _OPCODES: dict[int, Callable[[_Machine], None]] = {
     pickle.SETITEM[0]: lambda machine: machine._fill(dict, [machine.stack.pop(-2), machine.stack.pop()]),
     pickle.SETITEMS[0]: lambda machine: machine._fill(dict, machine.pop_mark()),
     pickle.ADDITEMS[0]: lambda machine: machine._fill(set, machine.pop_mark()),
+    pickle.DICT[0]: _Machine._op_dict,
+    pickle.FROZENSET[0]: _Machine._op_frozenset,
 }
 _Machine.dispatch = {**pickle._Unpickler.dispatch, **_OPCODES}  # type: ignore[dict-item,unused-ignore]
-
-
-def _make(kind: Name, args: tuple[Any, ...]) -> object:
-    """The object that a call of ``kind`` stands for: through the table, or a placeholder."""
-    maker = _MAKERS.get(str(kind))
-    if maker is not None:
-        return maker(*args)
-    if kind.module.split(".")[0] in _REFUSED_ROOTS and not str(kind).startswith(_INERT_STDLIB):
-        raise CheckpointError(f"wants to call {str(kind)[:80]}, which weights never need: refused (nothing was run); "
-                              "if you trust the file, save its state_dict alone where it was made")
-    return Placeholder(kind)
-
-
-def _tensor(storage: object, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Tensor:
-    if not isinstance(storage, _Storage):
-        raise CheckpointError("a tensor without a storage: refused")
-    if math.prod(size) > storage.values.numel():
-        raise CheckpointError(f"a tensor of shape {tuple(size)} over {storage.values.numel()} stored values: refused")
-    return torch.as_strided(storage.values, tuple(size), tuple(stride), offset)  # torch checks the bounds
-
-
-def _fill_array(array: Array, state: Any) -> None:
-    _, shape, dtype, fortran, data = state
-    if isinstance(data, list):  # an array of objects: never weights
-        return
-    array.values = _values(data, dtype, shape, "F" if fortran else "C")
-
-
-def _values(data: Any, dtype: object, shape: tuple[int, ...], order: str) -> np.ndarray[Any, Any]:
-    raw = data.encode("latin1") if isinstance(data, str) else bytes(memoryview(data))
-    if not isinstance(dtype, _Dtype):
-        raise CheckpointError("an array without a type: refused")
-    kind = dtype.resolve()
-    if math.prod(shape) * kind.itemsize != len(raw):
-        raise CheckpointError(f"an array of shape {tuple(shape)} with {len(raw)} bytes: refused")
-    flat = np.frombuffer(raw, dtype=kind)
-    return flat.reshape(tuple(shape), order="F" if order == "F" else "C")
-
-
-def _scalar(dtype: object, data: object = b"") -> object:
-    return _values(data, dtype, (), "C").item()
-
-
-def _bytes(text: str = "", encoding: str = "latin1") -> bytes:
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise CheckpointError("bytes in an unexpected encoding: refused")
-    return text.encode("latin1")
-
-
-def _from_type(maker: object, kind: object, args: tuple[Any, ...], state: object = None) -> object:
-    if not isinstance(maker, Name) or str(maker) not in _TENSOR_MAKERS:
-        raise CheckpointError(f"a tensor made by {str(maker)[:60]}: refused")
-    return _TENSOR_MAKERS[str(maker)](*args)
-
-
-def _listed(kind: Callable[[Any], object]) -> Callable[..., object]:
-    """A container from a list in the pickle; anything else (a number asks for memory) is refused."""
-    def make(items: object = ()) -> object:
-        if not isinstance(items, (list, tuple, set, frozenset, dict)):
-            raise CheckpointError(f"a container made from a {type(items).__name__}: refused")
-        return kind(items)
-
-    return make
-
-
-_TENSOR_MAKERS: dict[str, Callable[..., object]] = {
-    "torch._utils._rebuild_tensor": _tensor, "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": lambda data, *_: data,
-    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
-}
-# Every call that a file may make, and what is done instead of it.
-_MAKERS: dict[str, Callable[..., object]] = {
-    **_TENSOR_MAKERS,
-    "torch._tensor._rebuild_from_type_v2": _from_type,
-    "torch.nn.parameter.Parameter": lambda data=None, *_: data,
-    "torch.device": lambda *args: ":".join(str(part) for part in args),
-    "torch.Size": _listed(tuple),
-    "collections.OrderedDict": _listed(OrderedDict),
-    **{f"{module}.{kind.__name__}": _listed(kind) for module in ("builtins", "__builtin__")
-       for kind in (set, frozenset, list, dict, tuple)},
-    "builtins.slice": lambda *_: None, "builtins.complex": lambda *_: None,
-    "_codecs.encode": _bytes, "builtins.bytes": _bytes,
-    **{f"{module}._reconstructor": lambda kind, *_: _make(kind, ()) for module in ("copyreg", "copy_reg")},
-    "numpy.dtype": lambda code, *_: _Dtype(str(code)),
-    **{f"numpy.{core}.{name}": maker for core in ("core", "_core") for name, maker in (
-        ("multiarray._reconstruct", lambda *_: Array()), ("multiarray.scalar", _scalar),
-        ("numeric._frombuffer", lambda *args: Array(_values(*args))))},
-}

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 
 from cascade_rcnn.checkpoint import load_checkpoint
 from cascade_rcnn.config import ModelConfig
-from cascade_rcnn.convert import COCO_IDS, COCO_NAMES, run_convert
-from cascade_rcnn.convert_config import read_config_text
+from cascade_rcnn.convert import COCO_IDS, COCO_NAMES, _match_preprocessing, _Source, run_convert
+from cascade_rcnn.convert_config import Hints, Structure, read_config_text
 from cascade_rcnn.convert_keys import absorb_preprocessing, recognise
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.models.build import build_model, load_backbone_weights
@@ -456,6 +457,22 @@ def test_preprocessing_is_moved_into_the_stem() -> None:
     assert torch.allclose(ours, reference, rtol=1e-5, atol=1e-4)
     assert not absorb_preprocessing(state, bgr=False, mean=our_mean, std=our_std,
                                     our_bgr=False, our_mean=our_mean, our_std=our_std)
+
+
+def test_mmdetections_bgr_resnext_is_turned_to_rgb() -> None:
+    stem = {"backbone.body.conv1.weight": torch.rand(64, 3, 7, 7), "backbone.body.bn1.running_mean": torch.rand(64)}
+    seen = Structure("resnext101_32x8d.tv_in1k", 101, 32, 8, 3, 80, {})
+    for groups, turned in ((32, True), (64, False)):
+        state = dict(stem)
+        kind = replace(seen, groups=groups)
+        _match_preprocessing(state, "mmdetection", kind, ModelConfig(), Hints(), _Source({}))
+        wanted = stem["backbone.body.conv1.weight"].flip(1) if turned else stem["backbone.body.conv1.weight"]
+        assert torch.allclose(state["backbone.body.conv1.weight"], wanted)
+        assert torch.equal(state["backbone.body.bn1.running_mean"], stem["backbone.body.bn1.running_mean"])
+    state = dict(stem)  # detectron2's is BGR with a std that its semantics here do not divide by
+    _match_preprocessing(state, "detectron2", seen, ModelConfig(semantics="detectron2"), Hints(), _Source({}))
+    std = torch.tensor([57.375, 57.12, 58.395])[:, None, None]
+    assert torch.allclose(state["backbone.body.conv1.weight"], stem["backbone.body.conv1.weight"] / std)
 
 
 def test_every_key_that_does_not_fit_is_listed(tmp_path: Path) -> None:

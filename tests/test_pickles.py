@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascade_rcnn.errors import CheckpointError
-from cascade_rcnn.pickles import Array, Placeholder, as_tensor, read_pickled
+from cascade_rcnn.pickle_makers import Array, Placeholder
+from cascade_rcnn.pickles import as_tensor, read_pickled
 
 LEGACY = pytest.param(False, id="legacy")
 ZIP = pytest.param(True, id="zip")
@@ -238,6 +239,35 @@ def test_a_storage_must_be_as_long_as_its_tensors_claim(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError):
             read_pickled(torch_zip(tmp_path / "bad.pth", storage_program(2, size=size, stride=stride),
                                    {"data/0": b"\0" * 8}))
+
+
+SHARED = b"K\x01\x85" + b"2\x86" * 60  # a tuple of the same tuple twice, 60 times: 2 ** 60 leaves
+
+
+@pytest.mark.parametrize("program", [
+    b"}" + SHARED + b"K\x01s.", b"(" + SHARED + b"K\x01d.", b"}(" + SHARED + b"K\x01u.", b"\x8f(" + SHARED + b"\x90.",
+    b"(" + SHARED + b"\x91.", b"cbuiltins\nset\n]" + SHARED + b"a\x85R.",
+    b"ccollections\nOrderedDict\n]" + SHARED + b"K\x01\x86a\x85R.", b"cnumpy\ndtype\n" + SHARED + b"\x85R.",
+    b"ctorch._tensor\n_rebuild_from_type_v2\n(" + SHARED + b"K\x01)NtR.",
+    b"(U\x07storagectorch\nFloatStorage\n" + SHARED + b"U\x03cpuK\x01tQ.",
+], ids=range(10))
+def test_structures_that_share_themselves_take_no_time(tmp_path: Path, program: bytes) -> None:
+    with pytest.raises(CheckpointError, match=r"refused|not read"):
+        read_pickled(torch_zip(tmp_path / "shared.pth", b"\x80\x04" + program))
+
+
+def test_one_string_is_not_copied_over_and_over(tmp_path: Path) -> None:
+    text = b"X" + struct.pack("<I", 400_000) + b"a" * 400_000 + b"q\x00"
+    path = tmp_path / "copies.pkl"
+    path.write_bytes(b"\x80\x02](" + text + b"c_codecs\nencode\nh\x00\x85R" * 5000 + b"e.")
+    with pytest.raises(CheckpointError, match="over and over"):
+        read_pickled(path)
+
+
+def test_shapes_are_numbers(tmp_path: Path) -> None:
+    for size in ("U\x01a", "]", "G\x3f\xf0\0\0\0\0\0\0"):
+        with pytest.raises(CheckpointError, match="whole numbers"):
+            read_pickled(torch_zip(tmp_path / "s.pth", storage_program(2, size=size), {"data/0": b"\0" * 8}))
 
 
 def test_zip_tricks_are_refused(tmp_path: Path) -> None:
