@@ -60,16 +60,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
 
 
 def _examples() -> Iterator[str]:
-    """The example of every command's help, and every cascade-rcnn line of README and docs."""
+    """The example of every command's help, and every whole cascade-rcnn line of README and docs."""
     for entry in COMMANDS.values():
         found = re.search(r'_parser\("[^"]+", "([^"]+)"\)', inspect.getsource(entry.run))
         assert found is not None
         yield found.group(1)
     for page in [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/**/*.md"))]:
-        for line in page.read_text(encoding="utf-8").splitlines():
-            for part in re.split(r"&&|\|", line.strip().removeprefix("$ ")):
+        for line in page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
+            for part in line.strip().removeprefix("$ ").split(" && "):
                 words = part.partition("  #")[0].strip()
-                if words.startswith("cascade-rcnn ") and not re.search(r"[A-Z]{4}|\.\.\.|[`*\[<]", words):
+                # not those that stand for others: CONFIG, coco|voc, [--out FILE], ...
+                if words.startswith("cascade-rcnn ") and not re.search(r"\b[A-Z]{1,}\b|\||\.\.\.|[`*\[<]", words):
                     yield words
 
 

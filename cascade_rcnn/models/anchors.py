@@ -32,7 +32,7 @@ class AnchorGenerator(nn.Module):
         self.base: Tensor
 
     def forward(self, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Anchors [H * W * A, 4] of each level, for feature maps of ``shapes`` (H, W); row, then column, then anchor."""
+        """Anchors [H * W * A, 4] of each level, for feature maps of ``shapes`` (H, W): row, column, anchor."""
         levels = []
         for base, stride, (height, width) in zip(self.base, self.strides, shapes):
             y = torch.arange(height, device=base.device, dtype=torch.float32) * stride

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import timm
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,9 +28,10 @@ def _create(name: str, *, pretrained: bool) -> nn.Module:
             raise ConfigError(f"model.backbone {name!r} is not a network of timm{hint}") from error
         if pretrained and "nvalid pretrained" in str(error):
             tags = timm.list_pretrained(name.split(".")[0] + ".*")
-            raise ConfigError(f"model.backbone {name!r}: no such weights; timm has {', '.join(tags) or 'none'}") from error
+            known = ", ".join(tags) or "none"
+            raise ConfigError(f"model.backbone {name!r}: no such weights; timm has {known}") from error
         if "features_only" in str(error):
-            raise ConfigError(f"model.backbone {name!r} gives no feature pyramid: choose a hierarchical network") from error
+            raise ConfigError(f"model.backbone {name!r} gives no feature pyramid: choose another network") from error
         raise
     except Exception as error:  # timm and its hub client raise many kinds of network errors; the way out is the same
         if not pretrained:
@@ -62,7 +64,8 @@ class Backbone(nn.Module):
         reductions = body.feature_info.reduction()
         missing = [stride for stride in STRIDES if stride not in reductions]
         if missing:
-            raise ConfigError(f"model.backbone {name!r} gives strides {reductions}, not {STRIDES}: choose another network")
+            raise ConfigError(f"model.backbone {name!r} gives strides {reductions}, not {STRIDES}: "
+                              "choose another network")
         self.selected = [len(reductions) - 1 - reductions[::-1].index(stride) for stride in STRIDES]
         self.channels = [body.feature_info.channels()[i] for i in self.selected]
         self.body = body
@@ -88,7 +91,8 @@ class Backbone(nn.Module):
             return list(self.body.children())
         positions: dict[str, int] | None = getattr(self.body, "return_layers", None)
         if positions is None:
-            raise ConfigError(f"model.backbone {name!r} can only be trained whole (--model.frozen-stages -1) or not at all (4)")
+            raise ConfigError(f"model.backbone {name!r} can only be trained whole (--model.frozen-stages -1) "
+                              "or not at all (4)")
         order = {child: i for i, child in enumerate(positions)}
         first = self.selected[0]
         # The stem ends with the feature before stride 4, or, without one, has everything before the first stage.
@@ -131,7 +135,7 @@ class Backbone(nn.Module):
         for module in list(self.body.modules()):
             children = dict(module.named_children())
             names = list(children)
-            for before, after in zip(names, names[1:]):
+            for before, after in itertools.pairwise(names):
                 conv, norm = children[before], children[after]
                 paired = after == before.replace("conv", "bn") or isinstance(module, nn.Sequential)
                 if paired and isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d and before != after:

@@ -45,7 +45,8 @@ class ConvBoxHead(BoxHead):
     ) -> None:
         nn.Module.__init__(self)
         self.convs = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.GroupNorm(32, channels), nn.ReLU())
+            nn.Sequential(
+                nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.GroupNorm(32, channels), nn.ReLU())
             for _ in range(4)
         )
         self.fc1 = nn.Linear(channels * size * size, width)

@@ -1,9 +1,11 @@
-"""From a configuration to modules: the only place where the two meet, and the table of what implementations do differently."""
+"""From a configuration to modules: the only place where the two meet; and the table of what implementations do
+differently."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,7 +45,7 @@ class Semantics:
     bgr: bool  # network input BGR with std 1 whatever the style
     mask_padding: bool = True
     mmdetection_ranking: bool = False  # its float32 rounding where scores or overlaps tie
-    anchors_inside: bool = False  # the RPN of a cascade (not of a single stage) learns from anchors inside the image only
+    anchors_inside: bool = False  # the RPN of a cascade (not of one stage) learns from anchors inside the image only
     rounded_anchors: bool = False
     sampling_ratio: int = 0
     aligned: bool = True
@@ -83,7 +85,7 @@ SEMANTICS = {
 
 
 def wants_antialias(config: ModelConfig) -> bool:
-    """Whether the implementation that ``config`` follows resizes images with antialiasing (Pillow) or without (OpenCV)."""
+    """Whether the implementation that ``config`` follows resizes with antialiasing (Pillow) or without (OpenCV)."""
     return config.semantics == "detectron2"
 
 
@@ -109,8 +111,8 @@ def build_model(config: ModelConfig, num_classes: int, *, pretrained: bool = Fal
     bgr = semantics.bgr or config.style == "caffe"
     if wanted and not config.backbone_weights and config.style == "caffe":
         raise CheckpointError(
-            "timm has no Caffe-style ImageNet weights: give a file with --model.backbone-weights FILE (detectron2's R-50.pkl "
-            "through cascade-rcnn convert), or use --model.style pytorch, or --model.pretrained False"
+            "timm has no Caffe-style ImageNet weights: give a file with --model.backbone-weights FILE (detectron2's "
+            "R-50.pkl through cascade-rcnn convert), or use --model.style pytorch, or --model.pretrained False"
         )
     backbone = Backbone(
         config.backbone,
@@ -160,7 +162,8 @@ def _build_rpn(config: ModelConfig, semantics: Semantics) -> RPN:
 
 def _build_cascade(config: ModelConfig, semantics: Semantics, num_classes: int) -> Cascade:
     stages = len(config.stage_ious)
-    weights = config.stage_loss_weights or tuple(0.5**k if semantics.halving_loss_weights else 1.0 for k in range(stages))
+    falling = 0.5 if semantics.halving_loss_weights else 1.0
+    weights = config.stage_loss_weights or tuple(falling**k for k in range(stages))
     details = CascadeDetails(
         ious=config.stage_ious,
         loss_weights=weights,
@@ -206,7 +209,7 @@ def load_backbone_weights(backbone: Backbone, path: Path) -> None:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        state = load_file(path)
+        state: dict[str, Any] = load_file(path)
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state) if isinstance(state, dict) else state
@@ -216,7 +219,7 @@ def load_backbone_weights(backbone: Backbone, path: Path) -> None:
     wrong = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     if missing or wrong:
         raise CheckpointError(
-            f"model.backbone_weights {path} does not fit {type(backbone.body).__name__}: {len(missing)} keys are missing "
-            f"({', '.join(missing[:3])}), {len(wrong)} have another shape ({', '.join(wrong[:3])})"
+            f"model.backbone_weights {path} does not fit {type(backbone.body).__name__}: {len(missing)} keys are "
+            f"missing ({', '.join(missing[:3])}), {len(wrong)} have another shape ({', '.join(wrong[:3])})"
         )
     backbone.body.load_state_dict({key: state.get(key, wanted[key]) for key in wanted})

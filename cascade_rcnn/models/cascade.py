@@ -1,6 +1,6 @@
 """Cascade of box heads (arXiv 1906.09756, section 4): each stage trains on the boxes that the stage before has refined.
 
-B images, N boxes per image (padded, ``valid`` marks real ones), S samples, K classes (K = background), xyxy input pixels.
+B images, N boxes per image (padded, ``valid`` marks real ones), S samples, K classes (K: background), xyxy pixels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class CascadeDetails:
     ious: tuple[float, ...]
     loss_weights: tuple[float, ...]
     samples: int = 512  # RoIs per image in a stage's loss, a quarter of them positive
-    resample: bool = True  # stages 2.. sample again with ground truth added, else they take all boxes of the stage before
+    resample: bool = True  # stages 2.. sample again with ground truth added; else: all boxes of the stage before
     box_beta: float = 1.0  # where the box loss turns from square to absolute; 0: absolute everywhere
     feature_gradient: float = 1.0  # factor on the gradient from the box heads into the RoI features
     limit_shrinking: bool = True
@@ -80,11 +80,13 @@ class Cascade(nn.Module):
     ) -> dict[str, Tensor]:
         """Losses ``s0.cls``, ``s0.box``, (``s0.mask``,) ``s1.cls`` ... , already weighted."""
         losses: dict[str, Tensor] = {}
-        samples = self._sample(proposals.boxes, proposals.valid, targets, stage=0)
+        boxes, valid = proposals.boxes, proposals.valid
         for k in range(len(self.box_heads)):
-            if k > 0:
+            if k == 0:
+                samples = self._sample(boxes, valid, targets, stage=0)
+            else:
                 samples = self._samples_of_later_stage(k, boxes, valid, targets)
-            logits, deltas = self._run_stage(k, pyramid, samples.boxes, samples.valid)  # [B, S, K + 1], [B, S, 4 or 4 K]
+            logits, deltas = self._run_stage(k, pyramid, samples.boxes, samples.valid)  # [B, S, K+1], [B, S, 4 or 4K]
             losses |= self._box_losses(k, logits, deltas, samples, targets)
             if (mask_head := self._mask_head_trained_at(k)) is not None:
                 losses[f"s{k}.mask"] = self._mask_loss(k, mask_head, pyramid, samples, sizes, targets)
@@ -145,7 +147,7 @@ class Cascade(nn.Module):
         )
 
     def _decode(self, k: int, deltas: Tensor, boxes: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
-        """Boxes [B, N, 4] after stage ``k``; a class-specific head moves each box as its class ``labels`` [B, N] says."""
+        """Boxes [B, N, 4] after stage ``k``; a class-specific head moves each as its class ``labels`` [B, N] says."""
         if deltas.shape[-1] > 4:
             deltas = deltas.unflatten(-1, (-1, 4))
             deltas = deltas.gather(2, labels[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
@@ -271,6 +273,7 @@ class Cascade(nn.Module):
         x = self._pool(pyramid, found.boxes[:, :count], found.valid[:, :count], size=14).flatten(0, 1)
         heads = self.mask_heads[: self.stages_at_test] if self.details.masks == "every" else self.mask_heads
         labels = found.labels[:, :count].flatten()
-        mean = sum(head.of_labels(x, labels).float().sigmoid() for head in heads) / len(heads)  # type: ignore[operator]
+        each = (head.of_labels(x, labels).float().sigmoid() for head in heads)  # type: ignore[operator]
+        mean: Tensor = sum(each) / len(heads)  # type: ignore[assignment]
         side = mean.shape[-1]
         return F.pad(mean.view(batch, count, side, side), (0, 0, 0, 0, 0, total - count))

@@ -79,7 +79,7 @@ class CascadeRCNN(nn.Module):
         self.backbone.recompute = on
 
     def optimize_for_inference(self) -> CascadeRCNN:
-        """Fold batch norms and lay weights out for speed; the detector then gives the same detections but cannot train."""
+        """Fold batch norms and lay weights out for speed: the same detections, but it cannot train any more."""
         self.eval().requires_grad_(False)
         self.backbone.fold_batch_norm()
         return self.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

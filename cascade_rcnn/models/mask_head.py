@@ -36,7 +36,8 @@ class MaskHead(nn.Module):
         nn.init.normal_(self.logits.weight, std=0.001)  # first masks near one half, whatever the features' scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.logits(self.features(x))
+        logits: Tensor = self.logits(self.features(x))
+        return logits
 
     def features(self, x: Tensor) -> Tensor:
         """Everything before the last 1x1 convolution: [R, C, 14, 14] to [R, width, 28, 28]."""
@@ -56,9 +57,9 @@ class MaskHead(nn.Module):
 def _axis_weights(start: Tensor, length: Tensor, bins: int, *, image: Tensor, origin: Tensor, size: int) -> Tensor:
     """RoIAlign's averaging weights [P, bins, size] along one axis, over the ``size`` pixels that begin at ``origin``.
 
-    ``start``, ``length`` [P]: the RoI's extent (shifted by half a pixel); ``image`` [P]: the image's extent, beyond which
-    there is nothing and at whose border samples are clamped; ceil(length / bins) samples per bin. Separable, because
-    bilinear interpolation and averaging over a grid are.
+    ``start``, ``length`` [P]: the RoI's extent (shifted by half a pixel); ``image`` [P]: the image's extent, beyond
+    which there is nothing and at whose border samples are clamped; ceil(length / bins) samples per bin. Separable,
+    because bilinear interpolation and averaging over a grid are.
     """
     count = (length / bins).ceil().clamp(min=1)  # samples per bin [P]
     most = max(1, math.ceil(size / bins)) + 1
@@ -85,8 +86,8 @@ def _axis_weights(start: Tensor, length: Tensor, bins: int, *, image: Tensor, or
 def mask_targets(masks: MaskCrops, rois: Tensor, index: Tensor, sizes: Tensor, *, bins: int = 28) -> Tensor:
     """What the mask head should say for each RoI: float [B, P, bins, bins] of 0 and 1.
 
-    ``rois`` [B, P, 4], ``index`` [B, P] (each RoI's object), ``sizes`` [B, 2]. An object's mask is averaged over each bin
-    as RoIAlign does (aligned, adaptive sampling) and cut at one half (mmdetection's and detectron2's bitmap rule).
+    ``rois`` [B, P, 4], ``index`` [B, P] (each RoI's object), ``sizes`` [B, 2]. An object's mask is averaged over each
+    bin as RoIAlign does (aligned, adaptive sampling) and cut at one half (mmdetection's and detectron2's bitmap rule).
     """
     batch, count = index.shape
     flat = index.flatten()
@@ -110,7 +111,9 @@ def mask_targets(masks: MaskCrops, rois: Tensor, index: Tensor, sizes: Tensor, *
         else:
             crop = inside * 0
         result.append(weights_y @ crop.float() @ weights_x.transpose(1, 2) >= 0.5)
-    return torch.cat(result).view(batch, count, bins, bins).float() if result else rois.new_zeros(batch, count, bins, bins)
+    if not result:
+        return rois.new_zeros(batch, count, bins, bins)
+    return torch.cat(result).view(batch, count, bins, bins).float()
 
 
 def mask_loss(logits: Tensor, targets: Tensor, positive: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from cascade_rcnn.models.boxes import pairwise_iou
 from cascade_rcnn.models.matching import take
 from cascade_rcnn.structures import RawDetections
 
-# Candidates handed to NMS per image on a GPU, where shapes must not depend on the data. Only images with more boxes above
-# the score threshold than this, and fewer than max_detections left among the best of them, could give another result.
+# Candidates handed to NMS per image on a GPU, where shapes must not depend on the data. Only images with more boxes
+# above the score threshold than this, and fewer than max_detections left among the best of them, could differ.
 MAX_CANDIDATES = 8192
 
 
@@ -23,8 +23,9 @@ def nms_keep(
 ) -> Tensor:
     """Which boxes [B, M] survive greedy NMS among the valid ones of the same image and group.
 
-    ``boxes`` [B, M, 4], ``scores``, ``groups`` (non-negative) and ``valid`` [B, M]. ``spread`` moves each group to a place
-    of its own first, as mmdetection does: it changes nothing but the rounding of the IoU, which decides ties at the limit.
+    ``boxes`` [B, M, 4], ``scores``, ``groups`` (non-negative) and ``valid`` [B, M]. ``spread`` moves each group to a
+    place of its own first, as mmdetection does: it changes nothing but the rounding of the IoU, which decides ties at
+    the limit.
     """
     batch, count = scores.shape
     if spread and count:
@@ -45,7 +46,7 @@ def nms_keep(
 
 
 def soft_nms_scores(boxes: Tensor, scores: Tensor, groups: Tensor, *, sigma: float = 0.5, keep: int = 100) -> Tensor:
-    """Scores [M] of one image after Gaussian soft-NMS (arXiv 1704.04503) within each group; the best ``keep`` are exact.
+    """Scores [M] after Gaussian soft-NMS (arXiv 1704.04503) within each group of an image, exact for the best ``keep``.
 
     A box's score is multiplied by exp(-IoU^2 / sigma) for every better box of its group; the others become 0.
     """

@@ -56,7 +56,8 @@ class RPN(nn.Module):
             self.conv: nn.Module = nn.Conv2d(channels, channels, 3, padding=1)
         else:
             layers = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(convs)]
-            self.conv = nn.Sequential(*[m for i, conv in enumerate(layers) for m in ((nn.ReLU(), conv) if i else (conv,))])
+            between = [(nn.ReLU(), conv) if i else (conv,) for i, conv in enumerate(layers)]
+            self.conv = nn.Sequential(*[module for pair in between for module in pair])
         self.objectness = nn.Conv2d(channels, anchors.per_cell, 1)
         self.deltas = nn.Conv2d(channels, anchors.per_cell * 4, 1)
         for module in self.modules():
