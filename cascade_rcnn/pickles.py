@@ -7,7 +7,7 @@ nothing else; a name of Python itself, torch or numpy that is not in the table i
 nothing that comes from the file is ever called, and every size is checked against the file's own before memory is asked
 for.
 
-``torch.load(weights_only=True)`` stops at mmengine's history buffers and detectron2's arrays. Since this reader is needed
+``torch.load(weights_only=True)`` stops at mmengine's history buffers and detectron2's arrays. As this reader is needed
 for those, it reads all files: one way, the same with every version of torch.
 """
 
