@@ -363,6 +363,9 @@ def test_torchvision_gives_the_same_detections(tmp_path: Path, masks: bool) -> N
     ours = build_model(model, CLASSES).eval()
     ours.load_state_dict(made.state)
     pixels = torch.randint(0, 256, (1, 3, 96, 160), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    seen: dict[str, Tensor] = {}
+    if masks:
+        theirs.roi_heads.mask_predictor.register_forward_hook(lambda _, inputs, output: seen.update(logits=output))
     with torch.no_grad():
         wanted = theirs([pixels[0] / 255])[0]
         found = ours.detect(ImageBatch(pixels, torch.tensor([[96, 160]]), torch.tensor([[96, 160]])))
@@ -372,6 +375,13 @@ def test_torchvision_gives_the_same_detections(tmp_path: Path, masks: bool) -> N
     iou = torchvision.ops.box_iou(found.boxes[0][found.valid[0]], wanted["boxes"])
     same = (iou > 0.99) & (found.labels[0][found.valid[0]][:, None] == wanted["labels"][None] - 1)
     assert same.any(dim=1).sum() >= 0.98 * count
+    shared = min(count, len(wanted["scores"]))
+    assert torch.allclose(found.scores[0, :shared], wanted["scores"][:shared], atol=1e-4)
+    if masks:
+        assert found.masks is not None
+        theirs_in_boxes = seen["logits"].sigmoid()[torch.arange(len(wanted["labels"])), wanted["labels"]]
+        difference = (found.masks[0, :shared] - theirs_in_boxes[:shared]).abs().amax(dim=(1, 2))
+        assert (difference < 1e-3).sum() >= 0.98 * shared  # equal scores may stand in another order
 
 
 def test_torchvisions_old_names(tmp_path: Path) -> None:
