@@ -224,12 +224,18 @@ def run_predict(checkpoint: str | Path, inputs: Sequence[str | Path], *, out: Pa
     with ResultsFile(summary.results) as results:
         job = _Job(detector, results, summary, out / "drawings" if draw else None, score, batch_size)
         job.run(files)
+        if summary.skipped and not summary.images and part[1] == 1:  # leaves an earlier predictions.json as it is
+            raise DataError(_nothing_read(summary))
     if part[1] > 1:
         summary.results = join_shards(out, part[1]) or summary.results
     _report(summary, out)
     if summary.skipped and not summary.images:
-        raise DataError(f"none of the {len(summary.skipped)} files could be read; first: {summary.skipped[0]}")
+        raise DataError(_nothing_read(summary))
     return summary
+
+
+def _nothing_read(summary: PredictSummary) -> str:
+    return f"none of the {len(summary.skipped)} files could be read; first: {summary.skipped[0]}"
 
 
 def _own_device(device: str) -> str:

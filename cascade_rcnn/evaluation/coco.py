@@ -87,8 +87,8 @@ def evaluate_coco_files(
         isinstance(one, dict) and one.get("segmentation") for one in annotations
     )
     entries = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
-    boxes = not entries or any("bbox" in one for one in entries)
     masks = not entries or any("segmentation" in one for one in entries)
+    boxes = not entries or not masks or any("bbox" in one for one in entries)  # neither: the box reader names the fault
     if masks and not masked_truth:
         if entries:
             notes.append(f"{truth} has no masks: boxes only")
