@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from cascade_rcnn.errors import ConfigError, UserError
@@ -70,11 +72,16 @@ def start(device: str | torch.device | None = None, *, timeout_minutes: float = 
     joined = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if joined:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        # torchrun's store outlives a restart: without a prefix, addresses of processes that have died are found in it
+        store, number, size = next(rendezvous("env://", timeout=timeout))
+        dist.init_process_group(backend, timeout=timeout, rank=number, world_size=size,
+                                store=PrefixStore(f"restart_{restarts}", store))
     try:
-        yield World(rank(), world_size(), chosen, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+        yield World(rank(), world_size(), chosen, restarts)
     finally:
         if joined and dist.is_initialized():
             dist.destroy_process_group()

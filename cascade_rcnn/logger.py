@@ -159,11 +159,15 @@ class RunLog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent here (evaluation, saving) does not count as training."""
+        """Time spent here (evaluation, saving) does not count as training; the bar makes room for another one."""
         began = time.perf_counter()
+        if self._bar is not None:
+            self._bar[0].stop()
         try:
             yield
         finally:
+            if self._bar is not None:
+                self._bar[0].start()
             self._clock.pause(time.perf_counter() - began)
 
     def tick(self, step: int, images: int) -> None:

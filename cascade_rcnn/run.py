@@ -256,6 +256,7 @@ class Run:
         """The run's result: the best checkpoint, or the last where nothing was evaluated."""
         if self.world.is_main and not (self._saved == self.progress and (self.out / LAST).is_file()):
             self._save_weights(LAST)
+        distributed.barrier()  # the files are there for whoever is given the result
         best = self.out / BEST
         result = best if self.progress.best is not None and best.is_file() else self.out / LAST
         progress = self.progress
