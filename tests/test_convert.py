@@ -340,8 +340,8 @@ def test_the_authors_detectron_blobs(tmp_path: Path, stage: str) -> None:
 
 def torchvision_model(masks: bool) -> nn.Module:
     detection = torchvision.models.detection
-    backbone = detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None)
     torch.manual_seed(1)
+    backbone = detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None)
     kind = detection.MaskRCNN if masks else detection.FasterRCNN
     faster = detection.faster_rcnn
     model: nn.Module = kind(backbone, min_size=96, max_size=160, box_head=faster.TwoMLPHead(256 * 49, 64),
@@ -374,14 +374,14 @@ def test_torchvision_gives_the_same_detections(tmp_path: Path, masks: bool) -> N
     assert abs(count - len(wanted["scores"])) <= 1
     iou = torchvision.ops.box_iou(found.boxes[0][found.valid[0]], wanted["boxes"])
     same = (iou > 0.99) & (found.labels[0][found.valid[0]][:, None] == wanted["labels"][None] - 1)
-    assert same.any(dim=1).sum() >= 0.98 * count
-    shared = min(count, len(wanted["scores"]))
-    assert torch.allclose(found.scores[0, :shared], wanted["scores"][:shared], atol=1e-4)
+    scores = found.scores[0][found.valid[0]]
+    same &= (scores[:, None] - wanted["scores"][None]).abs() < 1e-4
     if masks:
         assert found.masks is not None
-        theirs_in_boxes = seen["logits"].sigmoid()[torch.arange(len(wanted["labels"])), wanted["labels"]]
-        difference = (found.masks[0, :shared] - theirs_in_boxes[:shared]).abs().amax(dim=(1, 2))
-        assert (difference < 1e-3).sum() >= 0.98 * shared  # equal scores may stand in another order
+        in_boxes = seen["logits"].sigmoid()[torch.arange(len(wanted["labels"])), wanted["labels"]]  # [D, 28, 28]
+        difference = found.masks[0][found.valid[0]][:, None] - in_boxes[None]
+        same &= difference.abs().amax(dim=(2, 3)) < 1e-3
+    assert same.any(dim=1).sum() >= 0.98 * count  # a box at the edge of a threshold may fall on its other side
 
 
 def test_torchvisions_old_names(tmp_path: Path) -> None:
