@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -70,3 +71,21 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text) + re.findall(r'(?:src|href)="([^"#]+)"', text)
     local = [target for target in targets if "://" not in target and not target.startswith("mailto:")]
     assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_ci_runs_the_commands_of_the_readme_as_they_are_written() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    ci = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")
+    assert "\npip install . && cascade-rcnn demo\n" in readme and "cascade-rcnn demo --quick" in ci
+    assert "\npip install '.[test]' && pytest\n" in readme and "pip install '.[test]' && pytest" in ci
+
+
+def test_the_commands_of_the_field_find_their_files_and_refuse_a_mistake() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (single,) = re.findall(r"^python3 (tools/\S+) (configs/\S+)$", readme, re.MULTILINE)
+    (several,) = re.findall(r"^bash (tools/\S+) (configs/\S+) 8$", readme, re.MULTILINE)
+    assert [name for name in {*single, *several} if not (REPOSITORY / name).is_file()] == []
+    done = subprocess.run([sys.executable, *single, "--train.epochz", "3"], cwd=REPOSITORY, capture_output=True,
+                          text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)})
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--train.epochz: no such setting (did you mean --train.epochs" in done.stderr
