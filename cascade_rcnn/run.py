@@ -23,7 +23,7 @@ from cascade_rcnn.data.formats import open_split
 from cascade_rcnn.data.images import read_image
 from cascade_rcnn.data.loader import DetectionDataset, train_loader
 from cascade_rcnn.data.records import DataSplit
-from cascade_rcnn.errors import CheckpointError, DataError, UserError
+from cascade_rcnn.errors import CheckpointError, ConfigError, DataError, UserError
 from cascade_rcnn.evaluate import evaluate_model, match_classes
 from cascade_rcnn.generators import (
     as_tensors,
@@ -199,7 +199,8 @@ class Run:
         """Metrics on the validation split, with the averaged weights where there are some; draws a few predictions."""
         assert self.validation is not None
         self.model.eval()
-        with self.average.applied() if self.average else nullcontext():
+        # the generators are put back, so that training does not depend on how often it is evaluated
+        with undisturbed_generators(self.world.device), self.average.applied() if self.average else nullcontext():
             metrics = evaluate_model(self.model, self.config, self.validation, class_map=self._class_map)
             if self.world.is_main:
                 self._draw_predictions(self.validation)
@@ -229,7 +230,6 @@ class Run:
                 self._save_weights(BEST, metrics)
         note = f"best so far by {name}" if better else f"best was {progress.best or 0:.4f} at step {progress.best_step}"
         self.log.say(f"evaluated after step {progress.step}:  {shown or 'nothing to measure'}  ({note})")
-        self._generators = get_generators(self.world.device)
         self.save()
 
     # Saving and taking up again
@@ -314,21 +314,33 @@ class Run:
                                  saved.best_step, saved.not_better)
 
 
+def refuse_overwriting(out: Path, *, resume: bool) -> bool:
+    """Whether the run folder ``out`` holds a state to go on from.
+
+    Raises ConfigError where it holds a run and ``resume`` was not asked for, or where its state is gone.
+    """
+    found = (out / STATE).is_file()
+    if not resume and (found or any((out / name).exists() for name in (LAST, BEST, "log.jsonl"))):
+        raise ConfigError(f"{out}: holds a run already; go on with it with --resume, or choose another folder with "
+                          "--out")
+    if not found and (out / LAST).exists():
+        raise ConfigError(f"{out}: its {STATE} is gone, so it cannot go on; begin anew in another folder with --out")
+    return found
+
+
 def _claim_folder(out: Path, world: distributed.World, log: RunLog, *, resume: bool) -> bool:
-    """Whether there is a state to go on from. Rank 0 looks; refuses a folder that holds a run without ``resume``."""
+    """``refuse_overwriting`` by rank 0 for all, as only its machine needs the folder."""
     problem, found = "", False
     if world.is_main:
-        found = (out / STATE).is_file()
-        holds_run = found or any((out / name).exists() for name in (LAST, BEST, "log.jsonl"))
-        if holds_run and not resume:
-            problem = f"{out}: holds a run already; go on with it with --resume, or choose another folder with --out"
-        elif not found and (out / LAST).exists():
-            problem = f"{out}: its {STATE} is gone, so it cannot go on; begin anew in another folder with --out"
-        elif resume and not found:
-            log.say(f"nothing is saved in {out} yet: the run begins")
+        try:
+            found = refuse_overwriting(out, resume=resume)
+        except ConfigError as error:
+            problem = str(error)
     problem, found = distributed.broadcast((problem, found))
     if problem:
-        raise UserError(problem)
+        raise ConfigError(problem)
+    if resume and not found:
+        log.say(f"nothing is saved in {out} yet: the run begins")
     return found
 
 

@@ -25,7 +25,7 @@ from cascade_rcnn.generators import reproducible
 from cascade_rcnn.interrupt import Interrupts, StopNow, TrainingInterrupted
 from cascade_rcnn.logger import LossWindow, RunLog
 from cascade_rcnn.optim import lr_factor
-from cascade_rcnn.run import Run
+from cascade_rcnn.run import Run, refuse_overwriting
 
 
 def train(config: Config, *, out: Path, resume: bool = False, device: str | torch.device | None = None) -> Path:
@@ -120,8 +120,10 @@ def train_epoch(run: Run, interrupts: Interrupts, watchdog: distributed.Watchdog
 
 def run_train(config: Config, *, out: Path, resume: bool = False, check: bool = True) -> None:
     """The command: look at the data first, unless told not to, then train."""
-    if check and int(os.environ.get("RANK", 0)) == 0:  # the other processes wait for it in ``train``
-        check_before_training(config)
+    if int(os.environ.get("RANK", 0)) == 0:  # the other processes wait for it in ``train``
+        refuse_overwriting(out, resume=resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
+        if check:
+            check_before_training(config)
     train(config, out=out, resume=resume)
 
 
