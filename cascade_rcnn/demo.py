@@ -24,6 +24,7 @@ from cascade_rcnn.score import print_metrics
 from cascade_rcnn.train import train
 from cascade_rcnn.visualize import draw_detections, draw_record
 
+_SIDE = 128  # pixels of the generated images
 _SHOWN = 6  # held-out images drawn
 _ENLARGED = 3  # the generated images are small
 _DONE = "demo.json"  # written last: what the demo was run with
@@ -33,13 +34,13 @@ def demo_config(data: Path, *, quick: bool = False) -> Config:
     """A Cascade Mask R-CNN small enough for two processor cores, trained from nothing."""
     return Config(
         model=ModelConfig(
-            backbone="regnetx_002", pretrained=False, norm="batch", frozen_stages=-1, fpn_channels=64,
+            backbone="resnet10t", pretrained=False, norm="batch", frozen_stages=-1, fpn_channels=64,
             head_channels=256, mask_channels=64, masks="last", anchor_scales=(4.0,), rpn_samples=128, roi_samples=64,
             test_proposals=200,
         ),
-        data=DataConfig(root=str(data), short_side=(160,), long_side=160, flip=0.5, vertical_flip=0.5, workers=0),
+        data=DataConfig(root=str(data), short_side=(_SIDE,), long_side=_SIDE, flip=0.5, vertical_flip=0.5, workers=0),
         train=TrainConfig(
-            epochs=2 if quick else 9, schedule="cosine", milestones=(), optimizer="adamw", lr=1e-3, images_per_step=4,
+            epochs=2 if quick else 9, schedule="cosine", milestones=(), optimizer="adamw", lr=2e-3, images_per_step=4,
             batch_size=4, weight_decay=0.05, norm_weight_decay=False, warmup_steps=50, clip_grad_norm=10.0,
             precision="fp32", evaluate_every=100, log_every=20,
         ),
@@ -55,7 +56,8 @@ def run_demo(*, out: Path, quick: bool = False) -> Metrics:
     started = time.monotonic()
     out = _choose_folder(Path(out), quick=quick)
     print(f"1/4  generating pictures of shapes in {printable(out / 'data')}")
-    data = generate_shapes(out / "data", train_images=120 if quick else 320, val_images=16 if quick else 64)
+    data = generate_shapes(out / "data", train_images=120 if quick else 400, val_images=16 if quick else 64, size=_SIDE,
+                           objects=(2, 5))
     print(f"2/4  training a small Cascade Mask R-CNN from nothing ({'about a minute' if quick else 'a few minutes'})")
     best = train(demo_config(data, quick=quick), out=out, resume=(out / STATE).exists(), device="cpu")
     print("3/4  evaluating on pictures it has not seen, after each stage of the cascade")

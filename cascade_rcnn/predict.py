@@ -221,6 +221,8 @@ def run_predict(checkpoint: str | Path, inputs: Sequence[str | Path], *, out: Pa
     files = list(islice(collect(paths, leave_out=out), part[0] - 1, None, part[1]))
     detector = load(checkpoint, device=_own_device(device))
     summary = PredictSummary(results=results_path(out, part))
+    if part[1] > 1:
+        summary.results.unlink(missing_ok=True)  # of an earlier run that was broken off: not to be joined with this one
     with ResultsFile(summary.results) as results:
         job = _Job(detector, results, summary, out / "drawings" if draw else None, score, batch_size)
         job.run(files)

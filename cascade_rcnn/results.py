@@ -1,6 +1,6 @@
 """``predictions.json`` written as the predictions come: constant memory, whole or not at all, in shards that join.
 
-Each of n processes writes ``predictions-i-of-n.json``; the last to finish joins all of them to ``predictions.json``.
+Each of n processes writes ``predictions-i-of-n.json``; the last to finish joins them all to ``predictions.json``.
 """
 
 from __future__ import annotations
@@ -75,27 +75,36 @@ def results_path(out: Path, shard: tuple[int, int]) -> Path:
 
 
 def join_shards(out: Path, shards: int) -> Path | None:
-    """Join the files of all shards once the last is there, in their order; None while some are missing.
+    """Join the files of all shards once the last is there, in order, and remove them; None while some are missing.
 
-    Every process calls this at its end; if two end at once both write the same file.
+    Every process calls this at its end; if two end at once, the second finds the work done.
     """
     parts = [results_path(out, (number, shards)) for number in range(1, shards + 1)]
     if not all(part.exists() for part in parts):
         return None
     whole = out / NAME
     working = out / f".{NAME}.{os.getpid()}"
-    with working.open("w", encoding="utf-8") as target:
-        target.write("[")
-        count = 0
+    try:
+        with working.open("w", encoding="utf-8") as target:
+            _join(parts, target)
+        working.replace(whole)
         for part in parts:
-            with part.open(encoding="utf-8") as source:
-                for line in source:  # one object a line, as ResultsFile writes them
-                    entry = line.strip().rstrip(",")
-                    if entry not in ("[", "]", ""):
-                        target.write(("\n" if count == 0 else ",\n") + entry)
-                        count += 1
-        target.write("\n]\n")
-        target.flush()
-        os.fsync(target.fileno())
-    working.replace(whole)
+            part.unlink(missing_ok=True)
+    except FileNotFoundError:  # another process has joined them and is removing them
+        working.unlink(missing_ok=True)
     return whole
+
+
+def _join(parts: Iterable[Path], target: IO[str]) -> None:
+    target.write("[")
+    count = 0
+    for part in parts:
+        with part.open(encoding="utf-8") as source:
+            for line in source:  # one object a line, as ResultsFile writes them
+                entry = line.strip().rstrip(",")
+                if entry not in ("[", "]", ""):
+                    target.write(("\n" if count == 0 else ",\n") + entry)
+                    count += 1
+    target.write("\n]\n")
+    target.flush()
+    os.fsync(target.fileno())

@@ -279,6 +279,7 @@ def test_shards_join_to_the_whole(tmp_path: Path, checkpoint: Path) -> None:
         return sorted(json.dumps(entry, sort_keys=True) for entry in json.loads(path.read_text()))
 
     assert content(parts / NAME) == content(tmp_path / "whole" / NAME)
+    assert [path.name for path in parts.iterdir()] == [NAME]
 
 
 def test_shards_are_named_or_come_from_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
