@@ -75,8 +75,8 @@ def decode_window(
 ) -> tuple[NDArray[np.uint8], int, int] | None:
     """The object's own pixels and where they lie: (uint8 [h, w] of 0 and 1, top, left), or None if there are none.
 
-    ``size`` is the (height, width) of the image as decoded. With a ``canvas`` (height, width) the object is drawn as large
-    as if the image had been resized to it: polygons keep their smooth outline (detectron2's way), bitmaps are repeated.
+    ``size`` is the (height, width) of the image as decoded. With a ``canvas`` (height, width) the object is drawn as
+    large as if the image had been resized to it: polygons keep their outline (detectron2's way), bitmaps are repeated.
     """
     if not packed:
         return None

@@ -70,7 +70,7 @@ def resize_like_opencv(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resize_with_pillow(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """``image`` uint8 [3, H, W] resized to ``size`` (height, width) with Pillow's antialiased filter, as detectron2 does."""
+    """``image`` uint8 [3, H, W] resized to ``size`` (height, width) with Pillow's antialiased filter (detectron2)."""
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     resized = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)

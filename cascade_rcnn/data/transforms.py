@@ -71,8 +71,8 @@ def fitted_size(size: tuple[int, int], short_side: int, long_side: int) -> tuple
 
 
 def resize(sample: Sample, size: tuple[int, int], how: Interpolation = "fast") -> Sample:
-    """Bilinear for pixels; boxes by each side's own factor; masks by nearest neighbour, or, where pixels are antialiased
-    (detectron2's way), drawn at the new size.
+    """Bilinear for pixels; boxes by each side's own factor; masks by nearest neighbour, or drawn at the new size where
+    pixels are antialiased (detectron2's way).
     """
     height, width = sample.size
     factor = np.array([size[1] / width, size[0] / height] * 2, dtype=sample.boxes.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from typing import Any
 
 import timm
@@ -163,7 +164,9 @@ def _move_stride_to_first_convolution(body: nn.Module, name: str) -> None:
 
 def _replace_batch_norm(module: nn.Module) -> None:
     for name, child in module.named_children():
+        if isinstance(child, BatchNormAct2d):
+            raise ConfigError("model.norm group is for ResNets: this network's norms hold its activations; use batch or frozen")
         if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, nn.GroupNorm(32, child.num_features))
+            setattr(module, name, nn.GroupNorm(math.gcd(32, child.num_features), child.num_features))
         else:
             _replace_batch_norm(child)

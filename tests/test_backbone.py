@@ -1,0 +1,107 @@
+"""Backbones from timm: features, freezing, styles, weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cascade_rcnn.config import ModelConfig
+from cascade_rcnn.errors import CheckpointError, ConfigError
+from cascade_rcnn.models.backbone import Backbone
+from cascade_rcnn.models.build import build_model, load_backbone_weights
+
+NETWORKS = ("resnet18.tv_in1k", "vgg16.tv_in1k", "convnext_atto", "resnext50_32x4d.tv_in1k")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_features_have_strides_4_to_32(name: str) -> None:
+    backbone = Backbone(name, frozen_stages=1).eval()
+    with torch.no_grad():
+        features = backbone(torch.randn(1, 3, 64, 96))
+    shapes = [(c, 64 // s, 96 // s) for c, s in zip(backbone.channels, (4, 8, 16, 32))]
+    assert [tuple(f.shape[1:]) for f in features] == shapes
+
+
+@pytest.mark.parametrize(
+    ("stages", "frozen"),
+    [(-1, set()), (0, {"conv1", "bn1"}), (1, {"conv1", "bn1", "layer1"}), (2, {"conv1", "bn1", "layer1", "layer2"}),
+     (4, {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"})],
+)  # fmt: skip
+def test_stages_are_frozen_up_to_the_one_asked_for(stages: int, frozen: set[str]) -> None:
+    backbone = Backbone("resnet18.tv_in1k", frozen_stages=stages)
+    found = {name.split(".")[0] for name, p in backbone.body.named_parameters() if not p.requires_grad}
+    trained = {name.split(".")[0] for name, p in backbone.body.named_parameters() if p.requires_grad}
+    assert found == frozen and not found & trained
+
+
+@pytest.mark.parametrize(("norm", "moves", "learns"), [("frozen_statistics", False, True), ("frozen", False, False),
+                                                       ("batch", True, True)])
+def test_norms_are_frozen_as_asked(norm: str, moves: bool, learns: bool) -> None:
+    backbone = Backbone("resnet18.tv_in1k", norm=norm, frozen_stages=1).train()
+    before = backbone.body.layer3[0].bn1.running_mean.clone()
+    stem = backbone.body.bn1.running_mean.clone()
+    backbone(torch.randn(2, 3, 64, 64))
+    assert bool((backbone.body.layer3[0].bn1.running_mean != before).any()) == moves
+    assert torch.equal(backbone.body.bn1.running_mean, stem)  # a frozen stage's statistics never move
+    assert backbone.body.layer3[0].bn1.weight.requires_grad == learns
+
+
+def test_caffe_style_strides_in_the_first_convolution() -> None:
+    blocks = [Backbone("resnet50.tv_in1k", style=style).body.layer2[0] for style in ("pytorch", "caffe")]
+    assert [(b.conv1.stride, b.conv2.stride) for b in blocks] == [((1, 1), (2, 2)), ((2, 2), (1, 1))]
+    with pytest.raises(ConfigError, match="bottleneck"):
+        Backbone("resnet18.tv_in1k", style="caffe")
+
+
+def test_group_norm_replaces_batch_norm() -> None:
+    kinds = [type(module) for module in Backbone("resnet18.tv_in1k", norm="group").modules()]
+    assert torch.nn.BatchNorm2d not in kinds and torch.nn.GroupNorm in kinds
+
+
+@pytest.mark.parametrize("name", ["resnet5000", "resnet50.no_such_weights", "deit_tiny_patch16_224"])
+def test_an_unusable_network_is_one_line(name: str) -> None:
+    with pytest.raises((ConfigError, CheckpointError)) as caught:
+        Backbone(name, pretrained="no_such" in name)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_imagenet_weights_say_where_to_put_a_file() -> None:
+    with pytest.raises(CheckpointError, match="--model.backbone-weights FILE") as caught:
+        Backbone("resnet50.tv_in1k", pretrained=True)  # tests run without a network and with an empty cache
+    assert "resnet50.tv_in1k" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_caffe_style_without_weights_says_what_to_do() -> None:
+    with pytest.raises(CheckpointError, match="Caffe-style"):
+        build_model(ModelConfig(style="caffe"), 3, pretrained=True)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_weights_come_from_a_file(suffix: str, tmp_path: Path) -> None:
+    source, path = Backbone("resnet18.tv_in1k"), tmp_path / f"weights{suffix}"
+    state = {key: value.clone() for key, value in source.body.state_dict().items()}
+    state["fc.weight"] = torch.zeros(1000, 512)  # a classifier's is left out
+    if suffix == ".pth":
+        torch.save(state, path)
+    else:
+        save_file(state, path)
+    model = build_model(ModelConfig(backbone="resnet18.tv_in1k", backbone_weights=str(path)), 3, pretrained=True)
+    assert torch.equal(model.backbone.body.layer4[1].conv2.weight, source.body.layer4[1].conv2.weight)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    backbone = Backbone("resnet18.tv_in1k")
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_backbone_weights(backbone, tmp_path / "none.pth")
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "wrong.pth")
+    with pytest.raises(CheckpointError, match=r"wrong.pth.*keys are missing.*another shape"):
+        load_backbone_weights(backbone, tmp_path / "wrong.pth")
+
+
+def test_a_network_without_named_stages_says_how_to_train_it() -> None:
+    with pytest.raises(ConfigError, match="--model.frozen-stages -1"):
+        Backbone("mobilenetv3_small_050", frozen_stages=1)
+    Backbone("mobilenetv3_small_050", frozen_stages=-1)
