@@ -69,7 +69,7 @@ def test_an_unusable_network_is_one_line(name: str) -> None:
 
 
 def test_missing_imagenet_weights_say_where_to_put_a_file() -> None:
-    with pytest.raises(CheckpointError, match="--model.backbone-weights FILE") as caught:
+    with pytest.raises(CheckpointError, match=r"--model\.backbone-weights FILE") as caught:
         Backbone("resnet50.tv_in1k", pretrained=True)  # tests run without a network and with an empty cache
     assert "resnet50.tv_in1k" in str(caught.value) and "\n" not in str(caught.value)
 
@@ -102,6 +102,6 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_network_without_named_stages_says_how_to_train_it() -> None:
-    with pytest.raises(ConfigError, match="--model.frozen-stages -1"):
+    with pytest.raises(ConfigError, match=r"--model\.frozen-stages -1"):
         Backbone("mobilenetv3_small_050", frozen_stages=1)
     Backbone("mobilenetv3_small_050", frozen_stages=-1)

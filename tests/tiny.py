@@ -13,8 +13,8 @@ from cascade_rcnn.models.detector import CascadeRCNN
 from cascade_rcnn.structures import ImageBatch, MaskCrops, Targets
 
 TINY = ModelConfig(
-    backbone="test_resnet.r160_in1k", pretrained=False, norm="group", frozen_stages=-1, fpn_channels=32, head_channels=64,
-    mask_channels=32, masks="last", anchor_scales=(4.0,), rpn_samples=64, roi_samples=64,
+    backbone="test_resnet.r160_in1k", pretrained=False, norm="group", frozen_stages=-1, fpn_channels=32,
+    head_channels=64, mask_channels=32, masks="last", anchor_scales=(4.0,), rpn_samples=64, roi_samples=64,
 )  # fmt: skip
 
 

@@ -165,7 +165,7 @@ def _move_stride_to_first_convolution(body: nn.Module, name: str) -> None:
 def _replace_batch_norm(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, BatchNormAct2d):
-            raise ConfigError("model.norm group is for ResNets: this network's norms hold its activations; use batch or frozen")
+            raise ConfigError("model.norm group is for ResNets, this network's norms hold its activations: use batch")
         if isinstance(child, nn.BatchNorm2d):
             setattr(module, name, nn.GroupNorm(math.gcd(32, child.num_features), child.num_features))
         else:
