@@ -44,6 +44,7 @@ class Contender:
     run: Callable[[], Any]
     images: int
     seconds: list[float] = field(default_factory=list)
+    core_seconds: list[float] = field(default_factory=list)  # all cores' time: comparable on a busy machine too
     parts: dict[str, list[float]] = field(default_factory=dict)
     macs: dict[str, float] = field(default_factory=dict)
     stopwatch: measure.Stopwatch | None = None
@@ -153,7 +154,6 @@ def _ours(setting: Setting, *, compiled: bool = False) -> Contender:
         contender.stopwatch, contender.model = watch, model
     if not setting.train:
         model.optimize_for_inference()
-        model.to(setting.device)
     if compiled:
         _compile(model, freeze=setting.device.type == "cpu" and not setting.train)
     return contender
@@ -238,13 +238,14 @@ def _watched(model: CascadeRCNN, watch: measure.Stopwatch) -> Iterator[None]:
     from cascade_rcnn.models import cascade as cascade_module
     from cascade_rcnn.models import rpn as rpn_module
 
-    stage = {"next": 0}
+    stage = 0
 
     def pooling(*_: Any, size: int = 7, **__: Any) -> str:
-        return f"stage {stage['next'] + 1}: RoIAlign" if size == 7 else "masks: RoIAlign"
+        return f"stage {stage + 1}: RoIAlign" if size == 7 else "masks: RoIAlign"
 
     def run_stage(k: int, *_: Any, **__: Any) -> str:
-        stage["next"] = k
+        nonlocal stage
+        stage = k
         return f"stage {k + 1}: head"
 
     undo = [
@@ -266,14 +267,8 @@ def _watched(model: CascadeRCNN, watch: measure.Stopwatch) -> Iterator[None]:
             function()
 
 
-def _count_macs(
-    model: CascadeRCNN, setting: Setting, images: ImageBatch, watch: measure.Stopwatch
-) -> dict[str, float]:
-    """Multiply-adds of each part of the forward pass, counted on a run.
-
-    A backward pass has twice as many, because each product has two gradients; frozen layers have fewer, which this
-    leaves out.
-    """
+def _count_macs(model: CascadeRCNN, setting: Setting, images: ImageBatch, watch: measure.Stopwatch) -> dict[str, float]:
+    """Multiply-adds of each part of a forward pass. Backward has twice as many, fewer in frozen layers (left out)."""
     with FlopCounterMode(display=False) as counter, torch.no_grad(), _watched(model, watch):
         watch.counter = counter
         model.loss(images, _targets(setting)) if setting.train else model.detect(images)
@@ -303,10 +298,11 @@ def _measure(setting: Setting, contenders: list[Contender], rounds: int) -> dict
         for contender in contenders:
             watch, model = contender.stopwatch, contender.model
             with _watched(model, watch) if model and watch else contextlib.nullcontext():
-                start = time.perf_counter()
+                start, cores = time.perf_counter(), time.process_time()
                 contender.run()
                 measure.synchronize(device)
                 contender.seconds.append(time.perf_counter() - start)
+                contender.core_seconds.append(time.process_time() - cores)
             for name, seconds in (watch.parts() if watch else {}).items():
                 contender.parts.setdefault(name, []).append(seconds)
     return {"macs_per_second": statistics.median(limits), "bytes_per_second": measure.copy_rate(device)}
@@ -384,6 +380,8 @@ def _report(
             "name": contender.name, "seconds": seconds, "fastest": min(contender.seconds),
             "images_per_second": contender.images / seconds, "warm_up_seconds": contender.warm_up,
             "ratio_to_peer": statistics.median(a / b for a, b in zip(contender.seconds, peer.seconds)),
+            "core_seconds": statistics.median(contender.core_seconds),
+            "core_ratio_to_peer": statistics.median(a / b for a, b in zip(contender.core_seconds, peer.core_seconds)),
             "peak_memory_bytes": contender.peak_memory,
         }  # fmt: skip
         if contender is not peer:

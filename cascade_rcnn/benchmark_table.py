@@ -38,6 +38,10 @@ def print_report(report: dict[str, Any]) -> None:
                   f"ours: {report['chosen']}")  # fmt: skip
     console.print(f"limit: matrix product {rate / 1e9:.0f} G multiply-adds/s, "
                   f"memory copy {limits['bytes_per_second'] / 1e9:.1f} GB/s")  # fmt: skip
+    if machine["device"] == "cpu":
+        times = (f"{model['name']} {model['core_seconds']:.2f} s ({model['core_ratio_to_peer']:.2f})"
+                 for model in report["models"])  # fmt: skip
+        console.print(f"time of all cores, which other programs disturb less: {'; '.join(times)}")
     for model in report["models"]:
         if "compiled" in model["name"]:
             console.print(f"compiling took {model['warm_up_seconds']:.0f} s at the first call, less when cached")
