@@ -118,7 +118,7 @@ def campaign(config: Config, out: Path, number: signal.Signals, times: int, mome
               f"{end.weights:8} {end.left:5}", flush=True)
         wrong += [f"{number.name} {ended}: {text}" for text in end.problems(before, killed=number == signal.SIGKILL)]
         before = end.saved
-    run_alone(_log_to(out.with_suffix(".txt")), config, out)
+    run_alone(_log_to(out.with_suffix(".txt")), config, out, seconds=3600)
     return wrong
 
 
@@ -133,19 +133,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--terms", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=100, help="length of the training, six steps each")
+    parser.add_argument("--epochs", type=int, default=24, help="length of the training, six steps each")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     moments = random.Random(args.seed)
     torch.set_num_threads(1)
     config = small_config(epochs=args.epochs, milestones=(args.epochs // 2,), save_every=SAVE_EVERY, log_every=1,
-                          evaluate_every=10, ema=0.99, data={"workers": 1})
+                          evaluate_every=4, ema=0.99, data={"workers": 1})
     folder = Path(tempfile.mkdtemp(prefix="kill_test_"))
     wrong = []
     try:
         for name, number, times in (("killed", signal.SIGKILL, args.kills), ("told", signal.SIGTERM, args.terms)):
             wrong += campaign(config, folder / name, number, times, moments)
-        run_alone(_log_to(folder / "whole.txt"), config, folder / "whole")
+        run_alone(_log_to(folder / "whole.txt"), config, folder / "whole", seconds=3600)
         for name in ("killed", "told"):
             differ = differences(folder / name, folder / "whole")
             print(f"{name} and resumed against uninterrupted: "

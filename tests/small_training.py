@@ -81,9 +81,9 @@ def _call(function: Callable[..., object], arguments: tuple[Any, ...], environme
     answer.send(("value", value))
 
 
-def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
+def run_alone(function: Callable[..., Any], *arguments: Any, seconds: float = 240) -> Any:
     """The result of ``function`` in a process of its own."""
-    return _results([start_process(function, *arguments)])[0]
+    return _results([start_process(function, *arguments)], seconds=seconds)[0]
 
 
 def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -214,3 +215,51 @@ def test_a_stalled_step_is_reported_with_rank_step_and_images(capfd: pytest.Capt
     with distributed.Watchdog(0.0) as watchdog:
         watchdog.now("step 9")
     assert "stalled" not in capfd.readouterr().err
+
+
+def _launched(tmp_path: Path, script: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a launch script with a python3 that only prints what it is given."""
+    fake = tmp_path / "bin" / "python3"
+    fake.parent.mkdir(exist_ok=True)
+    fake.write_text('#!/bin/sh\nif [ "$1" = -c ]; then echo /data/coco; else echo "$OMP_NUM_THREADS:" "$@"; fi\n')
+    fake.chmod(0o755)
+    clean = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    return subprocess.run(["bash", str(TOOLS / script), *words], capture_output=True, text=True, check=False,
+                          env={**clean, "PATH": f"{fake.parent}:{os.environ['PATH']}", **environment})
+
+
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
+
+
+def test_dist_train_on_one_machine(tmp_path: Path) -> None:
+    done = _launched(tmp_path, "dist_train.sh", "my config.py", "8", "--out", "runs/a b", "--train.epochs", "3")
+    assert done.returncode == 0, done.stderr
+    threads, _, command = done.stdout.strip().partition(": ")
+    assert int(threads) >= 1
+    assert command == (f"-m torch.distributed.run --nproc-per-node 8 --max-restarts 0 --standalone {TOOLS}/train.py "
+                       "my config.py --out runs/a b --train.epochs 3")
+
+
+def test_dist_train_on_several_machines(tmp_path: Path) -> None:
+    done = _launched(tmp_path, "dist_train.sh", "c.py", "8", NNODES="4", NODE_RANK="2", MASTER_ADDR="node0",
+                     PORT="1234", MAX_RESTARTS="3", OMP_NUM_THREADS="5")
+    assert done.stdout.startswith(
+        "5: -m torch.distributed.run --nproc-per-node 8 --max-restarts 3 --nnodes 4 --node-rank 2 --master-addr node0 "
+        f"--master-port 1234 {TOOLS}/train.py c.py")
+    done = _launched(tmp_path, "dist_train.sh", "c.py", "8", NNODES="2:4", MASTER_ADDR="node0")
+    assert "--nnodes 2:4 --rdzv-backend c10d --rdzv-id cascade-rcnn --rdzv-endpoint node0:29500" in done.stdout
+    done = _launched(tmp_path, "dist_train.sh", "c.py", "8", NNODES="2", NODE_RANK="0")
+    assert done.returncode != 0 and "name the first machine" in done.stderr
+
+
+def test_dist_test_finds_the_data_of_the_recipe(tmp_path: Path) -> None:
+    done = _launched(tmp_path, "dist_test.sh", "c.py", "best.safetensors", "2", "--out", "m.json")
+    assert done.stdout.strip().endswith("tools/test.py best.safetensors --data /data/coco --out m.json")
+    done = _launched(tmp_path, "dist_test.sh", "c.py", "best.safetensors", "2", "--data", "mine")
+    assert done.stdout.strip().endswith("tools/test.py best.safetensors --data mine")
+
+
+@pytest.mark.parametrize("script", ["dist_train.sh", "dist_test.sh", "slurm_train.sh"])
+def test_a_script_without_arguments_says_its_usage(tmp_path: Path, script: str) -> None:
+    done = _launched(tmp_path, script)
+    assert done.returncode == 2 and done.stderr.startswith("usage: ") and done.stdout == ""
