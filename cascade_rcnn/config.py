@@ -43,6 +43,8 @@ class ModelConfig:
     """Anchor side in units of the level's stride."""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Height over width."""
+    rpn_convs: int = 1
+    """3x3 convolutions before the RPN's outputs."""
     rpn_samples: int = 256
     """Anchors per image in the RPN's loss, at most half of them positive."""
 
@@ -57,7 +59,8 @@ class ModelConfig:
     class_agnostic_boxes: bool = True
     """One box per RoI (the paper's cascade) or one per class (Faster R-CNN)."""
     head_channels: int = 1024
-    box_head: Literal["2fc", "4conv1fc_gn"] = "2fc"
+    box_head: Literal["2fc", "4conv1fc", "4conv1fc_gn"] = "2fc"
+    """Two fully connected layers, or four convolutions and one, without or with group norm."""
     masks: Literal["none", "every", "last", "one"] = "none"
     """A mask head at every stage, at the last, or one trained on stage 1's samples and run on the final boxes."""
     mask_channels: int = 256

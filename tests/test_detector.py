@@ -175,3 +175,25 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("box_head", ["2fc", "4conv1fc", "4conv1fc_gn"])
+def test_other_heads_train_and_detect(box_head: str) -> None:
+    model = tiny_model(box_head=box_head, rpn_convs=2, masks="none", score_threshold=0.01)
+    torch.stack(list(model.loss(*squares()).values())).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert model.eval().detect(squares()[0]).valid.any()
+
+
+def test_the_papers_ensemble_judges_the_last_boxes() -> None:
+    model = tiny_model(semantics="paper", masks="none", score_threshold=0.0, nms_iou=1.0, max_detections=30).eval()
+    images, _ = squares(images=1)
+    pyramid = model.pyramid(images)
+    proposals = model.rpn.propose(pyramid, images.sizes)
+    boxes = proposals.boxes
+    for k in range(2):
+        _, deltas = model.cascade._run_stage(k, pyramid, boxes, proposals.valid)
+        boxes = model.cascade._decode_all(k, deltas, boxes, images.sizes)
+    judged = [model.cascade._run_stage(k, pyramid, boxes, proposals.valid)[0].softmax(-1) for k in range(3)]
+    expected = torch.stack(judged).mean(0)[0, proposals.valid[0], :-1].flatten().sort(descending=True).values[:30]
+    torch.testing.assert_close(model.detect(images).scores[0], expected, rtol=1e-4, atol=1e-5)

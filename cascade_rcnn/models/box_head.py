@@ -38,22 +38,26 @@ class BoxHead(nn.Module):
 
 
 class ConvBoxHead(BoxHead):
-    """Four 3x3 convolutions with group norm and one fully connected layer (arXiv 1803.08494, 1811.08883)."""
+    """Four 3x3 convolutions and one fully connected layer (arXiv 1803.08494, 1811.08883, 2111.11429)."""
 
     def __init__(
-        self, channels: int, num_classes: int, *, width: int = 1024, size: int = 7, class_agnostic: bool = True
+        self,
+        channels: int,
+        num_classes: int,
+        *,
+        width: int = 1024,
+        size: int = 7,
+        class_agnostic: bool = True,
+        group_norm: bool = True,
     ) -> None:
         nn.Module.__init__(self)
-        self.convs = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.GroupNorm(32, channels), nn.ReLU())
-            for _ in range(4)
-        )
+        self.convs = nn.ModuleList()
+        for _ in range(4):
+            conv = nn.Conv2d(channels, channels, 3, padding=1, bias=not group_norm)
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            self.convs.append(nn.Sequential(conv, *([nn.GroupNorm(32, channels)] if group_norm else []), nn.ReLU()))
         self.fc1 = nn.Linear(channels * size * size, width)
         self._add_outputs(width, num_classes, class_agnostic)
-        for module in self.convs.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         nn.init.xavier_uniform_(self.fc1.weight)
         nn.init.zeros_(self.fc1.bias)
 

@@ -4,6 +4,7 @@ differently."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Semantics:
     mask_padding: bool = True
     mmdetection_ranking: bool = False  # its float32 rounding where scores or overlaps tie
     anchors_inside: bool = False  # the RPN of a cascade (not of one stage) learns from anchors inside the image only
+    judge_last_boxes: bool = False  # the ensemble's classifiers all see the last stage's RoIs
     rounded_anchors: bool = False
     sampling_ratio: int = 0
     aligned: bool = True
@@ -71,7 +73,7 @@ SEMANTICS = {
         box_beta=1.0, rpn_box_beta=1 / 9, one_stage_box_beta=1.0,
         train_proposals=2000, one_stage_train_proposals=2000,
         best_box_iou=0.0, rematch_best=False, fixed_rpn_normalizer=True,
-        limit_shrinking=False, mean_of_logits=False, bgr=True,
+        limit_shrinking=False, mean_of_logits=False, bgr=True, judge_last_boxes=True,
     ),
     "torchvision": Semantics(
         halving_loss_weights=False, resample=True, divide_gradient=False,
@@ -157,7 +159,7 @@ def _build_rpn(config: ModelConfig, semantics: Semantics) -> RPN:
         rank_by_probability=semantics.mmdetection_ranking,
         inside_only=semantics.anchors_inside and not one_stage,
     )
-    return RPN(config.fpn_channels, anchors, details=details)
+    return RPN(config.fpn_channels, anchors, convs=config.rpn_convs, details=details)
 
 
 def _build_cascade(config: ModelConfig, semantics: Semantics, num_classes: int) -> Cascade:
@@ -173,6 +175,7 @@ def _build_cascade(config: ModelConfig, semantics: Semantics, num_classes: int) 
         feature_gradient=1 / stages if semantics.divide_gradient else 1.0,
         limit_shrinking=semantics.limit_shrinking,
         mean_of_logits=semantics.mean_of_logits,
+        judge_last_boxes=semantics.judge_last_boxes,
         sampling_ratio=semantics.sampling_ratio,
         aligned=semantics.aligned,
         masks=config.masks,
@@ -181,7 +184,11 @@ def _build_cascade(config: ModelConfig, semantics: Semantics, num_classes: int) 
         nms_iou=config.nms_iou,
         max_detections=config.max_detections,
     )
-    make_box_head = {"2fc": BoxHead, "4conv1fc_gn": ConvBoxHead}[config.box_head]
+    make_box_head = {
+        "2fc": BoxHead,
+        "4conv1fc": partial(ConvBoxHead, group_norm=False),
+        "4conv1fc_gn": partial(ConvBoxHead, group_norm=True),
+    }[config.box_head]
     box_heads: list[nn.Module] = [
         make_box_head(
             config.fpn_channels, num_classes, width=config.head_channels, class_agnostic=config.class_agnostic_boxes

@@ -33,6 +33,7 @@ class CascadeDetails:
     feature_gradient: float = 1.0  # factor on the gradient from the box heads into the RoI features
     limit_shrinking: bool = True
     mean_of_logits: bool = True  # the ensemble averages logits (mmdetection) or probabilities
+    judge_last_boxes: bool = False  # all classifiers judge the last stage's RoIs (the authors' code), not each its own
     sampling_ratio: int = 0
     aligned: bool = True
     masks: str = "none"  # "every", "last" or "one" (trained on stage 1's samples)
@@ -102,12 +103,19 @@ class Cascade(nn.Module):
         total: Tensor | float = 0.0
         stages = self.stages_at_test
         for k in range(stages):
-            logits, deltas = self._run_stage(k, pyramid, boxes, valid)
-            total = total + (logits if details.mean_of_logits else logits.softmax(dim=-1))
-            if k + 1 < stages:
-                boxes = self._decode(k, deltas, boxes, logits[..., :-1].argmax(dim=-1), sizes)
+            x = self._pool(pyramid, boxes, valid, size=7)
+            logits, deltas = self._apply_head(k, x)
+            last = k + 1 == stages
+            if not details.judge_last_boxes:
+                judges = [logits]
             else:
+                judges = [logits, *(self._apply_head(j, x)[0] for j in range(k))] if last else []
+            for judge in judges:
+                total = total + (judge if details.mean_of_logits else judge.softmax(dim=-1))
+            if last:
                 boxes = self._decode_all(k, deltas, boxes, sizes)
+            else:
+                boxes = self._decode(k, deltas, boxes, logits[..., :-1].argmax(dim=-1), sizes)
         assert isinstance(total, Tensor)
         mean = total / stages
         probabilities = mean.softmax(dim=-1) if details.mean_of_logits else mean
@@ -128,12 +136,15 @@ class Cascade(nn.Module):
 
     def _run_stage(self, k: int, pyramid: list[Tensor], boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits [B, N, K + 1] and deltas [B, N, 4 or 4 K] of stage ``k``, float32; garbage where not valid."""
-        batch, count = valid.shape
         x = self._pool(pyramid, boxes, valid, size=7)
         if self.training:
             x = _scale_gradient(x, self.details.feature_gradient)
+        return self._apply_head(k, x)
+
+    def _apply_head(self, k: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What stage ``k`` says of RoI features [B, N, C, 7, 7]."""
         logits, deltas = self.box_heads[k](x.flatten(0, 1))
-        return logits.view(batch, count, -1).float(), deltas.view(batch, count, -1).float()
+        return logits.unflatten(0, x.shape[:2]).float(), deltas.unflatten(0, x.shape[:2]).float()
 
     def _pool(self, pyramid: list[Tensor], boxes: Tensor, valid: Tensor, *, size: int) -> Tensor:
         return roi_align(
