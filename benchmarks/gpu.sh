@@ -3,7 +3,7 @@
 # (batch 16, bfloat16) of the cascade and of the mask cascade, each beside torchvision's model in the same run.
 #
 #   bash benchmarks/gpu.sh [OUT]                        # on a machine with a GPU; OUT is a folder (benchmarks/results)
-#   DEVICE=cpu SIZE="64 96" BATCHES="1 2" TRAIN_BATCH=1 COMPILE= bash benchmarks/gpu.sh /tmp/try   # try the script itself
+#   DEVICE=cpu SIZE="64 96" BATCHES=1 TRAIN_BATCH=1 COMPILE= LIMIT=600 bash benchmarks/gpu.sh /tmp/try   # try the script
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results}
