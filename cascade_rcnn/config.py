@@ -147,6 +147,8 @@ class DataConfig:
 class TrainConfig:
     """The schedule. ``lr`` belongs to ``images_per_step`` images and is scaled when the real number differs."""
 
+    init: str = ""
+    """A checkpoint (.safetensors or run folder) to start from, whatever its classes; same network as this recipe's."""
     epochs: int = 12
     """Passes over the data; 0 chooses epochs, milestones and warm-up from the number of images."""
     milestones: tuple[int, ...] = (8, 11)

@@ -39,6 +39,7 @@ from cascade_rcnn.optim import MovingAverage, Updater, passes_per_step, scaled_l
 from cascade_rcnn.predict import Detector
 from cascade_rcnn.recipes import finetune_schedule
 from cascade_rcnn.structures import ImageBatch, Targets
+from cascade_rcnn.transfer import start_from
 from cascade_rcnn.visualize import draw_batch, draw_detections, draw_record, side_by_side
 
 _DRAWN_BATCHES, _DRAWN_PREDICTIONS, _DRAWN_SCORE = 2, 4, 0.3
@@ -83,7 +84,10 @@ class Run:
         self.total_steps = min(settings.epochs * self.steps_per_epoch, settings.max_steps or 2**62)
 
         torch.manual_seed(settings.seed)  # the same first weights in every process
-        self.model = build_model(config.model, len(self.data.class_names), pretrained=not resuming).to(world.device)
+        fresh = not resuming and not settings.init
+        self.model = build_model(config.model, len(self.data.class_names), pretrained=fresh).to(world.device)
+        if settings.init and not resuming:
+            log.say(start_from(self.model, Path(settings.init), self.data.class_names))
         if config.model.norm == "sync":
             self.model = distributed.with_synchronised_norm(self.model, world)
         self.model.set_activation_checkpointing(settings.activation_checkpointing)
