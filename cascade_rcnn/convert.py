@@ -80,6 +80,8 @@ def run_convert(source: Path, dest: Path, *, config: str | None = None, overwrit
         kind = recognise(found.state)
         renamed, left_over = rename(found.state, kind)
         state = adapt_values(renamed, kind)
+        if any(key.endswith(".bn.running_var") for key in renamed):
+            found.notes.append("batch norm of FPN and heads: folded into their convolutions")
         if kind == "backbone":
             _write_backbone(dest, state, left_over, origin, found.notes)
         else:
@@ -165,7 +167,7 @@ def _check_destination(dest: Path, origin: Mapping[str, str], overwrite: bool) -
     except (SafetensorError, OSError, ValueError, AttributeError):
         before = {}
     if any(before.get(key) != value for key, value in origin.items() if key != "file"):
-        raise CheckpointError(f"{dest}: exists and is not this conversion: name another file or remove it first")
+        raise CheckpointError(f"{dest}: exists and is not this conversion: name another file, or give --overwrite")
 
 
 # Decisions

@@ -105,7 +105,8 @@ def structure_of(state: Mapping[str, Tensor], source: Format) -> Structure:
         "fpn_channels": int(state["fpn.lateral.0.weight"].shape[0]),
         "head_channels": int(state["cascade.box_heads.0.fc1.weight"].shape[0]),
         "class_agnostic_boxes": delta_rows == 4 and (classes > 1 or stages > 1),  # one class: both are the same
-        "box_head": "4conv1fc_gn" if "cascade.box_heads.0.convs.0.0.weight" in state else "2fc",
+        "rpn_convs": max(1, _count(state, r"rpn\.conv\.(\d)\.weight")),
+        "box_head": _box_head(state),
         "stage_ious": tuple(round(min(0.5 + 0.1 * k, 0.9), 1) for k in range(stages)),
         "masks": masks,
     }
@@ -114,6 +115,12 @@ def structure_of(state: Mapping[str, Tensor], source: Format) -> Structure:
     if mask_heads:
         model["mask_channels"] = int(state["cascade.mask_heads.0.convs.0.weight"].shape[0])
     return Structure(name, depth, groups, per_group, stages, classes, model)
+
+
+def _box_head(state: Mapping[str, Tensor]) -> str:
+    if "cascade.box_heads.0.convs.0.0.weight" not in state:
+        return "2fc"
+    return "4conv1fc_gn" if "cascade.box_heads.0.convs.0.1.weight" in state else "4conv1fc"
 
 
 def anchors_per_cell(state: Mapping[str, Tensor]) -> int:

@@ -6,6 +6,9 @@ that the value is not needed. What no pattern matches is left over, and ``conver
     backbone.body.<timm's keys>   fpn.lateral.{0..3}   fpn.output.{0..3}   rpn.conv   rpn.objectness   rpn.deltas
     cascade.box_heads.{k}.fc1 .fc2 .classifier (background last) .deltas
     cascade.mask_heads.{k}.convs .upsample .logits
+
+A batch norm behind a convolution of FPN or heads, where our network has none, is mapped to ``<convolution>.bn`` and
+folded into that convolution by :func:`adapt_values`.
 """
 
 from __future__ import annotations
@@ -33,14 +36,18 @@ MMDETECTION: Table = [
     (r"backbone\.(.*)", _BODY + r"\1"),
     (r"neck\.lateral_convs\.(\d)\.conv\.(.*)", r"fpn.lateral.\1.\2"),
     (r"neck\.lateral_convs\.(\d)\.gn\.(.*)", r"fpn.lateral_norm.\1.\2"),
+    (r"neck\.lateral_convs\.(\d)\.bn\.(.*)", r"fpn.lateral.\1.bn.\2"),
     (r"neck\.fpn_convs\.(\d)\.conv\.(.*)", r"fpn.output.\1.\2"),
     (r"neck\.fpn_convs\.(\d)\.gn\.(.*)", r"fpn.output_norm.\1.\2"),
+    (r"neck\.fpn_convs\.(\d)\.bn\.(.*)", r"fpn.output.\1.bn.\2"),
+    *[(rf"rpn_head\.rpn_conv\.{i}\.conv\.(.*)", rf"rpn.conv.{2 * i}.\1") for i in range(4)],
     (r"rpn_head\.rpn_conv\.(.*)", r"rpn.conv.\1"),
     (r"rpn_head\.rpn_cls\.(.*)", r"rpn.objectness.\1"),
     (r"rpn_head\.rpn_reg\.(.*)", r"rpn.deltas.\1"),
     *[row for name, k in ((r"roi_head\.bbox_head\.", "0"), (r"roi_head\.bbox_head\.(?P<k>\d)\.", r"\g<k>")) for row in (
         (name + r"shared_convs\.(?P<i>\d)\.conv\.(?P<p>.*)", rf"{_BOX}{k}.convs.\g<i>.0.\g<p>"),
         (name + r"shared_convs\.(?P<i>\d)\.gn\.(?P<p>.*)", rf"{_BOX}{k}.convs.\g<i>.1.\g<p>"),
+        (name + r"shared_convs\.(?P<i>\d)\.bn\.(?P<p>.*)", rf"{_BOX}{k}.convs.\g<i>.0.bn.\g<p>"),
         (name + r"shared_fcs\.0\.(?P<p>.*)", rf"{_BOX}{k}.fc1.\g<p>"),
         (name + r"shared_fcs\.1\.(?P<p>.*)", rf"{_BOX}{k}.fc2.\g<p>"),
         (name + r"fc_cls\.(?P<p>.*)", rf"{_BOX}{k}.classifier.\g<p>"),
@@ -49,6 +56,7 @@ MMDETECTION: Table = [
     *[row for name, k in ((r"roi_head\.mask_head\.", "0"), (r"roi_head\.mask_head\.(?P<k>\d)\.", r"\g<k>")) for row in (
         (name + r"convs\.(?P<i>\d)\.conv\.(?P<p>.*)", rf"{_MASK}{k}.convs.\g<i>.\g<p>"),
         (name + r"convs\.(?P<i>\d)\.gn\.(?P<p>.*)", rf"{_MASK}{k}.norms.\g<i>.\g<p>"),
+        (name + r"convs\.(?P<i>\d)\.bn\.(?P<p>.*)", rf"{_MASK}{k}.convs.\g<i>.bn.\g<p>"),
         (name + r"upsample\.(?P<p>.*)", rf"{_MASK}{k}.upsample.\g<p>"),
         (name + r"conv_logits\.(?P<p>.*)", rf"{_MASK}{k}.logits.\g<p>"),
     )],
@@ -76,6 +84,7 @@ DETECTRON2: Table = [
         (rf"backbone\.fpn_output{n}\.norm\.(.*)", rf"fpn.output_norm.{n - 2}.\1"),
         (rf"backbone\.fpn_output{n}\.(.*)", rf"fpn.output.{n - 2}.\1"),
     )],
+    *[(rf"proposal_generator\.rpn_head\.conv\.conv{i}\.(.*)", rf"rpn.conv.{2 * i}.\1") for i in range(4)],
     (r"proposal_generator\.rpn_head\.conv\.(.*)", r"rpn.conv.\1"),
     (r"proposal_generator\.rpn_head\.objectness_logits\.(.*)", r"rpn.objectness.\1"),
     (r"proposal_generator\.rpn_head\.anchor_deltas\.(.*)", r"rpn.deltas.\1"),
@@ -94,19 +103,27 @@ DETECTRON2: Table = [
     (r"roi_heads\.mask_head\.predictor\.(.*)", rf"{_MASK}0.logits.\1"),
 ]
 
-# torchvision, with the names of 0.13 and later (a ".0." more) and those before.
+# torchvision, with the names of 0.13 and later (a ".0." more) and those before. Its v2 detectors have a batch norm
+# (".1.") behind each convolution of FPN, box head and mask head, two convolutions in the RPN and four in the box head.
 TORCHVISION: Table = [
     (r"backbone\.body\.(.*)", _BODY + r"\1"),
     (r"backbone\.fpn\.inner_blocks\.(\d)\.(?:0\.)?(weight|bias)", r"fpn.lateral.\1.\2"),
+    (r"backbone\.fpn\.inner_blocks\.(\d)\.1\.(.*)", r"fpn.lateral.\1.bn.\2"),
     (r"backbone\.fpn\.layer_blocks\.(\d)\.(?:0\.)?(weight|bias)", r"fpn.output.\1.\2"),
-    (r"rpn\.head\.conv\.(?:0\.0\.)?(weight|bias)", r"rpn.conv.\1"),
+    (r"backbone\.fpn\.layer_blocks\.(\d)\.1\.(.*)", r"fpn.output.\1.bn.\2"),
+    (r"rpn\.head\.conv\.(weight|bias)", r"rpn.conv.\1"),
+    *[(rf"rpn\.head\.conv\.{i}\.0\.(weight|bias)", rf"rpn.conv.{2 * i}.\1") for i in range(4)],
     (r"rpn\.head\.cls_logits\.(.*)", r"rpn.objectness.\1"),
     (r"rpn\.head\.bbox_pred\.(.*)", r"rpn.deltas.\1"),
     (r"roi_heads\.box_head\.fc6\.(.*)", rf"{_BOX}0.fc1.\1"),
     (r"roi_heads\.box_head\.fc7\.(.*)", rf"{_BOX}0.fc2.\1"),
+    (r"roi_heads\.box_head\.([0-3])\.0\.(weight|bias)", rf"{_BOX}0.convs.\1.0.\2"),
+    (r"roi_heads\.box_head\.([0-3])\.1\.(.*)", rf"{_BOX}0.convs.\1.0.bn.\2"),
+    (r"roi_heads\.box_head\.5\.(.*)", rf"{_BOX}0.fc1.\1"),
     (r"roi_heads\.box_predictor\.cls_score\.(.*)", rf"{_BOX}0.classifier.\1"),
     (r"roi_heads\.box_predictor\.bbox_pred\.(.*)", rf"{_BOX}0.deltas.\1"),
     *[(rf"roi_heads\.mask_head\.(?:mask_fcn{i}|{i - 1}\.0)\.(.*)", rf"{_MASK}0.convs.{i - 1}.\1") for i in range(1, 5)],
+    (r"roi_heads\.mask_head\.([0-3])\.1\.(.*)", rf"{_MASK}0.convs.\1.bn.\2"),
     (r"roi_heads\.mask_predictor\.conv5_mask\.(.*)", rf"{_MASK}0.upsample.\1"),
     (r"roi_heads\.mask_predictor\.mask_fcn_logits\.(.*)", rf"{_MASK}0.logits.\1"),
 ]
@@ -163,10 +180,8 @@ _SIGNS: list[tuple[str, Format | str]] = [
     (r"roi_head\.bbox_head\..*", "mmdetection"),
     (r"bbox_head\.(?:\d\.)?fc_cls\.weight", "written by mmdetection 1.x, whose boxes and labels count differently: "
      "pass it through tools/model_converters/upgrade_model_version.py of mmdetection 2.x first"),
-    (r"roi_heads\.box_head\.[0-3]\.1\.running_mean", "torchvision's v2 detector: its box head (batch norm) and its RPN "
-     "(two convolutions) have no counterpart in model.box_head; take the v1 weights (fasterrcnn_resnet50_fpn)"),
     (r"rpn\.head\.cls_logits\.weight", "torchvision"),
-    (r"proposal_generator\.rpn_head\.conv\.weight", "detectron2"),
+    (r"proposal_generator\.rpn_head\.conv\.(?:conv0\.)?weight", "detectron2"),
     (r"conv_rpn_fpn2_w", "detectron"),
     (r"(?:backbone\.)?layer1\.0\.conv1\.weight|(?:backbone\.(?:bottom_up\.)?)?res2\.0\.conv1\.weight|res2_0_branch2a_w"
      r"|features\.0\.weight", "backbone"),
@@ -208,17 +223,41 @@ def rename(state: Mapping[str, Tensor], source: Format) -> tuple[dict[str, Tenso
 
 
 def adapt_values(state: dict[str, Tensor], source: Format) -> dict[str, Tensor]:
-    """Float32 values in our order: background last, no boxes and masks for it, statistics for every batch norm."""
+    """Float32 values in our order: background last, no boxes and masks for it, statistics for every batch norm of the
+    backbone, none elsewhere."""
     result: dict[str, Tensor] = {}
     for key, value in state.items():
         value = value.float() if value.is_floating_point() else value
         result[key] = _background_last(key, value, state) if source in _BACKGROUND_FIRST else value
+    if "rpn.conv.2.weight" not in result:  # a single convolution stands in no sequence
+        result = {re.sub(r"^rpn\.conv\.0\.", "rpn.conv.", key): value for key, value in result.items()}
+    result = _fold_batch_norms(result)
     for key in list(result):
         # Caffe's models and early detectron2 merged the statistics into scale and bias.
         if re.fullmatch(r"backbone\.body\.(.*\.)?(bn\d|downsample\.1)\.weight", key) and not _group_norm(state):
             name = key.removesuffix("weight")
             result.setdefault(name + "running_mean", torch.zeros_like(result[key]))
             result.setdefault(name + "running_var", torch.full_like(result[key], 1 - _BN_EPS))
+    return result
+
+
+def _fold_batch_norms(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without ``<convolution>.bn``: y = (conv(x) - mean) / sqrt(var + eps) * scale + shift is itself a convolution."""
+    result = {key: value for key, value in state.items() if not re.fullmatch(r".*\.bn\.\w+", key)}
+    for key, variance in state.items():
+        if not key.endswith(".bn.running_var"):
+            continue
+        conv = key.removesuffix(".bn.running_var")
+        parts = {name: state.get(f"{conv}.{name}") for name in ("weight", "bn.weight", "bn.bias", "bn.running_mean")}
+        missing = [name for name, value in parts.items() if value is None or len(value) != len(variance)]
+        if missing:
+            raise CheckpointError(f"the batch norm behind {conv} is not whole: {', '.join(missing)} is missing or of "
+                                  "another size; fetch the file again")
+        weight, scale, shift, mean = (value.double() for value in parts.values() if value is not None)
+        bias = state[f"{conv}.bias"].double() if f"{conv}.bias" in state else torch.zeros_like(mean)
+        factor = scale / (variance.double() + _BN_EPS).sqrt()  # [out channels]
+        result[f"{conv}.weight"] = (weight * factor[:, None, None, None]).float()
+        result[f"{conv}.bias"] = ((bias - mean) * factor + shift).float()
     return result
 
 

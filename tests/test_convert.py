@@ -353,13 +353,35 @@ def torchvision_model(masks: bool) -> nn.Module:
     return model.eval()
 
 
+def torchvision_v2_model(masks: bool) -> nn.Module:
+    """torchvision's v2 detector as its own function puts it together, on a ResNet-18; random norms."""
+    torch.manual_seed(3)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (torchvision.models.detection.faster_rcnn, torchvision.models.detection.mask_rcnn):
+            patch.setattr(module, "resnet50", torchvision.models.resnet18)
+        make = getattr(torchvision.models.detection, f"{'mask' if masks else 'faster'}rcnn_resnet50_fpn_v2")
+        model: nn.Module = make(weights=None, weights_backbone=None, num_classes=CLASSES + 1, min_size=96, max_size=160)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            assert norm.eps == 1e-5
+            nn.init.normal_(norm.running_mean, std=0.1)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias, std=0.1)
+    nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.1)
+    nn.init.normal_(model.roi_heads.box_predictor.bbox_pred.weight, std=0.02)
+    return model.eval()
+
+
 @pytest.mark.parametrize("masks", [False, True])
-def test_torchvision_gives_the_same_detections(tmp_path: Path, masks: bool) -> None:
-    theirs = torchvision_model(masks)
+@pytest.mark.parametrize("version", [1, 2])
+def test_torchvision_gives_the_same_detections(tmp_path: Path, version: int, masks: bool) -> None:
+    theirs = torchvision_model(masks) if version == 1 else torchvision_v2_model(masks)
     made = convert(tmp_path, theirs.state_dict())
     model = made.config.model
     assert (model.semantics, model.backbone, model.stage_ious) == ("torchvision", "resnet18.tv_in1k", (0.5,))
     assert not model.class_agnostic_boxes and model.masks == ("every" if masks else "none")
+    assert (model.rpn_convs, model.box_head) == ((1, "2fc") if version == 1 else (2, "4conv1fc"))
     ours = build_model(model, CLASSES).eval()
     ours.load_state_dict(made.state)
     pixels = torch.randint(0, 256, (1, 3, 96, 160), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
@@ -527,13 +549,6 @@ def test_other_checkpoints_are_named(tmp_path: Path, content: object, reason: st
     assert "\n" not in str(caught.value) and not (tmp_path / "dest.safetensors").exists()
 
 
-def test_torchvisions_v2_is_refused_with_its_reason() -> None:
-    with torch.device("meta"):
-        model = torchvision.models.detection.fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None)
-    with pytest.raises(CheckpointError, match="v2 detector"):
-        recognise(model.state_dict())
-
-
 def test_a_hostile_checkpoint_writes_nothing(tmp_path: Path) -> None:
     class Hostile:
         def __reduce__(self) -> Any:
@@ -552,7 +567,7 @@ def test_an_existing_file_is_kept_unless_it_is_the_same_conversion(tmp_path: Pat
     run_convert(tmp_path / "source.pth", dest)
     assert all(torch.equal(value, before[key]) for key, value in load_file(dest).items())
     state["rpn_head.rpn_cls.bias"] += 1
-    with pytest.raises(CheckpointError, match="exists"):
+    with pytest.raises(CheckpointError, match="exists.*--overwrite"):
         convert(tmp_path, {"state_dict": state})
     assert all(torch.equal(value, before[key]) for key, value in load_file(dest).items())
     other = tmp_path / "notes.safetensors"
