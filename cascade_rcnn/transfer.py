@@ -34,8 +34,8 @@ def start_from(model: nn.Module, path: Path, class_names: Sequence[str]) -> str:
             misfits.append(key)
     if misfits:
         raise CheckpointError(
-            f"{path}: another network than this recipe's ({len(misfits)} of its weights are missing or have another "
-            f"shape: {', '.join(misfits[:3])}); use the recipe it was trained with (cascade-rcnn config {path} prints it)"
+            f"{path}: another network than this recipe's ({len(misfits)} of its weights are missing or of another shape: "
+            f"{', '.join(misfits[:3])}); use the recipe that it was trained with (cascade-rcnn config {path} prints it)"
         )
     shared = ", ".join(class_names[row] for row, _ in pairs) or "none"
     return f"weights of {path}; classes that it knows already: {shared}"

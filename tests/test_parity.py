@@ -48,10 +48,8 @@ class Case:
     foreign_key: dict[str, str]  # our parameter's name -> the library's
 
 
-@pytest.fixture(scope="module", params=NAMES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    name = request.param
-    folder = tmp_path_factory.mktemp("parity")
+def prepare(name: str, folder: Path) -> Case:
+    """Write the library's checkpoint, convert it, and read the reference."""
     manifest = json.loads((DATA / f"{name}.manifest.json").read_text())
     state = {key: torch.from_numpy(value) for key, value in seeded_state_dict(manifest).items()}
     torch.save({**manifest.get("wrapper", {}), manifest["state_key"]: state}, folder / "seeded.pth")
@@ -59,14 +57,15 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     (folder / "seeded.pth").unlink()
     source = "detectron2" if name.startswith("detectron2") else "mmdetection"
     foreign = {next(iter(rename({key: value}, source)[0]), ""): key for key, value in state.items()}
-    yield Case(
-        name,
-        folder / "converted.safetensors",
-        np.load(DATA / f"{name}.npz"),
-        json.loads((DATA / f"{name}.train.json").read_text()),
-        foreign,
-    )
-    (folder / "converted.safetensors").unlink()
+    train = json.loads((DATA / f"{name}.train.json").read_text())
+    return Case(name, folder / "converted.safetensors", np.load(DATA / f"{name}.npz"), train, foreign)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    prepared = prepare(request.param, tmp_path_factory.mktemp("parity"))
+    yield prepared
+    prepared.checkpoint.unlink()
 
 
 def relative(ours: torch.Tensor, reference: np.ndarray) -> float:
@@ -173,13 +172,14 @@ def reference_losses(case: Case) -> dict[str, float]:
     return losses | {"s0.mask": given["loss_mask"]}
 
 
-def test_losses_and_gradients_equal_the_reference(case: Case, tmp_path: Path) -> None:
+def training_step(case: Case, folder: Path) -> tuple[dict[str, torch.Tensor], CascadeRCNN]:
+    """The losses of one step, and the model with its gradients."""
     everything = 10**6  # the reference samples every anchor and every RoI, so that nothing is random
     model = loaded_model(case, rpn_samples=everything, roi_samples=everything).train()
     config = load_checkpoint(case.checkpoint).config
     data = dataclasses.replace(config.data, short_side=(case.train["short_side"],), flip=0.0, workers=0)
     dataset = DetectionDataset(
-        open_split(write_coco(tmp_path / "coco"), "train"), data, training=True, masks="mask" in case.name,
+        open_split(write_coco(folder / "coco"), "train"), data, training=True, masks="mask" in case.name,
         semantics=config.model.semantics,
     )  # fmt: skip
     images, targets = next(iter(train_loader(dataset, batch_size=1, seed=0, workers=0)))
@@ -187,11 +187,16 @@ def test_losses_and_gradients_equal_the_reference(case: Case, tmp_path: Path) ->
     losses = model.loss(exact, targets)
     if case.name.startswith("detectron2"):  # its normaliser is the number asked for, 256 in the reference
         losses = {key: value * (everything / 256) if key.startswith("rpn") else value for key, value in losses.items()}
+    torch.stack(list(losses.values())).sum().backward()
+    return losses, model
+
+
+def test_losses_and_gradients_equal_the_reference(case: Case, tmp_path: Path) -> None:
+    losses, model = training_step(case, tmp_path)
     wanted = reference_losses(case)
     assert losses.keys() == wanted.keys()
     for key, value in wanted.items():
         assert losses[key].item() == pytest.approx(value, rel=1e-3), key
-    torch.stack(list(losses.values())).sum().backward()
     norms = case.train["grad_norms"]
     compared = 0
     for ours, parameter in model.named_parameters():
