@@ -28,7 +28,7 @@ from cascade_rcnn.convert_config import (
     read_config_text,
     structure_of,
 )
-from cascade_rcnn.convert_keys import Format, absorb_preprocessing, adapt_values, recognise, rename
+from cascade_rcnn.convert_keys import Format, absorb_preprocessing, adapt_values, recognise, remove_eps, rename
 from cascade_rcnn.errors import CheckpointError, UserError
 from cascade_rcnn.pickle_makers import Placeholder
 from cascade_rcnn.pickles import as_tensor, read_pickled
@@ -82,6 +82,8 @@ def run_convert(source: Path, dest: Path, *, config: str | None = None, overwrit
         state = adapt_values(renamed, kind)
         if any(key.endswith(".bn.running_var") for key in renamed):
             found.notes.append("batch norm of FPN and heads: folded into their convolutions")
+        if kind == "torchvision" and remove_eps(state):
+            found.notes.append("batch norm of the backbone: without eps, as torchvision runs its COCO weights")
         if kind == "backbone":
             _write_backbone(dest, state, left_over, origin, found.notes)
         else:

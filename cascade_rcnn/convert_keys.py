@@ -28,6 +28,7 @@ Table = list[tuple[str, str]]
 _BODY = r"backbone.body."
 _BOX, _MASK = r"cascade.box_heads.", r"cascade.mask_heads."
 _BN_EPS = 1e-5
+_TORCHVISION_OUTPUTS = 91  # background, and COCO's ids 1 to 90
 
 # mmdetection 2.x and 3.x. A head without a number is a one-stage detector's.
 MMDETECTION: Table = [
@@ -259,6 +260,24 @@ def _fold_batch_norms(state: dict[str, Tensor]) -> dict[str, Tensor]:
         result[f"{conv}.weight"] = (weight * factor[:, None, None, None]).float()
         result[f"{conv}.bias"] = ((bias - mean) * factor + shift).float()
     return result
+
+
+def remove_eps(state: dict[str, Tensor]) -> bool:
+    """torchvision's COCO weights (v1) run with frozen batch norms of eps 0, ours have one: the scales make up for it.
+
+    They show by 91 outputs and by norms without counters; whether others were trained with an eps cannot be seen.
+    """
+    if len(state["cascade.box_heads.0.classifier.bias"]) != _TORCHVISION_OUTPUTS:
+        return False
+    if any(key.endswith("num_batches_tracked") for key in state):
+        return False
+    for key, variance in state.items():
+        if key.startswith(_BODY) and key.endswith(".running_var"):
+            scale = key.removesuffix("running_var") + "weight"
+            variance = variance.double()
+            ratio = torch.where(variance > 0, (variance + _BN_EPS) / variance, 1.0)  # 0: a channel that is constant
+            state[scale] = (state[scale].double() * ratio.sqrt()).float()
+    return True
 
 
 def _group_norm(state: Mapping[str, Tensor]) -> bool:

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torchvision
+from faster_coco_eval.core import mask as coco_mask
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -23,10 +24,11 @@ from cascade_rcnn.checkpoint import load_checkpoint
 from cascade_rcnn.config import ModelConfig
 from cascade_rcnn.convert import COCO_IDS, COCO_NAMES, _match_preprocessing, _Source, run_convert
 from cascade_rcnn.convert_config import Hints, Structure, read_config_text
-from cascade_rcnn.convert_keys import absorb_preprocessing, recognise
+from cascade_rcnn.convert_keys import absorb_preprocessing
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.models.build import build_model, load_backbone_weights
-from cascade_rcnn.structures import ImageBatch
+from cascade_rcnn.predict import load
+from tests.conftest import RunCommand
 
 MANIFESTS = Path(__file__).parent / "data/parity"
 MASK = "mmdet_cascade_mask_rcnn_r50_fpn"
@@ -338,102 +340,6 @@ def test_the_authors_detectron_blobs(tmp_path: Path, stage: str) -> None:
     assert (model.semantics, model.style, model.masks, model.class_agnostic_boxes) == ("paper", "caffe", "last", True)
 
 
-def torchvision_model(masks: bool) -> nn.Module:
-    detection = torchvision.models.detection
-    torch.manual_seed(1)
-    backbone = detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None)
-    kind = detection.MaskRCNN if masks else detection.FasterRCNN
-    faster = detection.faster_rcnn
-    model: nn.Module = kind(backbone, min_size=96, max_size=160, box_head=faster.TwoMLPHead(256 * 49, 64),
-                            box_predictor=faster.FastRCNNPredictor(64, CLASSES + 1),
-                            **({"mask_predictor": detection.mask_rcnn.MaskRCNNPredictor(256, 256, CLASSES + 1)}
-                               if masks else {}))
-    nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.5)
-    nn.init.normal_(model.roi_heads.box_predictor.bbox_pred.weight, std=0.05)
-    return model.eval()
-
-
-def torchvision_v2_model(masks: bool) -> nn.Module:
-    """torchvision's v2 detector as its own function puts it together, on a ResNet-18; random norms."""
-    torch.manual_seed(3)
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (torchvision.models.detection.faster_rcnn, torchvision.models.detection.mask_rcnn):
-            patch.setattr(module, "resnet50", torchvision.models.resnet18)
-        make = getattr(torchvision.models.detection, f"{'mask' if masks else 'faster'}rcnn_resnet50_fpn_v2")
-        model: nn.Module = make(weights=None, weights_backbone=None, num_classes=CLASSES + 1, min_size=96, max_size=160)
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            assert norm.eps == 1e-5
-            nn.init.normal_(norm.running_mean, std=0.1)
-            nn.init.uniform_(norm.running_var, 0.5, 2)
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias, std=0.1)
-    nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.1)
-    nn.init.normal_(model.roi_heads.box_predictor.bbox_pred.weight, std=0.02)
-    return model.eval()
-
-
-@pytest.mark.parametrize("masks", [False, True])
-@pytest.mark.parametrize("version", [1, 2])
-def test_torchvision_gives_the_same_detections(tmp_path: Path, version: int, masks: bool) -> None:
-    theirs = torchvision_model(masks) if version == 1 else torchvision_v2_model(masks)
-    made = convert(tmp_path, theirs.state_dict())
-    model = made.config.model
-    assert (model.semantics, model.backbone, model.stage_ious) == ("torchvision", "resnet18.tv_in1k", (0.5,))
-    assert not model.class_agnostic_boxes and model.masks == ("every" if masks else "none")
-    assert (model.rpn_convs, model.box_head) == ((1, "2fc") if version == 1 else (2, "4conv1fc"))
-    ours = build_model(model, CLASSES).eval()
-    ours.load_state_dict(made.state)
-    pixels = torch.randint(0, 256, (1, 3, 96, 160), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    seen: dict[str, Tensor] = {}
-    if masks:
-        theirs.roi_heads.mask_predictor.register_forward_hook(lambda _, inputs, output: seen.update(logits=output))
-    with torch.no_grad():
-        wanted = theirs([pixels[0] / 255])[0]
-        found = ours.detect(ImageBatch(pixels, torch.tensor([[96, 160]]), torch.tensor([[96, 160]])))
-    count = int(found.valid.sum())
-    assert len(wanted["scores"]) > 5
-    assert abs(count - len(wanted["scores"])) <= 1
-    iou = torchvision.ops.box_iou(found.boxes[0][found.valid[0]], wanted["boxes"])
-    same = (iou > 0.99) & (found.labels[0][found.valid[0]][:, None] == wanted["labels"][None] - 1)
-    scores = found.scores[0][found.valid[0]]
-    same &= (scores[:, None] - wanted["scores"][None]).abs() < 1e-4
-    if masks:
-        assert found.masks is not None
-        in_boxes = seen["logits"].sigmoid()[torch.arange(len(wanted["labels"])), wanted["labels"]]  # [D, 28, 28]
-        difference = found.masks[0][found.valid[0]][:, None] - in_boxes[None]
-        same &= difference.abs().amax(dim=(2, 3)) < 1e-3
-    assert same.any(dim=1).sum() >= 0.98 * count  # a box at the edge of a threshold may fall on its other side
-
-
-def test_torchvisions_old_names(tmp_path: Path) -> None:
-    new = torchvision_model(True).state_dict()
-    renames = [(r"(inner_blocks|layer_blocks)\.(\d)\.0\.", r"\1.\2."), (r"head\.conv\.0\.0\.", "head.conv."),
-               (r"mask_head\.(\d)\.0\.", lambda match: f"mask_head.mask_fcn{int(match[1]) + 1}.")]
-    old = {}
-    for key, value in new.items():
-        for pattern, replacement in renames:
-            key = re.sub(pattern, replacement, key)  # type: ignore[call-overload]
-        if not key.endswith("num_batches_tracked"):
-            old[key] = value
-    assert set(old) != set(new)
-    for name in "ab":
-        (tmp_path / name).mkdir()
-    first, second = convert(tmp_path / "a", old), convert(tmp_path / "b", new)
-    assert all(torch.equal(first.state[key], value) for key, value in second.state.items())
-
-
-def test_ninety_one_torchvision_classes_keep_cocos_ids(tmp_path: Path) -> None:
-    state = torchvision_model(False).state_dict()
-    for name, rows in (("cls_score", 91), ("bbox_pred", 364)):
-        for part in ("weight", "bias"):
-            key = f"roi_heads.box_predictor.{name}.{part}"
-            state[key] = torch.zeros(rows, *state[key].shape[1:])
-    made = convert(tmp_path, state)
-    assert made.class_names[:2] == ("person", "bicycle") and made.class_names[11] == "unused 12"
-    assert made.class_names[89] == "toothbrush" and made.category_ids == tuple(range(1, 91))
-
-
 def test_coco_names_follow_cocos_ids() -> None:
     assert len(COCO_NAMES) == len(COCO_IDS) == 80
     assert dict(zip(COCO_IDS, COCO_NAMES))[13] == "stop sign" and COCO_IDS[-1] == 90
@@ -567,7 +473,7 @@ def test_an_existing_file_is_kept_unless_it_is_the_same_conversion(tmp_path: Pat
     run_convert(tmp_path / "source.pth", dest)
     assert all(torch.equal(value, before[key]) for key, value in load_file(dest).items())
     state["rpn_head.rpn_cls.bias"] += 1
-    with pytest.raises(CheckpointError, match="exists.*--overwrite"):
+    with pytest.raises(CheckpointError, match=r"exists.*--overwrite"):
         convert(tmp_path, {"state_dict": state})
     assert all(torch.equal(value, before[key]) for key, value in load_file(dest).items())
     other = tmp_path / "notes.safetensors"
@@ -580,3 +486,41 @@ def test_an_existing_file_is_kept_unless_it_is_the_same_conversion(tmp_path: Pat
         run_convert(dest, tmp_path / "again.safetensors")
     with pytest.raises(CheckpointError, match="safetensors"):
         run_convert(tmp_path / "source.pth", tmp_path / "dest.pth")
+
+
+@pytest.fixture
+def small_detector(tmp_path: Path) -> Path:
+    """A small mmdetection checkpoint with masks, whose config text asks for small images."""
+    state = small_state()
+    generator = torch.Generator().manual_seed(5)
+    for key, std in (("fc_cls.weight", 0.5), ("fc_reg.weight", 0.05), ("conv_logits.weight", 0.5)):
+        for name in (name for name in state if name.endswith(key)):
+            state[name] = torch.randn(state[name].shape, generator=generator) * std
+    text = ("model = dict(type='CascadeRCNN', test_cfg=dict(rcnn=dict(max_per_img=60)))\n"
+            "test_pipeline = [dict(type='Resize', scale=(160, 96))]\n")
+    path = tmp_path / "epoch_12.pth"
+    torch.save({"state_dict": state, "meta": {"cfg": text, "dataset_meta": {"classes": ("cat", "dog", "eel")}}}, path)
+    return path
+
+
+def test_convert_and_predict_as_commands_give_what_python_gives(
+    tmp_path: Path, small_detector: Path, run_command: RunCommand
+) -> None:
+    image, dest = MANIFESTS / "synthetic.png", tmp_path / "ours.safetensors"
+    converted = run_command("convert", small_detector, dest)
+    assert converted.returncode == 0, converted.stderr
+    predicted = run_command("predict", dest, image, "--out", tmp_path / "found", "--score", "0.4")
+    assert predicted.returncode == 0, predicted.stderr
+    written = json.loads((tmp_path / "found" / "predictions.json").read_text(encoding="utf-8"))
+    wanted = load(dest, device="cpu").predict(image)
+    assert len(wanted) == len(written) == 60 and len(set(wanted.names)) > 1
+    for result, known, name in zip(written, wanted.to_coco(), wanted.names):
+        assert (result["category_id"], result["category"]) == (known["category_id"], name)
+        assert result["bbox"] == pytest.approx(known["bbox"], abs=0.01)
+        assert result["score"] == pytest.approx(known["score"], abs=1e-5)
+        assert float(coco_mask.iou([result["segmentation"]], [known["segmentation"]], [0])[0, 0]) > 0.99
+    with Image.open(image) as before, Image.open(tmp_path / "found" / "drawings" / "synthetic.png") as drawn:
+        assert drawn.size == before.size
+        difference = np.abs(np.asarray(drawn.convert("RGB"), int) - np.asarray(before.convert("RGB"), int)).sum(axis=2)
+    x1, y1, _, y2 = (round(value) for value in wanted.boxes[0].tolist())
+    assert np.median(difference[y1 + 1:y2 - 1, x1]) > 100, "the best detection's box is drawn where it is"
