@@ -27,9 +27,10 @@ def forward(case: parity.Case) -> dict[str, str]:
     model, images = parity.loaded_model(case).eval(), parity.network_input(case)
     with torch.no_grad():
         pyramid = model.pyramid(images)
-        worst = max(parity.relative(p[0, ::16, ::7, ::7], case.reference[f"p{i}_sample"]) for i, p in enumerate(pyramid, 2))
-        rows["p2..p6, largest relative difference"] = f"{worst:.1e}"
-        overlap = box_iou(torch.from_numpy(case.reference["proposals"]), model.rpn.propose(pyramid, images.sizes).boxes[0])
+        samples = [(p[0, ::16, ::7, ::7], case.reference[f"p{i}_sample"]) for i, p in enumerate(pyramid, start=2)]
+        rows["p2..p6, largest relative difference"] = f"{max(parity.relative(*pair) for pair in samples):.1e}"
+        proposals = model.rpn.propose(pyramid, images.sizes).boxes[0]
+        overlap = box_iou(torch.from_numpy(case.reference["proposals"]), proposals)
         rows["proposals matched at IoU > 0.99"] = f"{int((overlap.amax(1) > 0.99).sum())} of {len(overlap)}"
         worst = 0.0
         for k in range(3 if "stage0_rois" in case.reference else 0):
@@ -47,7 +48,8 @@ def forward(case: parity.Case) -> dict[str, str]:
     rows["their scores, largest difference"] = f"{float(apart[matched].max()):.1e}"
     if "masks_packed" in case.reference and found.masks is not None:
         count, height, width = case.reference["mask_shape"].tolist()
-        wanted = np.unpackbits(case.reference["masks_packed"], axis=1)[:, : height * width].reshape(count, height, width) > 0
+        bits = np.unpackbits(case.reference["masks_packed"], axis=1)[:, : height * width]
+        wanted = bits.reshape(count, height, width) > 0
         ours = found.masks[index].numpy()
         rows["mask pixels that differ"] = f"{(ours != wanted).sum() / (ours | wanted).sum():.2%} of the masks' area"
     return rows

@@ -82,7 +82,7 @@ def load(path: str | Path, *, device: str | torch.device = "auto", precision: Li
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{printable(path)}: its weights do not fit its own configuration ({reason}); "
                               "use another copy of the checkpoint") from error
-    model = model.optimize_for_inference().to(chosen)
+    model = model.to(chosen).optimize_for_inference()
     return Detector(model, config, checkpoint.class_names, checkpoint.category_ids, precision=precision)
 
 

@@ -34,7 +34,7 @@ def start_from(model: nn.Module, path: Path, class_names: Sequence[str]) -> str:
             misfits.append(key)
     if misfits:
         raise CheckpointError(
-            f"{path}: another network than this recipe's ({len(misfits)} of its weights are missing or of another shape: "
+            f"{path}: another network than this recipe's ({len(misfits)} weights are missing or of another shape: "
             f"{', '.join(misfits[:3])}); use the recipe that it was trained with (cascade-rcnn config {path} prints it)"
         )
     shared = ", ".join(class_names[row] for row, _ in pairs) or "none"

@@ -120,7 +120,6 @@ def _divisor() -> float:
         return normalizer(torch.tensor(1.0 if world.is_main else 0.0)).item()
 
 
-@pytest.mark.xfail(reason="the least divisor of one is applied to the mean over processes, not to their sum")
 def test_one_object_among_all_processes_counts_as_in_one_process() -> None:
     assert run_alone(_divisor) == 1.0
     assert run_ranks(2, _divisor) == [0.5, 0.5]  # gradients are then halved by the mean over two processes

@@ -8,14 +8,19 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cascade_rcnn.models.roi_align import rows_weight
+
 
 class BoxHead(nn.Module):
     """RoI features [R, C, 7, 7] to class logits [R, K + 1] and deltas [R, 4] (or [R, 4 K], one box per class)."""
+
+    takes_rows = False  # wants RoI features as they lie in memory, [R, 49, C]
 
     def __init__(
         self, channels: int, num_classes: int, *, width: int = 1024, size: int = 7, class_agnostic: bool = True
     ) -> None:
         super().__init__()
+        self.channels = channels
         self.fc1 = nn.Linear(channels * size * size, width)
         self.fc2 = nn.Linear(width, width)
         self._add_outputs(width, num_classes, class_agnostic)
@@ -30,6 +35,13 @@ class BoxHead(nn.Module):
         nn.init.normal_(self.deltas.weight, std=0.001)
         nn.init.zeros_(self.classifier.bias)
         nn.init.zeros_(self.deltas.bias)
+
+    def take_rows(self) -> None:
+        """For inference: reorder the first layer's weight instead of every RoI's features."""
+        weight = self.fc1.weight.detach()
+        bins = weight.shape[1] // self.channels
+        self.fc1.weight = nn.Parameter(rows_weight(weight, bins).contiguous(), requires_grad=False)
+        self.takes_rows = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = F.relu(self.fc1(x.flatten(1)))  # [R, width]
@@ -60,6 +72,9 @@ class ConvBoxHead(BoxHead):
         self._add_outputs(width, num_classes, class_agnostic)
         nn.init.xavier_uniform_(self.fc1.weight)
         nn.init.zeros_(self.fc1.bias)
+
+    def take_rows(self) -> None:
+        """Nothing to reorder: convolutions come first."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         for conv in self.convs:

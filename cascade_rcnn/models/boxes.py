@@ -26,21 +26,24 @@ def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
 
 
 def _intersection(a: Tensor, b: Tensor) -> Tensor:
-    top_left = torch.maximum(a[..., :, None, :2], b[..., None, :, :2])
-    bottom_right = torch.minimum(a[..., :, None, 2:], b[..., None, :, 2:])
-    return (bottom_right - top_left).clamp(min=0).prod(-1)  # [..., N, M]
+    # Axis by axis and in place: working on (x, y) pairs would hold five tables in memory instead of two.
+    sides = []
+    for low in (0, 1):
+        start = torch.maximum(a[..., :, None, low], b[..., None, :, low])
+        sides.append(torch.minimum(a[..., :, None, low + 2], b[..., None, :, low + 2]).sub_(start).clamp_(min=0))
+    return sides[0].mul_(sides[1])  # [..., N, M]
 
 
 def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union [..., N, M] of boxes [..., N, 4] and [..., M, 4]; 0 for two empty boxes."""
     intersection = _intersection(a, b)
-    union = box_area(a)[..., :, None] + box_area(b)[..., None, :] - intersection
-    return intersection / union.clamp(min=1e-6)
+    union = (box_area(a)[..., :, None] + box_area(b)[..., None, :]).sub_(intersection).clamp_(min=1e-6)
+    return intersection.div_(union)
 
 
 def pairwise_iof(a: Tensor, b: Tensor) -> Tensor:
     """Share [..., N, M] of each box of ``a`` that lies inside each box of ``b``."""
-    return _intersection(a, b) / box_area(a)[..., :, None].clamp(min=1e-6)
+    return _intersection(a, b).div_(box_area(a)[..., :, None].clamp(min=1e-6))
 
 
 def encode_boxes(boxes: Tensor, targets: Tensor, stds: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ B images, N boxes per image (padded, ``valid`` marks real ones), S samples, K cl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from cascade_rcnn.models.boxes import clip_boxes, decode_boxes, encode_boxes
 from cascade_rcnn.models.mask_head import MaskHead, mask_loss, mask_targets
 from cascade_rcnn.models.matching import Samples, choose, match, normalizer, take
 from cascade_rcnn.models.postprocess import select_detections
-from cascade_rcnn.models.roi_align import roi_align
+from cascade_rcnn.models.roi_align import roi_align, roi_align_rows
 from cascade_rcnn.models.rpn import smooth_l1
 from cascade_rcnn.structures import Proposals, RawDetections, Targets
 
@@ -103,7 +103,7 @@ class Cascade(nn.Module):
         total: Tensor | float = 0.0
         stages = self.stages_at_test
         for k in range(stages):
-            x = self._pool(pyramid, boxes, valid, size=7)
+            x = self._pool_for_head(k, pyramid, boxes, valid)
             logits, deltas = self._apply_head(k, x)
             last = k + 1 == stages
             if not details.judge_last_boxes:
@@ -136,18 +136,31 @@ class Cascade(nn.Module):
 
     def _run_stage(self, k: int, pyramid: list[Tensor], boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits [B, N, K + 1] and deltas [B, N, 4 or 4 K] of stage ``k``, float32; garbage where not valid."""
-        x = self._pool(pyramid, boxes, valid, size=7)
+        x = self._pool_for_head(k, pyramid, boxes, valid)
         if self.training:
             x = _scale_gradient(x, self.details.feature_gradient)
         return self._apply_head(k, x)
 
     def _apply_head(self, k: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What stage ``k`` says of RoI features [B, N, C, 7, 7]."""
+        """What stage ``k`` says of RoI features [B, N, ...]."""
         logits, deltas = self.box_heads[k](x.flatten(0, 1))
         return logits.unflatten(0, x.shape[:2]).float(), deltas.unflatten(0, x.shape[:2]).float()
 
-    def _pool(self, pyramid: list[Tensor], boxes: Tensor, valid: Tensor, *, size: int) -> Tensor:
-        return roi_align(
+    def _pool_for_head(self, k: int, pyramid: list[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
+        """RoI features [B, N, C, 7, 7], or [B, N, 49, C] for heads that read them as they lie in memory."""
+        pool = roi_align_rows if self.box_heads[k].takes_rows else roi_align
+        return self._pool(pyramid, boxes, valid, size=7, pool=pool)
+
+    def _pool(
+        self,
+        pyramid: list[Tensor],
+        boxes: Tensor,
+        valid: Tensor,
+        *,
+        size: int,
+        pool: Callable[..., Tensor] = roi_align,
+    ) -> Tensor:
+        return pool(
             pyramid[: len(self.strides)],
             boxes,
             output_size=size,

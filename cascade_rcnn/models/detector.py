@@ -14,6 +14,7 @@ from cascade_rcnn.models.backbone import Backbone
 from cascade_rcnn.models.cascade import Cascade
 from cascade_rcnn.models.fpn import FeaturePyramid
 from cascade_rcnn.models.rpn import RPN
+from cascade_rcnn.models.winograd import use_winograd
 from cascade_rcnn.structures import ImageBatch, RawDetections, Targets
 
 
@@ -79,7 +80,17 @@ class CascadeRCNN(nn.Module):
         self.backbone.recompute = on
 
     def optimize_for_inference(self) -> CascadeRCNN:
-        """Fold batch norms and lay weights out for speed: the same detections, but it cannot train any more."""
+        """Trade training for speed on the device where the weights are: the same detections to float tolerance.
+
+        Batch norms are folded; box heads read RoI features as they lie in memory; on a CPU wide convolutions take a
+        quarter of the multiplications.
+        """
         self.eval().requires_grad_(False)
         self.backbone.fold_batch_norm()
-        return self.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+        for head in self.cascade.box_heads:
+            head.take_rows()
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.mean.device.type == "cpu":
+            for module in (self.fpn, self.rpn, self.cascade.mask_heads):
+                use_winograd(module)
+        return self

@@ -35,8 +35,9 @@ class FeaturePyramid(nn.Module):
             merged = [norm(x) for norm, x in zip(self.lateral_norm, merged)]
         for level in range(len(merged) - 1, 0, -1):
             height, width = merged[level - 1].shape[-2:]
-            merged[level - 1] = merged[level - 1] + F.interpolate(merged[level], size=(height, width), mode="nearest")
-        pyramid = [conv(x) for conv, x in zip(self.output, merged)]
+            # In place: nothing needs the map without the coarser one, and it is the largest thing in memory.
+            merged[level - 1].add_(F.interpolate(merged[level], size=(height, width), mode="nearest"))
+        pyramid = [self.output[level](merged.pop()) for level in range(len(merged) - 1, -1, -1)][::-1]
         if self.output_norm:
             pyramid = [norm(x) for norm, x in zip(self.output_norm, pyramid)]
         pyramid.append(pyramid[-1][..., ::2, ::2])

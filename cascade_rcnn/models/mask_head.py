@@ -43,8 +43,8 @@ class MaskHead(nn.Module):
         """Everything before the last 1x1 convolution: [R, C, 14, 14] to [R, width, 28, 28]."""
         for i, conv in enumerate(self.convs):
             x = conv(x)
-            x = F.relu(self.norms[i](x) if self.norms else x)
-        return F.relu(self.upsample(x))
+            x = F.relu(self.norms[i](x) if self.norms else x, inplace=True)
+        return F.relu(self.upsample(x), inplace=True)
 
     def of_labels(self, x: Tensor, labels: Tensor) -> Tensor:
         """Logits [R, 28, 28] of each RoI's own class ``labels`` [R] only: a K-th of the last layer's work."""

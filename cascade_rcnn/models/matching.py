@@ -39,47 +39,49 @@ class Samples:
     max_positives: int  # positives lie in the first so many rows
 
 
-def _best_object(boxes: Tensor, objects: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest IoU [N] of each box [N, 4] with the valid objects [G, 4], and that object's row [N]."""
-    chunk = max(1, MAX_TABLE // max(1, objects.shape[0]))
-    parts = []
-    for part in boxes.split(chunk):
-        iou = pairwise_iou(part, objects).masked_fill(~valid, -1.0)
-        parts.append(iou.max(dim=1))
-    if not parts:
-        return boxes.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=boxes.device)
-    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
-
-
-def _best_boxes(
-    boxes: Tensor, objects: Tensor, valid: Tensor, usable: Tensor, *, min_iou: float
-) -> Tensor:
-    """For each box [N] the last object (1-based) whose best box it is, or 0.
-
-    An object's best boxes are all those that share its largest IoU, if that is at least ``min_iou``.
+def _best(boxes: Tensor, usable: Tensor, objects: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest IoU [N] of each box [N, 4] with the valid objects [G, 4], that object's row [N], and each object's
+    largest IoU [G] with a usable box.
     """
     chunk = max(1, MAX_TABLE // max(1, objects.shape[0]))
-
-    def tables() -> list[tuple[int, Tensor]]:
-        return [(start, boxes[start : start + chunk]) for start in range(0, boxes.shape[0], chunk)]
-
-    def table(start: int, part: Tensor) -> Tensor:
-        return pairwise_iou(part, objects).masked_fill(~usable[start : start + len(part), None], -1.0)
-
+    values, rows = [], []
     best = boxes.new_full((objects.shape[0],), -1.0)
-    for start, part in tables():
-        best = torch.maximum(best, table(start, part).amax(dim=0))
-    eligible = valid & (best >= min_iou) & (best > 0)
+    for part, real in zip(boxes.split(chunk), usable.split(chunk)):
+        table = pairwise_iou(part, objects).masked_fill_(~valid, -1.0)
+        value, row = table.max(dim=1)
+        values.append(value)
+        rows.append(row)
+        best = torch.maximum(best, table.masked_fill_(~real[:, None], -1.0).amax(dim=0))
+    if not values:
+        return boxes.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=boxes.device), best
+    return torch.cat(values), torch.cat(rows), best
+
+
+def _owners(boxes: Tensor, usable: Tensor, objects: Tensor, best: Tensor, iou: Tensor, *, min_iou: float) -> Tensor:
+    """For each box [N] the last object (1-based) whose best box it is, or 0.
+
+    An object's best boxes are all that share its largest IoU ``best`` [G], if that is at least ``min_iou``. ``iou``
+    [N] is each box's own largest: a box below every object's best cannot be one (asked on CPUs, where asking is free).
+    """
+    chunk = max(1, MAX_TABLE // max(1, objects.shape[0]))
+    eligible = (best >= min_iou) & (best > 0)
     number = torch.arange(1, objects.shape[0] + 1, device=boxes.device)
-    owners = [
-        ((table(start, part) == best) & eligible).to(torch.int64).mul(number).amax(dim=1) for start, part in tables()
-    ]
-    return torch.cat(owners)
+    owners = torch.zeros_like(iou, dtype=torch.int64)
+    rows = torch.arange(len(boxes), device=boxes.device)
+    if boxes.device.type == "cpu":
+        lowest = best[eligible].amin() if eligible.any() else torch.inf
+        rows = rows[usable & (iou >= lowest)]
+    for part in rows.split(chunk):
+        is_best = (pairwise_iou(boxes[part], objects) == best) & eligible & usable[part, None]
+        owners[part] = is_best.to(torch.int64).mul_(number).amax(dim=1)
+    return owners
 
 
 def ignored_by_regions(boxes: Tensor, targets: Targets, b: int) -> Tensor:
     """Boxes [N] of image ``b`` that lie mostly inside one of its ignored regions."""
     regions, real = targets.boxes[b], targets.ignore[b]
+    if boxes.device.type == "cpu" and not real.any():  # asking a GPU would make the host wait
+        return torch.zeros(len(boxes), dtype=torch.bool)
     chunk = max(1, MAX_TABLE // max(1, regions.shape[0]))
     parts = [
         pairwise_iof(part, regions).masked_fill(~real, 0.0).amax(dim=1) > IGNORED_SHARE for part in boxes.split(chunk)
@@ -106,11 +108,11 @@ def match(
     """
     indices, positives, negatives = [], [], []
     for b in range(boxes.shape[0]):
-        iou, index = _best_object(boxes[b], targets.boxes[b], targets.valid[b])
+        iou, index, best = _best(boxes[b], usable[b], targets.boxes[b], targets.valid[b])
         positive = (iou >= positive_iou) & usable[b]
         negative = (iou < negative_iou) & usable[b]
         if best_box_iou is not None:
-            owner = _best_boxes(boxes[b], targets.boxes[b], targets.valid[b], usable[b], min_iou=best_box_iou)
+            owner = _owners(boxes[b], usable[b], targets.boxes[b], best, iou, min_iou=best_box_iou)
             positive = positive | (owner > 0)
             if rematch_best:
                 index = torch.where(owner > 0, owner - 1, index)
@@ -161,8 +163,8 @@ def normalizer(count: Tensor) -> Tensor:
     Averaging the processes' gradients then gives exactly the gradient of one process with the whole batch.
     """
     count = count.detach().float().reshape(())
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if dist.is_available() and dist.is_initialized() and (processes := dist.get_world_size()) > 1:
         count = count.clone()
         dist.all_reduce(count)
-        count = count / dist.get_world_size()
+        return count.clamp(min=1.0) / processes  # not below what one process with the whole batch would divide by
     return count.clamp(min=1.0)

@@ -72,7 +72,7 @@ class RPN(nn.Module):
         """Logits [B, H*W*A] and deltas [B, H*W*A, 4] of each level, in the order of the anchors."""
         logits, deltas = [], []
         for feature in pyramid:
-            x = F.relu(self.conv(feature))
+            x = F.relu(self.conv(feature), inplace=True)
             logits.append(self.objectness(x).permute(0, 2, 3, 1).flatten(1).float())
             deltas.append(self.deltas(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4).float())
         return logits, deltas
