@@ -3,6 +3,7 @@ differently."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -184,11 +185,12 @@ def _build_cascade(config: ModelConfig, semantics: Semantics, num_classes: int) 
         nms_iou=config.nms_iou,
         max_detections=config.max_detections,
     )
-    make_box_head = {
+    choices: dict[str, Callable[..., BoxHead]] = {
         "2fc": BoxHead,
         "4conv1fc": partial(ConvBoxHead, group_norm=False),
         "4conv1fc_gn": partial(ConvBoxHead, group_norm=True),
-    }[config.box_head]
+    }
+    make_box_head = choices[config.box_head]
     box_heads: list[nn.Module] = [
         make_box_head(
             config.fpn_channels, num_classes, width=config.head_channels, class_agnostic=config.class_agnostic_boxes

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade_rcnn.models.backbone import Backbone
+from cascade_rcnn.models.box_head import BoxHead
 from cascade_rcnn.models.cascade import Cascade
 from cascade_rcnn.models.fpn import FeaturePyramid
 from cascade_rcnn.models.rpn import RPN
@@ -88,6 +89,7 @@ class CascadeRCNN(nn.Module):
         self.eval().requires_grad_(False)
         self.backbone.fold_batch_norm()
         for head in self.cascade.box_heads:
+            assert isinstance(head, BoxHead)
             head.take_rows()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.mean.device.type == "cpu":
