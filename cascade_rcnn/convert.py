@@ -159,6 +159,8 @@ def _sha256(path: Path) -> str:
 
 def _check_destination(dest: Path, origin: Mapping[str, str], overwrite: bool) -> None:
     """An existing file may be written again only with the same content."""
+    if dest.is_dir():
+        raise CheckpointError(f"{dest}: is a folder: name a file in it")
     if not dest.exists() or overwrite:
         return
     from safetensors import SafetensorError, safe_open
@@ -206,7 +208,8 @@ def _config_without_recipe(seen: Structure, kind: Format, hints: Hints, source: 
     data: dict[str, Any] = {}
     caffe = seen.groups == 1 and seen.depth >= 50 and seen.group_width == 64
     if kind == "mmdetection":
-        reason = "not visible in the weights, no config text: mmdetection's default; --config NAME for another"
+        reason = (f"not visible in the weights, {'not in its' if hints.found else 'no'} config text: mmdetection's "
+                  "default; --config NAME for another")
         style = "pytorch"
         if "caffe" in source.name and caffe:
             style, reason = "caffe", "the file's name"
@@ -227,7 +230,7 @@ def _config_without_recipe(seen: Structure, kind: Format, hints: Hints, source: 
         if not key.startswith("stage_") or len(value) == seen.stages:
             model[key] = value
     if hints.found:
-        said = ", ".join(sorted(key for key in hints.model if model.get(key) == hints.model[key]))
+        said = ", ".join(sorted([*(key for key in hints.model if model.get(key) == hints.model[key]), *hints.data]))
         notes.append(f"from its config text: {said or 'nothing that is not visible'}")
     if kind != "mmdetection" or not hints.found:
         notes.append("thresholds, proposals and input size: the library's defaults")

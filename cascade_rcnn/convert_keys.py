@@ -244,19 +244,16 @@ def adapt_values(state: dict[str, Tensor], source: Format) -> dict[str, Tensor]:
 
 def _fold_batch_norms(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without ``<convolution>.bn``: y = (conv(x) - mean) / sqrt(var + eps) * scale + shift is itself a convolution."""
-    result = {key: value for key, value in state.items() if not re.fullmatch(r".*\.bn\.\w+", key)}
-    for key, variance in state.items():
-        if not key.endswith(".bn.running_var"):
-            continue
-        conv = key.removesuffix(".bn.running_var")
-        parts = {name: state.get(f"{conv}.{name}") for name in ("weight", "bn.weight", "bn.bias", "bn.running_mean")}
-        missing = [name for name, value in parts.items() if value is None or len(value) != len(variance)]
-        if missing:
-            raise CheckpointError(f"the batch norm behind {conv} is not whole: {', '.join(missing)} is missing or of "
-                                  "another size; fetch the file again")
-        weight, scale, shift, mean = (value.double() for value in parts.values() if value is not None)
+    result = {key: value for key, value in state.items() if ".bn." not in key}
+    for conv in sorted({key.rpartition(".bn.")[0] for key in state if ".bn." in key}):
+        names = [f"{conv}.{name}" for name in ("weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")]
+        missing = [name for name in names if name not in state]
+        if missing or len({state[name].shape[:1] for name in names}) > 1:
+            raise CheckpointError(f"the batch norm behind {conv} is not whole ({', '.join(missing) or 'its sizes'} "
+                                  f"{'missing' if missing else 'differ'}): fetch the file again")
+        weight, scale, shift, mean, variance = (state[name].double() for name in names)
         bias = state[f"{conv}.bias"].double() if f"{conv}.bias" in state else torch.zeros_like(mean)
-        factor = scale / (variance.double() + _BN_EPS).sqrt()  # [out channels]
+        factor = scale / (variance + _BN_EPS).sqrt()  # [out channels]
         result[f"{conv}.weight"] = (weight * factor[:, None, None, None]).float()
         result[f"{conv}.bias"] = ((bias - mean) * factor + shift).float()
     return result

@@ -78,14 +78,14 @@ def _read_zip(file: IO[bytes], size: int) -> object:
         entries = {entry.filename: entry for entry in archive.infolist()}
         if len(entries) > _MAX_ENTRIES or sum(entry.file_size for entry in entries.values()) > size:
             raise CheckpointError("its entries claim more bytes than the file has: refused")
+        if any(re.match(r"[^/]+/code/", name) for name in entries):
+            raise CheckpointError("a TorchScript program, not a checkpoint: give the .pth that it was made from")
         if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries.values()):
             raise CheckpointError("a compressed or encrypted zip, which torch never writes: unpack it first")
         programs = [name for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
         if len(programs) != 1:
             raise CheckpointError("a zip without a torch checkpoint in it (no data.pkl): unpack it first")
         root = programs[0].removesuffix("data.pkl")
-        if any(name.startswith(root + "code/") for name in entries):
-            raise CheckpointError("a TorchScript program, not a checkpoint: give the .pth that it was made from")
         if entries[programs[0]].file_size > _MAX_PROGRAM:
             raise CheckpointError("its pickle is larger than 256 MiB: refused")
         if root + "byteorder" in entries and archive.read(root + "byteorder") != b"little":

@@ -482,6 +482,9 @@ def test_an_existing_file_is_kept_unless_it_is_the_same_conversion(tmp_path: Pat
         run_convert(tmp_path / "source.pth", other)
     run_convert(tmp_path / "source.pth", dest, overwrite=True)
     assert not torch.equal(load_file(dest)["rpn.objectness.bias"], before["rpn.objectness.bias"])
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match="folder"):
+        run_convert(tmp_path / "source.pth", tmp_path / "folder.safetensors", overwrite=True)
     with pytest.raises(CheckpointError, match="already a checkpoint"):
         run_convert(dest, tmp_path / "again.safetensors")
     with pytest.raises(CheckpointError, match="safetensors"):

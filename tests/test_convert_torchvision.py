@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cascade_rcnn.checkpoint import Checkpoint, load_checkpoint
 from cascade_rcnn.convert import run_convert
+from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.structures import ImageBatch
 
@@ -139,3 +140,16 @@ def test_torchvisions_coco_weights_run_without_eps(tmp_path: Path) -> None:
     assert len(frozen) == 20 and len(found) == 5
     for feature, value in zip(found, wanted.values()):
         assert torch.allclose(feature, value, rtol=1e-4, atol=1e-4 * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("part", ["running_var", "running_mean", "weight", "size"])
+def test_a_norm_that_is_not_whole_is_named(tmp_path: Path, part: str) -> None:
+    state = dict(torchvision_v2_model(False).state_dict())
+    norm = "roi_heads.box_head.2.1."
+    if part == "size":
+        state[norm + "bias"] = torch.zeros(3)
+    else:
+        del state[norm + part]
+    with pytest.raises(CheckpointError, match=rf"behind cascade\.box_heads\.0\.convs\.2\.0 is not whole \(.*{part}"):
+        convert(tmp_path, state)
+    assert not (tmp_path / "dest.safetensors").exists()

@@ -288,6 +288,10 @@ def test_zip_tricks_are_refused(tmp_path: Path) -> None:
     script = torch_zip(tmp_path / "script.pth", b"\x80\x02}.", {"code/m.py": b"print()"})
     with pytest.raises(CheckpointError, match="TorchScript"):
         read_pickled(script)
+    with zipfile.ZipFile(script, "a", zipfile.ZIP_DEFLATED) as archive:  # as torch.jit.save does
+        archive.writestr("archive/code/n.py", b"print()" * 50)
+    with pytest.raises(CheckpointError, match="TorchScript"):
+        read_pickled(script)
     program = storage_program(2)
     with pytest.raises(CheckpointError):
         read_pickled(torch_zip(tmp_path / "outside.pth", program, {"other": b"\0" * 8}))
