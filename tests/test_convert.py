@@ -24,7 +24,7 @@ from cascade_rcnn.checkpoint import load_checkpoint
 from cascade_rcnn.config import ModelConfig
 from cascade_rcnn.convert import COCO_IDS, COCO_NAMES, _match_preprocessing, _Source, run_convert
 from cascade_rcnn.convert_config import Hints, Structure, read_config_text
-from cascade_rcnn.convert_keys import absorb_preprocessing
+from cascade_rcnn.convert_keys import absorb_preprocessing, recognise, rename
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.models.build import build_model, load_backbone_weights
 from cascade_rcnn.predict import load
@@ -154,6 +154,7 @@ def mmdetection_name(key: str, norm: str = "bn") -> str:
         (r"backbone\.body\.(.*)\bbn(\d)\.", rf"backbone.\1{norm}\2."), (r"backbone\.body\.", "backbone."),
         (r"fpn\.lateral\.(\d)", r"neck.lateral_convs.\1.conv"), (r"fpn\.output\.(\d)", r"neck.fpn_convs.\1.conv"),
         (r"fpn\.lateral_norm\.(\d)", r"neck.lateral_convs.\1.gn"), (r"fpn\.output_norm\.(\d)", r"neck.fpn_convs.\1.gn"),
+        (r"rpn\.conv\.0", "rpn_head.rpn_conv.0.conv"), (r"rpn\.conv\.2", "rpn_head.rpn_conv.1.conv"),
         (r"rpn\.conv", "rpn_head.rpn_conv"), (r"rpn\.objectness", "rpn_head.rpn_cls"),
         (r"rpn\.deltas", "rpn_head.rpn_reg"),
         (r"cascade\.box_heads\.(\d)\.convs\.(\d)\.0", r"roi_head.bbox_head.\1.shared_convs.\2.conv"),
@@ -187,6 +188,46 @@ def test_group_norm_and_convolutional_heads(tmp_path: Path) -> None:
     made = convert(tmp_path, {"state_dict": {mmdetection_name(key, "gn"): value for key, value in ours.items()}})
     assert set(made.state) == set(ours) and all(torch.equal(made.state[key], ours[key]) for key in ours)
     assert (made.config.model.norm, made.config.model.box_head) == ("group", "4conv1fc_gn")
+
+
+@torch.no_grad()
+def test_batch_norm_in_neck_and_heads_is_folded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ModelConfig(backbone="resnet18", rpn_convs=2, box_head="4conv1fc", masks="every", fpn_channels=32,
+                         head_channels=16, mask_channels=32)
+    state = {mmdetection_name(key): value for key, value in build_model(config, CLASSES).state_dict().items()}
+    normed = [key.removesuffix(".conv.bias") for key in state if re.search(r"(lateral|fpn|head\.\d\.\w*)_?convs", key)
+              and key.endswith("bias")]
+    layers = {}
+    for name in normed:
+        weight, norm = state[f"{name}.conv.weight"], nn.BatchNorm2d(32).eval()
+        del state[f"{name}.conv.bias"]
+        for value in (norm.weight, norm.bias, norm.running_mean):
+            nn.init.normal_(value)
+        nn.init.uniform_(norm.running_var, 0.1, 2)
+        conv = nn.Conv2d(weight.shape[1], 32, weight.shape[2], bias=False)
+        conv.weight.copy_(weight)
+        layers[name] = nn.Sequential(conv, norm)
+        state |= {f"{name}.bn.{key}": value for key, value in norm.state_dict().items()}
+    made = convert(tmp_path, {"state_dict": state})
+    assert (made.config.model.rpn_convs, made.config.model.box_head) == (2, "4conv1fc")
+    assert "folded" in capsys.readouterr().out and len(normed) == 4 + 4 + 3 * 4 + 3 * 4
+    assert torch.equal(made.state["rpn.conv.2.weight"], state["rpn_head.rpn_conv.1.conv.weight"])
+    for key, value in made.state.items():
+        layer = layers.get(mmdetection_name(key).removesuffix(".conv.weight"))
+        if layer is not None and key.endswith("weight"):
+            x = torch.rand(1, value.shape[1], 5, 5)
+            folded = nn.functional.conv2d(x, value, made.state[key.removesuffix("weight") + "bias"])
+            assert torch.allclose(folded, layer(x), rtol=1e-4, atol=1e-5), key
+            del layers[mmdetection_name(key).removesuffix(".conv.weight")]
+    assert not layers
+
+
+def test_more_rpn_convolutions_of_detectron2() -> None:
+    state = {f"proposal_generator.rpn_head.conv.conv{i}.weight": torch.full((1,), i) for i in range(2)}
+    assert recognise(state) == "detectron2"
+    renamed, left_over = rename(state, "detectron2")
+    assert {key: int(value) for key, value in renamed.items()} == {"rpn.conv.0.weight": 0, "rpn.conv.2.weight": 1}
+    assert not left_over
 
 
 CONFIG_TEXT_3 = """
