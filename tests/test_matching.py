@@ -48,7 +48,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     boxes, truth = random_boxes(300), random_boxes(20, seed=7)
     arguments = {"positive_iou": 0.5, "negative_iou": 0.3, "best_box_iou": 0.1}
     whole = match(boxes[None], usable(boxes), targets_of(truth), **arguments)
-    monkeypatch.setattr(matching, "MAX_TABLE", 97)
+    monkeypatch.setattr(matching, "MAX_TABLE_CPU", 97)
     parts = match(boxes[None], usable(boxes), targets_of(truth), **arguments)
     assert torch.equal(whole.index, parts.index)
     assert torch.equal(whole.positive, parts.positive)

@@ -15,6 +15,7 @@ from cascade_rcnn.models.boxes import pairwise_iof, pairwise_iou
 from cascade_rcnn.structures import Targets
 
 MAX_TABLE = 1 << 24  # entries of a pairwise table held at once (64 MB in float32)
+MAX_TABLE_CPU = 1 << 18  # so that it stays in the cache: 1.2 s instead of 3.9 s for 268,569 anchors and 1,000 objects
 IGNORED_SHARE = 0.5  # a negative with more than this share of its area inside an ignored region takes no part
 
 
@@ -39,11 +40,15 @@ class Samples:
     max_positives: int  # positives lie in the first so many rows
 
 
+def _rows_at_once(objects: Tensor) -> int:
+    return max(1, (MAX_TABLE_CPU if objects.device.type == "cpu" else MAX_TABLE) // max(1, objects.shape[0]))
+
+
 def _best(boxes: Tensor, usable: Tensor, objects: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Largest IoU [N] of each box [N, 4] with the valid objects [G, 4], that object's row [N], and each object's
     largest IoU [G] with a usable box.
     """
-    chunk = max(1, MAX_TABLE // max(1, objects.shape[0]))
+    chunk = _rows_at_once(objects)
     values, rows = [], []
     best = boxes.new_full((objects.shape[0],), -1.0)
     for part, real in zip(boxes.split(chunk), usable.split(chunk)):
@@ -63,7 +68,7 @@ def _owners(boxes: Tensor, usable: Tensor, objects: Tensor, best: Tensor, iou: T
     An object's best boxes are all that share its largest IoU ``best`` [G], if that is at least ``min_iou``. ``iou``
     [N] is each box's own largest: a box below every object's best cannot be one (asked on CPUs, where asking is free).
     """
-    chunk = max(1, MAX_TABLE // max(1, objects.shape[0]))
+    chunk = _rows_at_once(objects)
     eligible = (best >= min_iou) & (best > 0)
     number = torch.arange(1, objects.shape[0] + 1, device=boxes.device)
     owners = torch.zeros_like(iou, dtype=torch.int64)
@@ -82,7 +87,7 @@ def ignored_by_regions(boxes: Tensor, targets: Targets, b: int) -> Tensor:
     regions, real = targets.boxes[b], targets.ignore[b]
     if boxes.device.type == "cpu" and not real.any():  # asking a GPU would make the host wait
         return torch.zeros(len(boxes), dtype=torch.bool)
-    chunk = max(1, MAX_TABLE // max(1, regions.shape[0]))
+    chunk = _rows_at_once(regions)
     parts = [
         pairwise_iof(part, regions).masked_fill(~real, 0.0).amax(dim=1) > IGNORED_SHARE for part in boxes.split(chunk)
     ]
