@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "tests")]
+import test_parity as parity
+
 from cascade_rcnn.predict import load
-from tests import test_parity as parity
 
 
 def forward(case: parity.Case) -> dict[str, str]:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import RunCommand
 from faster_coco_eval.core import mask as coco_mask
 from PIL import Image
 from safetensors.torch import load_file
@@ -28,7 +29,6 @@ from cascade_rcnn.convert_keys import absorb_preprocessing, recognise, rename
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.models.build import build_model, load_backbone_weights
 from cascade_rcnn.predict import load
-from tests.conftest import RunCommand
 
 MANIFESTS = Path(__file__).parent / "data/parity"
 MASK = "mmdet_cascade_mask_rcnn_r50_fpn"

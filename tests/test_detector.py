@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from tiny import squares, tiny_model
 from torchvision.ops import box_iou
 
 from cascade_rcnn.structures import ImageBatch, Targets
-from tests.tiny import squares, tiny_model
 
 SEMANTICS = ("mmdetection", "detectron2", "paper", "torchvision")
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from test_boxes import random_boxes
 
 from cascade_rcnn.models import matching
 from cascade_rcnn.models.boxes import pairwise_iou
 from cascade_rcnn.models.matching import Matches, choose, match
 from cascade_rcnn.structures import Targets
-from tests.test_boxes import random_boxes
 
 
 def targets_of(boxes: torch.Tensor, *, ignore: torch.Tensor | None = None) -> Targets:

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from test_boxes import random_boxes
 from torchvision.ops import batched_nms, nms
 
 from cascade_rcnn.models.postprocess import nms_keep, select_detections, soft_nms_scores
-from tests.test_boxes import random_boxes
 
 OPTIONS = {"score_threshold": 0.05, "nms": "class", "nms_iou": 0.5, "max_detections": 100}
 

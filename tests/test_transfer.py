@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import TINY, tiny_model
 
 from cascade_rcnn.checkpoint import save_checkpoint
 from cascade_rcnn.config import Config
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.transfer import start_from
-from tests.tiny import TINY, tiny_model
 
 
 @pytest.mark.parametrize("agnostic", [True, False])
