@@ -75,6 +75,7 @@ SEMANTICS = {
         train_proposals=2000, one_stage_train_proposals=2000,
         best_box_iou=0.0, rematch_best=False, fixed_rpn_normalizer=True,
         limit_shrinking=False, mean_of_logits=False, bgr=True, judge_last_boxes=True,
+        sampling_ratio=2, aligned=False,
     ),
     "torchvision": Semantics(
         halving_loss_weights=False, resample=True, divide_gradient=False,
