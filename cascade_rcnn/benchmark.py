@@ -243,10 +243,10 @@ def _watched(model: CascadeRCNN, watch: measure.Stopwatch) -> Iterator[None]:
     def pooling(*_: Any, size: int = 7, **__: Any) -> str:
         return f"stage {stage + 1}: RoIAlign" if size == 7 else "masks: RoIAlign"
 
-    def run_stage(k: int, *_: Any, **__: Any) -> str:
+    def pooling_for_head(k: int, *_: Any, **__: Any) -> str:
         nonlocal stage
         stage = k
-        return f"stage {k + 1}: head"
+        return pooling()
 
     undo = [
         watch.watch(model, "normalize", "normalise"),
@@ -254,7 +254,7 @@ def _watched(model: CascadeRCNN, watch: measure.Stopwatch) -> Iterator[None]:
         watch.watch(model.fpn, "forward", "FPN"),
         watch.watch(model.rpn, "forward", "RPN convolutions"),
         watch.watch(rpn_module, "nms_keep", "RPN NMS"),
-        watch.watch(model.cascade, "_run_stage", run_stage),
+        watch.watch(model.cascade, "_pool_for_head", pooling_for_head),
         watch.watch(model.cascade, "_pool", pooling),
         watch.watch(cascade_module, "select_detections", "postprocess"),
         *(watch.watch(head, "forward", f"stage {k + 1}: head") for k, head in enumerate(model.cascade.box_heads)),

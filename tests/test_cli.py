@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from cascade_rcnn import cli, errors
+from cascade_rcnn.checkpoint import save_checkpoint
 from cascade_rcnn.cli import COMMANDS, main
 from cascade_rcnn.config import Config
 from cascade_rcnn.recipes import config_names, load_config
@@ -124,8 +125,10 @@ def test_every_documented_command_is_accepted(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = shlex.split(example.partition(" > ")[0])[1:]
-    own_recipe = tmp_path / "my_recipe.py"
-    own_recipe.write_text("from cascade_rcnn.config import Config\nconfig = Config()\n", encoding="utf-8")
+    for own_recipe in ("my_recipe.py", "mine.py"):
+        (tmp_path / own_recipe).write_text("from cascade_rcnn.config import Config\nconfig = Config()\n", encoding="utf-8")
+    if "cascade.safetensors" in words:
+        save_checkpoint(tmp_path / "cascade.safetensors", {}, config=Config(), class_names=("a",))
     for word in words:  # recipes that a page addresses by their place in a checkout
         if word.startswith("configs/") and (REPOSITORY / word).is_file():
             words[words.index(word)] = str(REPOSITORY / word)
