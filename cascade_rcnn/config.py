@@ -73,6 +73,8 @@ class ModelConfig:
     nms_iou: float = 0.5
     max_detections: int = 100
     """Detections kept per image; raise it for dense scenes."""
+    train_proposals: int = 0
+    """RPN proposals kept per level and per image in training; 0: as model.semantics has it (1000 or 2000)."""
     test_proposals: int = 1000
     """RPN proposals kept per image at test time."""
 

@@ -126,7 +126,8 @@ def test_every_documented_command_is_accepted(
     monkeypatch.chdir(tmp_path)
     words = shlex.split(example.partition(" > ")[0])[1:]
     for own_recipe in ("my_recipe.py", "mine.py"):
-        (tmp_path / own_recipe).write_text("from cascade_rcnn.config import Config\nconfig = Config()\n", encoding="utf-8")
+        text = "from cascade_rcnn.config import Config\nconfig = Config()\n"
+        (tmp_path / own_recipe).write_text(text, encoding="utf-8")
     if "cascade.safetensors" in words:
         save_checkpoint(tmp_path / "cascade.safetensors", {}, config=Config(), class_names=("a",))
     for word in words:  # recipes that a page addresses by their place in a checkout

@@ -143,7 +143,9 @@ def build_model(config: ModelConfig, num_classes: int, *, pretrained: bool = Fal
 
 def _build_rpn(config: ModelConfig, semantics: Semantics) -> RPN:
     one_stage = len(config.stage_ious) == 1
-    train_proposals = semantics.one_stage_train_proposals if one_stage else semantics.train_proposals
+    train_proposals = config.train_proposals or (
+        semantics.one_stage_train_proposals if one_stage else semantics.train_proposals
+    )
     anchors = AnchorGenerator(
         (*STRIDES, 64), scales=config.anchor_scales, ratios=config.anchor_ratios, rounded=semantics.rounded_anchors
     )
@@ -153,7 +155,7 @@ def _build_rpn(config: ModelConfig, semantics: Semantics) -> RPN:
         best_box_iou=semantics.best_box_iou,
         rematch_best=semantics.rematch_best,
         fixed_normalizer=semantics.fixed_rpn_normalizer,
-        pre_nms=(2000, max(1000, config.test_proposals)),
+        pre_nms=(config.train_proposals or 2000, max(1000, config.test_proposals)),
         post_nms=(train_proposals, config.test_proposals),
         limit_shrinking=semantics.limit_shrinking,
         mask_padding=semantics.mask_padding,
