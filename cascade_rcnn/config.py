@@ -136,8 +136,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(len(self.short_side) >= 1 and min(self.short_side) >= 32, f"data.short_side {self.short_side}: "
                  "at least one size of at least 32 pixels")
-        _require(self.short_side_mode == "choice" or len(self.short_side) == 2,
-                 f"data.short_side {self.short_side}: with short_side_mode range give the two ends")
+        _require(self.short_side_mode == "choice" or len(self.short_side) <= 2,
+                 f"data.short_side {self.short_side}: with short_side_mode range give the two ends, or one size")
         _require(self.long_side >= max(self.short_side), f"data.long_side {self.long_side} is below the shorter "
                  f"side {max(self.short_side)}: raise it")
         _require(0 <= self.flip <= 1, f"data.flip {self.flip}: a probability")

@@ -6,6 +6,7 @@ import atexit
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make tests 8 times slower on a busy machine
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
     os.environ.pop(_name, None)
+# A shell that starts the tests in the background has them ignore these, and their processes too.
+for _signal, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_signal) is signal.SIG_IGN:
+        signal.signal(_signal, _usual)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

@@ -343,3 +343,9 @@ def test_five_thousand_images_take_seconds(tmp_path: Path) -> None:
 def test_findings_in_the_real_samples(folder: str, kinds: dict[str, int]) -> None:
     counts = check_dataset(SHARED / folder).counts
     assert {kind: counts.get(kind) for kind in kinds} == kinds
+
+
+def test_a_missing_folder_is_refused_without_looking_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_module.os, "walk", lambda *_, **__: pytest.fail("walks through the folder above"))
+    with pytest.raises(DataError, match="no such folder"):
+        check_before_training(Config(data=DataConfig(root=str(tmp_path / "nope"))))

@@ -72,6 +72,8 @@ def check_before_training(config: Config) -> Report:
     root = Path(config.data.root)
     names = list(dict.fromkeys([config.data.train, config.data.val] if config.train.evaluate_every else
                                [config.data.train]))
+    if not root.exists():
+        open_split(root, names[0])  # says so; looking for changes would walk through whatever folder is above
     cache = _cache_file(root, repr((_VERSION, config.data, config.model)))
     report = _load(cache)
     if report is None:

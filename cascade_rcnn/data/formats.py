@@ -44,7 +44,7 @@ def recognise(root: Path | str) -> str:
     """
     root = Path(root)
     if not (files.is_dir(root) or files.is_file(root)):
-        raise DataError(f"{files.printable(root)}: no such folder; give the data set's folder as --data")
+        raise DataError(f"{files.printable(root)}: no such folder; give the data set's folder")
     for name, (find, _, _) in _FORMATS.items():
         if any(True for _ in find(root)):
             return name
