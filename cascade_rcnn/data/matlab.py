@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,17 @@ import numpy as np
 from cascade_rcnn.data import files
 from cascade_rcnn.errors import DataError
 
+# scipy's reader is compiled code that a damaged file can crash: a process of its own tries first.
+_TRIAL = "import sys, warnings; warnings.simplefilter('ignore'); from scipy.io import loadmat; loadmat(sys.argv[1])"
+_TRIAL_SECONDS = 300
+
 
 def read_mat(path: Path) -> dict[str, Any]:
     """The variables of a .mat file (not version 7.3). Raises ``DataError`` where it cannot be read."""
     from scipy.io import loadmat  # type: ignore[import-untyped,unused-ignore]
 
     files.read_bytes(path)  # a file that is missing or empty gets its own message
+    _try_elsewhere(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -25,6 +32,17 @@ def read_mat(path: Path) -> dict[str, Any]:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(f"{files.printable(path)}: not a readable MATLAB file ({reason})") from None
     return {key: value for key, value in content.items() if not key.startswith("__")}
+
+
+def _try_elsewhere(path: Path) -> None:
+    """Let another process crash instead of this one. What it can say itself is left to the reading here."""
+    try:
+        trial = subprocess.run(
+            [sys.executable, "-c", _TRIAL, str(path)], capture_output=True, timeout=_TRIAL_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise DataError(f"{files.printable(path)}: not read within {_TRIAL_SECONDS} s; fetch it again") from None
+    if trial.returncode not in (0, 1):
+        raise DataError(f"{files.printable(path)}: crashes the reader of MATLAB files: it is damaged, fetch it again")
 
 
 def unwrap(value: Any) -> Any:
