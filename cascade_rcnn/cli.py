@@ -123,13 +123,17 @@ def _predict(words: Sequence[str]) -> None:
                         help="draw detections from this score on; predictions.json has all (0.3)")
     parser.add_argument("--no-draw", action="store_true", help="predictions.json only")
     parser.add_argument("--shard", default="", metavar="I/N", help="look at every N-th image only, from the I-th on")
+    parser.add_argument("--submission", type=Path, metavar="DIR", help="also write a benchmark's own result files")
+    parser.add_argument("--format", default="coco", choices=("coco", "voc", "kitti", "citypersons", "widerface"),
+                        help="whose, for --submission (coco)")
     _add_device(parser)
     args = parser.parse_all(words)
 
     from cascade_rcnn.predict import run_predict
 
     run_predict(args.checkpoint, args.inputs, out=args.out, score=args.score, draw=not args.no_draw,
-                device=args.device, batch_size=args.batch_size, shard=args.shard)
+                device=args.device, batch_size=args.batch_size, shard=args.shard,
+                submission=(args.format, args.submission) if args.submission else None)
 
 
 def _score(words: Sequence[str]) -> None:

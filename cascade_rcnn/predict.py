@@ -34,6 +34,7 @@ from cascade_rcnn.models.detector import CascadeRCNN
 from cascade_rcnn.progress import progress_bar
 from cascade_rcnn.results import ResultsFile, join_shards, parse_shard, results_path
 from cascade_rcnn.structures import ImageBatch, RawDetections
+from cascade_rcnn.submit import submit_predictions
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 _T = TypeVar("_T")
@@ -204,13 +205,15 @@ class PredictSummary:
 
 
 def run_predict(checkpoint: str | Path, inputs: Sequence[str | Path], *, out: Path, score: float = 0.3,
-                draw: bool = True, device: str = "auto", batch_size: int = 1, shard: str = "") -> PredictSummary:
+                draw: bool = True, device: str = "auto", batch_size: int = 1, shard: str = "",
+                submission: tuple[str, Path] | None = None) -> PredictSummary:
     """The command ``predict``: drawings and ``predictions.json`` of files, folders (with subfolders) and videos.
 
     Args:
         out: folder for ``predictions.json`` and ``drawings/``, which repeats the folders of the inputs.
         score: draw detections from this score on; ``predictions.json`` has all that the model gives.
         shard: ``i/n`` looks at every n-th image only; under torchrun each process takes its own part by itself.
+        submission: also write the result files of that benchmark (its name) into that folder; not with shards.
 
     Raises:
         UserError: an input, checkpoint or folder that cannot be used, or not one readable image.
@@ -218,6 +221,8 @@ def run_predict(checkpoint: str | Path, inputs: Sequence[str | Path], *, out: Pa
     out, paths = Path(out), [Path(path) for path in inputs]
     part = parse_shard(shard)
     _check_out(out, paths)
+    if submission and part[1] > 1:
+        raise UserError("--submission needs all images in one run: leave --shard away")
     files = list(islice(collect(paths, leave_out=out), part[0] - 1, None, part[1]))
     detector = load(checkpoint, device=_own_device(device))
     summary = PredictSummary(results=results_path(out, part))
@@ -233,6 +238,11 @@ def run_predict(checkpoint: str | Path, inputs: Sequence[str | Path], *, out: Pa
     _report(summary, out)
     if summary.skipped and not summary.images:
         raise DataError(_nothing_read(summary))
+    if submission:
+        names = [file.name for file in files if not file.is_video]
+        classes = (detector.class_names, detector.category_ids)
+        written = submit_predictions(submission[0], summary.results, names, classes, out=Path(submission[1]))
+        print(f"submission: {printable(written)}")
     return summary
 
 
