@@ -1,4 +1,4 @@
-"""Pictures put together: truth beside prediction, a sheet of many pictures, and AP against IoU as a chart."""
+"""Pictures put together: a sheet of many pictures, and AP against IoU as a chart."""
 
 from __future__ import annotations
 
@@ -8,41 +8,23 @@ from itertools import pairwise
 
 from PIL import Image, ImageDraw
 
-from cascade_rcnn.drawing import Color, class_color, font
+from cascade_rcnn.visualize import INK, PAPER, Color, class_color, font
 
-_PAPER: Color = (255, 255, 255)
-_INK: Color = (40, 44, 52)
 _FAINT: Color = (222, 225, 230)
 _SOFT: Color = (110, 116, 126)
-
-
-def side_by_side(truth: Image.Image, prediction: Image.Image, *,
-                 titles: tuple[str, str] = ("ground truth", "prediction")) -> Image.Image:
-    """Two pictures beside each other under a line of title each; the second is scaled to the first one's height."""
-    if prediction.height != truth.height:
-        width = max(1, round(prediction.width * truth.height / prediction.height))
-        prediction = prediction.resize((width, truth.height), Image.Resampling.LANCZOS)
-    size = max(11, round(0.5 * (truth.width * truth.height) ** 0.26 * 2))
-    gap, head = max(4, size // 3), round(size * 1.7)
-    sheet = Image.new("RGB", (truth.width + prediction.width + 3 * gap, truth.height + head + gap), _PAPER)
-    pen = ImageDraw.Draw(sheet)
-    for left, picture, title in ((gap, truth, titles[0]), (truth.width + 2 * gap, prediction, titles[1])):
-        sheet.paste(picture, (left, head))
-        pen.text((left + picture.width / 2, head / 2), title, font=font(size), fill=_INK, anchor="mm")
-    return sheet
 
 
 def contact_sheet(images: Sequence[Image.Image], *, columns: int | None = None, cell: int = 320,
                   titles: Sequence[str] = ()) -> Image.Image:
     """Many pictures in a grid, each fitted into a cell of ``cell`` pixels' width; rows are as high as their highest."""
     if not images:
-        return Image.new("RGB", (cell, cell), _PAPER)
+        return Image.new("RGB", (cell, cell), PAPER)
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     gap, head = max(4, cell // 40), (round(cell / 14) + 6 if titles else 0)
     fitted = [_fit(image, cell) for image in images]
     rows = [fitted[start : start + columns] for start in range(0, len(fitted), columns)]
     heights = [max(picture.height for picture in row) + head for row in rows]
-    sheet = Image.new("RGB", (columns * (cell + gap) + gap, sum(heights) + gap * (len(rows) + 1)), _PAPER)
+    sheet = Image.new("RGB", (columns * (cell + gap) + gap, sum(heights) + gap * (len(rows) + 1)), PAPER)
     pen = ImageDraw.Draw(sheet)
     top = gap
     for number, (row, height) in enumerate(zip(rows, heights)):
@@ -50,7 +32,7 @@ def contact_sheet(images: Sequence[Image.Image], *, columns: int | None = None, 
             left = gap + place * (cell + gap)
             index = number * columns + place
             if index < len(titles):
-                pen.text((left, top + head / 2), titles[index], font=font(round(cell / 20)), fill=_INK, anchor="lm")
+                pen.text((left, top + head / 2), titles[index], font=font(round(cell / 20)), fill=INK, anchor="lm")
             sheet.paste(picture, (left + (cell - picture.width) // 2, top + head))
         top += height + gap
     return sheet
@@ -72,7 +54,7 @@ def ap_by_iou_chart(curves: Mapping[str, Sequence[tuple[float, float | None]]], 
     many = 2  # drawn twice as large and reduced, which makes lines and text smooth
     width, height = size[0] * many, size[1] * many
     unit = height / 100
-    sheet = Image.new("RGB", (width, height), _PAPER)
+    sheet = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(sheet)
     text = font(round(3.6 * unit))
     frame = (13 * unit, 12 * unit, width - 4 * unit, height - 14 * unit)  # left, top, right, bottom
@@ -86,7 +68,7 @@ def ap_by_iou_chart(curves: Mapping[str, Sequence[tuple[float, float | None]]], 
     def y_of(ap: float) -> float:
         return frame[3] - ap / top_value * (frame[3] - frame[1])
 
-    pen.text((frame[0], 5.5 * unit), title, font=font(round(4.6 * unit)), fill=_INK, anchor="lm")
+    pen.text((frame[0], 5.5 * unit), title, font=font(round(4.6 * unit)), fill=INK, anchor="lm")
     steps = round(top_value / 0.1) if top_value > 0.3 else round(top_value / 0.05)
     for step in range(steps + 1):
         value = top_value * step / steps
@@ -97,7 +79,7 @@ def ap_by_iou_chart(curves: Mapping[str, Sequence[tuple[float, float | None]]], 
         pen.text((x_of(iou), frame[3] + 2 * unit), f"{iou:.2f}", font=text, fill=_SOFT, anchor="ma")
     pen.line((frame[0], frame[3], frame[2], frame[3]), fill=_SOFT, width=max(1, round(0.4 * unit)))
     middle = (frame[0] + frame[2]) / 2
-    pen.text((middle, height - 2 * unit), "IoU a detection must reach", font=text, fill=_INK, anchor="mb")
+    pen.text((middle, height - 2 * unit), "IoU a detection must reach", font=text, fill=INK, anchor="mb")
     _write_upright(sheet, "average precision", round(3.6 * unit), (3 * unit, (frame[1] + frame[3]) / 2))
     for index, points in enumerate(curves.values()):
         places = [None if ap is None else (x_of(iou), y_of(ap)) for iou, ap in points]
@@ -126,10 +108,10 @@ def _draw_marker(pen: ImageDraw.ImageDraw, place: tuple[float, float], color: Co
     x, y = place
     edge = max(1, round(radius / 4))
     if shape % 4 == 0:
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color, outline=_PAPER, width=edge)
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color, outline=PAPER, width=edge)
     else:
         corners, turn = {1: (4, 45), 2: (3, 0), 3: (4, 0)}[shape % 4]
-        pen.regular_polygon((x, y, radius * 1.25), corners, rotation=turn, fill=color, outline=_PAPER)
+        pen.regular_polygon((x, y, radius * 1.25), corners, rotation=turn, fill=color, outline=PAPER)
 
 
 def _draw_key(sheet: Image.Image, names: Sequence[str], frame: tuple[float, float, float, float], unit: float) -> None:
@@ -141,19 +123,19 @@ def _draw_key(sheet: Image.Image, names: Sequence[str], frame: tuple[float, floa
     width = max(letters.getlength(name) for name in names) + 11 * unit
     left, top = frame[2] - width, frame[1] + unit
     pen = ImageDraw.Draw(sheet)
-    pen.rounded_rectangle((left, top, frame[2] - unit, top + row * len(names) + 2 * unit), radius=unit, fill=_PAPER,
+    pen.rounded_rectangle((left, top, frame[2] - unit, top + row * len(names) + 2 * unit), radius=unit, fill=PAPER,
                           outline=_FAINT, width=max(1, round(0.25 * unit)))
     for index, name in enumerate(names):
         middle = top + unit + row * (index + 0.5)
         pen.line((left + 1.5 * unit, middle, left + 7 * unit, middle), fill=class_color(index), width=round(0.8 * unit))
         _draw_marker(pen, (left + 4.25 * unit, middle), class_color(index), 1.15 * unit, index)
-        pen.text((left + 8.5 * unit, middle), name, font=letters, fill=_INK, anchor="lm")
+        pen.text((left + 8.5 * unit, middle), name, font=letters, fill=INK, anchor="lm")
 
 
 def _write_upright(sheet: Image.Image, words: str, size: int, center: tuple[float, float]) -> None:
     """Text turned by 90 degrees, read from below."""
     letters = font(size)
-    tile = Image.new("RGB", (round(letters.getlength(words)) + 4, round(size * 1.5)), _PAPER)
-    ImageDraw.Draw(tile).text((tile.width / 2, tile.height / 2), words, font=letters, fill=_INK, anchor="mm")
+    tile = Image.new("RGB", (round(letters.getlength(words)) + 4, round(size * 1.5)), PAPER)
+    ImageDraw.Draw(tile).text((tile.width / 2, tile.height / 2), words, font=letters, fill=INK, anchor="mm")
     turned = tile.rotate(90, expand=True)
     sheet.paste(turned, (max(round(center[0] - turned.width / 2), 0), round(center[1] - turned.height / 2)))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -286,3 +288,72 @@ def _umask() -> int:
 def _one_line(error: BaseException) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__
+
+
+# Random generators of this process, as torch, python and numpy hold them: a run that is resumed sees the same numbers
+# as one that was not interrupted.
+
+
+def seed_generators(seed: int, rank: int, step: int) -> None:
+    """Seed all generators with numbers that differ between processes."""
+    number = int(np.random.SeedSequence((seed, rank, step)).generate_state(1)[0])
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number)
+
+
+def get_generators(device: torch.device) -> dict[str, Any]:
+    """Where the generators stand; cheap enough for every step, and without a wait for the GPU."""
+    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": np.random.get_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_generators(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextmanager
+def undisturbed_generators(device: torch.device) -> Iterator[None]:
+    state = get_generators(device)
+    try:
+        yield
+    finally:
+        set_generators(state, device)
+
+
+def as_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The generators' states as bytes."""
+    kind, words, *rest = state["numpy"]
+    texts = {"python": json.dumps(state["python"]), "numpy": json.dumps([kind, words.tolist(), *rest])}
+    coded = {name: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) for name, text in texts.items()}
+    return coded | {name: state[name] for name in ("torch", "cuda") if name in state}
+
+
+def from_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    version, words, gauss = json.loads(tensors["python"].numpy().tobytes())
+    kind, numbers, *rest = json.loads(tensors["numpy"].numpy().tobytes())
+    return {**tensors, "python": (version, tuple(words), gauss),
+            "numpy": (kind, np.array(numbers, dtype=np.uint32), *rest)}
+
+
+@contextmanager
+def reproducible(on: bool) -> Iterator[None]:
+    """Deterministic algorithms inside; an operator without one raises an error that names it."""
+    if not on:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]

@@ -1,4 +1,4 @@
-"""What the detector found in one image, in pixels of that image, and how to take it elsewhere.
+"""What the detector finds in an image, in pixels of that image, and how to take it elsewhere.
 
 D detections, m side of the mask head's output. Masks stay [D, m, m] probabilities until somebody asks for pixels, and
 are then pasted object by object within their own box: 300 masks in a 12-megapixel image never lie in memory as 300
@@ -8,10 +8,10 @@ bitmaps unless ``.masks`` is read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cascade_rcnn.errors import UserError
+from cascade_rcnn.structures import ImageBatch, RawDetections
+
+if TYPE_CHECKING:
+    from cascade_rcnn.models.detector import CascadeRCNN
 
 MASK_THRESHOLD = 0.5
 
@@ -196,3 +200,33 @@ def encode_crop(crop: MaskCrop, size: tuple[int, int]) -> dict[str, Any]:
     encoded = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
     text = encoded["counts"]
     return {"size": [height, width], "counts": text.decode("ascii") if isinstance(text, bytes) else text}
+
+
+def detect(model: CascadeRCNN, images: ImageBatch, precision: Literal["fp32", "bf16"] = "fp32") -> RawDetections:
+    """Run a batch on the model's own device, in evaluation mode; the result is on the CPU."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return model.detect(images.to(device, non_blocking=True)).to("cpu")
+    finally:
+        model.train(training)
+
+
+def to_detections(raw: RawDetections, images: ImageBatch, class_names: Sequence[str],
+                  category_ids: Sequence[int] = ()) -> list[Detections]:
+    """Take a padded batch apart; boxes go from the network's input to original pixels, by each side's own factor."""
+    results = []
+    factors = images.original_sizes.double() / images.sizes.double()  # [B, 2] height, width
+    for index, size in enumerate(images.original_sizes.tolist()):
+        valid = raw.valid[index].cpu()
+        scale = factors[index].flip(0).repeat(2).cpu()  # x, y, x, y
+        limit = torch.tensor([size[1], size[0]] * 2, dtype=torch.float64)
+        boxes = torch.minimum(raw.boxes[index].cpu()[valid].double() * scale, limit).clamp(min=0).float()
+        results.append(Detections(
+            boxes, raw.scores[index].cpu().float()[valid], raw.labels[index].cpu()[valid], (size[0], size[1]),
+            tuple(class_names), mask_probs=None if raw.masks is None else raw.masks[index].cpu()[valid],
+            image_id=images.image_ids[index] if images.image_ids else None, category_ids=tuple(category_ids),
+        ))
+    return results

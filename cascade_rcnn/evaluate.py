@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from cascade_rcnn.data.files import printable
 from cascade_rcnn.data.formats import open_split
 from cascade_rcnn.data.loader import DetectionDataset, eval_loader
 from cascade_rcnn.data.records import DataSplit
+from cascade_rcnn.detections import Detections, detect, to_detections
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation.coco import IOUS, coco_truth, evaluate_coco
+from cascade_rcnn.logger import progress_bar
 from cascade_rcnn.models.detector import CascadeRCNN
-from cascade_rcnn.predict import detect, load, to_detections
-from cascade_rcnn.progress import progress_bar
 from cascade_rcnn.score import print_metrics, score
 
 Metrics = dict[str, float | None]
@@ -34,6 +34,7 @@ _SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 def evaluate_model(
     model: CascadeRCNN, config: Config, split: DataSplit, *, device: torch.device | None = None, progress: bool = True,
     batch_size: int = 1, class_map: Sequence[int] | None = None, workers: int | None = None,
+    look: Callable[[Detections], None] | None = None,
 ) -> Metrics:
     """COCO metrics of a model on a split: ``bbox/AP``, ``bbox/AP@0.50``, ``bbox/AP/CLASS``, ... and ``segm/...``.
 
@@ -43,9 +44,10 @@ def evaluate_model(
     Args:
         class_map: [K] the split's label of each label of the model, -1 for none; None: they are the same.
         workers: loader processes; None: ``config.data.workers``.
+        look: called with what was found in each image that this process looks at, e.g. to draw it.
     """
     results = detect_split(model, config, split, device=device, progress=progress, batch_size=batch_size,
-                           class_map=class_map, workers=workers)
+                           class_map=class_map, workers=workers, look=look)
     metrics = evaluate_results(results, config, split) if distributed.rank() == 0 else {}
     return distributed.broadcast(metrics)
 
@@ -53,6 +55,7 @@ def evaluate_model(
 def detect_split(
     model: CascadeRCNN, config: Config, split: DataSplit, *, device: torch.device | None = None, progress: bool = True,
     batch_size: int = 1, class_map: Sequence[int] | None = None, workers: int | None = None,
+    look: Callable[[Detections], None] | None = None,
 ) -> list[dict[str, Any]]:
     """COCO results of a model on all images of a split: on rank 0 those of all processes, elsewhere an empty list."""
     if device is not None:
@@ -69,6 +72,8 @@ def detect_split(
                 for detections in to_detections(detect(model, images), images, names, ids):
                     seen.append(detections.image_id if detections.image_id is not None else len(seen))
                     results.extend(one for one in detections.to_coco() if one["category_id"] != _NOT_IN_SPLIT)
+                    if look is not None:
+                        look(detections)
                 advance(len(images) * size)
     finally:
         loader.close()
@@ -116,6 +121,8 @@ def run_evaluate(checkpoint: str | Path, *, data: str | Path, split: str = "", o
     Raises:
         CheckpointError, DataError: what cannot be read, or classes of the data that the checkpoint does not know.
     """
+    from cascade_rcnn.predict import load
+
     with distributed.start(None if device == "auto" else device) as world:
         detector = load(checkpoint, device=world.device)
         chosen = open_split(data, split or detector.config.data.val)

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -307,3 +307,16 @@ def _progress_bar(step: int, total: int) -> Any:
                    TextColumn("{task.fields[numbers]}"))
     bar.start()
     return bar, bar.add_task("steps", total=total, completed=step, numbers="")
+
+
+@contextmanager
+def progress_bar(total: int, what: str = "images", *, show: bool = True) -> Iterator[Callable[[int], None]]:
+    """Gives a function that moves the bar on by so many; ``total`` 0 means unknown. On stderr, gone when it is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not show or not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total or None)
+        yield lambda count: bar.advance(task, count)

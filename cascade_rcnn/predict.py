@@ -26,14 +26,13 @@ from cascade_rcnn.config import Config
 from cascade_rcnn.data.files import printable
 from cascade_rcnn.data.loader import Collate, Item
 from cascade_rcnn.data.transforms import resize_for_test
-from cascade_rcnn.detections import Detections
+from cascade_rcnn.detections import Detections, detect, to_detections
 from cascade_rcnn.errors import CheckpointError, DataError, UserError
 from cascade_rcnn.inputs import InputFile, VideoReader, VideoWriter, collect, to_array
+from cascade_rcnn.logger import progress_bar
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.detector import CascadeRCNN
-from cascade_rcnn.progress import progress_bar
 from cascade_rcnn.results import ResultsFile, join_shards, parse_shard, results_path
-from cascade_rcnn.structures import ImageBatch, RawDetections
 from cascade_rcnn.submit import submit_predictions
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8] | Tensor
@@ -162,36 +161,6 @@ class Detector:
         assert not isinstance(collated, DataError)
         images = dataclasses.replace(collated[0], image_ids=())
         return to_detections(detect(self.model, images, self.precision), images, self.class_names, self.category_ids)
-
-
-def detect(model: CascadeRCNN, images: ImageBatch, precision: Literal["fp32", "bf16"] = "fp32") -> RawDetections:
-    """Run a batch on the model's own device, in evaluation mode; the result is on the CPU."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return model.detect(images.to(device, non_blocking=True)).to("cpu")
-    finally:
-        model.train(training)
-
-
-def to_detections(raw: RawDetections, images: ImageBatch, class_names: Sequence[str],
-                  category_ids: Sequence[int] = ()) -> list[Detections]:
-    """Take a padded batch apart; boxes go from the network's input to original pixels, by each side's own factor."""
-    results = []
-    factors = images.original_sizes.double() / images.sizes.double()  # [B, 2] height, width
-    for index, size in enumerate(images.original_sizes.tolist()):
-        valid = raw.valid[index].cpu()
-        scale = factors[index].flip(0).repeat(2).cpu()  # x, y, x, y
-        limit = torch.tensor([size[1], size[0]] * 2, dtype=torch.float64)
-        boxes = torch.minimum(raw.boxes[index].cpu()[valid].double() * scale, limit).clamp(min=0).float()
-        results.append(Detections(
-            boxes, raw.scores[index].cpu().float()[valid], raw.labels[index].cpu()[valid], (size[0], size[1]),
-            tuple(class_names), mask_probs=None if raw.masks is None else raw.masks[index].cpu()[valid],
-            image_id=images.image_ids[index] if images.image_ids else None, category_ids=tuple(category_ids),
-        ))
-    return results
 
 
 @dataclasses.dataclass

@@ -17,27 +17,32 @@ from typing import Any
 import torch
 
 from cascade_rcnn import distributed
-from cascade_rcnn.checkpoint import BEST, LAST, STATE, load_training, save_checkpoint, save_training, write_json
-from cascade_rcnn.config import Config
-from cascade_rcnn.data.formats import open_split
-from cascade_rcnn.data.images import read_image
-from cascade_rcnn.data.loader import DetectionDataset, train_loader
-from cascade_rcnn.data.records import DataSplit
-from cascade_rcnn.errors import CheckpointError, ConfigError, DataError, UserError
-from cascade_rcnn.evaluate import evaluate_model, match_classes
-from cascade_rcnn.generators import (
+from cascade_rcnn.checkpoint import (
+    BEST,
+    LAST,
+    STATE,
     as_tensors,
     from_tensors,
     get_generators,
+    load_training,
+    save_checkpoint,
+    save_training,
     seed_generators,
     set_generators,
     undisturbed_generators,
+    write_json,
 )
+from cascade_rcnn.config import Config, finetune_schedule
+from cascade_rcnn.data.formats import open_split
+from cascade_rcnn.data.images import read_image
+from cascade_rcnn.data.loader import DetectionDataset, train_loader
+from cascade_rcnn.data.records import DataSplit, ImageRecord
+from cascade_rcnn.detections import Detections
+from cascade_rcnn.errors import CheckpointError, ConfigError, DataError, UserError
+from cascade_rcnn.evaluate import evaluate_model, match_classes
 from cascade_rcnn.logger import RunLog
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.optim import MovingAverage, Updater, passes_per_step, scaled_lr
-from cascade_rcnn.predict import Detector
-from cascade_rcnn.recipes import finetune_schedule
 from cascade_rcnn.structures import ImageBatch, Targets
 from cascade_rcnn.transfer import start_from
 from cascade_rcnn.visualize import draw_batch, draw_detections, draw_record, side_by_side
@@ -203,20 +208,22 @@ class Run:
         """Metrics on the validation split, with the averaged weights where there are some; draws a few predictions."""
         assert self.validation is not None
         self.model.eval()
+        step = -(-max(1, len(self.validation) // _DRAWN_PREDICTIONS) // self.world.size) * self.world.size
+        shown = {record.image_id: record for record in self.validation.records[::step][:_DRAWN_PREDICTIONS]}  # rank 0's
+
+        def look(found: Detections) -> None:
+            if self.world.is_main and found.image_id is not None and found.image_id in shown:
+                self._draw_prediction(list(shown).index(found.image_id) + 1, shown[found.image_id], found)
+
         # the generators are put back, so that training does not depend on how often it is evaluated
         with undisturbed_generators(self.world.device), self.average.applied() if self.average else nullcontext():
-            metrics = evaluate_model(self.model, self.config, self.validation, class_map=self._class_map)
-            if self.world.is_main:
-                self._draw_predictions(self.validation)
-        return metrics
+            return evaluate_model(self.model, self.config, self.validation, class_map=self._class_map, look=look)
 
-    def _draw_predictions(self, split: DataSplit) -> None:
-        detector = Detector.from_model(self.model, self.config, self.data.class_names, self.data.category_ids)
-        chosen = split.records[::max(1, len(split.records) // _DRAWN_PREDICTIONS)][:_DRAWN_PREDICTIONS]
-        for number, record in enumerate(chosen, start=1):
-            image = read_image(record.path, max_pixels=self.config.data.max_pixels)
-            found = draw_detections(image, detector.predict(image), score_threshold=_DRAWN_SCORE)
-            self.log.picture(f"validation_{number}", side_by_side(draw_record(record, split.class_names), found))
+    def _draw_prediction(self, number: int, record: ImageRecord, found: Detections) -> None:
+        truth = draw_record(record, self.validation.class_names if self.validation else ())
+        image = read_image(record.path, max_pixels=self.config.data.max_pixels)
+        drawn = draw_detections(image, found, score_threshold=_DRAWN_SCORE)
+        self.log.picture(f"validation_{number}", side_by_side(truth, drawn))
 
     def judge(self, metrics: dict[str, float | None]) -> None:
         """Log an evaluation, keep the weights if they are the best so far, and save that it is done."""

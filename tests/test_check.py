@@ -20,7 +20,7 @@ from cascade_rcnn.data import check as check_module
 from cascade_rcnn.data.check import check_before_training, check_dataset, run_check
 from cascade_rcnn.data.check_objects import best_anchor_iou
 from cascade_rcnn.data.formats import open_split
-from cascade_rcnn.data.problems import KINDS
+from cascade_rcnn.data.records import KINDS
 from cascade_rcnn.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -29,8 +29,8 @@ from small_training import (
 from cascade_rcnn import checkpoint
 from cascade_rcnn.checkpoint import LAST, STATE, load_checkpoint, load_training
 from cascade_rcnn.config import Config
+from cascade_rcnn.distributed import Interrupts, StopNow, TrainingInterrupted
 from cascade_rcnn.errors import CheckpointError
-from cascade_rcnn.interrupt import Interrupts, StopNow, TrainingInterrupted
 from cascade_rcnn.run import Run
 from cascade_rcnn.train import train
 

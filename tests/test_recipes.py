@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 
 from cascade_rcnn import recipes
-from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
+from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig, finetune_schedule
 from cascade_rcnn.errors import ConfigError
 from cascade_rcnn.recipes import (
     apply_overrides,
     config_from_dict,
     config_names,
     config_to_python,
-    finetune_schedule,
     load_config,
 )
 

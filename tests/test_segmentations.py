@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from cascade_rcnn.data.segmentations import (
+from cascade_rcnn.data.masks import (
     decode_rle,
     encode_rle,
     polygon_points,

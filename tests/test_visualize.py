@@ -10,17 +10,19 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from cascade_rcnn.charts import ap_by_iou_chart, contact_sheet
 from cascade_rcnn.data.records import ImageRecord
 from cascade_rcnn.detections import Detections
-from cascade_rcnn.drawing import Style, _place, class_color, text_color
 from cascade_rcnn.structures import ImageBatch, MaskCrops, Targets
 from cascade_rcnn.visualize import (
-    ap_by_iou_chart,
-    contact_sheet,
+    Style,
+    _place,
+    class_color,
     draw_batch,
     draw_detections,
     draw_record,
     side_by_side,
+    text_color,
 )
 
 NAMES = ("cat", "dog")

@@ -16,8 +16,7 @@ from cascade_rcnn.data import files
 from cascade_rcnn.data.check_images import check_images, check_same_images
 from cascade_rcnn.data.check_objects import check_classes, check_objects
 from cascade_rcnn.data.formats import describe_split, disjoint_splits, open_split, recognise
-from cascade_rcnn.data.problems import KINDS, Problems
-from cascade_rcnn.data.records import DataSplit
+from cascade_rcnn.data.records import KINDS, DataSplit, Problems
 from cascade_rcnn.data.report import Report, new_report
 from cascade_rcnn.errors import DataError
 

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from cascade_rcnn.data import files
 from cascade_rcnn.data.matlab import read_mat, text
-from cascade_rcnn.data.problems import Problems
-from cascade_rcnn.data.records import DataSplit, ImageRecord
+from cascade_rcnn.data.records import DataSplit, ImageRecord, Problems
 from cascade_rcnn.errors import DataError
 
 _PEDESTRIAN = 1

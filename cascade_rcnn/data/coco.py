@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rcnn.data import files
-from cascade_rcnn.data.problems import Problems
-from cascade_rcnn.data.records import DataSplit, ImageRecord, Segmentation
-from cascade_rcnn.data.segmentations import polygon_points, rle_counts, segmentation_area
+from cascade_rcnn.data.masks import polygon_points, rle_counts, segmentation_area
+from cascade_rcnn.data.records import DataSplit, ImageRecord, Problems, Segmentation
 from cascade_rcnn.errors import DataError
 
 _ROBOFLOW = "_annotations.coco.json"

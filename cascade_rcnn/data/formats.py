@@ -16,8 +16,7 @@ from cascade_rcnn.data import files
 from cascade_rcnn.data.citypersons import citypersons_splits, read_citypersons
 from cascade_rcnn.data.coco import coco_files, read_coco
 from cascade_rcnn.data.kitti import kitti_splits, read_kitti
-from cascade_rcnn.data.problems import Problems
-from cascade_rcnn.data.records import DataSplit, ImageRecord
+from cascade_rcnn.data.records import DataSplit, ImageRecord, Problems
 from cascade_rcnn.data.voc import read_voc, voc_splits
 from cascade_rcnn.data.widerface import read_widerface, widerface_splits
 from cascade_rcnn.data.yolo import read_yolo, yolo_splits

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cascade_rcnn.data import files
-from cascade_rcnn.data.problems import Problems
-from cascade_rcnn.data.records import DataSplit, ImageRecord
+from cascade_rcnn.data.records import DataSplit, ImageRecord, Problems
 from cascade_rcnn.errors import DataError
 
 KITTI_CLASSES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc")

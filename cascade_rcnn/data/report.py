@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cascade_rcnn.data.files import printable
-from cascade_rcnn.data.problems import KINDS
-from cascade_rcnn.data.records import Problem
+from cascade_rcnn.data.records import KINDS, Problem
 
 _ORDER = {"error": 0, "warning": 1, "note": 2}
 _COLOR = {"error": "bold red", "warning": "yellow", "note": "cyan"}

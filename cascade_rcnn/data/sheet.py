@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rcnn.data.files import is_file, printable, quiet_pillow
+from cascade_rcnn.data.masks import decode_rle
 from cascade_rcnn.data.records import DataSplit, ImageRecord, Segmentation
-from cascade_rcnn.data.segmentations import decode_rle
 from cascade_rcnn.errors import DataError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _draw(record: ImageRecord, class_names: tuple[str, ...], cell: int) -> Image
     """The image scaled to a cell first, so that lines stay as thick as they are drawn."""
     from PIL import Image as Pictures
 
-    from cascade_rcnn.drawing import Mark, class_color, draw_marks
+    from cascade_rcnn.visualize import Mark, class_color, draw_marks
 
     with quiet_pillow(), Pictures.open(record.path) as image:
         scale = cell / max(image.size)

@@ -17,8 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from cascade_rcnn.data import files
-from cascade_rcnn.data.problems import Problems
-from cascade_rcnn.data.records import DataSplit, ImageRecord
+from cascade_rcnn.data.records import DataSplit, ImageRecord, Problems
 from cascade_rcnn.errors import DataError
 
 _LABEL_SIDES = ("xmin", "ymin", "xmax", "ymax")

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from cascade_rcnn.data import files
-from cascade_rcnn.data.problems import Problems
-from cascade_rcnn.data.records import DataSplit, ImageRecord, Segmentation
+from cascade_rcnn.data.records import DataSplit, ImageRecord, Problems, Segmentation
 from cascade_rcnn.errors import DataError
 
 _YAML = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from cascade_rcnn.data.masks import polygon_points, rle_counts
 from cascade_rcnn.data.records import DataSplit, Segmentation
-from cascade_rcnn.data.segmentations import polygon_points, rle_counts
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation import files
 
