@@ -352,8 +352,9 @@ def _measure_file(setting: Setting, *, rounds: int = 5) -> dict[str, float]:
 
 def _measure_loading(setting: Setting, root: Path) -> dict[str, float]:
     """Images per second of the training loader: in one process, and with the recipe's workers."""
+    from cascade_rcnn.data.dataset import DetectionDataset
     from cascade_rcnn.data.formats import open_split
-    from cascade_rcnn.data.loader import DetectionDataset, measure_loading
+    from cascade_rcnn.data.loader import measure_loading
 
     config = replace(setting.config.data, root=str(root))
     dataset = DetectionDataset(open_split(root, config.train), config, training=True, masks=setting.masks,

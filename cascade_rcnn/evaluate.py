@@ -16,9 +16,10 @@ import torch
 from cascade_rcnn import distributed
 from cascade_rcnn.checkpoint import write_json
 from cascade_rcnn.config import Config
+from cascade_rcnn.data.dataset import DetectionDataset
 from cascade_rcnn.data.files import printable
 from cascade_rcnn.data.formats import open_split
-from cascade_rcnn.data.loader import DetectionDataset, eval_loader
+from cascade_rcnn.data.loader import eval_loader
 from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.detections import Detections, detect, to_detections
 from cascade_rcnn.errors import DataError

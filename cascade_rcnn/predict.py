@@ -23,8 +23,9 @@ from torch import Tensor
 
 from cascade_rcnn.checkpoint import load_checkpoint
 from cascade_rcnn.config import Config
+from cascade_rcnn.data.dataset import Item
 from cascade_rcnn.data.files import printable
-from cascade_rcnn.data.loader import Collate, Item
+from cascade_rcnn.data.loader import Collate
 from cascade_rcnn.data.transforms import resize_for_test
 from cascade_rcnn.detections import Detections, detect, to_detections
 from cascade_rcnn.errors import CheckpointError, DataError, UserError

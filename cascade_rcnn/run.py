@@ -33,9 +33,10 @@ from cascade_rcnn.checkpoint import (
     write_json,
 )
 from cascade_rcnn.config import Config, finetune_schedule
+from cascade_rcnn.data.dataset import DetectionDataset
 from cascade_rcnn.data.formats import open_split
 from cascade_rcnn.data.images import read_image
-from cascade_rcnn.data.loader import DetectionDataset, train_loader
+from cascade_rcnn.data.loader import train_loader
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.detections import Detections
 from cascade_rcnn.errors import CheckpointError, ConfigError, DataError, UserError

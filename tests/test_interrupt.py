@@ -95,7 +95,7 @@ def _touch_and_sleep(ready: Path, seconds: float = 60.0) -> None:
 
 def test_a_signal_while_waiting_for_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The third batch takes a minute to load; the two steps before it are saved."""
-    from cascade_rcnn.data.loader import DetectionDataset
+    from cascade_rcnn.data.dataset import DetectionDataset
 
     load, calls = DetectionDataset._load, iter(range(1000))
 
@@ -112,7 +112,7 @@ def test_a_signal_while_waiting_for_data(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_signal_while_loader_processes_are_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cascade_rcnn.data.loader import DetectionDataset
+    from cascade_rcnn.data.dataset import DetectionDataset
 
     load, calls = DetectionDataset._load, iter(range(1000))
 

@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 
 from cascade_rcnn.config import DataConfig
-from cascade_rcnn.data.loader import Collate, DetectionDataset, Loader, eval_loader, measure_loading, train_loader
+from cascade_rcnn.data.dataset import DetectionDataset, SampleKey
+from cascade_rcnn.data.loader import Collate, Loader, eval_loader, measure_loading, train_loader
 from cascade_rcnn.data.records import DataSplit, ImageRecord
-from cascade_rcnn.data.samplers import SampleKey
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.structures import ImageBatch, Targets
 
@@ -263,7 +263,8 @@ PROGRAM = """
     from pathlib import Path
     sys.path.insert(0, {tests!r})
     from test_loader import CONFIG, _record, _split
-    from cascade_rcnn.data.loader import DetectionDataset, train_loader
+    from cascade_rcnn.data.dataset import DetectionDataset
+    from cascade_rcnn.data.loader import train_loader
     folder = Path({folder!r})
     split = _split(folder, [_record(folder, i) for i in range(16)])
     loader = train_loader(DetectionDataset(split, CONFIG, training=True), batch_size=2, workers=2)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade_rcnn.data.samplers import EvalSampler, TrainSampler
+from cascade_rcnn.data.loader import EvalSampler, TrainSampler
 
 
 def _wide(count: int, seed: int = 0) -> np.ndarray:

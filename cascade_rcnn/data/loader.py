@@ -1,8 +1,9 @@
-"""From records to batches: decode, transform, pad, in worker processes that share the annotations.
+"""From samples to batches: which image comes when, in worker processes, padded to a common size.
 
-B images, G objects per image (padded to a multiple of 8). Every sample's random numbers come from (seed, epoch,
-position), not from the worker that happens to make it: any number of workers gives the same batches, and a resumed run
-the batches that the interrupted one would have seen.
+B images, G objects per image (padded to a multiple of 8). Which image comes when is a pure function of (seed, epoch,
+step), the same on every rank; every sample's random numbers come from (seed, epoch, position), not from the worker that
+happens to make it: any number of workers gives the same batches, and a resumed run the batches that the interrupted one
+would have seen.
 """
 
 from __future__ import annotations
@@ -13,146 +14,101 @@ import signal
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from cascade_rcnn.config import DataConfig, Semantics
-from cascade_rcnn.data.images import read_image
-from cascade_rcnn.data.masks import decode_window, transform_window
-from cascade_rcnn.data.packed import pack_records
-from cascade_rcnn.data.records import DataSplit
-from cascade_rcnn.data.samplers import EvalSampler, SampleKey, TrainSampler
-from cascade_rcnn.data.transforms import Sample, test_transform, train_transform
+from cascade_rcnn.data.dataset import DetectionDataset, Item, SampleKey, Window
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.structures import ImageBatch, MaskCrops, Targets
 
 ROWS_MULTIPLE = 8  # G is rounded up to this, so that few distinct shapes reach a compiled model
-_REPLACEMENTS = 20  # images tried in place of an unreadable one before giving up
 _GRACE = 10  # seconds a worker outlives a SIGTERM
-Window = tuple[NDArray[np.uint8], int, int]  # pixels, top, left
 
 
-@dataclass
-class Item:
-    """One image, transformed, with its objects."""
+class TrainSampler:
+    """Batches of sample keys for one rank, all ranks the same number; shuffled anew in every epoch.
 
-    image: Tensor  # uint8 [3, H, W]
-    original_size: tuple[int, int]
-    image_id: int | str
-    path: str
-    boxes: NDArray[np.float32]  # [G, 4]
-    labels: NDArray[np.int64]  # [G]
-    ignore: NDArray[np.bool_]  # [G]
-    masks: list[Window | None] | None  # [G]
-    bad: list[tuple[str, str]] = field(default_factory=list)  # unreadable images met on the way: path, reason
+    Each epoch's shuffled images are dealt into chunks of ``batch_size * world_size`` of one orientation (wide or tall),
+    so that little is padded; rank r takes the r-th part of each chunk. Two processes with batches of 2 therefore see
+    the very images, and the very random numbers, of one process with batches of 4, and a run resumes at any step by
+    starting there. No rank ever asks another.
 
-
-class DetectionDataset(Dataset[Item]):
-    """Images of a split as the network sees them.
-
-    Only flat arrays are kept, not the split's records, so that worker processes share them. Boxes without width or
-    height are dropped (``degenerate`` counts them). Ignore regions become ``Targets.ignore`` with
-    ``config.ignore_regions``, else they are left out, i.e. background, as mmdetection treats COCO's crowds.
+    The last images of an epoch that do not fill a chunk share one (wide and tall mixed), filled up with images from the
+    epoch's beginning: none is left out, no rank runs short.
     """
 
     def __init__(
-        self, split: DataSplit, config: DataConfig, *, training: bool, masks: bool = False,
-        semantics: Semantics = "mmdetection"
+        self, wide: NDArray[np.bool_], *, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0,
+        repeat: int = 1
     ) -> None:
-        """``masks``: give instance masks too, where the split has them.
+        """``wide`` [I] says for each image whether its width is at least its height."""
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.seed, self.epoch, self.start_step = seed, 0, 0
+        self._wide, self._repeat = wide, repeat
 
-        Raises:
-            DataError: no images, or no image with objects where ``config.keep_empty`` is False.
-        """
-        self.config, self.training, self.semantics = config, training, semantics
-        self.class_names = split.class_names
-        self.masks = masks and split.has_masks
-        self.packed = pack_records(split.records, masks=self.masks, keep_ignored=config.ignore_regions,
-                                   keep_empty=config.keep_empty or not training)
-        if not len(self.packed):
-            what = "images" if not split.records else "images with objects to learn (and data.keep_empty is False)"
-            raise DataError(f"{split.root}: split {split.name!r} has no {what}")
-
-    def __len__(self) -> int:
-        return len(self.packed)
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Choose the epoch; ``start_step`` > 0 leaves out its first steps (resuming)."""
+        self.epoch, self.start_step = epoch, start_step
 
     @property
-    def degenerate(self) -> int:
-        """Boxes that were dropped for having no width or height within their image."""
-        return self.packed.dropped
+    def steps_per_epoch(self) -> int:
+        return -(-len(self._wide) * self._repeat // (self.batch_size * self.world_size))
 
-    def __getitem__(self, key: SampleKey | int) -> Item:
-        """One image by its index, or in training by index and seed.
+    def __len__(self) -> int:
+        """Steps that are left in this epoch."""
+        return max(self.steps_per_epoch - self.start_step, 0)
 
-        Raises:
-            DataError: the image cannot be read (in training: neither can the ones tried in its place).
-        """
-        key = SampleKey(key) if isinstance(key, int) else key
-        if not self.training:
-            return self._load(key.image, None)
-        index, bad = key.image, []
-        for attempt in range(_REPLACEMENTS):
-            rng = np.random.default_rng((*key.seed, attempt))
-            try:
-                item = self._load(index, rng)
-            except DataError as error:
-                bad.append((self.packed.path(index), str(error)))
-                index = int(rng.integers(len(self)))  # another image, so that the batch keeps its size
-                continue
-            item.bad = bad
-            return item
-        raise DataError(f"{bad[0][1]} ({_REPLACEMENTS} images in a row could not be used)")
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        chunks = self._chunks()  # [steps, batch_size * world_size]
+        mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        for step in range(self.start_step, len(chunks)):
+            positions = range(step * chunks.shape[1], (step + 1) * chunks.shape[1])[mine]
+            yield [SampleKey(int(index), (self.seed, self.epoch, position))
+                   for index, position in zip(chunks[step, mine], positions)]
 
-    def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[Item] | DataError:
-        """A batch of items for the loader; an error travels as a value, so that its one line stays one line."""
-        try:
-            return [self[key] for key in keys]
-        except DataError as error:
-            return DataError(str(error))
+    def _chunks(self) -> NDArray[np.int64]:
+        """The epoch's image indices, one row per step."""
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = np.concatenate([rng.permutation(len(self._wide)) for _ in range(self._repeat)])
+        chunk = self.batch_size * self.world_size
+        rows, rest = [], []
+        for group in (order[self._wide[order]], order[~self._wide[order]]):
+            full = len(group) // chunk * chunk
+            rows.append(group[:full].reshape(-1, chunk))
+            rest.append(group[full:])
+        left = np.concatenate(rest)
+        missing = -len(left) % chunk
+        left = np.concatenate([left, np.resize(order, missing)])
+        chunks = np.concatenate([*rows, left.reshape(-1, chunk)])
+        rng.shuffle(chunks)  # along steps: a mixed chunk comes anywhere
+        return chunks
 
-    def _load(self, index: int, rng: np.random.Generator | None) -> Item:
-        """Decode an image and transform it: at random with a generator, as for the test without."""
-        path = self.packed.path(index)
-        image = read_image(path, max_pixels=self.config.max_pixels)
-        size = (int(image.shape[1]), int(image.shape[2]))
-        self._check_size(index, size)
-        start, end = self.packed.offsets[index:index + 2].tolist()
-        # mmdetection scales boxes in float32, detectron2 in float64: where overlaps tie, the last bit decides.
-        precision = np.float64 if self.semantics == "detectron2" else np.float32
-        sample = Sample.of(image, self.packed.boxes[start:end].numpy().astype(precision))
-        if rng is None:
-            sample = test_transform(sample, self.config, semantics=self.semantics)
-        else:
-            sample = train_transform(sample, self.config, rng, semantics=self.semantics)
-        kept = np.flatnonzero(sample.keep & (sample.boxes[:, 2:] > sample.boxes[:, :2]).all(axis=1))
-        return Item(
-            image=sample.image, original_size=size, image_id=self.packed.image_id(index), path=path,
-            boxes=sample.boxes[kept].astype(np.float32),
-            labels=self.packed.labels[start:end].numpy()[kept].astype(np.int64),
-            ignore=self.packed.ignore[start:end].numpy()[kept],
-            masks=[self._mask(index, start + int(row), size, sample) for row in kept] if self.masks else None)
 
-    def _check_size(self, index: int, size: tuple[int, int]) -> None:
-        """The annotation counts pixels of an image of its own size; another size means boxes in the wrong place."""
-        height, width = self.packed.sizes[index].tolist()
-        if height > 0 and width > 0 and (height, width) != size:
-            raise DataError(f"{self.packed.path(index)}: is {size[1]}x{size[0]} (EXIF orientation not applied), the "
-                            f"annotation says {width}x{height}; run cascade-rcnn check on the data")
+class EvalSampler:
+    """Every image exactly once over all ranks, in batches; ranks may differ by one image.
 
-    def _mask(self, index: int, row: int, size: tuple[int, int], sample: Sample) -> Window | None:
-        try:
-            window = decode_window(self.packed.segmentation(row), size, sample.canvas)
-        except DataError as error:
-            raise DataError(f"{self.packed.path(index)}: {error}") from None
-        return None if window is None else transform_window(*window, sample.rows, sample.cols)
+    With more than one image per batch, images of like shape stand together, so that little is padded.
+    """
+
+    def __init__(self, shapes: NDArray[np.float64], *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        """``shapes`` [I]: width over height of each image (1 where unknown)."""
+        order = np.argsort(shapes, kind="stable") if batch_size > 1 else np.arange(len(shapes))
+        self.indices: NDArray[np.int64] = order[rank::world_size]
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        for start in range(0, len(self.indices), self.batch_size):
+            yield [SampleKey(int(index)) for index in self.indices[start:start + self.batch_size]]
 
 
 @dataclass(frozen=True)
