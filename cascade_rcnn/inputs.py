@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cascade_rcnn.data.files import IMAGE_SUFFIXES, printable
-from cascade_rcnn.data.images import DEFAULT_MAX_PIXELS, read_image
+from cascade_rcnn.data.files import DEFAULT_MAX_PIXELS, IMAGE_SUFFIXES, printable, read_image
 from cascade_rcnn.errors import DataError, UserError
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts"})

@@ -34,8 +34,8 @@ from cascade_rcnn.checkpoint import (
 )
 from cascade_rcnn.config import Config, finetune_schedule
 from cascade_rcnn.data.dataset import DetectionDataset
+from cascade_rcnn.data.files import read_image
 from cascade_rcnn.data.formats import open_split
-from cascade_rcnn.data.images import read_image
 from cascade_rcnn.data.loader import train_loader
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.detections import Detections

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
-from cascade_rcnn.data.images import read_image
+from cascade_rcnn.data.files import read_image
 from cascade_rcnn.data.masks import decode_window, pack_segmentation
 from cascade_rcnn.data.records import ImageRecord, Segmentation
 from cascade_rcnn.detections import Detections, MaskCrop

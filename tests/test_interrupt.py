@@ -31,7 +31,6 @@ from cascade_rcnn.checkpoint import LAST, STATE, load_checkpoint, load_training
 from cascade_rcnn.config import Config
 from cascade_rcnn.distributed import Interrupts, StopNow, TrainingInterrupted
 from cascade_rcnn.errors import CheckpointError
-from cascade_rcnn.run import Run
 from cascade_rcnn.train import train
 
 SECONDS_TO_EXIT = 10
@@ -136,7 +135,6 @@ def test_a_signal_during_an_evaluation(tmp_path: Path, monkeypatch: pytest.Monke
     code, seconds = _wait_then_stop(config, tmp_path / "run", tmp_path / "ready")
     assert code == 143 and seconds < SECONDS_TO_EXIT and _steps(tmp_path / "run") == 6
     monkeypatch.setattr("cascade_rcnn.run.evaluate_model", lambda *arguments, **keywords: {"bbox/AP": 0.5})
-    monkeypatch.setattr(Run, "_draw_predictions", lambda *arguments: None)
     _goes_on_as_if_nothing_had_happened(config, tmp_path)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -257,7 +258,10 @@ def _own_results(
 ) -> list[dict[str, Any]]:
     """Checked copies with only what ``iou_type`` needs: with a box in it, a mask's area would be taken from the box."""
     known = {one["id"] for one in dataset["categories"]}
-    table = files.parse_results(found, name=where, images=rows, categories=known, need_box=iou_type == "bbox")
+    need_box = iou_type == "bbox"
+    table = _faultless(found, rows, known, need_box)
+    if table is None:
+        table = files.parse_results(found, name=where, images=rows, categories=known, need_box=need_box)
     own: list[dict[str, Any]] = [
         {"image_id": int(image), "category_id": int(category), "score": float(score)}
         for image, category, score in zip(table.images, table.categories, table.scores)
@@ -271,6 +275,25 @@ def _own_results(
         except (TypeError, ValueError) as error:
             raise DataError(f"{where}: detection {index}: {error}: encode the mask at the image's own size") from error
     return own
+
+
+def _faultless(
+    found: Any, rows: Mapping[Hashable, int], known: set[int], need_box: bool
+) -> files.ResultTable | None:
+    """The table of a list without a fault, checked as arrays; None where ``parse_results`` must look entry by entry."""
+    try:
+        images = np.array([rows[one["image_id"]] for one in found], np.int64)
+        categories, scores = [one["category_id"] for one in found], [one["score"] for one in found]
+        corners = list(chain.from_iterable(one["bbox"] for one in found)) if need_box else [0.0] * (4 * len(found))
+        if {type(value) for value in chain(categories, scores, corners)} - {int, float}:
+            return None
+        boxes, values = np.array(corners, np.float64).reshape(len(found), 4), np.array(scores, np.float64)
+        if not (known.issuperset(categories) and np.isfinite(boxes).all() and np.isfinite(values).all()):
+            return None
+        one_by_one = need_box and ((boxes[:, 2:] < 0).any() or any(len(one["bbox"]) != 4 for one in found))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return None if one_by_one else files.ResultTable(images, np.array(categories, np.int64), boxes, values)
 
 
 def _compressed(mask: Any, height: int, width: int) -> dict[str, Any]:
