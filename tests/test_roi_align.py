@@ -63,6 +63,22 @@ def test_equals_torchvision(output_size: int, sampling_ratio: int, aligned: bool
     torch.testing.assert_close(ours, expected(features, boxes, **options), rtol=1e-5, atol=1e-5)
 
 
+def test_whole_pixels_choose_the_level_by_the_box_and_read_up_to_its_last_pixel() -> None:
+    features, boxes = pyramid(), some_boxes()
+    boxes[0, 0] = torch.tensor([3.0, 3, 115, 115])  # 112 pixels wide: the second level, although x2 - x1 is 111 there
+    boxes[0, 1] = torch.tensor([3.0, 3, 114, 114])
+    levels = assign_levels(boxes, len(features))
+    assert levels[0, :2].tolist() == [1, 0]
+    legacy = torch.cat((boxes[..., :2], boxes[..., 2:] - 1), dim=2)
+    everything = torch.zeros(*boxes.shape[:2], 5, 7, 7)
+    for b in range(2):
+        for n, level in enumerate(levels[b].tolist()):
+            everything[b, n] = torchvision_roi_align(features[level][b : b + 1], [legacy[b, n : n + 1]], 7,
+                                                     1 / STRIDES[level], 2, False)[0]
+    ours = roi_align(features, boxes, output_size=7, strides=STRIDES, sampling_ratio=2, whole_pixels=True)
+    torch.testing.assert_close(ours, everything, rtol=1e-5, atol=1e-5)
+
+
 def test_channels_last_and_contiguous_features_give_the_same_bits() -> None:
     features, boxes = pyramid(), some_boxes()
     other = [feature.contiguous(memory_format=torch.channels_last) for feature in features]

@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 
 STRIDES = (4, 16, 32)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CASES = [("float32", 0, True), ("bfloat16", 0, True), ("float32", 2, True), ("float32", 0, False)]
+CASES = [("float32", 0, 1), ("bfloat16", 0, 1), ("float32", 2, 1), ("float32", 0, 0), ("float32", 2, 2)]
 
 
 def inputs(dtype: str, *, channels: int = 6) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -41,14 +41,14 @@ def interpret(out: Path) -> None:
     from cascade_rcnn.models.roi_align_triton import fused_backward, fused_forward
 
     results = []
-    for dtype, ratio, aligned in CASES:
+    for dtype, ratio, frame in CASES:
         features, boxes, valid = inputs(dtype)
-        rows = fused_forward(features, boxes, valid, 2, STRIDES, ratio, aligned)
+        rows = fused_forward(features, boxes, valid, 2, STRIDES, ratio, frame)
         shapes = [feature.shape for feature in features]
-        results.append((rows, fused_backward(gradient_for(rows), boxes, valid, shapes, 2, STRIDES, ratio, aligned)))
+        results.append((rows, fused_backward(gradient_for(rows), boxes, valid, shapes, 2, STRIDES, ratio, frame)))
     features, boxes, _ = inputs("float32")
-    results.append((fused_forward(features, boxes, None, 2, STRIDES, 0, True), []))
-    results.append((fused_forward(features, boxes[:, :0], None, 2, STRIDES, 0, True), []))
+    results.append((fused_forward(features, boxes, None, 2, STRIDES, 0, 1), []))
+    results.append((fused_forward(features, boxes[:, :0], None, 2, STRIDES, 0, 1), []))
     torch.save(results, out)
 
 
@@ -62,28 +62,28 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Tensor, 
     return torch.load(out)
 
 
-@pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{d}-ratio{r}-aligned{a}" for d, r, a in CASES])
+@pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{d}-ratio{r}-frame{f}" for d, r, f in CASES])
 def test_kernel_equals_the_plain_path_forward_and_backward(
     interpreted: list[tuple[Tensor, list[Tensor]]], case: int
 ) -> None:
-    dtype, ratio, aligned = CASES[case]
+    dtype, ratio, frame = CASES[case]
     features, boxes, valid = inputs(dtype)
     rows, gradients = interpreted[case]
     assert rows.any()
     tolerance = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}[dtype]
-    expected = _plain_forward(features, boxes, valid, 2, STRIDES, ratio, aligned)
+    expected = _plain_forward(features, boxes, valid, 2, STRIDES, ratio, frame)
     assert rows.dtype == expected.dtype
     torch.testing.assert_close(rows, expected, rtol=tolerance, atol=tolerance)
     shapes = [feature.shape for feature in features]
     for ours, plain in zip(gradients, _plain_backward(gradient_for(rows), boxes, valid, shapes, 2, STRIDES, ratio,
-                                                      aligned)):
+                                                      frame)):
         assert ours.any()
         torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
 
 
 def test_kernel_without_a_mask_and_without_boxes(interpreted: list[tuple[Tensor, list[Tensor]]]) -> None:
     features, boxes, _ = inputs("float32")
-    expected = _plain_forward(features, boxes, None, 2, STRIDES, 0, True)
+    expected = _plain_forward(features, boxes, None, 2, STRIDES, 0, 1)
     torch.testing.assert_close(interpreted[-2][0], expected, rtol=1e-5, atol=1e-5)
     assert interpreted[-1][0].shape == (2, 0, 4, 6)
 
@@ -102,8 +102,8 @@ def test_kernel_compiles_for_gpus_with_vector_accesses(
 
     from cascade_rcnn.models.roi_align_triton import _roi_align
 
-    constants = {"LEVELS": 4, "SIZE": 7, "RATIO": 0, "ALIGNED": True, "HAS_VALID": True, "BACKWARD": backward,
-                 "BLOCK": 256}
+    constants = {"LEVELS": 4, "SIZE": 7, "RATIO": 0, "ALIGNED": True, "WHOLE_PIXELS": False, "HAS_VALID": True,
+                 "BACKWARD": backward, "BLOCK": 256}
     names = _roi_align.arg_names
     types = {"map": "*fp32" if backward else f"*{dtype}", "scale": "fp32", "boxes": "*fp32", "valid": "*u8",
              "rows": f"*{dtype}"}

@@ -29,6 +29,7 @@ from torchvision.ops import roi_align as torchvision_roi_align
 
 CANONICAL_SIDE = 56.0  # a box of twice this side (in pixels) is the smallest that leaves the first level
 _MAX_TAPS = 4096  # per bin and side: boxes of 28,000 pixels of a level; keeps a diverged model from eating the memory
+_ALIGNED, _WHOLE_PIXELS = 1, 2  # how a box lies on the grid of pixels; 0: not aligned
 _CHUNK = 1 << 19  # entries of the index built at a time: 6 MB of index and weights, and results that stay in the cache
 
 
@@ -48,13 +49,14 @@ def roi_align(
     valid: Tensor | None = None,
     sampling_ratio: int = 0,
     aligned: bool = True,
+    whole_pixels: bool = False,
 ) -> Tensor:
     """Features of each box, ``[B, N, C, S, S]`` (channels last in memory); zero where ``valid`` is False.
 
     Arguments as in :func:`roi_align_rows`, which a head should prefer: it needs no copy to be flattened.
     """
     rows = roi_align_rows(features, boxes, output_size=output_size, strides=strides, valid=valid,
-                          sampling_ratio=sampling_ratio, aligned=aligned)  # fmt: skip
+                          sampling_ratio=sampling_ratio, aligned=aligned, whole_pixels=whole_pixels)  # fmt: skip
     grid = rows.view(*boxes.shape[:2], output_size, output_size, features[0].shape[1])
     return grid.permute(0, 1, 4, 2, 3)  # [B, N, C, S, S]
 
@@ -68,21 +70,25 @@ def roi_align_rows(
     valid: Tensor | None = None,
     sampling_ratio: int = 0,
     aligned: bool = True,
+    whole_pixels: bool = False,
 ) -> Tensor:
     """Features of each box as contiguous rows ``[B, N, S * S, C]``; zero where not ``valid`` or not finite.
 
     ``features`` are L maps ``[B, C, H_l, W_l]`` with ``strides`` in pixels (channels-last memory is read as it lies,
     other memory is copied first), ``boxes`` is ``[B, N, 4]`` with x2 >= x1 and y2 >= y1, ``valid`` bool ``[B, N]``.
     ``sampling_ratio`` points per bin and side are averaged; 0 takes ceil(box side / S), measured on the level.
+    ``aligned`` shifts the grid by half a pixel. ``whole_pixels`` is Detectron's reading, not aligned either: the level
+    follows the box's area, but the grid ends at its last pixel, x2 - 1 and y2 - 1.
     Gradients flow into the features, not into the boxes. ``.flatten(2)`` is a view with the columns ordered
     (bin, channel); :func:`rows_weight` reorders the weight of a layer that expects (channel, bin).
     """
     if len(features) != len(strides):
         raise ValueError(f"{len(features)} feature maps for {len(strides)} strides")
     boxes = boxes.detach().to(torch.float32)
+    frame = _WHOLE_PIXELS if whole_pixels else int(aligned)
     if _portable(features[0]):
-        return _portable_rows(features, boxes, valid, output_size, strides, sampling_ratio, aligned)
-    rows: Tensor = _rows(list(features), boxes, valid, output_size, list(strides), sampling_ratio, aligned)
+        return _portable_rows(features, boxes, valid, output_size, strides, sampling_ratio, frame)
+    rows: Tensor = _rows(list(features), boxes, valid, output_size, list(strides), sampling_ratio, frame)
     return rows
 
 
@@ -92,7 +98,8 @@ def rows_weight(weight: Tensor, bins: int) -> Tensor:
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether the kernels of ``*_triton.py`` can be used on a GPU."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -100,12 +107,12 @@ def _portable(feature: Tensor) -> bool:
     """Whether only torchvision's operator will do: it is what exporters know, and what other devices have."""
     if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
         return True
-    return feature.device.type != "cpu" and not (feature.is_cuda and _has_triton())
+    return feature.device.type != "cpu" and not (feature.is_cuda and has_triton())
 
 
 def _portable_rows(
     features: Sequence[Tensor], boxes: Tensor, valid: Tensor | None, size: int, strides: Sequence[int], ratio: int,
-    aligned: bool,
+    frame: int,
 ) -> Tensor:  # fmt: skip
     """Every box on every level, emptied where it belongs elsewhere: no samples, no cost, static shapes."""
     batch, count = boxes.shape[:2]
@@ -115,11 +122,13 @@ def _portable_rows(
         wanted = wanted & valid
     boxes = torch.where(wanted[..., None], boxes, 0)
     levels = torch.where(wanted, assign_levels(boxes, len(features)), -1)
+    if frame == _WHOLE_PIXELS:
+        boxes = torch.cat((boxes[..., :2], boxes[..., 2:] - 1), dim=-1)
     total: Tensor | None = None
     for level, (feature, stride) in enumerate(zip(features, strides)):
         here = (levels == level)[..., None]
         rois = torch.cat((image, boxes * here), dim=2).flatten(0, 1)  # [B*N, 5]
-        pooled = torchvision_roi_align(feature.float(), rois, size, 1.0 / stride, ratio, aligned)
+        pooled = torchvision_roi_align(feature.float(), rois, size, 1.0 / stride, ratio, frame == _ALIGNED)
         pooled = torch.where(here.flatten()[:, None, None, None], pooled, 0)
         total = pooled if total is None else total + pooled
     assert total is not None
@@ -169,7 +178,7 @@ def _taps(start: Tensor, extent: Tensor, samples: Tensor, taps: Tensor, limit: T
 
 def _bags(
     boxes: Tensor, valid: Tensor | None, shapes: Sequence[Sequence[int]], size: int, strides: Sequence[int], ratio: int,
-    aligned: bool,
+    frame: int,
 ) -> Iterator[_Bags]:  # fmt: skip
     """Boxes sorted into groups of equal shape, then cut into chunks; all of it on the CPU, whatever the device."""
     count = boxes.shape[1]
@@ -177,10 +186,13 @@ def _bags(
     finite = boxes.isfinite().all(dim=1)
     boxes = torch.where(finite[:, None], boxes, 0)
     levels = assign_levels(boxes, len(shapes))
+    if frame == _WHOLE_PIXELS:
+        boxes = torch.cat((boxes[:, :2], boxes[:, 2:] - 1), dim=1)
     limits = torch.tensor([shape[-2:] for shape in shapes])  # [L, 2], (height, width)
-    scaled = boxes * (1.0 / torch.tensor(strides, dtype=torch.float32))[levels, None] - (0.5 if aligned else 0.0)
+    shift = 0.5 if frame == _ALIGNED else 0.0
+    scaled = boxes * (1.0 / torch.tensor(strides, dtype=torch.float32))[levels, None] - shift
     start = scaled[:, [1, 0]]  # [B*N, 2], (y, x)
-    extent = (scaled[:, [3, 2]] - start).clamp(min=0.0 if aligned else 1.0)
+    extent = (scaled[:, [3, 2]] - start).clamp(min=0.0 if frame == _ALIGNED else 1.0)
     samples = torch.full_like(extent, ratio) if ratio > 0 else (extent / size).ceil().clamp(1, _MAX_TAPS - 2)
     # Samples of an adaptive grid lie at most a pixel apart; those of a fixed one may leave pixels out (weight 0).
     spread = samples - 1 if ratio <= 0 else (extent / size * (samples - 1) / samples).ceil()
@@ -223,14 +235,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _plain_forward(
     features: Sequence[Tensor], boxes: Tensor, valid: Tensor | None, size: int, strides: Sequence[int], ratio: int,
-    aligned: bool,
+    frame: int,
 ) -> Tensor:  # fmt: skip
     channels, dtype = features[0].shape[1], _wide(features[0].dtype)
     device = features[0].device
     levels = [feature.permute(0, 2, 3, 1).reshape(-1, channels).to(dtype) for feature in features]  # [B * H * W, C]
     result = torch.empty(boxes.shape[0] * boxes.shape[1], size * size, channels, dtype=dtype, device=device)
     missing = torch.ones(len(result), dtype=torch.bool)
-    for bags in _bags(boxes, valid, [feature.shape for feature in features], size, strides, ratio, aligned):
+    for bags in _bags(boxes, valid, [feature.shape for feature in features], size, strides, ratio, frame):
         rows = F.embedding_bag(bags.pixels.to(device), levels[bags.level], mode="sum",
                                per_sample_weights=bags.weights.to(device, dtype))  # fmt: skip
         result.index_copy_(0, bags.boxes.to(device), rows.view(len(bags.boxes), size * size, channels))
@@ -241,13 +253,13 @@ def _plain_forward(
 
 def _plain_backward(
     gradient: Tensor, boxes: Tensor, valid: Tensor | None, shapes: Sequence[Sequence[int]], size: int,
-    strides: Sequence[int], ratio: int, aligned: bool,
+    strides: Sequence[int], ratio: int, frame: int,
 ) -> list[Tensor]:  # fmt: skip
     """For each pixel the weighted sum of the bins that read it: the forward's table, sorted by pixel."""
     device, dtype = gradient.device, _wide(gradient.dtype)
     rows = gradient.reshape(-1, gradient.shape[-1]).to(dtype)  # [B * N * S * S, C]
     tables: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in shapes]
-    for bags in _bags(boxes, valid, shapes, size, strides, ratio, aligned):
+    for bags in _bags(boxes, valid, shapes, size, strides, ratio, frame):
         bins = (bags.boxes[:, None] * (size * size) + torch.arange(size * size)).view(-1, 1).expand_as(bags.pixels)
         used = bags.weights.flatten() != 0
         tables[bags.level].append((bags.pixels.flatten()[used], bins.flatten()[used], bags.weights.flatten()[used]))
@@ -273,14 +285,14 @@ def _fused(tensor: Tensor) -> bool:
 @torch.library.custom_op("cascade_rcnn::roi_align_rows", mutates_args=())
 def _rows(
     features: Sequence[Tensor], boxes: Tensor, valid: Tensor | None, size: int, strides: Sequence[int], ratio: int,
-    aligned: bool,
+    frame: int,
 ) -> Tensor:  # fmt: skip
     """An operator, so that torch.compile takes it whole and autograd keeps the boxes only."""
     if _fused(boxes):
         from cascade_rcnn.models.roi_align_triton import fused_forward
 
-        return fused_forward(features, boxes, valid, size, strides, ratio, aligned)
-    return _plain_forward(features, boxes, valid, size, strides, ratio, aligned)
+        return fused_forward(features, boxes, valid, size, strides, ratio, frame)
+    return _plain_forward(features, boxes, valid, size, strides, ratio, frame)
 
 
 @_rows.register_fake
@@ -291,14 +303,14 @@ def _rows_shape(features: Sequence[Tensor], boxes: Tensor, valid: Any, size: int
 @torch.library.custom_op("cascade_rcnn::roi_align_rows_backward", mutates_args=())
 def _rows_backward(
     gradient: Tensor, boxes: Tensor, valid: Tensor | None, heights: Sequence[int], widths: Sequence[int], size: int,
-    strides: Sequence[int], ratio: int, aligned: bool,
+    strides: Sequence[int], ratio: int, frame: int,
 ) -> list[Tensor]:  # fmt: skip
     shapes = [(boxes.shape[0], gradient.shape[-1], height, width) for height, width in zip(heights, widths)]
     if _fused(boxes):
         from cascade_rcnn.models.roi_align_triton import fused_backward
 
-        return fused_backward(gradient, boxes, valid, shapes, size, strides, ratio, aligned)
-    return _plain_backward(gradient, boxes, valid, shapes, size, strides, ratio, aligned)
+        return fused_backward(gradient, boxes, valid, shapes, size, strides, ratio, frame)
+    return _plain_backward(gradient, boxes, valid, shapes, size, strides, ratio, frame)
 
 
 @_rows_backward.register_fake

@@ -68,8 +68,8 @@ def _axis(begin, end, scale, SIZE: tl.constexpr, RATIO: tl.constexpr, ALIGNED: t
 def _roi_align(
     map0, map1, map2, map3, map4, height0, height1, height2, height3, height4, width0, width1, width2, width3, width4,
     scale0, scale1, scale2, scale3, scale4, boxes, valid, rows, count, channels,
-    LEVELS: tl.constexpr, SIZE: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr, HAS_VALID: tl.constexpr,
-    BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
+    LEVELS: tl.constexpr, SIZE: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr,
+    WHOLE_PIXELS: tl.constexpr, HAS_VALID: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Forward: maps -> rows ``[R, S * S, C]``. Backward: rows hold the gradient, the maps (float32) receive theirs."""
     bin_ = tl.program_id(0)
@@ -84,6 +84,9 @@ def _roi_align(
     # floor(log2(sqrt(area) / 56 + 1e-6)) by comparison, which needs no logarithm exact to the last bit.
     area = tl.maximum(x2 - x1, 0.0) * tl.maximum(y2 - y1, 0.0)
     reach = tl.div_rn(tl.sqrt_rn(area), area * 0.0 + 56.0) + 1e-6
+    if WHOLE_PIXELS:
+        x2 -= 1.0
+        y2 -= 1.0
     maps, height, width, scale = map0, height0, width0, scale0
     if LEVELS > 1:
         if reach >= 2.0:
@@ -126,7 +129,7 @@ def _roi_align(
 
 def _launch(
     maps: Sequence[Tensor], boxes: Tensor, valid: Tensor | None, rows: Tensor, strides: Sequence[int], *, size: int,
-    ratio: int, aligned: bool, backward: bool,
+    ratio: int, frame: int, backward: bool,
 ) -> None:  # fmt: skip
     """``maps`` are L contiguous ``[B, H_l, W_l, C]``, ``rows`` is contiguous ``[B, N, S * S, C]``."""
     levels, channels = len(maps), maps[0].shape[3]
@@ -144,27 +147,27 @@ def _launch(
     grid = (boxes.shape[0] * boxes.shape[1] * size * size, triton.cdiv(channels, block))
     _roi_align[grid](
         *padded, *heights, *widths, *scales, boxes, flags, rows, boxes.shape[1], channels, LEVELS=levels, SIZE=size,
-        RATIO=max(ratio, 0), ALIGNED=aligned, HAS_VALID=valid is not None, BACKWARD=backward, BLOCK=block,
-        num_warps=1 if block <= 256 and rows.element_size() == 2 else 2,
+        RATIO=max(ratio, 0), ALIGNED=frame == 1, WHOLE_PIXELS=frame == 2, HAS_VALID=valid is not None,
+        BACKWARD=backward, BLOCK=block, num_warps=1 if block <= 256 and rows.element_size() == 2 else 2,
     )  # fmt: skip
 
 
 def fused_forward(
     features: Sequence[Tensor], boxes: Tensor, valid: Tensor | None, size: int, strides: Sequence[int], ratio: int,
-    aligned: bool,
+    frame: int,
 ) -> Tensor:  # fmt: skip
     """``[B, N, S * S, C]`` of the features' type; arguments as :func:`cascade_rcnn.models.roi_align.roi_align_rows`."""
     maps = [feature.permute(0, 2, 3, 1).contiguous() for feature in features]  # no copy where channels-last
     rows = maps[0].new_empty(*boxes.shape[:2], size * size, maps[0].shape[3])
-    _launch(maps, boxes, valid, rows, strides, size=size, ratio=ratio, aligned=aligned, backward=False)
+    _launch(maps, boxes, valid, rows, strides, size=size, ratio=ratio, frame=frame, backward=False)
     return rows
 
 
 def fused_backward(
     gradient: Tensor, boxes: Tensor, valid: Tensor | None, shapes: Sequence[Sequence[int]], size: int,
-    strides: Sequence[int], ratio: int, aligned: bool,
+    strides: Sequence[int], ratio: int, frame: int,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the features, of the type of ``gradient [B, N, S * S, C]``, summed in float32."""
     maps = [torch.zeros(b, h, w, c, dtype=torch.float32, device=gradient.device) for b, c, h, w in shapes]
-    _launch(maps, boxes, valid, gradient.contiguous(), strides, size=size, ratio=ratio, aligned=aligned, backward=True)
+    _launch(maps, boxes, valid, gradient.contiguous(), strides, size=size, ratio=ratio, frame=frame, backward=True)
     return [m.to(gradient.dtype).permute(0, 3, 1, 2) for m in maps]

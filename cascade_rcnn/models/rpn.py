@@ -22,21 +22,27 @@ from cascade_rcnn.structures import Proposals, Targets
 class AnchorGenerator(nn.Module):
     """Anchors of side ``scale * stride``, ``ratios`` (height over width) and centres at ``(column, row) * stride``.
 
-    ``rounded`` rounds the base anchors to whole pixels, as torchvision does.
+    ``rounded`` rounds the base anchors to whole pixels, as torchvision does. ``whole_pixels`` are Detectron's: centres
+    at the cells' centres, sides rounded for a square of one stride before they are scaled.
     """
 
     def __init__(
-        self, strides: Sequence[int], *, scales: Sequence[float], ratios: Sequence[float], rounded: bool = False
+        self, strides: Sequence[int], *, scales: Sequence[float], ratios: Sequence[float], rounded: bool = False,
+        whole_pixels: bool = False
     ) -> None:
         super().__init__()
         self.strides = tuple(strides)
         self.per_cell = len(scales) * len(ratios)
         base = []
         for stride in strides:
+            centre = stride / 2 if whole_pixels else 0.0
             for ratio in ratios:
                 for scale in scales:
                     height, width = scale * stride * math.sqrt(ratio), scale * stride / math.sqrt(ratio)
-                    base.append((-width / 2, -height / 2, width / 2, height / 2))
+                    if whole_pixels:
+                        whole = round(stride / math.sqrt(ratio))
+                        height, width = scale * round(whole * ratio), scale * whole
+                    base.append((centre - width / 2, centre - height / 2, centre + width / 2, centre + height / 2))
         table = torch.tensor(base).view(len(self.strides), self.per_cell, 4)
         self.register_buffer("base", table.round() if rounded else table, persistent=False)
         self.base: Tensor
@@ -56,7 +62,7 @@ class AnchorGenerator(nn.Module):
 
         A batch is padded to its largest image; anchors in the rest of the padding belong to nobody.
         """
-        limits = torch.div(sizes + multiple - 1, multiple, rounding_mode="floor") * multiple  # [B, 2]
+        limits = padded_sizes(sizes, multiple)  # [B, 2]
         masks = []
         for stride, (height, width) in zip(self.strides, shapes):
             y = torch.arange(height, device=sizes.device) * stride
@@ -64,6 +70,11 @@ class AnchorGenerator(nn.Module):
             mask = (y[None, :, None] < limits[:, 0, None, None]) & (x[None, None, :] < limits[:, 1, None, None])
             masks.append(mask[..., None].expand(-1, -1, -1, self.per_cell).flatten(1))
         return torch.cat(masks, dim=1)
+
+
+def padded_sizes(sizes: Tensor, multiple: int = 32) -> Tensor:
+    """Sizes [B, 2] of images, each padded to ``multiple`` for itself."""
+    return torch.div(sizes + multiple - 1, multiple, rounding_mode="floor") * multiple
 
 
 def smooth_l1(prediction: Tensor, target: Tensor, beta: float) -> Tensor:
@@ -91,6 +102,12 @@ class RPNDetails:
     spread_nms: bool = False  # mmdetection's rounding in NMS
     rank_by_probability: bool = False  # order proposals by float32 probability instead of by logit
     min_size: float = 0.0
+    # Detectron
+    whole_pixels: bool = False  # boxes keep a pixel when clipped, and those below one are left out
+    padding_proposes: bool = False  # in training anchors in a batch's padding propose too
+    clip_to_padding: bool = False  # at test time proposals may reach into the image's own padding
+    post_nms_of_batch: bool = False  # in training post_nms counts for all images of a batch together
+    box_mean_of_images: bool = False  # the box loss is averaged over each image's anchors, then over the images
 
 
 class RPN(nn.Module):
@@ -140,9 +157,10 @@ class RPN(nn.Module):
         logits, deltas = self(pyramid)
         return self._proposals(logits, deltas, self.anchors(shapes), shapes, sizes, training=False)
 
-    def _usable(self, shapes: list[tuple[int, int]], sizes: Tensor) -> Tensor:
+    def _usable(self, shapes: list[tuple[int, int]], sizes: Tensor, *, training: bool) -> Tensor:
         inside = self.anchors.inside(shapes, sizes)
-        return inside if self.details.mask_padding else torch.ones_like(inside)
+        masked = self.details.mask_padding and not (training and self.details.padding_proposes)
+        return inside if masked else torch.ones_like(inside)
 
     def _losses(
         self,
@@ -156,9 +174,9 @@ class RPN(nn.Module):
         details = self.details
         batch = logits.shape[0]
         boxes = anchors.expand(batch, -1, -1)
-        usable = self._usable(shapes, sizes)
+        usable = self._usable(shapes, sizes, training=True)
         if details.inside_only:
-            limits = sizes.flip(-1)[:, None]  # [B, 1, 2] as (w, h)
+            limits = sizes.flip(-1)[:, None] + int(details.whole_pixels)  # [B, 1, 2] as (w, h)
             usable = usable & (boxes[..., :2] >= 0).all(-1) & (boxes[..., 2:] < limits).all(-1)
         matches = match(
             boxes,
@@ -178,10 +196,12 @@ class RPN(nn.Module):
             total = torch.full((), float(details.samples * batch), device=logits.device)
         else:
             total = normalizer(valid.sum())
-        return {
-            "rpn_cls": torch.where(valid, cls, 0.0).sum() / total,
-            "rpn_box": torch.where(positive[..., None], box, 0.0).sum() / total,
-        }
+        box = torch.where(positive[..., None], box, 0.0)
+        if details.box_mean_of_images:
+            box_loss = (box.sum(dim=(1, 2)) / valid.sum(dim=1).clamp(min=1)).mean()
+        else:
+            box_loss = box.sum() / total
+        return {"rpn_cls": torch.where(valid, cls, 0.0).sum() / total, "rpn_box": box_loss}
 
     @torch.no_grad()
     def _proposals(
@@ -196,7 +216,9 @@ class RPN(nn.Module):
     ) -> Proposals:
         details = self.details
         pre_nms, post_nms = (pair[0 if training else 1] for pair in (details.pre_nms, details.post_nms))
-        usable = self._usable(shapes, sizes).split([len(anchors) for anchors in levels], dim=1)
+        usable = self._usable(shapes, sizes, training=training).split([len(anchors) for anchors in levels], dim=1)
+        if details.clip_to_padding and not training:
+            sizes = padded_sizes(sizes)
         boxes, scores, groups = [], [], []
         for level, anchors in enumerate(levels):
             score = logits[level].detach().masked_fill(~usable[level], -torch.inf)
@@ -210,13 +232,20 @@ class RPN(nn.Module):
             anchor = take(anchors.expand(len(score), -1, -1), rows)
             delta = take(deltas[level].detach(), rows)
             box = decode_boxes(delta, anchor, self.stds, limit_shrinking=details.limit_shrinking)
-            boxes.append(clip_boxes(box, sizes))
+            boxes.append(clip_boxes(box, sizes, whole_pixels=details.whole_pixels))
             scores.append(score)
             groups.append(torch.full_like(rows, level))
         box, score, group = torch.cat(boxes, 1), torch.cat(scores, 1), torch.cat(groups, 1)  # [B, M, 4], [B, M]
         side = (box[..., 2:] - box[..., :2]).amin(dim=-1)
-        real = torch.isfinite(score) & (side > details.min_size)
-        keep = nms_keep(box, score, group, real, details.nms_iou, spread=details.spread_nms)
-        score, rows = score.masked_fill(~keep, -torch.inf).topk(min(post_nms, score.shape[1]), dim=1)
+        real = torch.isfinite(score) & (side >= 1 if details.whole_pixels else side > details.min_size)
+        keep = nms_keep(
+            box, score, group, real, details.nms_iou, spread=details.spread_nms,
+            runs=[one.shape[1] for one in scores], most=post_nms,
+        )  # fmt: skip
+        score = score.masked_fill(~keep, -torch.inf)
+        if details.post_nms_of_batch and training:
+            least = score.flatten().topk(min(post_nms, score.numel())).values[-1]
+            score = score.masked_fill(score < least, -torch.inf)
+        score, rows = score.topk(min(post_nms, score.shape[1]), dim=1)
         valid = torch.isfinite(score)
         return Proposals(take(box, rows) * valid[..., None], score, valid)
