@@ -5,12 +5,15 @@ B images, M candidates per image (padded), K classes, D detections per image (pa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
 from cascade_rcnn.models.boxes import pairwise_iou
 from cascade_rcnn.models.matching import take
+from cascade_rcnn.models.roi_align import has_triton
 from cascade_rcnn.structures import RawDetections
 
 # Candidates handed to NMS per image on a GPU, where shapes must not depend on the data. Only images with more boxes
@@ -19,17 +22,30 @@ MAX_CANDIDATES = 8192
 
 
 def nms_keep(
-    boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, iou: float, *, spread: bool = False
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor,
+    valid: Tensor,
+    iou: float,
+    *,
+    spread: bool = False,
+    runs: Sequence[int] | None = None,
+    most: int = 1 << 30,
 ) -> Tensor:
     """Which boxes [B, M] survive greedy NMS among the valid ones of the same image and group.
 
     ``boxes`` [B, M, 4], ``scores``, ``groups`` (non-negative) and ``valid`` [B, M]. ``spread`` moves each group to a
     place of its own first, as mmdetection does: it changes nothing but the rounding of the IoU, which decides ties at
-    the limit.
+    the limit. The last two save time on a GPU: ``runs``, lengths of the parts of M that are in falling order of score
+    and have no group in common; ``most``, how many boxes the caller will use at most, of an image and the best first.
     """
     batch, count = scores.shape
     if spread and count:
         boxes = boxes + (groups * (boxes.flatten(1).amax(dim=1, keepdim=True) + 1)).unsqueeze(-1)
+    if boxes.is_cuda and has_triton():
+        from cascade_rcnn.models.nms_triton import nms_mask
+
+        return nms_mask(boxes, scores, groups, valid, iou, runs=runs, most=most)
     image = torch.arange(batch, device=boxes.device)[:, None]
     group = groups * batch + image
     # Boxes that are no candidates go into a group of their own, so that shapes stay fixed; on a CPU they are left out.
@@ -53,11 +69,11 @@ def soft_nms_scores(boxes: Tensor, scores: Tensor, groups: Tensor, *, sigma: flo
     left = scores.clone()
     result = torch.zeros_like(scores)
     for _ in range(min(keep, len(scores))):
-        best = left.argmax()
-        result[best] = left[best]
-        overlap = pairwise_iou(boxes[best][None], boxes)[0] * (groups == groups[best])
+        best = left.argmax(dim=0, keepdim=True)  # [1]: an index without dimensions would make the host wait for a GPU
+        result.scatter_(0, best, left[best])
+        overlap = pairwise_iou(boxes[best], boxes)[0] * (groups == groups[best])
         left = left * torch.exp(-(overlap**2) / sigma)
-        left[best] = -1.0
+        left.index_fill_(0, best, -1.0)
     return result.clamp(min=0)
 
 
@@ -96,7 +112,9 @@ def select_detections(
         scores = torch.stack(softened)
         keep = scores > score_threshold
     else:
-        keep = nms_keep(candidates, scores, groups, wanted, nms_iou)
+        keep = nms_keep(
+            candidates, scores, groups, wanted, nms_iou, runs=[scores.shape[1]], most=max_detections
+        )
     scores = scores * keep
     best = scores.topk(min(max_detections, scores.shape[1]), dim=1)
     found = best.values > 0
