@@ -72,47 +72,73 @@ class WinogradConv2d(nn.Module):
             and conv.weight.device.type == "cpu"
         )  # fmt: skip
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its loop over bands, unrolled, would compile for minutes and gain nothing
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, out, H, W]."""
-        batch, channels, height, width = x.shape
-        maps = x.permute(0, 2, 3, 1)  # [B, H, W, C]
-        down, across = -(-height // TILE), -(-width // TILE)
-        outputs = self.weight.shape[2]
-        result = x.new_empty(batch, down * TILE, across * TILE, outputs)
-        bands = max(1, _WORKING_SET // (TILE * TILE * across * channels))  # rows of tiles at a time
-        if batch > 1 and down <= bands:  # many small maps, such as a mask head's
-            many = max(1, bands // down)
-            for first in range(0, batch, many):
-                self._band(maps[first : first + many], 0, down, across, result[first : first + many])
-        else:
-            for image in range(batch):
-                for first in range(0, down, bands):
-                    last = min(first + bands, down)
-                    self._band(maps[image : image + 1], first, last, across, result[image : image + 1])
-        return result[:, :height, :width].permute(0, 3, 1, 2)
+        # For torch.compile one operator: the loop over bands, unrolled, would compile for minutes and gain nothing.
+        convolve = _operator if torch.compiler.is_compiling() else _convolve
+        return convolve(x, self.weight, self.bias, self.to_basis, self.from_basis)
 
-    def _band(self, maps: Tensor, first: int, last: int, across: int, result: Tensor) -> None:
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, to_basis: Tensor, from_basis: Tensor) -> Tensor:
+    batch, channels, height, width = x.shape
+    maps = x.permute(0, 2, 3, 1)  # [B, H, W, C]
+    result = _whole_tiles(x, weight)
+    down, across = result.shape[1] // TILE, result.shape[2] // TILE
+    bands = max(1, _WORKING_SET // (TILE * TILE * across * channels))  # rows of tiles at a time
+
+    def band(images: slice, first: int, last: int) -> None:
         """Tiles of the rows ``first`` to ``last``."""
-        batch, height, width, channels = maps.shape
-        top, bottom = first * TILE - 1, last * TILE + 1
-        above, below = max(0, -top), max(0, bottom - height)
-        rows = F.pad(maps[:, top + above : bottom - below], (0, 0, 1, across * TILE + 1 - width, above, below))
-        image, row, column = rows.stride(0), rows.stride(1), rows.stride(2)
-        patches = rows.as_strided(
-            (PATCH, PATCH, batch, last - first, across, channels),
-            (row, column, image, TILE * row, TILE * column, 1),
-        )
-        values = _both_sides(self.to_basis, patches.reshape(PATCH, -1))  # [36, tiles * C]
-        products = torch.bmm(values.view(PATCH * PATCH, -1, channels), self.weight)  # [36, tiles, out]
-        tiles = _both_sides(self.from_basis, products.view(PATCH, -1))  # [16, tiles * out]
-        tiles = tiles.view(TILE, TILE, batch, last - first, across, -1)
-        target = result[:, first * TILE : last * TILE].view(batch, last - first, TILE, across, TILE, -1)
+        patches = _patches(maps[images], first, last, across)
+        values = _both_sides(to_basis, patches)  # [36, tiles * C]
+        products = torch.bmm(values.view(PATCH * PATCH, -1, channels), weight)  # [36, tiles, out]
+        tiles = _both_sides(from_basis, products.view(PATCH, -1))  # [16, tiles * out]
+        tiles = tiles.view(TILE, TILE, -1, last - first, across, weight.shape[2])
+        target = result[images, first * TILE : last * TILE].unflatten(2, (across, TILE)).unflatten(1, (-1, TILE))
         tiles = tiles.permute(2, 3, 0, 4, 1, 5)  # [B, rows, 4, across, 4, out]
-        if self.bias is None:
+        if bias is None:
             target.copy_(tiles)
         else:
-            torch.add(tiles, self.bias, out=target)
+            torch.add(tiles, bias, out=target)
+
+    if batch > 1 and down <= bands:  # many small maps, such as a mask head's
+        many = max(1, bands // down)
+        for start in range(0, batch, many):
+            band(slice(start, start + many), 0, down)
+    else:
+        for image in range(batch):
+            for first in range(0, down, bands):
+                band(slice(image, image + 1), first, min(first + bands, down))
+    return result[:, :height, :width].permute(0, 3, 1, 2)
+
+
+def _patches(maps: Tensor, first: int, last: int, across: int) -> Tensor:
+    """Overlapping patches of the rows of tiles ``first`` to ``last`` of maps [B, H, W, C]: [6, 6 * B * tiles * C]."""
+    batch, height, width, channels = maps.shape
+    top, bottom = first * TILE - 1, last * TILE + 1
+    above, below = max(0, -top), max(0, bottom - height)
+    rows = F.pad(maps[:, top + above : bottom - below], (0, 0, 1, across * TILE + 1 - width, above, below))
+    image, row, column = rows.stride(0), rows.stride(1), rows.stride(2)
+    patches = rows.as_strided(
+        (PATCH, PATCH, batch, last - first, across, channels),
+        (row, column, image, TILE * row, TILE * column, 1),
+    )
+    return patches.reshape(PATCH, -1)
+
+
+def _whole_tiles(x: Tensor, weight: Tensor) -> Tensor:
+    """Room for the result, [B, H, W, out] with both sides rounded up to whole tiles."""
+    down, across = (-(-side // TILE) * TILE for side in x.shape[2:])
+    return x.new_empty(x.shape[0], down, across, weight.shape[2])
+
+
+@torch.library.custom_op("cascade_rcnn::winograd", mutates_args=())
+def _operator(x: Tensor, weight: Tensor, bias: Tensor | None, to_basis: Tensor, from_basis: Tensor) -> Tensor:
+    return _convolve(x, weight, bias, to_basis, from_basis)
+
+
+@_operator.register_fake
+def _shape(x: Tensor, weight: Tensor, *_: Tensor | None) -> Tensor:
+    return _whole_tiles(x, weight)[:, : x.shape[2], : x.shape[3]].permute(0, 3, 1, 2)
 
 
 def use_winograd(module: nn.Module) -> int:
