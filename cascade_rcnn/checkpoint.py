@@ -223,7 +223,7 @@ def _clear_failure(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         before = "the file from before is unchanged" if path.exists() else "nothing was left behind"
         raise CheckpointError(f"{path}: cannot be written ({_one_line(error)}); {before}; free some space or make the "
-                              "folder writable, then go on with --resume, or choose another with --out") from error
+                              "folder writable, or write to another; a training then goes on with --resume") from error
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

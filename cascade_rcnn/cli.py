@@ -81,7 +81,7 @@ def _train(words: Sequence[str]) -> None:
     parser.add_argument("--no-check", action="store_true", help="skip the check of the data before training")
     if "-h" in words or "--help" in words:
         print(parser.format_help())
-        print(_settings_help())
+        print(_settings_help([word for word in words if not word.startswith("-")][:1]))
         return
     args, unknown = parser.parse_known_args(words)
     settings += ["--data.root", str(args.data)] if args.data is not None else []
@@ -116,7 +116,7 @@ def _evaluate(words: Sequence[str]) -> None:
 def _predict(words: Sequence[str]) -> None:
     parser = _parser("predict", "cascade-rcnn predict runs/demo street.jpg photos/ --out found --score 0.5")
     _add_checkpoint(parser)
-    parser.add_argument("inputs", nargs="+", metavar="IMAGE|FOLDER|VIDEO", help="what to look at")
+    parser.add_argument("inputs", nargs="*", metavar="IMAGE|FOLDER|VIDEO", help="what to look at")
     parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR",
                         help="folder for the drawings and predictions.json (predictions)")
     parser.add_argument("--score", type=_probability, default=0.3, metavar="S",
@@ -128,6 +128,9 @@ def _predict(words: Sequence[str]) -> None:
                         help="whose, for --submission (coco)")
     _add_device(parser)
     args = parser.parse_all(words)
+    if not args.inputs:
+        parser.error(f"{args.checkpoint} stands where the checkpoint belongs and nothing to look at comes after it: "
+                     "give a checkpoint or run folder first, then images")
 
     from cascade_rcnn.predict import run_predict
 
@@ -161,11 +164,14 @@ def _check(words: Sequence[str]) -> int:
     parser.add_argument("--fix", type=Path, metavar="OUT", help="write a repaired copy of the annotations there")
     parser.add_argument("--draw", type=_count, default=0, metavar="N", help="draw a sheet of N samples")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the sheet and the report as JSON")
+    parser.add_argument("--config", metavar="NAME", help="recipe whose input scale and anchors objects are measured "
+                        "against (the defaults)")
     args = parser.parse_all(words)
+    recipe = load_config(args.config) if args.config else None
 
     from cascade_rcnn.data.check import run_check
 
-    return run_check(args.data, fix=args.fix, draw=args.draw, out=args.out)
+    return run_check(args.data, fix=args.fix, draw=args.draw, out=args.out, recipe=recipe)
 
 
 def _convert(words: Sequence[str]) -> None:
@@ -250,7 +256,7 @@ COMMANDS: dict[str, _Command] = {
     "predict": _Command(_predict, "Finds objects in images, folders or videos: drawings and predictions.json."),
     "score": _Command(_score, "Scores a results file by a benchmark's official protocol; needs no model."),
     "check": _Command(_check, "Finds what would ruin a training on this data set, before it starts.",
-                      "Exit code 1 when something was found that stops a training."),
+                      "Exit code 1 when errors were found; warnings and notes alone give 0."),
     "convert": _Command(_convert, "Converts a checkpoint of another library.",
                         "What it is and how its network was built is read from the weights; no code in it is run."),
     "convert-data": _Command(_convert_data, "Converts a data set to COCO, VOC or YOLO."),
@@ -351,16 +357,19 @@ def _split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return settings, others
 
 
-def _settings_help() -> str:
-    """All settings with types, defaults and meaning, as tyro reads them from the dataclasses."""
+def _settings_help(recipe: Sequence[str]) -> str:
+    """All settings with types, values (of a recipe, if one is named) and meaning, as tyro reads them."""
     import tyro
 
+    config = load_config(recipe[0]) if recipe else Config()
+    whose = f"with the values of {recipe[0]}" if recipe else "with the values of a recipe that leaves them out\n"\
+        "('cascade-rcnn train CONFIG --help' shows those of CONFIG)"
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        tyro.cli(Config, default=Config(), args=["--help"], prog="cascade-rcnn train CONFIG")
+        tyro.cli(Config, default=config, args=["--help"], prog="cascade-rcnn train CONFIG")
     lines = text.getvalue().splitlines()
     first = next((i for i, line in enumerate(lines) if "model options" in line), 0)  # behind tyro's own usage
-    return "\n".join(["Settings of a recipe, changed by --key.sub value:", "",
+    return "\n".join([f"Settings, changed by --key.sub value, {whose}:", "",
                       *(line.rstrip() for line in lines[first:])])
 
 

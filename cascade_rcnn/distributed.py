@@ -358,8 +358,8 @@ class Interrupts:
         if not self.pending:
             self.pending, self._since = number, now
             with suppress(OSError):
-                os.write(2, f"\n{signal.Signals(number).name}: saving, then stopping; Ctrl-C stops without saving\n"
-                         .encode())
+                name = signal.Signals(number).name
+                os.write(2, f"\n{name}: stopping when all is saved; Ctrl-C again stops without saving\n".encode())
         if self._immediate:
             self._immediate = False
             raise StopNow

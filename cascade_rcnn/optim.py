@@ -25,10 +25,13 @@ def passes_per_step(train: TrainConfig, world_size: int) -> int:
     return train.accumulate or max(1, round(train.images_per_step / images))
 
 
-def scaled_lr(train: TrainConfig, images: int) -> tuple[float, str]:
-    """The learning rate for ``images`` per step, linear in their number (Goyal et al. 2017), and a line about it."""
+def scaled_lr(train: TrainConfig, images: int, *, passes: int = 1) -> tuple[float, str]:
+    """The learning rate for ``images`` per step (made in ``passes`` on each process), linear in their number (Goyal et
+    al. 2017), and a line about it.
+    """
     rate = train.lr * images / train.images_per_step
-    line = f"learning rate {train.lr:g} is for {train.images_per_step} images per step; this run has {images}, so "
+    line = f"learning rate {train.lr:g} is for {train.images_per_step} images per step; this run has {images}"
+    line += f" in {passes} passes, so " if passes > 1 else ", so "
     return rate, line + (f"{rate:g}" if images != train.images_per_step else "it stays")
 
 

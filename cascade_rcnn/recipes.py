@@ -27,6 +27,13 @@ from cascade_rcnn.errors import ConfigError
 # any more. Keys that an older version did not know yet take their defaults.
 RENAMED_KEYS: dict[str, str | None] = {}
 
+# Other programs' words for our settings, for the hint on an unknown one
+_ALIASES = {"learning_rate": "lr", "base_lr": "lr", "max_epochs": "epochs", "num_epochs": "epochs",
+            "max_iter": "max_steps", "samples_per_gpu": "batch_size", "ims_per_batch": "images_per_step",
+            "workers_per_gpu": "workers", "num_workers": "workers", "img_scale": "short_side",
+            "image_size": "short_side", "imgsz": "short_side", "load_from": "init", "weights": "init",
+            "amp": "precision", "score_thr": "score_threshold", "max_per_img": "max_detections"}
+
 _Section = TypeVar("_Section")
 _WORDS_FOR_BOOL = {"true": True, "yes": True, "on": True, "1": True,
                    "false": False, "no": False, "off": False, "0": False}
@@ -98,7 +105,7 @@ def apply_overrides(config: Config, arguments: Sequence[str]) -> Config:
 
 def config_to_python(config: Config) -> str:
     """A recipe file that gives this very config, every setting written out."""
-    lines = [f'"""{config.published or "A recipe"}"""', "",
+    lines = [f'"""{_title(config)}"""', "",
              "from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig", "", "config = Config("]
     for section, value in vars(config).items():
         if dataclasses.is_dataclass(value):
@@ -108,6 +115,11 @@ def config_to_python(config: Config) -> str:
         else:
             lines.append(f"    {section}={value!r},")
     return "\n".join([*lines, ")", ""])
+
+
+def _title(config: Config) -> str:
+    says = config.published
+    return f"Published: {says}" if says and says != "none" else "A recipe with every setting written out."
 
 
 def _recipe_files() -> dict[str, Path]:
@@ -290,7 +302,7 @@ def _find_key(option: str, words: list[str], hints: Mapping[str, Any]) -> tuple[
     positive = f"{section}.{leaf.removeprefix('no_')}"
     if leaf.startswith("no_") and hints.get(positive) is bool and not words:
         return positive, ["false"]
-    same_leaf = [name for name in hints if name.rpartition(".")[2] == leaf]
+    same_leaf = [name for name in hints if name.rpartition(".")[2] in (leaf, _ALIASES.get(leaf))]
     known = same_leaf or difflib.get_close_matches(key, list(hints), n=2, cutoff=0.6)
     hint = f" (did you mean {' or '.join('--' + name.replace('_', '-') for name in known)}?)" if known else ""
     raise ConfigError(f"{option}: no such setting{hint}; 'cascade-rcnn train --help' lists all settings")

@@ -97,7 +97,8 @@ class Run:
         if config.model.norm == "sync":
             self.model = distributed.with_synchronised_norm(self.model, world)
         self.model.set_activation_checkpointing(settings.activation_checkpointing)
-        rate, about_rate = scaled_lr(settings, self._images_per_pass * self.passes_per_step)
+        rate, about_rate = scaled_lr(settings, self._images_per_pass * self.passes_per_step,
+                                     passes=self.passes_per_step)
         self.updater = Updater(self.model, settings, lr=rate, device=world.device)
         self.average = MovingAverage(self.model, settings.ema) if settings.ema else None
         self.vote = distributed.Vote(world.device)
@@ -195,10 +196,12 @@ class Run:
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         where = f"{self.world.size} processes on {self.world.device.type}" if self.world.size > 1 else self.world.device
         validation = f", {len(self.validation)} to evaluate on" if self.validation else ""
-        log.say(f"{len(self.data)} images to learn from{validation}; {len(self.data.class_names)} classes: "
-                f"{_shortened(self.data.class_names)}")
+        log.say(f"{len(self.data)} images to learn from{validation}; classes: {_shortened(self.data.class_names)}")
+        whole = settings.epochs * self.steps_per_epoch
+        length = f"{settings.epochs} epoch{'s' * (settings.epochs != 1)}, {whole} steps"
+        length += f", of which train.max_steps takes {self.total_steps}" if self.total_steps < whole else ""
         log.say(f"{parameters / 1e6:.1f} million trainable parameters; {self.updater.precision} on {where}; "
-                f"{settings.epochs} epochs, {self.total_steps} steps; results in {self.out}")
+                f"{length}; results in {self.out}")
         log.say(about_rate)
         if resuming:
             log.say(f"goes on at step {progress.step}, epoch {self.epochs_done():.2f}")

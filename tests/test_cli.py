@@ -104,6 +104,14 @@ def test_help_of_train_lists_every_setting(capsys: pytest.CaptureFixture[str]) -
         assert [name for name in names if f"--{name.replace('_', '-')}" not in text] == []
 
 
+def test_train_help_shows_the_values_of_the_recipe_that_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "--help"])
+    plain = capsys.readouterr().out
+    main(["train", "finetune", "--help"])
+    named = capsys.readouterr().out
+    assert "(default: 640 800)" in named and "(default: 640 800)" not in plain
+
+
 def test_help_needs_no_heavy_import_and_less_than_a_second(run_command: Callable[..., Any]) -> None:
     code = ("import sys; from cascade_rcnn.cli import COMMANDS, main\n"
             "for name in COMMANDS: main([name, '--help'])\n"
@@ -182,7 +190,10 @@ def test_config_alone_lists_the_names(capsys: pytest.CaptureFixture[str]) -> Non
     ("predict run photo.jpg --scor 1", "unexpected argument '--scor', did you mean --score?"),
     ("predict run photo.jpg --score 1.5", "'1.5' is not a number between 0 and 1"),
     ("predict run photo.jpg --batch-size 0", "'0' is not a whole number of at least 1"),
-    ("predict run", "required: IMAGE|FOLDER|VIDEO"),
+    ("predict photo.jpg", "photo.jpg stands where the checkpoint belongs and nothing to look at comes after it"),
+    ("train finetune --data x --train.learning-rate 0.1", "did you mean --train.lr?"),
+    ("train finetune --data x --data.num-workers 4", "did you mean --data.workers?"),
+    ("check x --config finetun", "finetun: no such config name (did you mean finetune"),
     ("score --format coc --truth t --results r", "invalid choice: 'coc'"),
     ("config --train.epochs 3", "--train.epochs without a recipe to change"),
 ])

@@ -80,7 +80,7 @@ def test_a_signal_saves_and_exits_with_its_code(tmp_path: Path, number: int, cod
     assert _wait_then_stop(config, tmp_path, tmp_path / "log.jsonl", number)[0] == code
     said = capfd.readouterr()
     name = signal.Signals(number).name
-    assert f"{name}: saving, then stopping" in said.err and "StopNow" not in said.err
+    assert f"{name}: stopping when all is saved" in said.err and "StopNow" not in said.err
     assert f"stopped by {name}; saved at step {_steps(tmp_path)}: go on with --resume" in said.out
     assert load_checkpoint(tmp_path / LAST).metadata["step"] == _steps(tmp_path) > 0
 

@@ -51,6 +51,7 @@ def test_the_rate_is_linear_in_the_images_of_a_step() -> None:
     assert scaled_lr(train, 4) == (0.005, "learning rate 0.02 is for 16 images per step; this run has 4, so 0.005")
     assert scaled_lr(train, 16) == (0.02, "learning rate 0.02 is for 16 images per step; this run has 16, so it stays")
     assert scaled_lr(train, 64)[0] == pytest.approx(0.08)
+    assert "this run has 16 in 8 passes, so it stays" in scaled_lr(train, 16, passes=8)[1]
 
 
 @pytest.mark.parametrize(("accumulate", "batch", "world", "passes"), [

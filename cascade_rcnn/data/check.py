@@ -16,7 +16,7 @@ from cascade_rcnn.data import files
 from cascade_rcnn.data.check_images import check_images, check_same_images
 from cascade_rcnn.data.check_objects import check_classes, check_objects
 from cascade_rcnn.data.formats import describe_split, disjoint_splits, open_split, recognise
-from cascade_rcnn.data.records import KINDS, DataSplit, Problems
+from cascade_rcnn.data.records import DataSplit, Problems, advice
 from cascade_rcnn.data.report import Report, new_report
 from cascade_rcnn.errors import DataError
 
@@ -84,7 +84,7 @@ def check_before_training(config: Config) -> Report:
         report.show(least="warning")
     if report.refusals:
         first = report.refusals[0]
-        raise DataError(f"{first.where}: {first.message}; {KINDS[first.kind].advice}")
+        raise DataError(f"{first.where}: {first.message}; {advice(first.kind)}")
     return report
 
 
@@ -123,13 +123,16 @@ def _save(path: Path, report: Report) -> None:
         pass
 
 
-def run_check(data: Path, *, fix: Path | None = None, draw: int = 0, out: Path | None = None) -> int:
+def run_check(data: Path, *, fix: Path | None = None, draw: int = 0, out: Path | None = None,
+              recipe: Config | None = None) -> int:
     """The command. Prints the report; ``fix`` writes a repaired copy, ``draw`` a sheet of samples.
 
-    ``out`` is the folder for ``report.json`` and ``samples.png`` (the current one where only ``draw`` is given).
+    ``out`` is the folder for ``report.json`` and ``samples.png`` (the current one where only ``draw`` is given);
+    ``recipe`` gives the input scale and the anchors that objects are measured against (else the defaults).
     Returns 1 where errors were found and nothing was repaired, else 0.
     """
-    report, splits = _check(data, None, DataConfig(), ModelConfig())
+    recipe = recipe or Config()
+    report, splits = _check(data, None, recipe.data, recipe.model)
     report.show()
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

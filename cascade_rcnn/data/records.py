@@ -157,6 +157,11 @@ KINDS: dict[str, Kind] = {
 }
 
 
+def advice(kind: str) -> str:
+    """What to do about a kind of problem, as one reads it outside ``check``."""
+    return KINDS[kind].advice.replace("`--fix OUT`", "`cascade-rcnn check DATA --fix OUT`")
+
+
 class Problems:
     """Collects problems; when strict, the first that refuses the training is raised instead."""
 
@@ -168,5 +173,5 @@ class Problems:
         """Notes a problem of ``KINDS``. Raises ``DataError`` with file, value and way out if it refuses."""
         where, message = printable(where), printable(message)  # a damaged file may put anything into them
         if self.strict and KINDS[kind].refuses:
-            raise DataError(f"{where}: {message}; {KINDS[kind].advice}")
+            raise DataError(f"{where}: {message}; {advice(kind)}")
         self.items.append(Problem(kind, where, message))

@@ -53,7 +53,8 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(read_text(path), parse_constant=refuse)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}: line {error.lineno}: not JSON ({error.msg}): write the file again") from error
+        raise DataError(f"{path}: line {error.lineno}: not JSON ({error.msg}): give the JSON file of this "
+                        "format, whole") from error
     except RecursionError as error:
         raise DataError(f"{path}: JSON nested too deeply: not a file of this format") from error
 
