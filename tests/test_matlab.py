@@ -41,6 +41,17 @@ def test_changed_bytes_are_read_or_refused(path: Path, seed: int) -> None:
 
 
 def test_a_file_that_crashes_the_reader_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matlab, "_TRIAL", "import os; os.abort()")
-    with pytest.raises(DataError, match=r"truth\.mat: crashes the reader"):
+    matlab._trial.end()
+    with monkeypatch.context() as patch:
+        patch.setattr(matlab, "_TRIAL", "import os; input(); os.abort()")
+        with pytest.raises(DataError, match=r"truth\.mat: crashes the reader"):
+            matlab.read_mat(path)
+    assert set(matlab.read_mat(path)) == {"cells", "number"}  # by a new process
+
+
+def test_a_file_that_never_ends_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    matlab._trial.end()
+    monkeypatch.setattr(matlab, "_TRIAL", "import time; input(); time.sleep(60)")
+    monkeypatch.setattr(matlab, "_TRIAL_SECONDS", 0.5)
+    with pytest.raises(DataError, match=r"truth\.mat: .*more than 0\.5 s"):
         matlab.read_mat(path)

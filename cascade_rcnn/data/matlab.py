@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import subprocess
 import sys
+import threading
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,18 @@ import numpy as np
 from cascade_rcnn.data import files
 from cascade_rcnn.errors import DataError
 
-# scipy's reader is compiled code that a damaged file can crash: a process of its own tries first.
-_TRIAL = "import sys, warnings; warnings.simplefilter('ignore'); from scipy.io import loadmat; loadmat(sys.argv[1])"
+# scipy's reader is compiled code that a damaged file can crash: a process of its own tries each file first.
+_TRIAL = """
+import os, sys, warnings
+from scipy.io import loadmat
+warnings.simplefilter("ignore")
+for line in sys.stdin:
+    try:
+        loadmat(os.fsdecode(bytes.fromhex(line)))
+    except Exception:
+        pass  # said by the reading in the program itself
+    print("survived", flush=True)
+"""
 _TRIAL_SECONDS = 300
 
 
@@ -34,15 +48,48 @@ def read_mat(path: Path) -> dict[str, Any]:
     return {key: value for key, value in content.items() if not key.startswith("__")}
 
 
+class _Trial:
+    """A process that reads files so that this one need not crash; it stays for the next file unless one kills it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def survives(self, path: Path) -> bool:
+        if self._process is None:
+            self._process = subprocess.Popen([sys.executable, "-c", _TRIAL], stdin=subprocess.PIPE,
+                                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        overdue = threading.Timer(_TRIAL_SECONDS, process.kill)
+        overdue.start()
+        try:
+            process.stdin.write(os.fsencode(path.absolute()).hex() + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        finally:
+            overdue.cancel()
+        if not answer:
+            self.end()
+        return bool(answer)
+
+    def end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            with suppress(BrokenPipeError):
+                process.communicate()
+
+
+_trial = _Trial()
+atexit.register(_trial.end)
+
+
 def _try_elsewhere(path: Path) -> None:
-    """Let another process crash instead of this one. What it can say itself is left to the reading here."""
-    try:
-        trial = subprocess.run(
-            [sys.executable, "-c", _TRIAL, str(path)], capture_output=True, timeout=_TRIAL_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        raise DataError(f"{files.printable(path)}: not read within {_TRIAL_SECONDS} s; fetch it again") from None
-    if trial.returncode not in (0, 1):
-        raise DataError(f"{files.printable(path)}: crashes the reader of MATLAB files: it is damaged, fetch it again")
+    if not _trial.survives(path):
+        raise DataError(f"{files.printable(path)}: crashes the reader of MATLAB files, or takes it more than "
+                        f"{_TRIAL_SECONDS} s: it is damaged, fetch it again")
 
 
 def unwrap(value: Any) -> Any:
