@@ -243,7 +243,7 @@ def _config_without_recipe(seen: Structure, kind: Format, hints: Hints, source: 
 def _match_preprocessing(
     state: dict[str, Tensor], kind: Format, seen: Structure, model: ModelConfig, hints: Hints, found: _Source
 ) -> None:
-    from cascade_rcnn.models.build import SEMANTICS
+    from cascade_rcnn.models.build import normalization
 
     scaled = (seen.depth, seen.groups, seen.group_width) == (101, 32, 8)
     if kind == "mmdetection":
@@ -258,8 +258,7 @@ def _match_preprocessing(
     else:
         theirs = Preprocessing(False, *_IMAGENET) if kind == "torchvision" else Preprocessing(True, *_DETECTRON)
     theirs = hints.preprocessing or theirs
-    our_bgr = SEMANTICS[model.semantics].bgr or model.style == "caffe"
-    our_mean, our_std = _CAFFE if our_bgr else _IMAGENET
+    our_mean, our_std, our_bgr = normalization(model)
     changed = absorb_preprocessing(state, bgr=theirs.bgr, mean=theirs.mean, std=theirs.std,
                                    our_bgr=our_bgr, our_mean=our_mean, our_std=our_std)
     if changed:

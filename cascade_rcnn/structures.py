@@ -51,6 +51,7 @@ class ImageBatch(_TensorBatch):
     image_ids: tuple[int | str, ...] = ()
     paths: tuple[str, ...] = ()
     bad: tuple[tuple[str, str], ...] = ()  # (path, reason) of unreadable images that others in the batch stand in for
+    scales: Tensor | None = None  # float32 [B], Detectron's one factor for both axes; None: each side has its own
 
     def __len__(self) -> int:
         return int(self.pixels.shape[0])
@@ -91,6 +92,14 @@ class Targets(_TensorBatch):
 
 
 @dataclass
+class OriginalFrame(_TensorBatch):
+    """The images of a batch before resizing, for what Detectron computes in their own pixels."""
+
+    scales: Tensor  # float32 [B], from original pixels to the network's, both axes alike
+    sizes: Tensor  # int64 [B, 2], (height, width)
+
+
+@dataclass
 class Proposals(_TensorBatch):
     """Boxes that the RPN or a stage hands to the next stage."""
 
@@ -108,3 +117,4 @@ class RawDetections(_TensorBatch):
     labels: Tensor  # int64 [B, D]
     valid: Tensor  # bool [B, D]
     masks: Tensor | None = None  # float32 [B, D, m, m], probability of the object inside its box
+    scales: Tensor | None = None  # float32 [B]: boxes of whole pixels (Detectron), to be divided by this; else None

@@ -193,7 +193,7 @@ def test_the_papers_ensemble_judges_the_last_boxes() -> None:
     boxes = proposals.boxes
     for k in range(2):
         _, deltas = model.cascade._run_stage(k, pyramid, boxes, proposals.valid)
-        boxes = model.cascade._decode_all(k, deltas, boxes, images.sizes)
+        boxes = model.cascade._decode(k, deltas, boxes, deltas, images.sizes)
     judged = [model.cascade._run_stage(k, pyramid, boxes, proposals.valid)[0].softmax(-1) for k in range(3)]
     expected = torch.stack(judged).mean(0)[0, proposals.valid[0], :-1].flatten().sort(descending=True).values[:30]
     torch.testing.assert_close(model.detect(images).scores[0], expected, rtol=1e-4, atol=1e-5)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,6 +25,7 @@ from cascade_rcnn.models.rpn import RPN, AnchorGenerator, RPNDetails
 
 RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 BGR_MEAN, BGR_STD = (103.53, 116.28, 123.675), (1.0, 1.0, 1.0)
+DETECTRON_MEAN = (102.9801, 115.9465, 122.7717)  # BGR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class Semantics:
     divide_gradient: bool  # the gradient from each of n box heads into the features is divided by n
     box_beta: float
     rpn_box_beta: float
-    one_stage_box_beta: float  # a single stage (Faster R-CNN) uses this for both losses
+    one_stage_box_beta: float  # a single stage (Faster R-CNN) uses this for both losses; Detectron not in its RPN
     train_proposals: int
     one_stage_train_proposals: int
     best_box_iou: float
@@ -51,6 +53,7 @@ class Semantics:
     rounded_anchors: bool = False
     sampling_ratio: int = 0
     aligned: bool = True
+    detectron: bool = False  # boxes of whole pixels, and the rules of its own that _build_rpn and _build_cascade name
 
 
 SEMANTICS = {
@@ -74,7 +77,7 @@ SEMANTICS = {
         train_proposals=2000, one_stage_train_proposals=2000,
         best_box_iou=0.0, rematch_best=False, fixed_rpn_normalizer=True,
         limit_shrinking=False, mean_of_logits=False, bgr=True, judge_last_boxes=True,
-        sampling_ratio=2, aligned=False,
+        sampling_ratio=2, aligned=False, detectron=True,
     ),
     "torchvision": Semantics(
         halving_loss_weights=False, resample=True, divide_gradient=False,
@@ -92,11 +95,20 @@ def wants_antialias(config: ModelConfig) -> bool:
     return config.semantics == "detectron2"
 
 
+def normalization(config: ModelConfig) -> tuple[tuple[float, float, float], tuple[float, float, float], bool]:
+    """Mean and std of the network's input in its own order of channels, and whether that is BGR."""
+    semantics = SEMANTICS[config.semantics]
+    if semantics.detectron:
+        return DETECTRON_MEAN, BGR_STD, True
+    bgr = semantics.bgr or config.style == "caffe"
+    return (BGR_MEAN, BGR_STD, True) if bgr else (RGB_MEAN, RGB_STD, False)
+
+
 def stage_stds(config: ModelConfig) -> tuple[tuple[float, ...], ...]:
-    """Standard deviations of each stage's deltas: the paper's (.1, .1, .2, .2) divided by 1, 2, 3, ..."""
+    """Standard deviations of each stage's deltas: (.1, .1, .2, .2) divided by 1, 2, 3, ..., rounded in mmdetection."""
     if config.stage_stds is not None:
         return config.stage_stds
-    if config.semantics == "detectron2":  # box weights (10, 10, 5, 5) times 1, 2, 3
+    if config.semantics in ("detectron2", "paper"):  # box weights (10, 10, 5, 5) times 1, 2, 3
         return tuple(tuple(s / (k + 1) for s in (0.1, 0.1, 0.2, 0.2)) for k in range(len(config.stage_ious)))
     table = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067), (0.025, 0.025, 0.05, 0.05))
     more = tuple(tuple(s / (k + 1) for s in table[0]) for k in range(4, len(config.stage_ious)))
@@ -111,7 +123,7 @@ def build_model(config: ModelConfig, num_classes: int, *, pretrained: bool = Fal
     """
     semantics = SEMANTICS[config.semantics]
     wanted = pretrained and config.pretrained
-    bgr = semantics.bgr or config.style == "caffe"
+    mean, std, bgr = normalization(config)
     if wanted and not config.backbone_weights and config.style == "caffe":
         raise CheckpointError(
             "timm has no Caffe-style ImageNet weights: give a file with --model.backbone-weights FILE (detectron2's "
@@ -133,24 +145,25 @@ def build_model(config: ModelConfig, num_classes: int, *, pretrained: bool = Fal
         fpn,
         _build_rpn(config, semantics),
         _build_cascade(config, semantics, num_classes),
-        mean=BGR_MEAN if bgr else RGB_MEAN,
-        std=BGR_STD if bgr else RGB_STD,
+        mean=mean,
+        std=std,
         bgr=bgr,
     )
     return model.train()
 
 
 def _build_rpn(config: ModelConfig, semantics: Semantics) -> RPN:
-    one_stage = len(config.stage_ious) == 1
+    one_stage, detectron = len(config.stage_ious) == 1, semantics.detectron
     train_proposals = config.train_proposals or (
         semantics.one_stage_train_proposals if one_stage else semantics.train_proposals
     )
     anchors = AnchorGenerator(
-        (*STRIDES, 64), scales=config.anchor_scales, ratios=config.anchor_ratios, rounded=semantics.rounded_anchors
+        (*STRIDES, 64), scales=config.anchor_scales, ratios=config.anchor_ratios, rounded=semantics.rounded_anchors,
+        whole_pixels=detectron,
     )
     details = RPNDetails(
         samples=config.rpn_samples,
-        box_beta=semantics.one_stage_box_beta if one_stage else semantics.rpn_box_beta,
+        box_beta=semantics.one_stage_box_beta if one_stage and not detectron else semantics.rpn_box_beta,
         best_box_iou=semantics.best_box_iou,
         rematch_best=semantics.rematch_best,
         fixed_normalizer=semantics.fixed_rpn_normalizer,
@@ -160,9 +173,20 @@ def _build_rpn(config: ModelConfig, semantics: Semantics) -> RPN:
         mask_padding=semantics.mask_padding,
         spread_nms=semantics.mmdetection_ranking,
         rank_by_probability=semantics.mmdetection_ranking,
-        inside_only=semantics.anchors_inside and not one_stage,
+        inside_only=detectron or (semantics.anchors_inside and not one_stage),
+        nms_iou=_at_the_limit(0.7) if detectron else 0.7,
+        whole_pixels=detectron,
+        padding_proposes=detectron,
+        clip_to_padding=detectron,
+        post_nms_of_batch=detectron,
+        box_mean_of_images=detectron,
     )
     return RPN(config.fpn_channels, anchors, convs=config.rpn_convs, details=details)
+
+
+def _at_the_limit(iou: float) -> float:
+    """The limit that makes "above" mean "from ``iou`` on": Detectron's NMS removes a box at the limit itself."""
+    return float(np.nextafter(np.float32(iou), np.float32(0)))
 
 
 def _build_cascade(config: ModelConfig, semantics: Semantics, num_classes: int) -> Cascade:
@@ -184,8 +208,12 @@ def _build_cascade(config: ModelConfig, semantics: Semantics, num_classes: int) 
         masks=config.masks,
         score_threshold=config.score_threshold,
         nms=config.nms,
-        nms_iou=config.nms_iou,
+        nms_iou=_at_the_limit(config.nms_iou) if semantics.detectron else config.nms_iou,
         max_detections=config.max_detections,
+        whole_pixels=semantics.detectron,
+        add_truth=semantics.detectron,
+        spare_heads=semantics.detectron,
+        weigh_masks=not semantics.detectron,
     )
     choices: dict[str, Callable[..., BoxHead]] = {
         "2fc": BoxHead,
