@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cascade_rcnn.errors import UserError
+from cascade_rcnn.models.boxes import scale_boxes
 from cascade_rcnn.structures import ImageBatch, RawDetections
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Detections:
     image: str | Path | NDArray[np.uint8] | None = None  # the file, or the pixels uint8 [H, W, 3], to draw on
     image_id: int | str | None = None
     category_ids: tuple[int, ...] = ()  # [K], the data set's own id of each class; empty: 1..K
+    whole_pixels: bool = False  # masks are pasted as Detectron does
 
     def __len__(self) -> int:
         return int(self.boxes.shape[0])
@@ -64,7 +66,7 @@ class Detections:
         probs = None if self.mask_probs is None else self.mask_probs[index]
         return Detections(
             self.boxes[index], self.scores[index], self.labels[index], self.size, self.class_names, mask_probs=probs,
-            image=self.image, image_id=self.image_id, category_ids=self.category_ids,
+            image=self.image, image_id=self.image_id, category_ids=self.category_ids, whole_pixels=self.whole_pixels,
         )
 
     def __repr__(self) -> str:
@@ -94,8 +96,9 @@ class Detections:
     def mask_crops(self) -> Iterator[MaskCrop]:
         """Each detection's pasted mask cut to its box, one at a time."""
         if self.mask_probs is not None:
+            paste = paste_in_whole_pixels if self.whole_pixels else paste_mask
             for box, probs in zip(self.boxes.double().numpy(), self.mask_probs.float().numpy()):
-                yield paste_mask(probs, box, self.size)
+                yield paste(probs, box, self.size)
 
     def to_coco(self) -> list[dict[str, Any]]:
         """COCO results: ``image_id`` (when known), ``category_id``, ``bbox`` [x, y, w, h], ``score``, ``segmentation``.
@@ -178,6 +181,24 @@ def paste_mask(probs: NDArray[np.float32], box: NDArray[np.float64], size: tuple
     return MaskCrop(top, left, (rows @ probs @ columns.T) >= threshold)
 
 
+def paste_in_whole_pixels(probs: NDArray[np.float32], box: NDArray[np.float64], size: tuple[int, int],
+                          threshold: float = MASK_THRESHOLD) -> MaskCrop:
+    """As :func:`paste_mask`, in Detectron's way: its box, which ends with a pixel, is enlarged by a cell of the mask on
+    each side and cut to whole pixels (towards zero), and the mask with a border of zeros is resized to those.
+    """
+    side = len(probs)
+    far = box[2:] - 1
+    middle, half = (box[:2] + far) * 0.5, (far - box[:2]) * 0.5 * ((side + 2) / side)
+    (x1, y1), (x2, y2) = (middle - half).astype(int).tolist(), (middle + half).astype(int).tolist()
+    left, right = max(x1, 0), min(x2 + 1, size[1])
+    top, bottom = max(y1, 0), min(y2 + 1, size[0])
+    if right <= left or bottom <= top:
+        return MaskCrop(0, 0, np.zeros((0, 0), dtype=np.bool_))
+    rows = _bilinear_weights(y1, y2 + 1, top, bottom, side + 2)[:, 1:-1]
+    columns = _bilinear_weights(x1, x2 + 1, left, right, side + 2)[:, 1:-1]
+    return MaskCrop(top, left, (rows @ probs @ columns.T) > threshold)
+
+
 def encode_crop(crop: MaskCrop, size: tuple[int, int]) -> dict[str, Any]:
     """COCO's compressed RLE of a crop within an image of ``size``; costs the crop's pixels, not the image's."""
     from faster_coco_eval.core import mask as coco_mask
@@ -216,17 +237,26 @@ def detect(model: CascadeRCNN, images: ImageBatch, precision: Literal["fp32", "b
 
 def to_detections(raw: RawDetections, images: ImageBatch, class_names: Sequence[str],
                   category_ids: Sequence[int] = ()) -> list[Detections]:
-    """Take a padded batch apart; boxes go from the network's input to original pixels, by each side's own factor."""
+    """Take a padded batch apart; boxes go from the network's input to original pixels, by each side's own factor.
+
+    Those of Detectron's semantics (``raw.scales``) by one factor, which scales their last pixel.
+    """
     results = []
     factors = images.original_sizes.double() / images.sizes.double()  # [B, 2] height, width
     for index, size in enumerate(images.original_sizes.tolist()):
         valid = raw.valid[index].cpu()
         scale = factors[index].flip(0).repeat(2).cpu()  # x, y, x, y
         limit = torch.tensor([size[1], size[0]] * 2, dtype=torch.float64)
-        boxes = torch.minimum(raw.boxes[index].cpu()[valid].double() * scale, limit).clamp(min=0).float()
+        boxes = raw.boxes[index].cpu()[valid].double()
+        if raw.scales is None:
+            boxes = boxes * scale
+        else:
+            boxes = scale_boxes(boxes[None], 1 / raw.scales[index : index + 1].cpu().double())[0]
+        boxes = torch.minimum(boxes, limit).clamp(min=0).float()
         results.append(Detections(
             boxes, raw.scores[index].cpu().float()[valid], raw.labels[index].cpu()[valid], (size[0], size[1]),
             tuple(class_names), mask_probs=None if raw.masks is None else raw.masks[index].cpu()[valid],
             image_id=images.image_ids[index] if images.image_ids else None, category_ids=tuple(category_ids),
+            whole_pixels=raw.scales is not None,
         ))
     return results

@@ -152,12 +152,13 @@ class Detector:
         """One batch through the network."""
         items = []
         for pixels in arrays:
-            resized, _ = resize_for_test(
+            own_scale = self.config.model.semantics == "paper"
+            resized, factors = resize_for_test(
                 torch.from_numpy(pixels).permute(2, 0, 1), self.config.data, semantics=self.config.model.semantics
             )
             nothing = np.zeros(0, np.int64)
             items.append(Item(resized, pixels.shape[:2], 0, "", np.zeros((0, 4), np.float32), nothing,
-                              nothing.astype(np.bool_), None))
+                              nothing.astype(np.bool_), None, scale=factors[0] if own_scale else None))
         collated = Collate(self.config.data.pad_multiple)(items)
         assert not isinstance(collated, DataError)
         images = dataclasses.replace(collated[0], image_ids=())

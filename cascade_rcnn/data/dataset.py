@@ -39,7 +39,7 @@ class SampleKey(NamedTuple):
 class Item:
     """One image, transformed, with its objects."""
 
-    image: Tensor  # uint8 [3, H, W]
+    image: Tensor  # uint8 [3, H, W]; float32 at test time as in the authors' release
     original_size: tuple[int, int]
     image_id: int | str
     path: str
@@ -48,6 +48,7 @@ class Item:
     ignore: NDArray[np.bool_]  # [G]
     masks: list[Window | None] | None  # [G]
     bad: list[tuple[str, str]] = field(default_factory=list)  # unreadable images met on the way: path, reason
+    scale: float | None = None  # from the original to this image, where both axes share one factor (Detectron)
 
 
 class DetectionDataset(Dataset[Item]):
@@ -133,7 +134,8 @@ class DetectionDataset(Dataset[Item]):
             boxes=sample.boxes[kept].astype(np.float32),
             labels=self.packed.labels[start:end].numpy()[kept].astype(np.int64),
             ignore=self.packed.ignore[start:end].numpy()[kept],
-            masks=[self._mask(index, start + int(row), size, sample) for row in kept] if self.masks else None)
+            masks=[self._mask(index, start + int(row), size, sample) for row in kept] if self.masks else None,
+            scale=sample.scale)
 
     def _check_size(self, index: int, size: tuple[int, int]) -> None:
         """The annotation counts pixels of an image of its own size; another size means boxes in the wrong place."""

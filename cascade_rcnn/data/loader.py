@@ -127,7 +127,7 @@ class Collate:
         sizes = torch.tensor([item.image.shape[1:] for item in items])
         height, width = (-(-max(int(side), self.fixed_size) // self.pad_multiple) * self.pad_multiple
                          for side in sizes.amax(dim=0))
-        pixels = torch.empty(len(items), 3, height, width, dtype=torch.uint8,
+        pixels = torch.empty(len(items), 3, height, width, dtype=items[0].image.dtype,
                              memory_format=torch.channels_last)  # as the images come: ten times faster to fill
         for row, item in zip(pixels, items):
             h, w = item.image.shape[1:]
@@ -136,8 +136,13 @@ class Collate:
         images = ImageBatch(
             pixels=pixels, sizes=sizes, original_sizes=torch.tensor([item.original_size for item in items]),
             image_ids=tuple(item.image_id for item in items), paths=tuple(item.path for item in items),
-            bad=tuple(entry for item in items for entry in item.bad))
+            bad=tuple(entry for item in items for entry in item.bad), scales=_scales(items))
         return images, _targets(items)
+
+
+def _scales(items: list[Item]) -> torch.Tensor | None:
+    scales = [item.scale for item in items if item.scale is not None]
+    return torch.tensor(scales) if scales and len(scales) == len(items) else None
 
 
 def _targets(items: list[Item]) -> Targets:

@@ -1,4 +1,4 @@
-"""Bilinear resizing of uint8 images exactly as OpenCV and Pillow do it.
+"""Bilinear resizing of images exactly as OpenCV and Pillow do it.
 
 mmdetection's published results were measured on images that OpenCV had resized. Its arithmetic is fixed-point: weights
 of 11 bits, products shifted down between the two passes. Floating-point bilinear interpolation differs from it by one
@@ -67,6 +67,22 @@ def resize_like_opencv(image: Tensor, size: tuple[int, int]) -> Tensor:
         upper >>= 2
         resized[block] = upper  # 0..255 already: the weights of a pixel add up to one
     return torch.from_numpy(resized.reshape(*size, channels)).permute(2, 0, 1)
+
+
+def resize_to_float(image: Tensor, size: tuple[int, int], scale: float) -> Tensor:
+    """``image`` [C, H, W] as float32 [C, *size], as OpenCV resizes float images by a factor: Detectron's input.
+
+    Samples lie ``1 / scale`` apart, whatever ``size`` was rounded to, and nothing is rounded to grey levels.
+    """
+    pixels = image.permute(1, 2, 0).float()  # [H, W, C]
+    for axis, target in enumerate(size):
+        source = pixels.shape[axis]
+        position = ((np.arange(target) + 0.5) / scale - 0.5).astype(np.float32)
+        first = np.floor(position)
+        share = torch.from_numpy(position - first).view(-1, *[1] * (2 - axis))
+        low, high = (torch.from_numpy((first + step).clip(0, source - 1).astype(np.int64)) for step in (0, 1))
+        pixels = pixels.index_select(axis, low) * (1 - share) + pixels.index_select(axis, high) * share
+    return pixels.permute(2, 0, 1)
 
 
 def resize_with_pillow(image: Tensor, size: tuple[int, int]) -> Tensor:

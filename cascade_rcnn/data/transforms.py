@@ -19,9 +19,9 @@ from torchvision.transforms.v2 import functional as F
 
 from cascade_rcnn.config import DataConfig, Semantics
 from cascade_rcnn.data.masks import nearest_indices
-from cascade_rcnn.data.resize import resize_like_opencv, resize_with_pillow
+from cascade_rcnn.data.resize import resize_like_opencv, resize_to_float, resize_with_pillow
 
-Interpolation = Literal["fast", "opencv", "antialias", "pillow"]  # all bilinear
+Interpolation = Literal["fast", "opencv", "float", "antialias", "pillow"]  # all bilinear
 SMALLEST_CROPPED_BOX = 1.0  # pixels; what a random crop leaves of an object below this is not learnt
 
 
@@ -29,12 +29,13 @@ SMALLEST_CROPPED_BOX = 1.0  # pixels; what a random crop leaves of an object bel
 class Sample:
     """An image on its way through the transforms."""
 
-    image: Tensor  # uint8 [3, H, W]
+    image: Tensor  # uint8 [3, H, W]; float32 after the interpolation "float"
     boxes: NDArray[np.floating[Any]]  # [G, 4] xyxy in pixels of the image; arithmetic stays in the precision given
     keep: NDArray[np.bool_]  # [G], False where a crop has cut the object away
     rows: NDArray[np.int64]  # [H], source row shown in each row
     cols: NDArray[np.int64]  # [W], source column shown in each column
     canvas: tuple[int, int]  # (height, width) of the source that rows and columns count in: where masks are drawn
+    scale: float | None = None  # of both axes, where they share one (Detectron)
 
     @staticmethod
     def of(image: Tensor, boxes: NDArray[np.floating[Any]]) -> Sample:
@@ -50,14 +51,17 @@ class Sample:
 
 
 def interpolation(config: DataConfig, semantics: Semantics = "mmdetection", *, training: bool) -> Interpolation:
-    """How pixels are resized: like Pillow (detectron2), or without antialiasing, like OpenCV (the others).
+    """How pixels are resized: like Pillow (detectron2), or without antialiasing, like OpenCV (the others; the authors'
+    release in float).
 
     Their arithmetic is followed bit for bit at test time, where published scores are compared. Training takes
     torchvision's, which is off by one grey level in a fifth of the pixels and ten times as fast.
     """
     if semantics == "detectron2" if config.antialias is None else config.antialias:
         return "antialias" if training else "pillow"
-    return "fast" if training or semantics == "torchvision" else "opencv"
+    if training or semantics == "torchvision":
+        return "fast"
+    return "float" if semantics == "paper" else "opencv"
 
 
 def fitted_size(size: tuple[int, int], short_side: int, long_side: int) -> tuple[int, int]:
@@ -68,6 +72,36 @@ def fitted_size(size: tuple[int, int], short_side: int, long_side: int) -> tuple
     height, width = size
     scale = min(long_side / max(size), short_side / min(size))
     return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+
+
+def detectron_scale(size: tuple[int, int], short_side: int, long_side: int) -> float:
+    """The one factor of both axes: ``short_side`` for the shorter, unless the longer is rounded above ``long_side``."""
+    scale = short_side / min(size)
+    return scale if round(scale * max(size)) <= long_side else long_side / max(size)
+
+
+def detectron_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """(height, width) times ``scale``, rounded half to even as OpenCV does; at least one pixel."""
+    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
+
+
+def resize_as_detectron(sample: Sample, short_side: int, long_side: int, how: Interpolation) -> Sample:
+    """Resize by one factor; a box's last pixel is scaled, not its end. Masks are drawn at the new size.
+
+    Objects of one pixel's width or height are not kept. The polygons of an image that is already flipped move one
+    original pixel to the left, as in Detectron, which flips them like its boxes though they end between pixels.
+    """
+    scale = detectron_scale(sample.size, short_side, long_side)
+    size = detectron_size(sample.size, scale)
+    one = np.array([0, 0, 1, 1], dtype=sample.boxes.dtype)
+    boxes = (sample.boxes - one) * sample.boxes.dtype.type(scale) + one
+    keep = sample.keep & (sample.boxes[:, 2:] - sample.boxes[:, :2] > 1).all(axis=1)
+    rows, cols = np.arange(size[0]), np.arange(size[1])
+    if sample.rows[0] > sample.rows[-1]:
+        rows = rows[::-1]
+    if sample.cols[0] > sample.cols[-1]:
+        cols = cols[::-1] - round(scale)  # columns below 0 show nothing
+    return Sample(resize_pixels(sample.image, size, how, scale), boxes, keep, rows, cols, size, scale)
 
 
 def resize(sample: Sample, size: tuple[int, int], how: Interpolation = "fast") -> Sample:
@@ -84,12 +118,14 @@ def resize(sample: Sample, size: tuple[int, int], how: Interpolation = "fast") -
     return replace(sample, image=pixels, boxes=boxes, rows=sample.rows[rows], cols=sample.cols[cols])
 
 
-def resize_pixels(image: Tensor, size: tuple[int, int], how: Interpolation) -> Tensor:
-    """uint8 [3, H, W] to uint8 [3, *size], bilinear."""
+def resize_pixels(image: Tensor, size: tuple[int, int], how: Interpolation, scale: float = 0.0) -> Tensor:
+    """uint8 [3, H, W] to uint8 [3, *size], bilinear; to float32 with ``how`` "float", which goes by ``scale``."""
     if tuple(image.shape[-2:]) == size:
-        return image
+        return image.float() if how == "float" else image
     if how == "opencv":
         return resize_like_opencv(image, size)
+    if how == "float":
+        return resize_to_float(image, size, scale)
     if how == "pillow":
         return resize_with_pillow(image, size)
     resized: Tensor = F.resize_image(image, list(size), antialias=how == "antialias")
@@ -104,7 +140,7 @@ def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample
     boxes = np.clip(sample.boxes - origin, 0, limit)
     visible = (boxes[:, 2:] - boxes[:, :2] >= SMALLEST_CROPPED_BOX).all(axis=1)
     return Sample(sample.image[:, top:bottom, left:right], boxes, sample.keep & visible, sample.rows[top:bottom],
-                  sample.cols[left:right], sample.canvas)
+                  sample.cols[left:right], sample.canvas, sample.scale)
 
 
 def flip_horizontal(sample: Sample) -> Sample:
@@ -131,7 +167,16 @@ def photometric(image: Tensor, rng: np.random.Generator) -> Tensor:
     return distorted
 
 
-def large_scale_jitter(sample: Sample, config: DataConfig, rng: np.random.Generator, how: Interpolation) -> Sample:
+def _fitted(sample: Sample, short_side: int, long_side: int, how: Interpolation, semantics: Semantics) -> Sample:
+    if semantics == "paper":
+        return resize_as_detectron(sample, short_side, long_side, how)
+    return resize(sample, fitted_size(sample.size, short_side, long_side), how)
+
+
+def large_scale_jitter(
+    sample: Sample, config: DataConfig, rng: np.random.Generator, how: Interpolation,
+    semantics: Semantics = "mmdetection"
+) -> Sample:
     """Fit the image into a square of ``long_side`` times a random factor, then crop to the square at random.
 
     What is smaller than the square stays so and is padded by the loader (Ghiasi et al., arXiv 2012.07177).
@@ -139,7 +184,7 @@ def large_scale_jitter(sample: Sample, config: DataConfig, rng: np.random.Genera
     assert config.large_scale_jitter is not None
     low, high = config.large_scale_jitter
     side = max(int(config.long_side * rng.uniform(low, high) + 0.5), 1)
-    sample = resize(sample, fitted_size(sample.size, side, side), how)
+    sample = _fitted(sample, side, side, how, semantics)
     spare = [max(length - config.long_side, 0) for length in sample.size]
     top, left = (int(rng.integers(length + 1)) for length in spare)
     if not any(spare):
@@ -150,33 +195,41 @@ def large_scale_jitter(sample: Sample, config: DataConfig, rng: np.random.Genera
 def train_transform(
     sample: Sample, config: DataConfig, rng: np.random.Generator, *, semantics: Semantics = "mmdetection"
 ) -> Sample:
-    """Resize (one size, a choice, a range, or large-scale jitter), flip, colour; random numbers from ``rng`` alone."""
+    """Resize (one size, a choice, a range, or large-scale jitter), flip, colour; random numbers from ``rng`` alone.
+
+    Detectron flips first: its boxes are mirrored within the original's pixels.
+    """
     how = interpolation(config, semantics, training=True)
+    if semantics == "paper":
+        sample = _flip_at_random(sample, config, rng)
     if config.large_scale_jitter is not None:
-        sample = large_scale_jitter(sample, config, rng, how)
+        sample = large_scale_jitter(sample, config, rng, how, semantics)
     else:
         if config.short_side_mode == "range":
             short_side = int(rng.integers(min(config.short_side), max(config.short_side) + 1))
         else:
             short_side = config.short_side[int(rng.integers(len(config.short_side)))]
-        sample = resize(sample, fitted_size(sample.size, short_side, config.long_side), how)
-    if rng.random() < config.flip:
-        sample = flip_horizontal(sample)
-    if rng.random() < config.vertical_flip:
-        sample = flip_vertical(sample)
+        sample = _fitted(sample, short_side, config.long_side, how, semantics)
+    if semantics != "paper":
+        sample = _flip_at_random(sample, config, rng)
     if config.photometric:
         sample.image = photometric(sample.image, rng)
     return sample
 
 
-def network_size(size: tuple[int, int], config: DataConfig) -> tuple[int, int]:
-    """(height, width) of the network input for an image of that (height, width)."""
-    return fitted_size(size, config.test_short_side or max(config.short_side), config.long_side)
+def _flip_at_random(sample: Sample, config: DataConfig, rng: np.random.Generator) -> Sample:
+    if rng.random() < config.flip:
+        sample = flip_horizontal(sample)
+    if rng.random() < config.vertical_flip:
+        sample = flip_vertical(sample)
+    return sample
 
 
 def test_transform(sample: Sample, config: DataConfig, *, semantics: Semantics = "mmdetection") -> Sample:
     """Resize to the size of test time."""
-    return resize(sample, network_size(sample.size, config), interpolation(config, semantics, training=False))
+    short_side = config.test_short_side or max(config.short_side)
+    how = interpolation(config, semantics, training=False)
+    return _fitted(sample, short_side, config.long_side, how, semantics)
 
 
 def resize_for_test(
@@ -188,9 +241,11 @@ def resize_for_test(
         image: uint8 [3, H, W].
 
     Returns:
-        The resized image, uint8 [3, H', W'], and the factors (W' / W, H' / H) that take boxes there.
+        The resized image, uint8 [3, H', W'] (float32 as in the authors' release), and the factors (W' / W, H' / H) that
+        take boxes there (theirs are equal).
     """
+    sample = test_transform(Sample.of(image, np.zeros((0, 4))), config, semantics=semantics)
+    if sample.scale is not None:
+        return sample.image, (sample.scale, sample.scale)
     height, width = image.shape[-2:]
-    size = network_size((height, width), config)
-    resized = resize_pixels(image, size, interpolation(config, semantics, training=False))
-    return resized, (size[1] / width, size[0] / height)
+    return sample.image, (sample.size[1] / width, sample.size[0] / height)
