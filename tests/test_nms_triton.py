@@ -1,4 +1,4 @@
-"""The NMS kernels: equal to torchvision's operator through Triton's interpreter, compiled for GPUs, on a real device."""
+"""The NMS kernels: equal to torchvision's operator through Triton's interpreter, compiled for GPUs, on a device."""
 
 from __future__ import annotations
 
@@ -114,6 +114,11 @@ def ends_early() -> Case:
 
 def interpret(out: Path) -> None:
     """Run by a process of its own: Triton decides to interpret when it is imported."""
+    from cascade_rcnn.models.nms_triton import nms_of_runs
+
+    case = in_runs(cases()[4], (40, 25))
+    arguments = (case.boxes, case.groups, case.valid, [40, 25], 0.5, 100)
+    torch.library.opcheck(nms_of_runs, arguments, test_utils=("test_schema", "test_faketensor"))
     torch.save([run_case(case) for case in [*cases(), ends_early()]], out)
 
 

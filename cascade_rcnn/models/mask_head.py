@@ -91,7 +91,7 @@ def mask_targets(masks: MaskCrops, rois: Tensor, index: Tensor, sizes: Tensor, *
     """
     batch, count = index.shape
     flat = index.flatten()
-    image = torch.arange(batch, device=index.device).repeat_interleave(count)
+    image = torch.arange(batch, device=index.device)[:, None].expand(batch, count).flatten()
     offset = masks.offsets[image, flat]
     origin, size = masks.origins[image, flat].float(), masks.sizes[image, flat]  # [B*P, 2]
     roi = rois.flatten(0, 1) - 0.5
@@ -110,7 +110,8 @@ def mask_targets(masks: MaskCrops, rois: Tensor, index: Tensor, sizes: Tensor, *
             crop = masks.pixels[torch.where(inside, address, 0)] * inside
         else:
             crop = inside * 0
-        result.append(weights_y @ crop.float() @ weights_x.transpose(1, 2) >= 0.5)
+        with torch.autocast(roi.device.type, enabled=False):  # a target is a matter of the last bits too
+            result.append(weights_y @ crop.float() @ weights_x.transpose(1, 2) >= 0.5)
     if not result:
         return rois.new_zeros(batch, count, bins, bins)
     return torch.cat(result).view(batch, count, bins, bins).float()

@@ -4,8 +4,8 @@ B images, M boxes each, in runs: the boxes of a run follow each other in falling
 can remove them. An RPN's levels are five runs, an image's detections are one.
 
 The usual operator gives the indices of what stays: their number depends on the data, so the host has to wait for it.
-Here a mask [B, M] says it. The first kernel compares blocks of 64 x 64 boxes of a run, all at once, and writes a word of
-64 bits for each box and block behind it. The second walks through each run from block to block: 64 words settle what
+Here a mask [B, M] says it. The first kernel compares blocks of 64 x 64 boxes of a run, all at once, and writes a word
+of 64 bits for each box and block behind it. The second walks through each run from block to block: 64 words settle what
 stays of a block, the words of what stays are removed from the blocks behind. Runs are walked side by side, each only to
 its last valid box, so that the time is that of the longest run.
 
@@ -19,9 +19,9 @@ multiply-add, exact division), compared with the limit in double precision; of e
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -130,8 +130,35 @@ def _walk(
 
 def _limit(iou: float) -> float:
     """The largest float32 that is not above ``iou``: an IoU in float32 is above it exactly if it is above ``iou``."""
-    nearest = torch.tensor(iou, dtype=torch.float32)
-    return float(nearest if nearest.item() <= iou else nearest.nextafter(torch.tensor(-math.inf)))
+    nearest = np.float32(iou)
+    return float(nearest if float(nearest) <= iou else np.nextafter(nearest, np.float32(-1)))
+
+
+def _launch(
+    boxes: Tensor, groups: Tensor, valid: Tensor, lengths: Sequence[int], limit: float, most: int
+) -> Tensor:
+    batch, count = valid.shape
+    if len(lengths) > MAX_RUNS or sum(lengths) != count:
+        raise ValueError(f"{len(lengths)} runs of {sum(lengths)} boxes; at most {MAX_RUNS} that make up {count}")
+    keep = torch.zeros(batch, count, dtype=torch.bool, device=boxes.device)
+    blocks = max(triton.cdiv(length, _BLOCK) for length in (*lengths, 0))
+    if batch == 0 or blocks == 0:
+        return keep
+    ends = [*itertools.accumulate(lengths), *[count] * (MAX_RUNS - len(lengths))]
+    flags = valid.contiguous().view(torch.uint8)
+    words = torch.empty(batch, count, blocks, dtype=torch.int64, device=boxes.device)
+    runs = len(lengths)
+    width = triton.next_power_of_2(blocks)
+    with torch.cuda.device_of(boxes):  # kernels run on the current device
+        _compare[(blocks, blocks, batch * runs)](
+            boxes.contiguous(), groups.contiguous(), flags, words, *ends, count, blocks, limit, RUNS=runs,
+            BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+        _walk[(batch * runs,)](
+            flags, words, keep.view(torch.uint8), *ends, count, blocks, most, RUNS=runs, BLOCK=_BLOCK, WIDTH=width,
+            UNROLL=32, num_warps=min(max(width // 32, 1), 4),
+        )  # fmt: skip
+    return keep
 
 
 @torch.library.custom_op("cascade_rcnn::nms_of_runs", mutates_args=())
@@ -144,27 +171,7 @@ def nms_of_runs(
     [B, M]; ``lengths`` of the runs, together M; ``limit`` float32, IoU above it removes. ``most``: a run may end when
     so many stay (the next ones are then left out).
     """
-    batch, count = valid.shape
-    if len(lengths) > MAX_RUNS or sum(lengths) != count:
-        raise ValueError(f"{len(lengths)} runs of {sum(lengths)} boxes; at most {MAX_RUNS} that make up {count}")
-    keep = torch.zeros(batch, count, dtype=torch.bool, device=boxes.device)
-    blocks = max(triton.cdiv(length, _BLOCK) for length in (*lengths, 0))
-    if batch == 0 or blocks == 0:
-        return keep
-    ends = [*itertools.accumulate(lengths), *[count] * (MAX_RUNS - len(lengths))]
-    flags = valid.contiguous().view(torch.uint8)
-    words = torch.empty(batch, count, blocks, dtype=torch.int64, device=boxes.device)
-    runs = len(lengths)
-    _compare[(blocks, blocks, batch * runs)](
-        boxes.contiguous(), groups.contiguous(), flags, words, *ends, count, blocks, limit, RUNS=runs, BLOCK=_BLOCK,
-        num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
-    width = triton.next_power_of_2(blocks)
-    _walk[(batch * runs,)](
-        flags, words, keep.view(torch.uint8), *ends, count, blocks, most, RUNS=runs, BLOCK=_BLOCK, WIDTH=width,
-        UNROLL=32, num_warps=min(max(width // 32, 1), 4),
-    )  # fmt: skip
-    return keep
+    return _launch(boxes, groups, valid, lengths, limit, most)
 
 
 @nms_of_runs.register_fake
@@ -178,7 +185,8 @@ def nms_mask(
     """As :func:`cascade_rcnn.models.postprocess.nms_keep`, on a GPU and without a wait for it."""
     limit = _limit(iou)
     if runs is not None:
-        return nms_of_runs(boxes.float(), groups, valid, list(runs), limit, most)
+        keep: Tensor = nms_of_runs(boxes.float(), groups, valid, list(runs), limit, most)
+        return keep
     order = scores.masked_fill(~valid, -torch.inf).sort(dim=1, descending=True, stable=True).indices
     sorted_boxes = boxes.float().gather(1, order[..., None].expand(-1, -1, 4))
     keep = nms_of_runs(sorted_boxes, groups.gather(1, order), valid.gather(1, order), [order.shape[1]], limit, most)

@@ -145,11 +145,12 @@ def _launch(
     flags = boxes if valid is None else valid.contiguous().view(torch.uint8)
     block = min(_BLOCK, triton.next_power_of_2(channels))
     grid = (boxes.shape[0] * boxes.shape[1] * size * size, triton.cdiv(channels, block))
-    _roi_align[grid](
-        *padded, *heights, *widths, *scales, boxes, flags, rows, boxes.shape[1], channels, LEVELS=levels, SIZE=size,
-        RATIO=max(ratio, 0), ALIGNED=frame == 1, WHOLE_PIXELS=frame == 2, HAS_VALID=valid is not None,
-        BACKWARD=backward, BLOCK=block, num_warps=1 if block <= 256 and rows.element_size() == 2 else 2,
-    )  # fmt: skip
+    with torch.cuda.device_of(boxes):  # kernels run on the current device
+        _roi_align[grid](
+            *padded, *heights, *widths, *scales, boxes, flags, rows, boxes.shape[1], channels, LEVELS=levels, SIZE=size,
+            RATIO=max(ratio, 0), ALIGNED=frame == 1, WHOLE_PIXELS=frame == 2, HAS_VALID=valid is not None,
+            BACKWARD=backward, BLOCK=block, num_warps=1 if block <= 256 and rows.element_size() == 2 else 2,
+        )  # fmt: skip
 
 
 def fused_forward(
