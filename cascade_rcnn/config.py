@@ -131,6 +131,8 @@ class DataConfig:
     workers: int = 2
     """Loader processes per GPU."""
     pad_multiple: int = 32
+    pad_buckets: bool | None = None
+    """Pad to one of six sizes, so that code is made six times at most; None: where something is compiled."""
     max_pixels: int = 100_000_000
     """Refuse to decode an image with more pixels than this."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -223,13 +224,48 @@ def encode_crop(crop: MaskCrop, size: tuple[int, int]) -> dict[str, Any]:
     return {"size": [height, width], "counts": text.decode("ascii") if isinstance(text, bytes) else text}
 
 
-def detect(model: CascadeRCNN, images: ImageBatch, precision: Literal["fp32", "bf16"] = "fp32") -> RawDetections:
+Precision = Literal["auto", "fp32", "tf32", "bf16"]
+
+
+def choose_precision(precision: Precision, device: torch.device) -> Literal["fp32", "tf32", "bf16"]:
+    """``auto``: float32, and on NVIDIA GPUs that have it (from Ampere on) with products in TF32.
+
+    Raises:
+        UserError: TF32 where there is none.
+    """
+    has_tf32 = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 8
+    if precision == "tf32" and not has_tf32:
+        raise UserError(f"precision tf32: {device} has no such units; use auto, fp32 or bf16")
+    if precision == "auto":
+        return "tf32" if has_tf32 else "fp32"
+    return precision
+
+
+@contextmanager
+def _arithmetic(device: torch.device, precision: Precision) -> Iterator[None]:
+    """Products in that precision inside; box arithmetic stays in float32."""
+    chosen = choose_precision(precision, device)
+    if device.type != "cuda":
+        with torch.autocast(device.type, torch.bfloat16, enabled=chosen == "bf16"):
+            yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = chosen != "fp32"
+    try:
+        with torch.autocast("cuda", torch.bfloat16, enabled=chosen == "bf16"):
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def detect(model: CascadeRCNN, images: ImageBatch, precision: Precision = "auto") -> RawDetections:
     """Run a batch on the model's own device, in evaluation mode; the result is on the CPU."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.inference_mode(), _arithmetic(device, precision):
             return model.detect(images.to(device, non_blocking=True)).to("cpu")
     finally:
         model.train(training)

@@ -21,7 +21,7 @@ from cascade_rcnn.data.files import printable
 from cascade_rcnn.data.formats import open_split
 from cascade_rcnn.data.loader import eval_loader
 from cascade_rcnn.data.records import DataSplit
-from cascade_rcnn.detections import Detections, detect, to_detections
+from cascade_rcnn.detections import Detections, Precision, detect, to_detections
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation.coco import IOUS, coco_truth, evaluate_coco
 from cascade_rcnn.logger import progress_bar
@@ -47,20 +47,20 @@ def evaluate_model(
         workers: loader processes; None: ``config.data.workers``.
         look: called with what was found in each image that this process looks at, e.g. to draw it.
     """
-    results = detect_split(model, config, split, device=device, progress=progress, batch_size=batch_size,
+    if device is not None:
+        model = model.to(device)
+    results = detect_split(model, config, split, progress=progress, batch_size=batch_size,
                            class_map=class_map, workers=workers, look=look)
     metrics = evaluate_results(results, config, split) if distributed.rank() == 0 else {}
     return distributed.broadcast(metrics)
 
 
 def detect_split(
-    model: CascadeRCNN, config: Config, split: DataSplit, *, device: torch.device | None = None, progress: bool = True,
+    model: CascadeRCNN, config: Config, split: DataSplit, *, progress: bool = True,
     batch_size: int = 1, class_map: Sequence[int] | None = None, workers: int | None = None,
-    look: Callable[[Detections], None] | None = None,
+    look: Callable[[Detections], None] | None = None, precision: Precision = "auto",
 ) -> list[dict[str, Any]]:
     """COCO results of a model on all images of a split: on rank 0 those of all processes, elsewhere an empty list."""
-    if device is not None:
-        model = model.to(device)
     dataset = DetectionDataset(split, config.data, training=False, semantics=config.model.semantics)
     rank, size = distributed.rank(), distributed.world_size()
     loader = eval_loader(dataset, batch_size=batch_size, rank=rank, world_size=size, workers=workers)
@@ -70,7 +70,7 @@ def detect_split(
     try:
         with progress_bar(len(dataset), show=progress and rank == 0) as advance:
             for images, _ in loader:
-                for detections in to_detections(detect(model, images), images, names, ids):
+                for detections in to_detections(detect(model, images, precision), images, names, ids):
                     seen.append(detections.image_id if detections.image_id is not None else len(seen))
                     results.extend(one for one in detections.to_coco() if one["category_id"] != _NOT_IN_SPLIT)
                     if look is not None:
@@ -110,7 +110,8 @@ def evaluate_results(results: list[dict[str, Any]], config: Config, split: DataS
 
 
 def run_evaluate(checkpoint: str | Path, *, data: str | Path, split: str = "", out: Path | None = None,
-                 submission: Path | None = None, device: str = "auto", batch_size: int = 1) -> Metrics:
+                 submission: Path | None = None, device: str = "auto", batch_size: int = 1,
+                 precision: Precision = "auto", compile: bool = False) -> Metrics:
     """The command ``evaluate``: prints the metrics of a checkpoint on a data set, and writes them.
 
     Args:
@@ -118,6 +119,7 @@ def run_evaluate(checkpoint: str | Path, *, data: str | Path, split: str = "", o
         split: name of the split; empty: the one that the checkpoint was validated on.
         out: JSON file (or folder, for ``metrics.json`` in it) for the metrics.
         submission: folder for the results in the benchmark's own format; a split without annotations gives only that.
+        precision, compile: as in ``cascade_rcnn.load``.
 
     Raises:
         CheckpointError, DataError: what cannot be read, or classes of the data that the checkpoint does not know.
@@ -125,10 +127,13 @@ def run_evaluate(checkpoint: str | Path, *, data: str | Path, split: str = "", o
     from cascade_rcnn.predict import load
 
     with distributed.start(None if device == "auto" else device) as world:
-        detector = load(checkpoint, device=world.device)
+        detector = load(checkpoint, device=world.device, precision=precision, compile=compile)
+        if world.is_main:
+            print(detector.choices())
         chosen = open_split(data, split or detector.config.data.val)
         class_map = match_classes(detector.class_names, chosen, checkpoint, quiet=not world.is_main)
-        results = detect_split(detector.model, detector.config, chosen, batch_size=batch_size, class_map=class_map)
+        results = detect_split(detector.model, detector.config, chosen, batch_size=batch_size, class_map=class_map,
+                               precision=precision)
         if not world.is_main:
             return distributed.broadcast({})
         metrics: Metrics = {}

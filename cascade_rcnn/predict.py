@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, overload
+from typing import Any, TypeVar, cast, overload
 
 import numpy as np
 import torch
@@ -25,19 +25,21 @@ from cascade_rcnn.checkpoint import load_checkpoint
 from cascade_rcnn.config import Config
 from cascade_rcnn.data.dataset import Item
 from cascade_rcnn.data.files import printable
-from cascade_rcnn.data.loader import Collate
+from cascade_rcnn.data.loader import Collate, bucket_sizes
 from cascade_rcnn.data.transforms import resize_for_test
-from cascade_rcnn.detections import Detections, detect, to_detections
+from cascade_rcnn.detections import Detections, Precision, choose_precision, detect, to_detections
 from cascade_rcnn.errors import CheckpointError, DataError, UserError
 from cascade_rcnn.inputs import InputFile, VideoReader, VideoWriter, collect, to_array
 from cascade_rcnn.logger import progress_bar
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.detector import CascadeRCNN
+from cascade_rcnn.models.winograd import WinogradConv2d
 from cascade_rcnn.results import ResultsFile, join_shards, parse_shard, results_path
 from cascade_rcnn.submit import submit_predictions
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 _T = TypeVar("_T")
+_PRECISIONS = {"fp32": "float32", "tf32": "float32 with products in TF32", "bf16": "bfloat16"}
 _AHEAD = 4  # batches decoded before they are needed
 
 
@@ -58,19 +60,24 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     return chosen
 
 
-def load(path: str | Path, *, device: str | torch.device = "auto", precision: Literal["fp32", "bf16"] = "fp32",
+def load(path: str | Path, *, device: str | torch.device = "auto", precision: Precision = "auto", compile: bool = False,
          score_threshold: float | None = None, max_detections: int | None = None,
          stop_after_stage: int | None = None) -> Detector:
     """A detector from a ``.safetensors`` checkpoint or a run folder (its best, else its last).
 
     ``score_threshold``, ``max_detections`` (raise it for dense scenes) and ``stop_after_stage`` replace the
-    checkpoint's own test-time settings.
+    checkpoint's own test-time settings. ``precision`` auto is float32, on recent NVIDIA GPUs with TF32 products.
+
+    ``compile`` makes code for each of the few sizes that images are padded to, when the first image of that size comes:
+    that takes a minute and is told on stderr; what it finds is the same (docs/speed.md).
 
     Raises:
         CheckpointError: no such file, or one that is damaged or of another kind.
         ConfigError: a setting out of its range.
+        UserError: a device or precision that is not there, or no compiler.
     """
     chosen = choose_device(device)
+    precision = choose_precision(precision, chosen)
     checkpoint = load_checkpoint(path)
     wanted = {"score_threshold": score_threshold, "max_detections": max_detections,
               "stop_after_stage": stop_after_stage}
@@ -84,6 +91,12 @@ def load(path: str | Path, *, device: str | torch.device = "auto", precision: Li
         raise CheckpointError(f"{printable(path)}: its weights do not fit its own configuration ({reason}); "
                               "use another copy of the checkpoint") from error
     model = model.to(chosen).optimize_for_inference()
+    if compile:
+        from cascade_rcnn.compile import compile_for_inference
+
+        model = compile_for_inference(model, multiple=config.data.pad_multiple)
+        if config.data.pad_buckets is None and config.model.norm != "group":  # whose statistics would see the padding
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, pad_buckets=True))
     return Detector(model, config, checkpoint.class_names, checkpoint.category_ids, precision=precision)
 
 
@@ -91,7 +104,7 @@ class Detector:
     """A network with all that is needed to use it on any picture."""
 
     def __init__(self, model: CascadeRCNN, config: Config, class_names: Sequence[str], category_ids: Sequence[int] = (),
-                 *, precision: Literal["fp32", "bf16"] = "fp32") -> None:
+                 *, precision: Precision = "auto") -> None:
         self.model = model
         self.config = config
         self.class_names = tuple(class_names)
@@ -109,6 +122,21 @@ class Detector:
         stages = model.stop_after_stage or len(model.stage_ious)
         return (f"Detector({model.backbone}, {stages} stages, masks {model.masks}, {len(self.class_names)} classes: "
                 f"{', '.join(self.class_names[:5])}{', ...' if len(self.class_names) > 5 else ''})")
+
+    def choices(self) -> str:
+        """One line: the device, and what was chosen for it or forced."""
+        model, data = self.model, self.config.data
+        device = model.mean.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        words = [_PRECISIONS[choose_precision(self.precision, device)], "channels-last"]
+        words += ["batch norm folded"] * (self.config.model.norm != "group")
+        words += ["Winograd"] * any(isinstance(part, WinogradConv2d) for part in model.modules())
+        compiled = "not compiled (--compile)"
+        if type(model) is not CascadeRCNN:
+            sizes = bucket_sizes(data)
+            compiled = f"compiled for {len(sizes)} sizes at most" if sizes else "compiled for each size"
+            compiled += ", CUDA graphs" * (device.type == "cuda")
+        return f"{name}: {', '.join(words)}; {compiled}"
 
     @overload  # a str is also a sequence of str, but is meant as one path
     def predict(  # type: ignore[overload-overlap]
@@ -159,7 +187,8 @@ class Detector:
             nothing = np.zeros(0, np.int64)
             items.append(Item(resized, pixels.shape[:2], 0, "", np.zeros((0, 4), np.float32), nothing,
                               nothing.astype(np.bool_), None, scale=factors[0] if own_scale else None))
-        collated = Collate(self.config.data.pad_multiple)(items)
+        data = self.config.data
+        collated = Collate(data.pad_multiple, buckets=bucket_sizes(data))(items)
         assert not isinstance(collated, DataError)
         images = dataclasses.replace(collated[0], image_ids=())
         return to_detections(detect(self.model, images, self.precision), images, self.class_names, self.category_ids)
@@ -175,8 +204,17 @@ class PredictSummary:
     results: Path = Path()
 
 
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """What ``run_predict`` hands to the network; see ``load``."""
+
+    batch_size: int = 1
+    precision: Precision = "auto"
+    compile: bool = False
+
+
 def run_predict(checkpoint: str | Path, inputs: Sequence[str | Path], *, out: Path, score: float = 0.3,
-                draw: bool = True, device: str = "auto", batch_size: int = 1, shard: str = "",
+                draw: bool = True, device: str = "auto", speed: Speed = Speed(), shard: str = "",
                 submission: tuple[str, Path] | None = None) -> PredictSummary:
     """The command ``predict``: drawings and ``predictions.json`` of files, folders (with subfolders) and videos.
 
@@ -195,12 +233,13 @@ def run_predict(checkpoint: str | Path, inputs: Sequence[str | Path], *, out: Pa
     if submission and part[1] > 1:
         raise UserError("--submission needs all images in one run: leave --shard away")
     files = list(islice(collect(paths, leave_out=out), part[0] - 1, None, part[1]))
-    detector = load(checkpoint, device=_own_device(device))
+    detector = load(checkpoint, device=_own_device(device), precision=speed.precision, compile=speed.compile)
+    print(detector.choices())
     summary = PredictSummary(results=results_path(out, part))
     if part[1] > 1:
         summary.results.unlink(missing_ok=True)  # of an earlier run that was broken off: not to be joined with this one
     with ResultsFile(summary.results) as results:
-        job = _Job(detector, results, summary, out / "drawings" if draw else None, score, batch_size)
+        job = _Job(detector, results, summary, out / "drawings" if draw else None, score, speed.batch_size)
         job.run(files)
         if summary.skipped and not summary.images and part[1] == 1:  # leaves an earlier predictions.json as it is
             raise DataError(_nothing_read(summary))

@@ -23,7 +23,7 @@ from cascade_rcnn.detections import Detections
 from cascade_rcnn.errors import CheckpointError, ConfigError, DataError, UserError
 from cascade_rcnn.inputs import VideoReader, VideoWriter, collect
 from cascade_rcnn.models.build import build_model
-from cascade_rcnn.predict import Detector, choose_device, run_predict
+from cascade_rcnn.predict import Detector, Speed, choose_device, run_predict
 from cascade_rcnn.results import NAME, ResultsFile, join_shards, parse_shard
 from cascade_rcnn.structures import ImageBatch, RawDetections
 
@@ -231,7 +231,7 @@ def test_the_command_walks_folders_and_keeps_names_apart(tmp_path: Path, checkpo
                                                          capsys: pytest.CaptureFixture[str]) -> None:
     root, out = write_inputs(tmp_path / "photos"), tmp_path / "out"
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
-    summary = run_predict(checkpoint, [root], out=out, device="cpu", batch_size=2, score=0.0)
+    summary = run_predict(checkpoint, [root], out=out, device="cpu", speed=Speed(batch_size=2), score=0.0)
     assert summary.images == 5 and len(summary.skipped) == 1 and "broken.jpg" in summary.skipped[0]
     assert "skipped" in capsys.readouterr().err
     entries = json.loads((out / NAME).read_text())
@@ -348,7 +348,7 @@ def test_a_video_is_drawn_and_counted_by_frames(tmp_path: Path, checkpoint: Path
         writer.write(Image.fromarray(picture()))
     writer.close()
     out = tmp_path / "out"
-    summary = run_predict(checkpoint, [tmp_path / "clip.mp4"], out=out, device="cpu", batch_size=2)
+    summary = run_predict(checkpoint, [tmp_path / "clip.mp4"], out=out, device="cpu", speed=Speed(batch_size=2))
     assert summary.images == 5
     entries = json.loads((out / NAME).read_text())
     assert {entry["frame"] for entry in entries} == set(range(5))

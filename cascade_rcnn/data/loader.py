@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from cascade_rcnn.config import DataConfig
 from cascade_rcnn.data.dataset import DetectionDataset, Item, SampleKey, Window
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.structures import ImageBatch, MaskCrops, Targets
@@ -111,15 +112,32 @@ class EvalSampler:
             yield [SampleKey(int(index)) for index in self.indices[start:start + self.batch_size]]
 
 
+def bucket_sizes(config: DataConfig) -> tuple[tuple[int, int], ...]:
+    """(height, width) of the few sizes that ``config.pad_buckets`` pads to, by rising area; none without it.
+
+    Squares of the shorter and of the longer limit (a batch of wide and tall images), and wide and tall ones of 4:3 and
+    of the longer limit: an image that is scaled to those limits fits at least one of them.
+    """
+    if not config.pad_buckets:
+        return ()
+    shorter = max((*config.short_side, config.test_short_side))
+    limits = (shorter, min(shorter * 4 // 3, config.long_side), config.long_side)
+    short, middle, long = (-(-side // config.pad_multiple) * config.pad_multiple for side in limits)
+    sizes = {(short, short), (short, middle), (middle, short), (short, long), (long, short), (long, long)}
+    return tuple(sorted(sizes, key=lambda size: (size[0] * size[1], size)))
+
+
 @dataclass(frozen=True)
 class Collate:
     """Stacks items into a batch, padded with zeros right and below to a multiple of ``pad_multiple``.
 
-    ``fixed_size`` > 0 pads at least to that height and width (large-scale jitter's square).
+    ``fixed_size`` > 0 pads at least to that height and width (large-scale jitter's square); with ``buckets``, the first
+    of these sizes that all images of the batch fit into is taken.
     """
 
     pad_multiple: int = 32
     fixed_size: int = 0
+    buckets: tuple[tuple[int, int], ...] = ()
 
     def __call__(self, items: list[Item] | DataError) -> tuple[ImageBatch, Targets] | DataError:
         if isinstance(items, DataError):
@@ -127,6 +145,8 @@ class Collate:
         sizes = torch.tensor([item.image.shape[1:] for item in items])
         height, width = (-(-max(int(side), self.fixed_size) // self.pad_multiple) * self.pad_multiple
                          for side in sizes.amax(dim=0))
+        height, width = next((size for size in self.buckets if size[0] >= height and size[1] >= width),
+                             (height, width))
         pixels = torch.empty(len(items), 3, height, width, dtype=items[0].image.dtype,
                              memory_format=torch.channels_last)  # as the images come: ten times faster to fill
         for row, item in zip(pixels, items):
@@ -199,8 +219,9 @@ class Loader:
                 dataset.packed.share()
         config = dataset.config
         square = config.long_side if dataset.training and config.large_scale_jitter is not None else 0
+        collate = Collate(config.pad_multiple, square, bucket_sizes(config))
         self._loader: DataLoader[Any] | None = DataLoader(
-            dataset, batch_sampler=sampler, num_workers=workers, collate_fn=Collate(config.pad_multiple, square),
+            dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate,
             pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0, worker_init_fn=_start_worker,
             multiprocessing_context=method)
 

@@ -1,0 +1,221 @@
+"""torch.compile for the cascade: what is compiled, for which sizes, where the code is kept.
+
+Imported only where something is compiled. Trunk (normalisation, backbone, FPN), RPN convolutions and heads have static
+shapes and are compiled; what depends on the data (proposals, NMS, RoIAlign, which is a kernel of its own) is not.
+
+Images are padded to one of a few sizes (``data.loader.bucket_sizes``), and code is made once for each. More padding
+must not change what is found: a convolution would see the image's border move away, so everything outside the part that
+the image fills by itself is kept at zero. Compiled, that multiplication joins the ReLU before it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cascade_rcnn.errors import UserError
+from cascade_rcnn.models.detector import CascadeRCNN
+from cascade_rcnn.models.rpn import RPN
+from cascade_rcnn.models.winograd import WinogradConv2d
+from cascade_rcnn.structures import ImageBatch, RawDetections
+
+_MOST_VARIANTS = 64  # of one function: sizes times batches; torch's own limit of 8 would fall back to eager silently
+
+
+_Outputs = tuple[list[Tensor], list[Tensor]]  # the RPN's logits and deltas of each level
+
+
+def cache_folder() -> Path:
+    """Where compiled code is kept from process to process: ``TORCHINDUCTOR_CACHE_DIR``, or the user's cache folder."""
+    if chosen := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "cascade-rcnn" / "compiled"
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises UserError where torch.compile lacks what it needs on this machine."""
+    if device.type == "cuda":
+        if not torch.utils._triton.has_triton():  # type: ignore[attr-defined]
+            raise UserError("--compile needs Triton on a GPU: pip install triton, or leave --compile away")
+        return
+    usual = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
+    name = os.environ.get("CXX") or usual
+    if shutil.which(name) is None:
+        raise UserError(f"--compile needs a C++ compiler, and {name!r} is not there: install one (Debian, Ubuntu: apt "
+                        "install g++) or name it in the variable CXX, or leave --compile away")
+
+
+def compile_for_inference(model: CascadeRCNN, *, multiple: int = 32) -> CompiledCascadeRCNN:
+    """The same network with compiled trunk and heads; ``model`` has gone through ``optimize_for_inference``.
+
+    Its modules are taken over: use what is returned instead. ``multiple`` is ``data.pad_multiple``, to which an image
+    alone is padded. Raises UserError without a compiler.
+    """
+    check_compiler(model.mean.device)
+    return CompiledCascadeRCNN(model, multiple=multiple)
+
+
+def compile_for_training(model: CascadeRCNN, *, fixed_sizes: bool) -> None:
+    """Compile the parts of static structure in place; the names in the state_dict stay as they are.
+
+    ``fixed_sizes``: images come in a few sizes, and code is made for each; else from the second size on for any.
+    No CUDA graphs here: a step's gradients would have to be copied out of them before the next pass.
+    """
+    check_compiler(model.mean.device)
+    _prepare()
+    for part in (model.backbone, model.fpn, model.rpn):
+        part.compile(dynamic=False if fixed_sizes else None)
+    for head in model.cascade.box_heads:
+        head.compile()
+    for head in model.cascade.mask_heads:
+        head.features = torch.compile(head.features)  # type: ignore
+
+
+def _prepare() -> None:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder())
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = _MOST_VARIANTS
+
+
+class CompiledCascadeRCNN(CascadeRCNN):
+    """A network for inference that makes code for each size of batch when it first meets it, and says so."""
+
+    def __init__(self, model: CascadeRCNN, *, multiple: int = 32) -> None:
+        super().__init__(model.backbone, model.fpn, model.rpn, model.cascade, mean=model.mean.flatten().tolist(),
+                         std=model.std.flatten().tolist(), bgr=model.bgr)
+        self.to(model.mean.device).eval()
+        _prepare()
+        self._gpu = model.mean.device.type == "cuda"
+        self._multiple = multiple
+        self._batches: dict[tuple[int, int], int] = {}  # largest batch met, by (height, width)
+        self._own = _OwnPart()
+        self._own.watch(self)
+        # Anchors beyond the part that an image fills by itself belong to nobody, whatever the semantics.
+        self.rpn.details = replace(self.rpn.details, mask_padding=True)
+        # reduce-overhead records CUDA graphs: one launch for each compiled part instead of one for each kernel
+        mode = "reduce-overhead" if self._gpu else None
+        self._trunk = torch.compile(self._eager_trunk, dynamic=False, mode=mode)
+        for head in self.cascade.box_heads:
+            head.compile(mode=mode)  # on a CPU the number of RoIs varies: from the second on, for any number
+        for head in self.cascade.mask_heads:
+            head.features = torch.compile(head.features, mode=mode)  # type: ignore
+
+    def _eager_trunk(self, pixels: Tensor, sizes: Tensor, own: Tensor) -> tuple[list[Tensor], _Outputs]:
+        """Everything of static shapes in one piece: the pyramid, and what the RPN says of it."""
+        self._own.sizes, self._own.canvas = own, (pixels.shape[2], pixels.shape[3])
+        pyramid = self.fpn(self.backbone(self.normalize(ImageBatch(pixels, sizes, sizes))))
+        outputs = RPN.forward(self.rpn, pyramid)
+        return [self._own.with_border(level) for level in pyramid], outputs
+
+    def pyramid(self, images: ImageBatch) -> list[Tensor]:
+        own = -(-images.sizes // self._multiple) * self._multiple
+        pyramid, outputs = self._trunk(images.pixels, images.sizes, own)
+        self.rpn.forward = lambda _: outputs  # type: ignore  # it has run already
+        return pyramid  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def detect(self, images: ImageBatch) -> RawDetections:
+        """As that of the network itself, up to rounding, also for images padded more than they need."""
+        size = (int(images.pixels.shape[2]), int(images.pixels.shape[3]))
+        count, known = len(images), self._batches.get(size, 0)
+        if count <= known:
+            found = self._run(_filled(images, known))
+            return found if count == known else found._map(lambda tensor: tensor[:count])
+        self._batches[size] = count
+        with _announced(f"{count} x {size[0]} x {size[1]}"):
+            return self._run(images)
+
+    def _run(self, images: ImageBatch) -> RawDetections:
+        import torch._inductor.config as inductor
+
+        if self._gpu:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last call's graphs wrote may be overwritten from here
+        # Freezing lays weights out for the CPU's convolutions and joins these with what follows. Weights in that layout
+        # cannot be kept on disk, so that half of the work is done again in each process; without it nothing is gained.
+        with inductor.patch(freezing=not self._gpu):
+            found = super().detect(images)
+        return found._map(torch.clone) if self._gpu else found  # nothing may point into a graph's memory
+
+
+class _OwnPart:
+    """The part of each image in a batch that it would fill if it were alone, and zeros everywhere else."""
+
+    def __init__(self) -> None:
+        self.sizes = torch.zeros(0, 2, dtype=torch.int64)  # [B, 2] (height, width), of the batch under way
+        self.canvas = (0, 0)  # the batch's padded (height, width)
+
+    def watch(self, model: CascadeRCNN) -> None:
+        """Keep the input of everything that looks at neighbours at zero outside."""
+        parts = (model.backbone, model.fpn, model.rpn)
+        for module in [module for part in parts for module in part.modules()]:
+            wide = isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)
+            if wide or isinstance(module, (nn.MaxPool2d, WinogradConv2d)):
+                module.register_forward_pre_hook(self._before)
+
+    def _before(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        x = inputs[0]
+        down, across = self._extent(x)
+        row, column = torch.arange(x.shape[2], device=x.device), torch.arange(x.shape[3], device=x.device)
+        inside = (row[:, None] < down[:, None, None]) & (column < across[:, None, None])  # [B, h, w]
+        return x * inside[:, None].to(x.dtype)
+
+    def _extent(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and columns [B] of a map that belong to the images themselves."""
+        strides = [1 << round(side / have).bit_length() - 1 for side, have in zip(self.canvas, x.shape[2:])]
+        down, across = (-(-self.sizes[:, axis] // stride) for axis, stride in enumerate(strides))
+        return down, across
+
+    def with_border(self, x: Tensor) -> Tensor:
+        """Repeat an image's last row and column once: RoIAlign reads half a pixel beyond what is its own."""
+        down, across = self._extent(x)
+        column = torch.arange(x.shape[3], device=x.device) < across[:, None]  # [B, w]
+        x = torch.where(column[:, None, None, :], x, F.pad(x[..., :-1], (1, 0)))
+        row = torch.arange(x.shape[2], device=x.device) < down[:, None]
+        return torch.where(row[:, None, :, None], x, F.pad(x[..., :-1, :], (0, 0, 1, 0)))
+
+
+def _filled(images: ImageBatch, batch: int) -> ImageBatch:
+    """Empty images behind those that are there, up to ``batch``: cheaper than making code for one more size."""
+    missing = batch - len(images)
+    if not missing:
+        return images
+    pixels = F.pad(images.pixels, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last)
+    others = {field.name: value for field in fields(images)
+              if field.name != "pixels" and isinstance(value := getattr(images, field.name), Tensor)}
+    longer: dict[str, Any] = {name: torch.cat([value, value.new_ones(missing, *value.shape[1:])])
+                              for name, value in others.items()}
+    return replace(images, pixels=pixels, **longer)
+
+
+@contextmanager
+def _announced(what: str) -> Iterator[None]:
+    """Tell on stderr that code is made, how long it took, and whether it was found in the cache."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    print(f"compiling for {what} ... ", end="", file=sys.stderr, flush=True)
+    before, start = _files(), time.perf_counter()
+    try:
+        yield
+    except (TorchDynamoException, CppCompileError, InvalidCxxCompiler) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"torch.compile failed ({reason}): leave --compile away") from error
+    kept = "kept in" if _files() > before else "with code found in"
+    print(f"{time.perf_counter() - start:.0f} s, {kept} {cache_folder()}", file=sys.stderr)
+
+
+def _files() -> int:
+    return sum(1 for path in cache_folder().rglob("*") if path.suffix in (".so", ".cubin", ".dylib", ".pyd"))

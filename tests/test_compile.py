@@ -1,0 +1,198 @@
+"""torch.compile: the same detections and losses as without, for images padded to a few sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from small_training import small_config, small_data
+
+import cascade_rcnn
+from cascade_rcnn.compile import cache_folder, check_compiler, compile_for_inference
+from cascade_rcnn.config import DataConfig, ModelConfig
+from cascade_rcnn.data.loader import bucket_sizes
+from cascade_rcnn.errors import UserError
+from cascade_rcnn.measure import seed_weights, synthetic_image
+from cascade_rcnn.models.build import build_model
+from cascade_rcnn.models.detector import CascadeRCNN
+from cascade_rcnn.structures import ImageBatch, RawDetections
+
+NETWORK = ModelConfig(backbone="resnet10t", pretrained=False, fpn_channels=32, head_channels=32, test_proposals=40,
+                      max_detections=20)
+
+
+def network(**changes: Any) -> CascadeRCNN:
+    torch.manual_seed(0)
+    model = build_model(dataclasses.replace(NETWORK, **changes), 5).eval()
+    seed_weights(model)
+    model.std.fill_(57.0)  # random weights on Caffe's unscaled input would magnify rounding
+    return model.optimize_for_inference()
+
+
+def batch(size: tuple[int, int], padded: tuple[int, int], *, seeds: tuple[int, ...] = (0,)) -> ImageBatch:
+    pixels = torch.zeros(len(seeds), 3, *padded, dtype=torch.uint8)
+    for row, seed in zip(pixels, seeds):
+        row[:, : size[0], : size[1]] = synthetic_image(size, seed=seed)
+    sizes = torch.tensor([size] * len(seeds))
+    return ImageBatch(pixels, sizes, sizes.clone())
+
+
+def assert_same(found: RawDetections, expected: RawDetections) -> None:
+    assert expected.valid.any()
+    assert torch.equal(found.valid, expected.valid)
+    assert torch.equal(found.labels, expected.labels)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.boxes, expected.boxes, rtol=0, atol=1e-2)
+    if expected.masks is not None:
+        assert found.masks is not None
+        torch.testing.assert_close(found.masks, expected.masks, rtol=0, atol=1e-3)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """``torch.compile`` that leaves everything as it is: what remains are sizes, padding and batches."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch.compile", lambda function, **_: function)
+    monkeypatch.setattr("torch.nn.Module.compile", lambda self, **_: None)
+
+
+@pytest.mark.parametrize("semantics", ["mmdetection", "detectron2", "torchvision"])
+@pytest.mark.parametrize("size", [(90, 128), (96, 100), (64, 64)])
+def test_more_padding_changes_nothing(uncompiled: None, semantics: str, size: tuple[int, int]) -> None:
+    own = tuple(-(-side // 32) * 32 for side in size)
+    alone = network(semantics=semantics, masks="last").detect(batch(size, (own[0], own[1])))
+    model = compile_for_inference(network(semantics=semantics, masks="last"))
+    for padded in (own, (own[0] + 32, own[1]), (own[0] + 64, own[1] + 96)):
+        assert_same(model.detect(batch(size, (padded[0], padded[1]))), alone)
+
+
+def test_padding_changes_what_the_plain_network_finds() -> None:
+    """Why the compiled one keeps its padding at zero; it is also why a batch differs from its images alone."""
+    model = network()
+    alone, padded = (model.detect(batch((90, 100), side)) for side in ((96, 128), (160, 224)))
+    assert not torch.allclose(alone.scores, padded.scores, atol=1e-4)
+
+
+def test_batches_are_filled_up_to_the_largest_met(
+    uncompiled: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = compile_for_inference(network())
+    seen: list[int] = []
+    trunk = model._trunk
+    monkeypatch.setattr(model, "_trunk", lambda pixels, *rest: seen.append(len(pixels)) or trunk(pixels, *rest))
+    three = model.detect(batch((60, 90), (64, 96), seeds=(0, 1, 2)))
+    one = model.detect(batch((60, 90), (64, 96), seeds=(1,)))
+    model.detect(batch((60, 90), (96, 96), seeds=(0,)))
+    assert seen == [3, 3, 1]
+    assert len(one.boxes) == 1
+    assert_same(one, three._map(lambda tensor: tensor[1:2]))
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(" ... ")[0] for line in told] == ["compiling for 3 x 64 x 96", "compiling for 1 x 96 x 96"]
+
+
+def test_sizes_to_pad_to() -> None:
+    assert bucket_sizes(DataConfig()) == ()
+    sizes = bucket_sizes(DataConfig(pad_buckets=True))
+    assert sizes == ((800, 800), (800, 1088), (1088, 800), (800, 1344), (1344, 800), (1344, 1344))
+    jittered = bucket_sizes(DataConfig(short_side=(640, 800), test_short_side=600, long_side=1000, pad_buckets=True))
+    assert jittered[0] == (800, 800) and jittered[-1] == (1024, 1024)
+    assert len(bucket_sizes(DataConfig(short_side=(64,), long_side=64, pad_buckets=True))) == 1
+
+
+def test_batches_are_padded_to_the_smallest_size_that_holds_them() -> None:
+    from cascade_rcnn.data.dataset import Item
+    from cascade_rcnn.data.loader import Collate
+
+    def padded(*sizes: tuple[int, int]) -> tuple[int, int]:
+        nothing: NDArray[np.int64] = np.zeros(0, np.int64)
+        items = [Item(torch.full((3, *size), 7, dtype=torch.uint8), size, 0, "", np.zeros((0, 4), np.float32), nothing,
+                      nothing.astype(np.bool_), None) for size in sizes]
+        made = Collate(32, buckets=((96, 96), (96, 160), (160, 96), (160, 160)))(items)
+        assert isinstance(made, tuple)
+        pixels = made[0].pixels
+        for image, size in zip(pixels, sizes):
+            assert int(image.sum()) == 7 * 3 * size[0] * size[1]
+        return int(pixels.shape[2]), int(pixels.shape[3])
+
+    assert padded((90, 96)) == (96, 96)
+    assert padded((90, 97)) == (96, 160)
+    assert padded((97, 60)) == (160, 96)
+    assert padded((90, 120), (120, 90)) == (160, 160)
+    assert padded((170, 40)) == (192, 64), "larger than all: its own multiple of 32"
+
+
+def test_without_a_compiler_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler, and 'no-such-compiler' is not there: install one"):
+        check_compiler(torch.device("cpu"))
+
+
+def test_the_cache_lies_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "cascade-rcnn" / "compiled"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    assert cache_folder() == tmp_path / "mine"
+
+
+_PREDICT = """
+import json, sys, time
+import numpy, torch
+import cascade_rcnn
+torch.set_num_threads(1)
+images = [numpy.load(path) for path in sys.argv[2:]]
+plain = cascade_rcnn.load(sys.argv[1], device="cpu")
+detector = cascade_rcnn.load(sys.argv[1], device="cpu", compile=True)
+start = time.perf_counter()
+answer = {"first": 0.0, "choices": detector.choices(), "differences": []}
+for image in images:
+    found, expected = detector.predict(image), plain.predict(image)
+    assert len(found) == len(expected) > 0 and torch.equal(found.labels, expected.labels)
+    answer["differences"].append(max(float((found.boxes - expected.boxes).abs().max()),
+                                     float((found.mask_probs - expected.mask_probs).abs().max()),
+                                     float((found.scores - expected.scores).abs().max())))
+answer["seconds"] = time.perf_counter() - start
+print(json.dumps(answer))
+"""
+
+
+def _in_a_process(words: list[str], cache: Path) -> tuple[dict[str, Any], str]:
+    package = str(Path(cascade_rcnn.__file__).resolve().parents[1])
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": package}
+    done = subprocess.run([sys.executable, "-c", _PREDICT, *words], capture_output=True, text=True, timeout=500,
+                          env=environment)
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer, done.stderr
+
+
+@pytest.mark.slow
+def test_compiled_detections_are_the_same_and_code_is_kept_for_the_next_process(tmp_path: Path) -> None:
+    """Two minutes: C++ for each of the network's kernels."""
+    from cascade_rcnn.checkpoint import save_checkpoint
+
+    config = small_config(model={"backbone": "resnet10t", "norm": "frozen_statistics", "masks": "last"},
+                          data={"short_side": (64,), "long_side": 96})
+    model = build_model(config.model, 5)
+    seed_weights(model)
+    save_checkpoint(tmp_path / "network.safetensors", model.state_dict(), config=config, class_names=tuple("abcde"))
+    words = [str(tmp_path / "network.safetensors")]
+    for seed, size in enumerate(((64, 80), (60, 96), (64, 90), (50, 50))):
+        np.save(tmp_path / f"{seed}.npy", synthetic_image(size, seed=seed).permute(1, 2, 0).numpy())
+        words.append(str(tmp_path / f"{seed}.npy"))
+    first, said = _in_a_process(words, tmp_path / "cache")
+    again, said_again = _in_a_process(words, tmp_path / "cache")
+    assert max(first["differences"]) < 1e-2 and max(again["differences"]) < 1e-2
+    assert "compiled for 3 sizes at most" in first["choices"]
+    assert said.count("compiling for") == 2 and "kept in" in said  # 64 x 96 and 64 x 64
+    assert said_again.count("with code found in") == 2 and "kept in" not in said_again
+    assert again["seconds"] < first["seconds"]
