@@ -281,6 +281,8 @@ def _faultless(
     found: Any, rows: Mapping[Hashable, int], known: set[int], need_box: bool
 ) -> files.ResultTable | None:
     """The table of a list without a fault, checked as arrays; None where ``parse_results`` must look entry by entry."""
+    if not isinstance(found, list):
+        return None
     try:
         images = np.array([rows[one["image_id"]] for one in found], np.int64)
         categories, scores = [one["category_id"] for one in found], [one["score"] for one in found]
