@@ -219,7 +219,7 @@ class RPN(nn.Module):
         usable = self._usable(shapes, sizes, training=training).split([len(anchors) for anchors in levels], dim=1)
         if details.clip_to_padding and not training:
             sizes = padded_sizes(sizes)
-        boxes, scores, groups = [], [], []
+        scores, groups, best_anchors, best_deltas = [], [], [], []
         for level, anchors in enumerate(levels):
             score = logits[level].detach().masked_fill(~usable[level], -torch.inf)
             score, rows = score.topk(min(pre_nms, score.shape[1]), dim=1)
@@ -229,13 +229,14 @@ class RPN(nn.Module):
                 score = logits[level].detach().sigmoid().masked_fill(~usable[level], -torch.inf).gather(1, rows)
                 score, order = score.sort(dim=1, descending=True, stable=True)
                 rows = rows.gather(1, order)
-            anchor = take(anchors.expand(len(score), -1, -1), rows)
-            delta = take(deltas[level].detach(), rows)
-            box = decode_boxes(delta, anchor, self.stds, limit_shrinking=details.limit_shrinking)
-            boxes.append(clip_boxes(box, sizes, whole_pixels=details.whole_pixels))
             scores.append(score)
             groups.append(torch.full_like(rows, level))
-        box, score, group = torch.cat(boxes, 1), torch.cat(scores, 1), torch.cat(groups, 1)  # [B, M, 4], [B, M]
+            best_anchors.append(take(anchors.expand(len(score), -1, -1), rows))
+            best_deltas.append(take(deltas[level].detach(), rows))
+        score, group = torch.cat(scores, 1), torch.cat(groups, 1)  # [B, M]
+        anchor, delta = torch.cat(best_anchors, 1), torch.cat(best_deltas, 1)  # [B, M, 4]
+        box = decode_boxes(delta, anchor, self.stds, limit_shrinking=details.limit_shrinking)
+        box = clip_boxes(box, sizes, whole_pixels=details.whole_pixels)
         side = (box[..., 2:] - box[..., :2]).amin(dim=-1)
         real = torch.isfinite(score) & (side >= 1 if details.whole_pixels else side > details.min_size)
         keep = nms_keep(
