@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from cascade_rcnn.config import Config, finetune_schedule
 from cascade_rcnn.data.dataset import DetectionDataset
 from cascade_rcnn.data.files import read_image
 from cascade_rcnn.data.formats import open_split
-from cascade_rcnn.data.loader import train_loader
+from cascade_rcnn.data.loader import Upload, train_loader
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.detections import Detections
 from cascade_rcnn.errors import CheckpointError, ConfigError, DataError, UserError
@@ -77,7 +77,10 @@ class Run:
         settings = config.train
         self.validation = open_split(config.data.root, config.data.val) if settings.evaluate_every else None
         self._class_map = match_classes(self.data.class_names, self.validation, out) if self.validation else None
-        dataset = DetectionDataset(self.data, config.data, training=True, masks=_wants_masks(config, self.data),
+        images = config.data
+        if settings.compile and images.pad_buckets is None:
+            images = replace(images, pad_buckets=True)
+        dataset = DetectionDataset(self.data, images, training=True, masks=_wants_masks(config, self.data),
                                    semantics=config.model.semantics)
 
         self.passes_per_step = passes_per_step(settings, world.size)
@@ -111,7 +114,10 @@ class Run:
             self._restore()
         self._drawn = self.progress.step and _DRAWN_BATCHES
         if settings.compile:
-            _compile(self.model)
+            from cascade_rcnn.compile import compile_for_training
+
+            compile_for_training(self.model, fixed_sizes=bool(images.pad_buckets))
+        self.upload = Upload(world.device)
         self.wrapped = distributed.wrap(self.model, world, norm=config.model.norm)
         if world.is_main:
             write_json(out / "config.json", config.to_dict())
@@ -200,8 +206,9 @@ class Run:
         whole = settings.epochs * self.steps_per_epoch
         length = f"{settings.epochs} epoch{'s' * (settings.epochs != 1)}, {whole} steps"
         length += f", of which train.max_steps takes {self.total_steps}" if self.total_steps < whole else ""
-        log.say(f"{parameters / 1e6:.1f} million trainable parameters; {self.updater.precision} on {where}; "
-                f"{length}; results in {self.out}")
+        log.say(f"{parameters / 1e6:.1f} million trainable parameters; {length}; results in {self.out}")
+        log.say(f"{where}: {self.updater.precision}, channels-last; "
+                f"{'compiled' if settings.compile else 'not compiled (--train.compile)'}")
         log.say(about_rate)
         if resuming:
             log.say(f"goes on at step {progress.step}, epoch {self.epochs_done():.2f}")
@@ -219,8 +226,11 @@ class Run:
             if self.world.is_main and found.image_id is not None and found.image_id in shown:
                 self._draw_prediction(list(shown).index(found.image_id) + 1, shown[found.image_id], found)
 
+        # what is compiled is compiled for training: an evaluation would wait for code of its own, for each size
+        eager = torch.compiler.set_stance("force_eager") if self.config.train.compile else nullcontext()
         # the generators are put back, so that training does not depend on how often it is evaluated
-        with undisturbed_generators(self.world.device), self.average.applied() if self.average else nullcontext():
+        averaged = self.average.applied() if self.average else nullcontext()
+        with eager, undisturbed_generators(self.world.device), averaged:
             return evaluate_model(self.model, self.config, self.validation, class_map=self._class_map, look=look)
 
     def _draw_prediction(self, number: int, record: ImageRecord, found: Detections) -> None:
@@ -364,13 +374,6 @@ def _wants_masks(config: Config, data: DataSplit) -> bool:
         raise DataError(f"{data.root}: the recipe has mask heads, split {data.name!r} has no masks; use a box recipe "
                         "such as cascade_rcnn_r50_fpn_1x_coco, or --model.masks none")
     return config.model.masks != "none"
-
-
-def _compile(model: torch.nn.Module) -> None:
-    """Compile the parts of static structure in place; names in the state_dict stay as they are."""
-    for name, part in model.named_modules():
-        if name in ("backbone", "fpn") or name.rpartition(".")[0] in ("cascade.box_heads", "cascade.mask_heads"):
-            part.compile()
 
 
 def _shortened(names: tuple[str, ...] | list[str]) -> str:

@@ -30,6 +30,12 @@ class _TensorBatch:
     def pin_memory(self: _Batch) -> _Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        inner = [tensor for value in values if isinstance(value, _TensorBatch) for tensor in value.tensors()]
+        return [value for value in values if isinstance(value, Tensor)] + inner
+
     def _map(self: _Batch, function: Any) -> _Batch:
         changed: dict[str, Any] = {}
         for field in fields(self):  # type: ignore[arg-type]
@@ -45,7 +51,7 @@ class _TensorBatch:
 class ImageBatch(_TensorBatch):
     """A batch of images as the network takes them: resized, padded right and below to a common size."""
 
-    pixels: Tensor  # uint8 [B, 3, H, W], RGB, zero where padded
+    pixels: Tensor  # uint8 [B, 3, H, W], RGB, zero where padded (float32 at test time as in the authors' release)
     sizes: Tensor  # int64 [B, 2], (height, width) of each image within the padding
     original_sizes: Tensor  # int64 [B, 2], (height, width) before resizing
     image_ids: tuple[int | str, ...] = ()

@@ -90,8 +90,7 @@ def train_epoch(run: Run, interrupts: Interrupts, watchdog: distributed.Watchdog
             run.look_at(images, targets)
             with distributed.without_sync(run.wrapped, active=number + 1 < passes):
                 with run.updater.forward():
-                    losses: dict[str, Tensor] = run.wrapped(images.to(world.device, non_blocking=True),
-                                                            targets.to(world.device, non_blocking=True))
+                    losses: dict[str, Tensor] = run.wrapped(*run.upload(images, targets))
                 run.updater.backward(torch.stack(list(losses.values())).sum() / passes)
             window.add_pass(losses, images.paths)
 

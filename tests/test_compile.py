@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from small_training import small_config, small_data
+from safetensors.torch import load_file
+from small_training import run_ranks, small_config
 
 import cascade_rcnn
 from cascade_rcnn.compile import cache_folder, check_compiler, compile_for_inference
-from cascade_rcnn.config import DataConfig, ModelConfig
+from cascade_rcnn.config import Config, DataConfig, ModelConfig
 from cascade_rcnn.data.loader import bucket_sizes
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.measure import seed_weights, synthetic_image
@@ -186,13 +187,56 @@ def test_compiled_detections_are_the_same_and_code_is_kept_for_the_next_process(
     seed_weights(model)
     save_checkpoint(tmp_path / "network.safetensors", model.state_dict(), config=config, class_names=tuple("abcde"))
     words = [str(tmp_path / "network.safetensors")]
-    for seed, size in enumerate(((64, 80), (60, 96), (64, 90), (50, 50))):
+    for seed, size in enumerate(((64, 80), (60, 96))):
         np.save(tmp_path / f"{seed}.npy", synthetic_image(size, seed=seed).permute(1, 2, 0).numpy())
         words.append(str(tmp_path / f"{seed}.npy"))
     first, said = _in_a_process(words, tmp_path / "cache")
     again, said_again = _in_a_process(words, tmp_path / "cache")
     assert max(first["differences"]) < 1e-2 and max(again["differences"]) < 1e-2
-    assert "compiled for 3 sizes at most" in first["choices"]
-    assert said.count("compiling for") == 2 and "kept in" in said  # 64 x 96 and 64 x 64
-    assert said_again.count("with code found in") == 2 and "kept in" not in said_again
+    assert "compiled for 4 sizes at most" in first["choices"]
+    assert said.count("compiling for") == 1 and "kept in" in said
+    assert said_again.count("with code found in") == 1 and "kept in" not in said_again
     assert again["seconds"] < first["seconds"]
+
+
+def _losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def _train(config: Config, out: Path, resume: bool = False) -> str:
+    from cascade_rcnn.train import train
+
+    return str(train(config, out=out, resume=resume, device="cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it
+def test_compiled_training_has_the_losses_of_eager_training_evaluates_and_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three minutes: forward and backward of the network in C++."""
+    whole = small_config(model={"backbone": "resnet10t", "masks": "last"}, log_every=1, epochs=1, milestones=(),
+                         max_steps=4, evaluate_every=1, save_every=2, deterministic=False)
+    compiled = dataclasses.replace(whole, train=dataclasses.replace(whole.train, compile=True))
+    half = dataclasses.replace(compiled, train=dataclasses.replace(compiled.train, max_steps=2))
+    _train(whole, tmp_path / "eager")
+    assert "not compiled (--train.compile)" in capsys.readouterr().out
+    _train(half, tmp_path / "compiled")
+    _train(compiled, tmp_path / "compiled", resume=True)
+    assert "; not compiled" not in capsys.readouterr().out
+    assert _losses(tmp_path / "compiled") == pytest.approx(_losses(tmp_path / "eager"), rel=2e-3)
+    names = [set(load_file(tmp_path / run / "last.safetensors")) for run in ("eager", "compiled")]
+    assert names[0] == names[1]
+    assert len((tmp_path / "compiled" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it
+def test_two_processes_train_compiled(tmp_path: Path) -> None:
+    """Code made for the processes' shared gradients; two minutes."""
+    config = small_config(model={"backbone": "resnet10t"}, log_every=1, epochs=1, milestones=(), max_steps=2,
+                          batch_size=1, deterministic=False)
+    compiled = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=True))
+    run_ranks(2, _train, config, tmp_path / "eager")
+    run_ranks(2, _train, compiled, tmp_path / "compiled")
+    assert _losses(tmp_path / "compiled") == pytest.approx(_losses(tmp_path / "eager"), rel=2e-3)
