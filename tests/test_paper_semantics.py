@@ -24,6 +24,7 @@ from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.data.resize import resize_to_float
 from cascade_rcnn.data.transforms import detectron_scale, detectron_size
 from cascade_rcnn.detections import paste_in_whole_pixels
+from cascade_rcnn.models.boxes import scale_boxes
 from cascade_rcnn.models.cascade import Cascade
 from cascade_rcnn.models.detector import CascadeRCNN
 from cascade_rcnn.models.rpn import AnchorGenerator
@@ -31,23 +32,24 @@ from cascade_rcnn.predict import Detector
 from cascade_rcnn.structures import ImageBatch
 
 DATA = DataConfig(short_side=(120,), long_side=160, workers=0)
-SIZES = ((75, 94), (70, 100))  # become 120 x 150 (150.4 rounded) and, limited by the longer side, 112 x 160
-OBJECTS = (
-    Objects(np.array([[10, 12, 48.5, 50], [50, 30, 92, 70.3], [2, 3, 14, 9]], dtype=np.float64), np.array([0, 2, 1]),
-            [[10, 12, 48.5, 20, 40, 50, 15, 44], [50, 30, 92, 35, 90, 70.3, 60, 66], [2, 3, 14, 3, 14, 9, 2, 9]]),
-    Objects(np.array([[20, 8, 70, 66]], dtype=np.float64), np.array([1]), [[20, 30, 45, 8, 70, 40, 50, 66]]),
-)  # boxes as annotations have them: x2 - x1 is the width
+SIZES = ((75, 94), (55, 100))  # become 120 x 150 (150.4 rounded) and, limited by the longer side, 88 x 160
+OBJECTS = (  # boxes as annotations have them: x2 - x1 is the width
+    Objects(np.array([[10, 12, 48.5, 50], [50, 30, 92, 70.3], [2, 3, 14, 9], [12, 14, 45, 46]], dtype=np.float64),
+            np.array([0, 2, 1, 1]), [[10, 12, 48.5, 20, 40, 50, 15, 44], [50, 30, 92, 35, 90, 70.3, 60, 66],
+                                     [2, 3, 14, 3, 14, 9, 2, 9], [12, 14, 45, 14, 40, 46, 12, 40]]),
+    Objects(np.array([[20, 8, 70, 46]], dtype=np.float64), np.array([1]), [[20, 30, 45, 8, 70, 40, 50, 46]]),
+)
 
 
-def lively_model(**changes: Any) -> CascadeRCNN:
-    """A network whose random heads move boxes and tell them apart."""
+def lively_model(*, rpn: float = 15, box: float = 200, **changes: Any) -> CascadeRCNN:
+    """A network whose random heads tell boxes apart and move them, the further the larger ``rpn`` and ``box``."""
     model = tiny_model(semantics="paper", anchor_scales=(8.0,), **changes)
     with torch.no_grad():
         model.rpn.objectness.weight.mul_(30)
-        model.rpn.deltas.weight.mul_(15)
+        model.rpn.deltas.weight.mul_(rpn)
         for head in model.cascade.box_heads:
             head.classifier.weight.mul_(40)
-            head.deltas.weight.mul_(200)
+            head.deltas.weight.mul_(box)
         for mask_head in model.cascade.mask_heads:
             mask_head.logits.weight.mul_(300)
     return model
@@ -136,16 +138,16 @@ def test_detection_follows_detectron(b: int, monkeypatch: pytest.MonkeyPatch) ->
     scale = detectron_scale(SIZES[b], 120, 160)
     resized = rules.resize(picture(b), scale)
     h, w = resized.shape[:2]
-    pixels = torch.zeros(1, 3, 128, 160)
+    frame = (-(-h // 32) * 32, -(-w // 32) * 32)  # at test time proposals reach into the padding
+    pixels = torch.zeros(1, 3, *frame)
     pixels[0, :, :h, :w] = torch.from_numpy(resized).permute(2, 0, 1)
     with torch.no_grad():
         pyramid = model.pyramid(ImageBatch(pixels, torch.tensor([[h, w]]), torch.tensor([SIZES[b]])))
         logits, deltas = model.rpn(pyramid)
-    frame = (-(-h // 32) * 32, -(-w // 32) * 32)  # at test time proposals reach into the padding
     rois, scores = rules.propose(per_level(logits, 0), per_level(deltas, 0), shapes_of(pyramid), frame, scale=8.0,
                                  keep=1000)
     rois = rois[np.argsort(-scores, kind="stable")[:1000]]
-    assert rois[:, 3].max() > h - 1 or rois[:, 2].max() > w - 1 or frame == (h, w)
+    assert rois[:, 3].max() > h - 1
     maps = [level[0] for level in pyramid]
     expected = rules.detect(model.cascade.box_heads, maps, rois, scale=scale, size=SIZES[b], threshold=0.05, most=100)
     seen = watch_rois(monkeypatch)
@@ -153,18 +155,18 @@ def test_detection_follows_detectron(b: int, monkeypatch: pytest.MonkeyPatch) ->
 
     assert len(seen) == 4  # three stages and the masks
     for ours, theirs in zip(seen, expected.rois):
-        assert_same_boxes(last_pixels(ours), theirs, 2e-3)  # the pictures were resized twice
+        assert_same_boxes(last_pixels(ours), theirs, 3e-4)  # before clipping: up to hundreds of pixels outside
     assert len(found) == len(expected.scores) == 100
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
     assert (found.labels.numpy() == expected.labels).mean() >= 0.98  # equal scores may change places
-    assert_same_boxes(last_pixels(found.boxes), expected.boxes, 2e-3)
+    assert_same_boxes(last_pixels(found.boxes), expected.boxes)
     x = rules.pool(maps, (expected.boxes * scale).astype(np.float32), 14)
     with torch.no_grad():
         probs = model.cascade.mask_heads[0](x).sigmoid().numpy()[np.arange(100), expected.labels]
     assert found.masks is not None and ((probs > 0.5).any((1, 2)) & (probs < 0.5).any((1, 2))).mean() > 0.5
     for row in np.flatnonzero(found.labels.numpy() == expected.labels)[:25]:
         mask = rules.paste(probs[row], expected.boxes[row], SIZES[b])
-        assert (found.masks[row].numpy() != mask).sum() <= 0.01 * mask.size
+        assert (found.masks[row].numpy() != mask).sum() <= 2  # at the threshold itself
 
 
 def training_batch(tmp_path: Path, flip: float) -> tuple[ImageBatch, Any]:
@@ -218,6 +220,7 @@ def expected_losses(model: CascadeRCNN, images: ImageBatch, objects: list[Object
         for b, (one, scale) in enumerate(zip(objects, scales)):
             role = rules.roles(rois[b] / scale, one, rules.IOUS[k])
             n = role.positives
+            assert n > len(one.boxes)  # more than the ground truth itself
             network = (role.rois * scale).astype(np.float32)
             head_logits, moves = rules.stage(model.cascade.box_heads[k], rules.pool(maps[b], network, 7))
             labels = np.full(len(network), 3)
@@ -246,18 +249,37 @@ def mask_loss(model: CascadeRCNN, maps: list[torch.Tensor], role: rules.Roles, n
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_training_follows_detectron(tmp_path: Path, flip: float) -> None:
     """Every anchor and RoI takes part, so that nothing is random."""
-    model = lively_model(rpn_samples=10**6, roi_samples=10**6, train_proposals=150)
+    model = lively_model(rpn=3, box=30, rpn_samples=10**6, roi_samples=10**6, train_proposals=1000)
     images, targets = training_batch(tmp_path, flip)
     assert images.scales is not None and images.scales.tolist() == pytest.approx([1.6, 1.6])
     objects = [as_detectron(b, flipped=flip > 0) for b in range(2)]
     for b in range(2):
         np.testing.assert_allclose(last_pixels(targets.boxes[b, targets.valid[b]]), objects[b].boxes * 1.6, atol=1e-4)
     losses = {name: value.item() for name, value in model.loss(images, targets).items()}
-    expected = expected_losses(model, images, objects, keep=150)
+    expected = expected_losses(model, images, objects, keep=1000)
     assert losses.keys() == expected.keys()
     for name, value in expected.items():
         # Masks are drawn at the network's size, not in each RoI's own frame: their borders differ.
-        assert losses[name] == pytest.approx(value, rel=0.02 if name.endswith("mask") else 1e-4), name
+        assert losses[name] == pytest.approx(value, rel=0.02 if name.endswith("mask") else 1e-5), name
+
+
+def test_later_stages_take_the_ground_truth_and_all_that_is_left(tmp_path: Path) -> None:
+    """No second sampling: with 8 RoIs a first stage keeps two positives, a later one all it gets; copies of objects go
+    as ground truth does.
+    """
+    images, targets = training_batch(tmp_path, 0.0)
+    model = lively_model(rpn=3, box=30, roi_samples=8, masks="none")
+    cascade, original = model.cascade, model._original(images)
+    truth = dataclasses.replace(targets, boxes=scale_boxes(targets.boxes, 1 / torch.tensor([1.6, 1.6])))
+    boxes = targets.boxes[:, :1] + torch.linspace(0, 2, 30)[:, None]  # [2, 30, 4], the first a copy of an object
+    valid = torch.ones(2, 30, dtype=torch.bool)
+    assert cascade._sample(boxes, valid, truth, original, stage=1).valid.sum(dim=1).tolist() == [2, 2]
+    later = cascade._samples_of_later_stage(1, boxes, valid, truth, original)
+    assert later.valid.sum(dim=1).tolist() == [34, 31] and later.positive.sum(dim=1).tolist() == [34, 31]
+    judged = torch.cat([truth.boxes, scale_boxes(boxes, 1 / torch.tensor([1.6, 1.6]))], dim=1)
+    still = torch.zeros(*later.valid.shape, 4)
+    _, kept = cascade._refine(1, torch.zeros(*later.valid.shape, 4), still, later, images.sizes, judged, truth)
+    assert not kept[:, : truth.valid.shape[1] + 1].any() and kept[:, truth.valid.shape[1] + 1 :].all()
 
 
 def test_stage_weights_spare_the_heads(tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ def test_bilinear_follows_the_source_of_the_recipe() -> None:
     assert T.interpolation(config, training=True) == "fast"
     assert T.interpolation(DataConfig(antialias=False), "detectron2", training=True) == "fast"
     assert T.interpolation(DataConfig(antialias=True), training=False) == "pillow"
+    assert T.interpolation(config, "paper", training=False) == "float"
 
 
 def test_crop_drops_what_it_cuts_away() -> None:
