@@ -32,7 +32,7 @@ from cascade_rcnn.errors import CheckpointError, DataError, UserError
 from cascade_rcnn.inputs import InputFile, VideoReader, VideoWriter, collect, to_array
 from cascade_rcnn.logger import progress_bar
 from cascade_rcnn.models.build import build_model
-from cascade_rcnn.models.detector import CascadeRCNN
+from cascade_rcnn.models.detector import CascadeRCNN, NoInitialValues
 from cascade_rcnn.models.winograd import WinogradConv2d
 from cascade_rcnn.results import ResultsFile, join_shards, parse_shard, results_path
 from cascade_rcnn.submit import submit_predictions
@@ -83,13 +83,15 @@ def load(path: str | Path, *, device: str | torch.device = "auto", precision: Pr
               "stop_after_stage": stop_after_stage}
     changed: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
     config = dataclasses.replace(checkpoint.config, model=dataclasses.replace(checkpoint.config.model, **changed))
-    model = build_model(config.model, len(checkpoint.class_names))
+    with NoInitialValues():
+        model = build_model(config.model, len(checkpoint.class_names))
     try:
         model.load_state_dict(checkpoint.state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{printable(path)}: its weights do not fit its own configuration ({reason}); "
                               "use another copy of the checkpoint") from error
+    checkpoint.state.clear()  # the file's pages are memory too, and the weights are about to be laid out anew
     model = model.to(chosen).optimize_for_inference()
     if compile:
         from cascade_rcnn.compile import compile_for_inference

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from typing import Any
@@ -77,6 +76,7 @@ class Backbone(nn.Module):
         if norm == "group":
             _replace_batch_norm(body)
         self._frozen = self._modules_to_freeze(frozen_stages, name)
+        self._return_selected_only()
         for module in self._frozen:
             module.requires_grad_(False)
         if norm == "frozen":
@@ -108,6 +108,16 @@ class Backbone(nn.Module):
             seen = max(seen, order.get(child, -1))
         return frozen
 
+    def _return_selected_only(self) -> None:
+        """Do not keep the features that nobody asks for: the stem's are as large as those of stride 4."""
+        returned: dict[str, str] | None = getattr(self.body, "return_layers", None)
+        if returned is None or len(returned) != len(self.body.feature_info.reduction()):
+            return
+        unused = [child for i, child in enumerate(returned) if i not in self.selected]
+        for child in unused:
+            del returned[child]
+        self.selected = list(range(len(STRIDES)))
+
     def train(self, mode: bool = True) -> Backbone:
         super().train(mode)
         if self.norm in ("frozen_statistics", "frozen"):
@@ -128,6 +138,7 @@ class Backbone(nn.Module):
         # Some of timm's transformers give [B, H, W, C].
         return [f if f.shape[1] == c else f.permute(0, 3, 1, 2) for f, c in zip(chosen, self.channels)]
 
+    @torch.no_grad()
     def fold_batch_norm(self) -> None:
         """Fold each batch norm into the convolution before it: the same function at test time, with less work.
 
@@ -140,18 +151,17 @@ class Backbone(nn.Module):
                 conv, norm = children[before], children[after]
                 paired = after == before.replace("conv", "bn") or isinstance(module, nn.Sequential)
                 if paired and isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d and before != after:
-                    setattr(module, before, _folded(conv, norm))
+                    _fold(conv, norm)
                     setattr(module, after, nn.Identity())
 
 
-def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    """In place: new weights beside old ones would leave holes in memory."""
     assert norm.running_mean is not None and norm.running_var is not None
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-    folded = copy.deepcopy(conv)
-    folded.weight = nn.Parameter((conv.weight * scale[:, None, None, None]).detach(), requires_grad=False)
     bias = conv.bias if conv.bias is not None else torch.zeros_like(norm.running_mean)
-    folded.bias = nn.Parameter(((bias - norm.running_mean) * scale + norm.bias).detach(), requires_grad=False)
-    return folded
+    conv.weight.mul_(scale[:, None, None, None])
+    conv.bias = nn.Parameter((bias - norm.running_mean) * scale + norm.bias, requires_grad=False)
 
 
 def _move_stride_to_first_convolution(body: nn.Module, name: str) -> None:

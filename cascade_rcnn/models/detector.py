@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from cascade_rcnn.models.backbone import Backbone
 from cascade_rcnn.models.box_head import BoxHead
@@ -101,8 +103,32 @@ class CascadeRCNN(nn.Module):
         for head in self.cascade.box_heads:
             assert isinstance(head, BoxHead)
             head.take_rows()
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.mean.device.type == "cpu":
             for module in (self.fpn, self.rpn, self.cascade.mask_heads):
                 use_winograd(module)
+        for parameter in self.parameters():
+            _lay_channels_last(parameter)
         return self
+
+
+class NoInitialValues(TorchFunctionMode):
+    """While a network is built whose weights are loaded next: random initial values are not drawn.
+
+    Half a second less, and memory that is not written does not count.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def _lay_channels_last(weight: nn.Parameter) -> None:
+    """As ``to(memory_format=channels_last)``, where the weight lies: copies would leave holes of its size in memory."""
+    if weight.dim() != 4 or weight.is_contiguous(memory_format=torch.channels_last):
+        return
+    turned = weight.detach().permute(0, 2, 3, 1).contiguous()  # [O, H, W, I]
+    weight.data = weight.detach().view(turned.shape).copy_(turned).permute(0, 3, 1, 2)

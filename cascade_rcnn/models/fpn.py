@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,16 +30,32 @@ class FeaturePyramid(nn.Module):
                 nn.init.zeros_(conv.bias)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """Features [B, C_l, H/s, W/s] of strides 4..32 become maps [B, channels, ...] of strides 4..64."""
-        merged = [conv(feature) for conv, feature in zip(self.lateral, features)]
-        if self.lateral_norm:
-            merged = [norm(x) for norm, x in zip(self.lateral_norm, merged)]
-        for level in range(len(merged) - 1, 0, -1):
-            height, width = merged[level - 1].shape[-2:]
-            # In place: nothing needs the map without the coarser one, and it is the largest thing in memory.
-            merged[level - 1].add_(F.interpolate(merged[level], size=(height, width), mode="nearest"))
-        pyramid = [self.output[level](merged.pop()) for level in range(len(merged) - 1, -1, -1)][::-1]
-        if self.output_norm:
-            pyramid = [norm(x) for norm, x in zip(self.output_norm, pyramid)]
+        """Features [B, C_l, H/s, W/s] of strides 4..32 become maps [B, channels, ...] of strides 4..64.
+
+        The list ``features`` is emptied: in prediction each map is freed after its use, and they are large.
+        """
+        pyramid: list[Tensor] = []
+        merged: Tensor | None = None
+        for level in range(len(self.lateral) - 1, -1, -1):
+            x = self.lateral[level](features.pop())
+            if self.lateral_norm:
+                x = self.lateral_norm[level](x)
+            merged = x if merged is None else _add_coarser(x, merged)
+            del x
+            x = self.output[level](merged)
+            pyramid.append(self.output_norm[level](x) if self.output_norm else x)
+        pyramid.reverse()
         pyramid.append(pyramid[-1][..., ::2, ::2])
         return pyramid
+
+
+def _add_coarser(fine: Tensor, coarse: Tensor) -> Tensor:
+    """``fine`` [B, C, H, W], changed in place, plus the nearest-neighbour enlargement of ``coarse``."""
+    height, width = fine.shape[-2:]
+    double = (height, width) == (2 * coarse.shape[-2], 2 * coarse.shape[-1])
+    captured = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if double and not captured and not torch.is_grad_enabled():
+        # Without the enlarged map: 6 instead of 35 ms at stride 4 of 800 x 1088, and 56 MB less.
+        fine.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).add_(coarse[:, :, :, None, :, None])
+        return fine
+    return fine.add_(F.interpolate(coarse, size=(height, width), mode="nearest"))

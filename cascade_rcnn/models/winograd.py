@@ -22,6 +22,7 @@ TILE = 4  # outputs per side
 PATCH = TILE + 2  # inputs per side
 _POINTS = (0.0, math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2.0), -math.sqrt(2.0))
 _WORKING_SET = 1 << 18  # input values of a batch of tiles: 7 MB with all transforms, which stays in the cache
+_WEIGHT_ROWS = 16  # input channels whose filters are transformed at a time
 _MIN_CHANNELS = 192  # below, the transforms cost as much as they save
 
 
@@ -52,8 +53,12 @@ class WinogradConv2d(nn.Module):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         outputs, filters, inputs = _bases()
-        weight = torch.einsum("ar,oirs,bs->abio", filters, conv.weight.detach().double(), filters).flatten(0, 1)
-        self.register_buffer("weight", weight.float().contiguous())  # [36, in, out]
+        weight = conv.weight.new_empty(PATCH * PATCH, conv.in_channels, conv.out_channels)
+        for first in range(0, conv.in_channels, _WEIGHT_ROWS):  # in float64, but not all of it at once
+            part = conv.weight.detach()[:, first : first + _WEIGHT_ROWS].double()
+            weight[:, first : first + _WEIGHT_ROWS] = torch.einsum("ar,oirs,bs->abio", filters, part, filters
+                                                                   ).flatten(0, 1)  # fmt: skip
+        self.register_buffer("weight", weight)  # [36, in, out]
         self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().clone())
         self.register_buffer("to_basis", inputs.float().contiguous(), persistent=False)  # [6, 6]
         self.register_buffer("from_basis", outputs.T.float().contiguous(), persistent=False)  # [4, 6]
