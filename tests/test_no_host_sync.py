@@ -228,9 +228,10 @@ class _Kernel:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_launching_the_kernels_never_waits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """The host's side of the operators that the tests above answer with a shape only."""
-    from cascade_rcnn.models import nms_triton, roi_align_triton
+    from cascade_rcnn.models import mask_targets_triton, nms_triton, roi_align_triton
 
-    kernels = {"_roi_align": roi_align_triton, "_compare": nms_triton, "_walk": nms_triton}
+    kernels = {"_roi_align": roi_align_triton, "_compare": nms_triton, "_walk": nms_triton,
+               "_mask_targets": mask_targets_triton}
     for name, module in kernels.items():
         monkeypatch.setattr(module, name, _Kernel())
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
@@ -241,9 +242,14 @@ def test_launching_the_kernels_never_waits(monkeypatch: pytest.MonkeyPatch, dtyp
         shapes = [one.shape for one in maps]
         gradients = roi_align_triton.fused_backward(rows, boxes, valid, shapes, 7, (4, 8, 16, 32), 0, 1)
         kept = nms_triton._launch(boxes, valid.long(), valid, [4, 5], 0.5, 9)
+        objects = torch.empty(2, 3, 2, dtype=torch.int64, device="cuda")
+        targets = mask_targets_triton._launch(
+            valid.byte(), objects[..., 0], objects, objects, boxes, valid.long(), objects[:, 0], 28
+        )
+        assert targets.shape == (2, 9, 28, 28)
         assert rows.shape == (2, 9, 49, 32) and [one.shape for one in gradients] == shapes
         assert kept.shape == (2, 9) and kept.dtype == torch.bool
-    assert [getattr(module, name).launched for name, module in kernels.items()] == [2, 1, 1]
+    assert [getattr(module, name).launched for name, module in kernels.items()] == [2, 1, 1, 1]
 
 
 # The watcher itself

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cascade_rcnn.models.roi_align import has_triton
 from cascade_rcnn.structures import MaskCrops
 
 MAX_TABLE = 1 << 24  # pixels of object masks gathered at once
@@ -89,6 +90,10 @@ def mask_targets(masks: MaskCrops, rois: Tensor, index: Tensor, sizes: Tensor, *
     ``rois`` [B, P, 4], ``index`` [B, P] (each RoI's object), ``sizes`` [B, 2]. An object's mask is averaged over each
     bin as RoIAlign does (aligned, adaptive sampling) and cut at one half (mmdetection's and detectron2's bitmap rule).
     """
+    if rois.is_cuda and has_triton():
+        from cascade_rcnn.models.mask_targets_triton import fused_mask_targets
+
+        return fused_mask_targets(masks, rois, index, sizes, bins=bins)
     batch, count = index.shape
     flat = index.flatten()
     image = torch.arange(batch, device=index.device)[:, None].expand(batch, count).flatten()
