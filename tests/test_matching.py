@@ -56,6 +56,27 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert whole.positive.sum() >= len(truth) - 2
 
 
+@pytest.mark.parametrize("rematch", [True, False])
+@pytest.mark.parametrize("table", [1 << 24, 500])
+def test_a_gpus_way_of_all_images_at_once_finds_the_same(
+    monkeypatch: pytest.MonkeyPatch, rematch: bool, table: int
+) -> None:
+    targets = Targets.empty(3, rows=12)
+    targets.boxes[:] = torch.stack([random_boxes(12, seed=seed) for seed in (1, 2, 3)])
+    targets.valid[:2, :7], targets.ignore[1:, 8:] = True, True  # the last image has no object
+    boxes = torch.stack([random_boxes(200, seed=seed) for seed in (4, 5, 6)])
+    boxes[0, 50:60] = boxes[0, 40:50]  # equal overlaps
+    real = torch.rand(3, 200) > 0.1
+    arguments = {"positive_iou": 0.4, "negative_iou": 0.3, "best_box_iou": 0.05, "rematch_best": rematch}
+    each = match(boxes, real, targets, **arguments)
+    monkeypatch.setattr(matching, "MAX_TABLE", table)
+    monkeypatch.setattr(matching, "_asking_is_free", lambda _: False)
+    together = match(boxes, real, targets, **arguments)
+    assert each.positive[:2].any(dim=1).all() and not each.positive[2].any()
+    for name in ("index", "positive", "negative"):
+        assert torch.equal(getattr(each, name), getattr(together, name)), name
+
+
 def test_negatives_inside_an_ignored_region_take_no_part() -> None:
     boxes = torch.tensor([[100.0, 100, 120, 120], [300, 300, 320, 320]])
     region = torch.tensor([[90.0, 90, 130, 130]])

@@ -40,58 +40,64 @@ class Samples:
     max_positives: int  # positives lie in the first so many rows
 
 
+def _asking_is_free(tensor: Tensor) -> bool:
+    """Whether the host may look at numbers: on a GPU it would have to wait for them."""
+    return tensor.device.type == "cpu"
+
+
 def _rows_at_once(objects: Tensor) -> int:
-    return max(1, (MAX_TABLE_CPU if objects.device.type == "cpu" else MAX_TABLE) // max(1, objects.shape[0]))
+    entries = MAX_TABLE_CPU if _asking_is_free(objects) else MAX_TABLE
+    return max(1, entries // max(1, objects.shape[0] * objects.shape[1]))
 
 
 def _best(boxes: Tensor, usable: Tensor, objects: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest IoU [N] of each box [N, 4] with the valid objects [G, 4], that object's row [N], and each object's
-    largest IoU [G] with a usable box.
+    """Largest IoU [B, N] of each box [B, N, 4] with the valid objects [B, G, 4] of its image, that object's row
+    [B, N], and each object's largest IoU [B, G] with a usable box.
     """
     chunk = _rows_at_once(objects)
     values, rows = [], []
-    best = boxes.new_full((objects.shape[0],), -1.0)
-    for part, real in zip(boxes.split(chunk), usable.split(chunk)):
-        table = pairwise_iou(part, objects).masked_fill_(~valid, -1.0)
-        value, row = table.max(dim=1)
+    best = boxes.new_full(objects.shape[:2], -1.0)
+    for part, real in zip(boxes.split(chunk, dim=1), usable.split(chunk, dim=1)):
+        table = pairwise_iou(part, objects).masked_fill_(~valid[:, None], -1.0)  # [B, n, G]
+        value, row = table.max(dim=2)
         values.append(value)
         rows.append(row)
-        best = torch.maximum(best, table.masked_fill_(~real[:, None], -1.0).amax(dim=0))
-    if not values:
-        return boxes.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=boxes.device), best
-    return torch.cat(values), torch.cat(rows), best
+        best = torch.maximum(best, table.masked_fill_(~real[..., None], -1.0).amax(dim=1))
+    return torch.cat(values, dim=1), torch.cat(rows, dim=1), best
 
 
 def _owners(boxes: Tensor, usable: Tensor, objects: Tensor, best: Tensor, iou: Tensor, *, min_iou: float) -> Tensor:
-    """For each box [N] the last object (1-based) whose best box it is, or 0.
+    """For each box [B, N] the last object (1-based) whose best box it is, or 0.
 
-    An object's best boxes are all that share its largest IoU ``best`` [G], if that is at least ``min_iou``. ``iou``
-    [N] is each box's own largest: a box below every object's best cannot be one (asked on CPUs, where asking is free).
+    An object's best boxes are all that share its largest IoU ``best`` [B, G], if that is at least ``min_iou``. ``iou``
+    [B, N] is each box's own largest: a box below every object's best cannot be one (asked of one image on a CPU).
     """
     chunk = _rows_at_once(objects)
     eligible = (best >= min_iou) & (best > 0)
-    number = torch.arange(1, objects.shape[0] + 1, device=boxes.device)
+    number = torch.arange(1, objects.shape[1] + 1, device=boxes.device)
+
+    def owned(part: Tensor, real: Tensor) -> Tensor:
+        is_best = (pairwise_iou(part, objects) == best[:, None]) & eligible[:, None] & real[..., None]
+        return is_best.to(torch.int64).mul_(number).amax(dim=2)
+
+    if not _asking_is_free(boxes):
+        return torch.cat([owned(*pair) for pair in zip(boxes.split(chunk, dim=1), usable.split(chunk, dim=1))], dim=1)
+    lowest = best[eligible].amin() if eligible.any() else torch.inf
     owners = torch.zeros_like(iou, dtype=torch.int64)
-    rows = torch.arange(len(boxes), device=boxes.device)
-    if boxes.device.type == "cpu":
-        lowest = best[eligible].amin() if eligible.any() else torch.inf
-        rows = rows[usable & (iou >= lowest)]
-    for part in rows.split(chunk):
-        is_best = (pairwise_iou(boxes[part], objects) == best) & eligible & usable[part, None]
-        owners[part] = is_best.to(torch.int64).mul_(number).amax(dim=1)
+    for rows in (usable & (iou >= lowest))[0].nonzero().squeeze(1).split(chunk):
+        owners[:, rows] = owned(boxes[:, rows], usable[:, rows])
     return owners
 
 
-def ignored_by_regions(boxes: Tensor, targets: Targets, b: int) -> Tensor:
-    """Boxes [N] of image ``b`` that lie mostly inside one of its ignored regions."""
-    regions, real = targets.boxes[b], targets.ignore[b]
-    if boxes.device.type == "cpu" and not real.any():  # asking a GPU would make the host wait
-        return torch.zeros(len(boxes), dtype=torch.bool)
-    chunk = _rows_at_once(regions)
+def ignored_by_regions(boxes: Tensor, regions: Tensor, ignore: Tensor) -> Tensor:
+    """Boxes [B, N] that lie mostly inside a region [B, G, 4] of their image that is to be ignored [B, G]."""
+    if _asking_is_free(boxes) and not ignore.any():
+        return torch.zeros(boxes.shape[:2], dtype=torch.bool)
     parts = [
-        pairwise_iof(part, regions).masked_fill(~real, 0.0).amax(dim=1) > IGNORED_SHARE for part in boxes.split(chunk)
+        pairwise_iof(part, regions).masked_fill(~ignore[:, None], 0.0).amax(dim=2) > IGNORED_SHARE
+        for part in boxes.split(_rows_at_once(regions), dim=1)
     ]
-    return torch.cat(parts)
+    return torch.cat(parts, dim=1)
 
 
 @torch.no_grad()
@@ -111,21 +117,22 @@ def match(
     are positive too if their IoU reaches it (the RPN's rule); ``rematch_best`` then hands them to that object
     (mmdetection) instead of leaving them with the object of their own largest IoU (detectron2, torchvision).
     """
-    indices, positives, negatives = [], [], []
-    for b in range(boxes.shape[0]):
-        iou, index, best = _best(boxes[b], usable[b], targets.boxes[b], targets.valid[b])
-        positive = (iou >= positive_iou) & usable[b]
-        negative = (iou < negative_iou) & usable[b]
+    # A CPU takes image by image, whose tables stay in its cache; a GPU takes all at once, in few launches.
+    together = 1 if _asking_is_free(boxes) else max(1, len(boxes))
+    found = []
+    for images in (slice(start, start + together) for start in range(0, len(boxes), together)):
+        real, objects = usable[images], targets.boxes[images]
+        iou, index, best = _best(boxes[images], real, objects, targets.valid[images])
+        positive = (iou >= positive_iou) & real
+        negative = (iou < negative_iou) & real
         if best_box_iou is not None:
-            owner = _owners(boxes[b], usable[b], targets.boxes[b], best, iou, min_iou=best_box_iou)
+            owner = _owners(boxes[images], real, objects, best, iou, min_iou=best_box_iou)
             positive = positive | (owner > 0)
             if rematch_best:
                 index = torch.where(owner > 0, owner - 1, index)
-        negative = negative & ~positive & ~ignored_by_regions(boxes[b], targets, b)
-        indices.append(index)
-        positives.append(positive)
-        negatives.append(negative)
-    return Matches(torch.stack(indices), torch.stack(positives), torch.stack(negatives))
+        negative = negative & ~positive & ~ignored_by_regions(boxes[images], objects, targets.ignore[images])
+        found.append((index, positive, negative))
+    return Matches(*(torch.cat(column) for column in zip(*found)))
 
 
 def choose(matches: Matches, count: int, *, positive_share: float) -> tuple[Tensor, Tensor, Tensor, int]:
