@@ -9,12 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from cascade_rcnn import measure
+from cascade_rcnn import benchmark_parts, measure
 from cascade_rcnn.benchmark_table import print_report
 from cascade_rcnn.config import Config
 from cascade_rcnn.errors import UserError
@@ -96,14 +93,15 @@ def run_benchmark(
     ours, peer = _ours(setting), _peer(setting)
     contenders = [ours, peer] if not compile else [ours, _ours(setting, compiled=True), peer]
     limits = _measure(setting, contenders, rounds)
-    if setting.device.type == "cpu" and not train:
-        for contender, name in ((ours, "ours"), (peer, "peer")):
-            contender.peak_memory = _peak_in_own_process(name, config, setting)
-    report = _report(setting, contenders, limits, rounds, config)
+    memory = benchmark_parts.measure_memory(setting, config, repeats=rounds) if setting.device.type == "cpu" else {}
+    for name, numbers in memory.items():
+        (ours if name == "ours" else peer).peak_memory = round(statistics.median(numbers["peak"]))
+    report = _report(setting, contenders, limits, rounds, config) | {"memory": memory}
     if not train:
-        report["file"] = _measure_file(setting)
+        report["roi_align"] = benchmark_parts.measure_roi_align(setting, rounds=rounds, compiled=compile)
+        report["file"] = benchmark_parts.measure_file(setting)
     if data is not None:
-        report["loading"] = _measure_loading(setting, data)
+        report["loading"] = benchmark_parts.measure_reading(setting, data)
     print_report(report)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +112,7 @@ def run_benchmark(
 # The contenders
 
 
-def _images(setting: Setting) -> ImageBatch:
+def images_of(setting: Setting) -> ImageBatch:
     pixels = torch.stack([measure.synthetic_image(setting.size, seed=seed) for seed in range(setting.batch)])
     sizes = torch.tensor([setting.size] * setting.batch)
     return ImageBatch(pixels, sizes, sizes).to(setting.device)
@@ -133,7 +131,7 @@ def _boxes(setting: Setting) -> Tensor:
 def _ours(setting: Setting, *, compiled: bool = False) -> Contender:
     model = build_model(setting.config.model, CLASSES)
     measure.seed_weights(model)
-    images = _images(setting)
+    images = images_of(setting)
     name = setting.config.model.backbone.partition(".")[0]
     stages = len(setting.config.model.stage_ious)
     title = f"cascade-rcnn {name}, {stages} stage{'s' * (stages > 1)}{', masks' * setting.masks}"
@@ -155,17 +153,18 @@ def _ours(setting: Setting, *, compiled: bool = False) -> Contender:
     if not setting.train:
         model.optimize_for_inference()
     if compiled:
-        _compile(model, freeze=setting.device.type == "cpu" and not setting.train)
+        from cascade_rcnn.compile import compile_for_inference, compile_for_training
+
+        if setting.train:
+            compile_for_training(model, fixed_sizes=True)
+        else:
+            model = compile_for_inference(model)
     return contender
 
 
-def _compile(model: CascadeRCNN, *, freeze: bool) -> None:
-    """Compile what is static; freezing also folds constants and lays weights out for the CPU's convolutions."""
-    import torch._inductor.config as inductor
-
-    inductor.freezing = freeze
-    for part in (model.backbone, model.fpn, model.rpn, *model.cascade.box_heads, *model.cascade.mask_heads):
-        part.compile()
+def contender(setting: Setting, who: str) -> Contender:
+    """The model of ``who``: ours or peer."""
+    return _ours(setting) if who == "ours" else _peer(setting)
 
 
 def _targets(setting: Setting) -> Targets:
@@ -201,18 +200,19 @@ def _training_step(
     return run
 
 
-def _peer(setting: Setting) -> Contender:
-    """torchvision's Faster or Mask R-CNN of ResNet-50, what pip can install, with our numbers of boxes."""
-    from torchvision.models import detection
-
-    make = detection.maskrcnn_resnet50_fpn if setting.masks else detection.fasterrcnn_resnet50_fpn
+def peer_options(setting: Setting) -> dict[str, Any]:
+    """For torchvision's models: our numbers of boxes."""
     ours = setting.config.model
-    model = make(weights=None, weights_backbone=None, num_classes=CLASSES + 1, _skip_resize=True,
-                 rpn_post_nms_top_n_test=ours.test_proposals, box_batch_size_per_image=ours.roi_samples,
-                 box_detections_per_img=ours.max_detections)  # fmt: skip
+    return {"num_classes": CLASSES + 1, "rpn_post_nms_top_n_test": ours.test_proposals,
+            "box_batch_size_per_image": ours.roi_samples, "box_detections_per_img": ours.max_detections}  # fmt: skip
+
+
+def _peer(setting: Setting) -> Contender:
+    """torchvision's Faster or Mask R-CNN of ResNet-50, what pip can install."""
+    model = benchmark_parts.build_peer(masks=setting.masks, options=peer_options(setting))
     measure.seed_weights(model)
     model.to(setting.device).eval()
-    batch = _images(setting)
+    batch = images_of(setting)
     images = [pixels.float() / 255 for pixels in batch.pixels]
     name = f"torchvision {'Mask' if setting.masks else 'Faster'} R-CNN resnet50"
     if setting.train:
@@ -306,63 +306,6 @@ def _measure(setting: Setting, contenders: list[Contender], rounds: int) -> dict
             for name, seconds in (watch.parts() if watch else {}).items():
                 contender.parts.setdefault(name, []).append(seconds)
     return {"macs_per_second": statistics.median(limits), "bytes_per_second": measure.copy_rate(device)}
-
-
-def _peak_in_own_process(who: str, config: str, setting: Setting) -> int | None:
-    """Most memory resident while predicting, in a process that has nothing else in it."""
-    call = {"who": who, "config": config, "size": setting.size, "batch": setting.batch}
-    code = "import sys; from cascade_rcnn.benchmark import _print_peak; _print_peak(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(call)], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
-
-
-def _print_peak(call: str) -> None:
-    wanted = json.loads(call)
-    setting = Setting(load_config(wanted["config"]), tuple(wanted["size"]), wanted["batch"], torch.device("cpu"), False)
-    contender = {"ours": _ours, "peer": _peer}[wanted["who"]](setting)
-    contender.run()
-    measure.reset_peak_memory(setting.device)
-    contender.run()
-    print(json.dumps(measure.peak_memory(setting.device)))
-
-
-def _measure_file(setting: Setting, *, rounds: int = 5) -> dict[str, float]:
-    """Seconds to decode a JPEG file of 0.6 of the network's size (as COCO's are), and to resize it."""
-    from PIL import Image
-
-    from cascade_rcnn.data.transforms import resize_for_test
-    from cascade_rcnn.inputs import to_array
-
-    height, width = (round(side * 0.6) for side in setting.size)
-    data = replace(setting.config.data, test_short_side=min(setting.size), long_side=max(setting.size),
-                   short_side=(min(setting.size),), short_side_mode="choice")  # fmt: skip
-    decode, resize = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "image.jpg"
-        Image.fromarray(measure.synthetic_image((height, width)).permute(1, 2, 0).numpy()).save(path, quality=90)
-        for _ in range(rounds):
-            start = time.perf_counter()
-            pixels = torch.from_numpy(to_array(path)).permute(2, 0, 1)
-            middle = time.perf_counter()
-            resize_for_test(pixels, data, semantics=setting.config.model.semantics)
-            decode.append(middle - start)
-            resize.append(time.perf_counter() - middle)
-    return {"decode_seconds": statistics.median(decode), "resize_seconds": statistics.median(resize)}
-
-
-def _measure_loading(setting: Setting, root: Path) -> dict[str, float]:
-    """Images per second of the training loader: in one process, and with the recipe's workers."""
-    from cascade_rcnn.data.dataset import DetectionDataset
-    from cascade_rcnn.data.formats import open_split
-    from cascade_rcnn.data.loader import measure_loading
-
-    config = replace(setting.config.data, root=str(root))
-    dataset = DetectionDataset(open_split(root, config.train), config, training=True, masks=setting.masks,
-                               semantics=setting.config.model.semantics)  # fmt: skip
-    rates = {"images_per_second": measure_loading(dataset, workers=0)}
-    if config.workers:
-        rates |= {"workers": config.workers, "with_workers": measure_loading(dataset, workers=config.workers)}
-    return rates
 
 
 # The report

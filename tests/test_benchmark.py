@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from cascade_rcnn import measure
-from cascade_rcnn.benchmark import run_benchmark
+from cascade_rcnn.benchmark import Setting, run_benchmark
+from cascade_rcnn.benchmark_parts import measure_memory, measure_roi_align
 from cascade_rcnn.config import ModelConfig
 from cascade_rcnn.data.shapes import generate_shapes
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.models.build import build_model
+from cascade_rcnn.recipes import load_config
 from cascade_rcnn.structures import ImageBatch
 
 RECIPE = '''
@@ -43,7 +45,9 @@ def parts_of(model: dict[str, Any]) -> dict[str, float]:
 def test_prediction_is_measured_part_by_part_beside_the_peer(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cascade_rcnn.benchmark._peak_in_own_process", lambda who, *_: {"ours": 1e9, "peer": 2e9}[who])
+    monkeypatch.setattr("cascade_rcnn.benchmark_parts._save_contenders", lambda *_: None)
+    monkeypatch.setattr("cascade_rcnn.benchmark_parts._in_own_process",
+                        lambda who, _: {"peak": {"ours": 10**9, "peer": 2 * 10**9}[who], "before": 5 * 10**8})
     monkeypatch.setattr("cascade_rcnn.data.loader.measure_loading", lambda dataset, workers: float(len(dataset)))
     data = generate_shapes(tmp_path / "data", train_images=4, val_images=1, size=64)
     report = run_benchmark(config=recipe, size=SIZE, device="cpu", rounds=2, data=data,
@@ -60,29 +64,44 @@ def test_prediction_is_measured_part_by_part_beside_the_peer(
     assert peer["ratio_to_peer"] == peer["core_ratio_to_peer"] == 1.0
     assert ours["core_seconds"] > 0
     assert report["file"]["decode_seconds"] > 0
-    assert report["loading"] == {"images_per_second": 4.0}
-    printed = capsys.readouterr().out
+    assert report["loading"]["images_per_second"] == 4.0 and report["loading"]["decode_seconds"] > 0
+    assert ours["peak_memory_bytes"] == 1e9 and report["memory"]["peer"]["before"] == [5 * 10**8] * 2
+    assert report["roi_align"]["ours"] > 0
+    printed = " ".join(capsys.readouterr().out.split())
     assert "Faster R-CNN" in printed and "stage 2: head" in printed and "2000" in printed and "is the limit" in printed
 
 
-def test_training_step_is_measured_with_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_step_is_measured_with_masks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cascade_rcnn.benchmark_parts._save_contenders", lambda *_: None)
+    monkeypatch.setattr("cascade_rcnn.benchmark_parts._in_own_process", lambda *_: {"peak": 3 * 10**9, "before": 10**9})
     path = tmp_path / "masks.py"
     path.write_text(RECIPE.format(masks="every"))
     report = run_benchmark(config=str(path), size=SIZE, device="cpu", train=True, rounds=1)
     ours, peer = report["models"]
     assert {"backward and optimizer", "stage 3: head", "masks: RoIAlign", "masks: head"} <= set(parts_of(ours))
     assert "Mask R-CNN" in peer["name"]
-    assert "a training step" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "a training step" in printed and "3000" in printed and "masks: " in printed
 
 
-def test_peak_memory_comes_from_a_process_of_its_own(recipe: str) -> None:
-    from cascade_rcnn.benchmark import Setting, _peak_in_own_process
-    from cascade_rcnn.recipes import load_config
-
+def test_peak_memory_is_that_of_fresh_processes(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "seed_weights", lambda _: None)  # initial weights do for that, and take less time
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("the peak is read from Linux's /proc")
-    peak = _peak_in_own_process("ours", recipe, Setting(load_config(recipe), SIZE, 1, torch.device("cpu"), False))
-    assert peak is not None and 50e6 < peak < 8e9
+    setting = Setting(load_config(recipe), SIZE, 1, torch.device("cpu"), False)
+    found = measure_memory(setting, recipe, repeats=1)
+    for numbers in found.values():
+        assert 50e6 < numbers["before"][0] < numbers["peak"][0] < 8e9
+    assert found["ours"]["peak"] != found["peer"]["peak"]
+
+
+def test_roi_align_is_timed_beside_torchvisions(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cascade_rcnn.benchmark_parts.ROIS", 20)
+    setting = Setting(load_config(recipe), SIZE, 1, torch.device("cpu"), False)
+    found = measure_roi_align(setting, rounds=1, compiled=False)
+    assert set(found) == {"torchvision", "ours"} and min(found.values()) > 0
 
 
 def test_image_too_small_is_refused(recipe: str) -> None:
@@ -113,13 +132,12 @@ def test_stopwatch_gives_each_call_its_own_time_and_leaves_no_trace() -> None:
 
 
 def test_multiply_adds_are_counted_from_the_run(recipe: str) -> None:
-    from cascade_rcnn.benchmark import Setting, _count_macs, _images
-    from cascade_rcnn.recipes import load_config
+    from cascade_rcnn.benchmark import _count_macs, images_of
 
     setting = Setting(load_config(recipe), SIZE, 1, torch.device("cpu"), False)
     model = build_model(setting.config.model, 80).eval()
     measure.seed_weights(model)
-    macs = _count_macs(model, setting, _images(setting), measure.Stopwatch(torch.device("cpu")))
+    macs = _count_macs(model, setting, images_of(setting), measure.Stopwatch(torch.device("cpu")))
     cells = sum((64 // s) * (96 // s) for s in (4, 8, 16, 32)) + 1 * 2  # p2..p6
     assert macs["RPN convolutions"] == cells * 32 * (32 * 9 + 3 + 12)
     per_box = 32 * 49 * 64 + 64 * 64 + 64 * (81 + 4)
