@@ -219,6 +219,7 @@ def _config_without_recipe(seen: Structure, kind: Format, hints: Hints, source: 
                   "norm": "frozen" if style == "caffe" or seen.group_width == 8 else "frozen_statistics"}
     else:
         semantics = {"detectron2": "detectron2", "torchvision": "torchvision", "detectron": "paper"}[kind]
+        caffe = caffe and seen.model.get("norm") != "group"  # such ResNets were trained anew, not in Caffe
         style = "caffe" if caffe and kind != "torchvision" else "pytorch"
         reason = f"{kind}'s habit for this backbone; --config NAME for another"
         model |= {"semantics": semantics, "style": style, "norm": "frozen"}

@@ -134,14 +134,14 @@ TORCHVISION: Table = [
 _STAGE = {"0": r"(?:_1st)?", "1": r"_2(?:nd)?", "2": r"_3(?:rd)?"}
 DETECTRON_BACKBONE: Table = [
     (r"conv1\.(.*)", _BODY + r"conv1.\1"),
-    (r"res_conv1_bn\.(.*)", _BODY + r"bn1.\1"),
+    (r"(?:res_conv1_bn|conv1_gn)\.(.*)", _BODY + r"bn1.\1"),
     (r"(?:fc1000|pred)\.(?:.*)", ""),
     *[row for n in (2, 3, 4, 5) for row in (
         (rf"res{n}_(\d+)_branch1\.(.*)", rf"{_BODY}layer{n - 1}.\1.downsample.0.\2"),
-        (rf"res{n}_(\d+)_branch1_bn\.(.*)", rf"{_BODY}layer{n - 1}.\1.downsample.1.\2"),
+        (rf"res{n}_(\d+)_branch1_[bg]n\.(.*)", rf"{_BODY}layer{n - 1}.\1.downsample.1.\2"),
         *[(rf"res{n}_(\d+)_branch2{letter}\.(.*)", rf"{_BODY}layer{n - 1}.\1.conv{i}.\2")
           for i, letter in ((1, "a"), (2, "b"), (3, "c"))],
-        *[(rf"res{n}_(\d+)_branch2{letter}_bn\.(.*)", rf"{_BODY}layer{n - 1}.\1.bn{i}.\2")
+        *[(rf"res{n}_(\d+)_branch2{letter}_[bg]n\.(.*)", rf"{_BODY}layer{n - 1}.\1.bn{i}.\2")
           for i, letter in ((1, "a"), (2, "b"), (3, "c"))],
     )],
 ]
@@ -150,7 +150,9 @@ DETECTRON: Table = [
     *DETECTRON_BACKBONE,
     *[row for n in (2, 3, 4, 5) for row in (
         (rf"fpn_inner_res{n}_\d+_sum(?:_lateral)?\.(.*)", rf"fpn.lateral.{n - 2}.\1"),
+        (rf"fpn_inner_res{n}_\d+_sum(?:_lateral)?_gn\.(.*)", rf"fpn.lateral_norm.{n - 2}.\1"),
         (rf"fpn_res{n}_\d+_sum\.(.*)", rf"fpn.output.{n - 2}.\1"),
+        (rf"fpn_res{n}_\d+_sum_gn\.(.*)", rf"fpn.output_norm.{n - 2}.\1"),
     )],
     (r"conv_rpn_fpn2\.(.*)", r"rpn.conv.\1"),
     (r"rpn_cls_logits_fpn2\.(.*)", r"rpn.objectness.\1"),
@@ -160,6 +162,8 @@ DETECTRON: Table = [
         (rf"fc7{stage}\.(.*)", rf"{_BOX}{k}.fc2.\1"),
         (rf"cls_score{stage}\.(.*)", rf"{_BOX}{k}.classifier.\1"),
         (rf"bbox_pred{stage}\.(.*)", rf"{_BOX}{k}.deltas.\1"),
+        *[(rf"head_conv{i}{stage}{norm}\.(.*)", rf"{_BOX}{k}.convs.{i - 1}.{part}.\1")
+          for i in range(1, 5) for norm, part in (("", 0), ("_gn", 1))],
     )],
     *[(rf"_\[mask\]_fcn{i}\.(.*)", rf"{_MASK}0.convs.{i - 1}.\1") for i in range(1, 5)],
     (r"conv5_mask\.(.*)", rf"{_MASK}0.upsample.\1"),

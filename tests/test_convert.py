@@ -380,6 +380,44 @@ def test_the_authors_detectron_blobs(tmp_path: Path, stage: str) -> None:
     assert (model.semantics, model.style, model.masks, model.class_agnostic_boxes) == ("paper", "caffe", "last", True)
 
 
+def test_the_authors_group_norm_blobs(tmp_path: Path) -> None:
+    config = ModelConfig(backbone="resnet50", norm="group", box_head="4conv1fc_gn", semantics="paper", fpn_channels=32,
+                         head_channels=16)
+    state = {key: torch.rand_like(value) for key, value in build_model(config, 3).state_dict().items()}
+    last, blobs = {0: 2, 1: 3, 2: 5, 3: 2}, {}
+    for key, value in state.items():
+        name, _, end = key.rpartition(".")
+        norm = "norm" in name or ".bn" in name or "downsample.1" in name or re.search(r"convs\.\d\.1", name) is not None
+        if match := re.fullmatch(r"backbone\.body\.(?:conv1|bn1)", name):
+            name = "conv1"
+        elif match := re.fullmatch(r"backbone\.body\.layer(\d)\.(\d+)\.(?:(?:conv|bn)(\d)|downsample\.\d)", name):
+            branch = f"branch2{'abc'[int(match[3]) - 1]}" if match[3] else "branch1"
+            name = f"res{int(match[1]) + 1}_{match[2]}_{branch}"
+        elif match := re.fullmatch(r"fpn\.(lateral|output)(?:_norm)?\.(\d)", name):
+            level = int(match[2])
+            inner, lateral = ("inner_", "_lateral" * (level < 3)) if match[1] == "lateral" else ("", "")
+            name = f"fpn_{inner}res{level + 2}_{last[level]}_sum{lateral}"
+        elif match := re.fullmatch(r"cascade\.box_heads\.(\d)\.(.*)", name):
+            stage = ["", "_2", "_3"][int(match[1])]
+            part = {"fc1": "fc6", "classifier": "cls_score", "deltas": "bbox_pred"}.get(match[2])
+            if part == "cls_score":
+                value = torch.cat([value[-1:], value[:-1]])
+            if part == "bbox_pred":
+                value = torch.cat([torch.full_like(value, 9), value])
+            name = (part or f"head_conv{int(match[2][6]) + 1}") + stage
+        else:
+            name = {"rpn.conv": "conv_rpn_fpn2", "rpn.objectness": "rpn_cls_logits_fpn2",
+                    "rpn.deltas": "rpn_bbox_pred_fpn2"}[name]
+        blobs[name + ("_gn" if norm else "") + ("_b" if end == "bias" else "_s" if norm else "_w")] = value.numpy()
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps({"blobs": blobs}, protocol=2))
+    run_convert(tmp_path / "model.pkl", tmp_path / "dest.safetensors")
+    made = load_checkpoint(tmp_path / "dest.safetensors")
+    assert (made.config.model.style, made.config.model.norm, made.config.model.box_head) == (
+        "pytorch", "group", "4conv1fc_gn")
+    assert made.state.keys() == state.keys()
+    assert all(torch.equal(made.state[key], state[key]) for key in state)
+
+
 def test_coco_names_follow_cocos_ids() -> None:
     assert len(COCO_NAMES) == len(COCO_IDS) == 80
     assert dict(zip(COCO_IDS, COCO_NAMES))[13] == "stop sign" and COCO_IDS[-1] == 90
