@@ -321,9 +321,9 @@ def test_a_training_step_never_waits_on_the_device(semantics: str, model: Any, s
 def test_detecting_waits_once_on_the_device_and_finds_what_a_cpu_finds(semantics: str, masks: str) -> None:
     model = tiny_model(semantics=semantics, masks=masks).eval()
     images, _ = squares()
-    expected = detect(model, images)
+    expected = detect(model, images, "fp32")
     model, images = model.cuda(), images.pin_memory()
-    found = detect(model, images)
+    found = detect(model, images, "fp32")
     with watched_by_torch(), torch.inference_mode():
         model.detect(images.to("cuda", non_blocking=True))
     same = (found.scores - expected.scores).abs() < 1e-3
