@@ -4,6 +4,9 @@
 #
 #   bash benchmarks/gpu.sh [OUT]                        # on a machine with a GPU; OUT is a folder (benchmarks/results)
 #   DEVICE=cpu SIZE="64 96" BATCHES=1 TRAIN_BATCH=1 COMPILE= LIMIT=600 bash benchmarks/gpu.sh /tmp/try   # try the script
+#
+# OUT/results.md is the table for docs/benchmarks.md. Seven parts of at most LIMIT seconds, TOTAL seconds in all: a part
+# that fails or hangs costs no more than that, and the others go on. BOXES and MASKS name other recipes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results}
@@ -14,16 +17,24 @@ train_batch=${TRAIN_BATCH:-16}
 compile=${COMPILE---compile}
 boxes=${BOXES:-cascade_rcnn_r50_fpn_1x_coco}
 masks=${MASKS:-cascade_mask_rcnn_r50_fpn_1x_coco}
-limit=${LIMIT:-95}  # seconds for one measurement: one that hangs or compiles too long costs no more than itself
+limit=${LIMIT:-140}
+total=${TOTAL:-580}
 python=${PYTHON:-python3}
+rounds=${ROUNDS:+--rounds $ROUNDS}
 mkdir -p "$out"
+rm -f "$out"/*.json "$out"/*.txt "$out"/results.md
 failed=0
 
 run() {  # NAME COMMAND...
-    local name=$1
+    local name=$1 left=$((total - SECONDS))
     shift
     echo "== $name"
-    timeout "$limit" "$@" 2>&1 | tee "$out/$name.txt"
+    if [ "$left" -lt 5 ]; then
+        echo "== $name left out: $total seconds are over"
+        failed=1
+        return
+    fi
+    timeout --kill-after=5 "$((left < limit ? left : limit))" "$@" 2>&1 | tee "$out/$name.txt"
     local code=${PIPESTATUS[0]}
     if [ "$code" -ne 0 ]; then
         echo "== $name failed with code $code"
@@ -34,20 +45,23 @@ run() {  # NAME COMMAND...
 benchmark() {  # NAME RECIPE BATCH FLAGS...
     local name=$1 recipe=$2 batch=$3
     shift 3
-    # shellcheck disable=SC2086  # a size is two words
+    # shellcheck disable=SC2086  # a size is two words, the rounds are two or none
     run "$name" "$python" -m cascade_rcnn benchmark --config "$recipe" --size $size --batch "$batch" \
-        --device "$device" --out "$out/$name.json" "$@"
+        --device "$device" $rounds --out "$out/$name.json" "$@"
 }
 
-if [ "$device" != cpu ]; then
-    run kernel_tests "$python" -m pytest -q -m gpu tests
-fi
+# What matters most comes first: the time of a slow machine ends with the last parts.
 for batch in $batches; do
     # shellcheck disable=SC2086  # no compilation: no word
     benchmark "predict_boxes_batch$batch" "$boxes" "$batch" $compile
 done
 benchmark "train_boxes_batch$train_batch" "$boxes" "$train_batch" --train
 benchmark "predict_masks_batch1" "$masks" 1
+[ "$device" = cpu ] || run kernel_tests "$python" -m pytest -q -m gpu tests
+benchmark "train_masks_batch$train_batch" "$masks" "$train_batch" --train
 # shellcheck disable=SC2086
 [ -z "$compile" ] || benchmark "train_boxes_batch${train_batch}_compiled" "$boxes" "$train_batch" --train $compile
+"$python" benchmarks/table.py "$out" bash benchmarks/gpu.sh >"$out/results.md" || failed=1
+echo
+cat "$out/results.md"
 exit "$failed"

@@ -201,9 +201,10 @@ def _training_step(
 
 
 def peer_options(setting: Setting) -> dict[str, Any]:
-    """For torchvision's models: our numbers of boxes."""
+    """For torchvision's models: our numbers of boxes, and images as they are in evaluation too."""
     ours = setting.config.model
     return {"num_classes": CLASSES + 1, "rpn_post_nms_top_n_test": ours.test_proposals,
+            "min_size": min(setting.size), "max_size": max(setting.size),
             "box_batch_size_per_image": ours.roi_samples, "box_detections_per_img": ours.max_detections}  # fmt: skip
 
 
