@@ -63,7 +63,7 @@ def test_a_run_leaves_everything_that_is_promised(tmp_path: Path, capsys: pytest
         [f"validation_{i}.jpg" for i in (1, 2, 3, 4)]
     said = capsys.readouterr().out
     assert "learning rate 0.01 is for 2 images per step; this run has 2, so it stays" in said
-    assert "12 images to learn from, 4 to evaluate on; 5 classes" in said
+    assert "12 images to learn from, 4 to evaluate on; classes: circle" in said
     assert not list(run.rglob("*.tmp"))
 
 
