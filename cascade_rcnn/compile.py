@@ -47,7 +47,9 @@ def cache_folder() -> Path:
 def check_compiler(device: torch.device) -> None:
     """Raises UserError where torch.compile lacks what it needs on this machine."""
     if device.type == "cuda":
-        if not torch.utils._triton.has_triton():  # type: ignore[attr-defined]
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
             raise UserError("--compile needs Triton on a GPU: pip install triton, or leave --compile away")
         return
     usual = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from small_training import run_ranks, small_config
+from small_training import free_port, small_config
 
 import cascade_rcnn
 from cascade_rcnn.compile import cache_folder, check_compiler, compile_for_inference
@@ -25,6 +25,7 @@ from cascade_rcnn.errors import UserError
 from cascade_rcnn.measure import seed_weights, synthetic_image
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.detector import CascadeRCNN
+from cascade_rcnn.recipes import config_to_python
 from cascade_rcnn.structures import ImageBatch, RawDetections
 
 NETWORK = ModelConfig(backbone="resnet10t", pretrained=False, fpn_channels=32, head_channels=32, test_proposals=40,
@@ -178,7 +179,7 @@ def _in_a_process(words: list[str], cache: Path) -> tuple[dict[str, Any], str]:
 
 @pytest.mark.slow
 def test_compiled_detections_are_the_same_and_code_is_kept_for_the_next_process(tmp_path: Path) -> None:
-    """Two minutes: C++ for each of the network's kernels."""
+    """A minute or two: C++ for each of the network's kernels."""
     from cascade_rcnn.checkpoint import save_checkpoint
 
     config = small_config(model={"backbone": "resnet10t", "norm": "frozen_statistics", "masks": "last"},
@@ -230,13 +231,40 @@ def test_compiled_training_has_the_losses_of_eager_training_evaluates_and_resume
     assert len((tmp_path / "compiled" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+_RANK = """
+import sys
+from pathlib import Path
+import torch
+from cascade_rcnn.recipes import load_config
+from cascade_rcnn.train import train
+torch.set_num_threads(1)
+train(load_config(sys.argv[1]), out=Path(sys.argv[2]), device="cpu")
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it
 def test_two_processes_train_compiled(tmp_path: Path) -> None:
-    """Code made for the processes' shared gradients; two minutes."""
-    config = small_config(model={"backbone": "resnet10t"}, log_every=1, epochs=1, milestones=(), max_steps=2,
+    """Processes of their own, not forks: the compiler starts helpers. A minute."""
+    config = small_config(model={"backbone": "resnet10t"}, log_every=1, epochs=1, milestones=(), max_steps=3,
                           batch_size=1, deterministic=False)
-    compiled = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=True))
-    run_ranks(2, _train, config, tmp_path / "eager")
-    run_ranks(2, _train, compiled, tmp_path / "compiled")
+    (tmp_path / "rank.py").write_text(_RANK)
+    package = str(Path(cascade_rcnn.__file__).resolve().parents[1])
+    for name, compiled in (("eager", False), ("compiled", True)):
+        changed = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=compiled))
+        (tmp_path / f"{name}.py").write_text(config_to_python(changed))
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+                               str(free_port()), "rank.py", f"{name}.py", name], cwd=tmp_path, capture_output=True,
+                              text=True, timeout=500, env={**os.environ, "PYTHONPATH": package})
+        assert done.returncode == 0, done.stderr
     assert _losses(tmp_path / "compiled") == pytest.approx(_losses(tmp_path / "eager"), rel=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graphs_give_the_same_again_and_again() -> None:
+    eager, model = network(masks="last").cuda(), compile_for_inference(network(masks="last").cuda())
+    with torch.inference_mode():
+        for seed in (0, 1, 0, 2):
+            images = batch((90, 100), (128, 160), seeds=(seed,)).to("cuda")
+            alone = batch((90, 100), (96, 128), seeds=(seed,)).to("cuda")
+            assert_same(model.detect(images).to("cpu"), eager.detect(alone).to("cpu"))

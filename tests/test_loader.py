@@ -19,7 +19,7 @@ from PIL import Image
 
 from cascade_rcnn.config import DataConfig
 from cascade_rcnn.data.dataset import DetectionDataset, SampleKey
-from cascade_rcnn.data.loader import Collate, Loader, eval_loader, measure_loading, train_loader
+from cascade_rcnn.data.loader import Collate, Loader, Upload, eval_loader, measure_loading, train_loader
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.structures import ImageBatch, Targets
@@ -333,3 +333,30 @@ def test_closing_ends_the_workers(split: DataSplit) -> None:
     assert len(pids) == 1
     loader.close()
     assert _gone([pid for pid in pids if pid], 8)
+
+
+def _batch() -> tuple[ImageBatch, Targets]:
+    sizes = torch.tensor([[6, 8]])
+    return ImageBatch(torch.arange(144, dtype=torch.uint8).view(1, 3, 6, 8), sizes, sizes), Targets.empty(1, rows=8)
+
+
+def test_a_cpu_is_given_the_batch_itself() -> None:
+    images, targets = _batch()
+    moved, moved_targets = Upload(torch.device("cpu"))(images, targets)
+    assert moved.pixels.data_ptr() == images.pixels.data_ptr()
+    assert moved_targets.boxes.data_ptr() == targets.boxes.data_ptr()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_given_a_copy_without_waiting() -> None:
+    upload = Upload(torch.device("cuda"))
+    images, targets = (part.pin_memory() for part in _batch())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moved, moved_targets = upload(images, targets)
+        doubled = moved.pixels.int() * 2
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert moved.pixels.is_cuda and moved_targets.valid.is_cuda
+    assert torch.equal(doubled.cpu(), images.pixels.int() * 2)

@@ -369,3 +369,33 @@ def test_videos_without_pyav_say_how_to_install_it(tmp_path: Path, monkeypatch: 
 
 def test_the_generated_shapes_can_be_predicted(tmp_path: Path, checkpoint: Path) -> None:
     assert run_predict(checkpoint, [small_data() / "val"], out=tmp_path / "out", device="cpu", draw=False).images == 4
+
+
+def test_what_was_chosen_for_the_device_is_told(checkpoint: Path, tmp_path: Path,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    assert load(checkpoint, device="cpu").choices().startswith("cpu: float32, channels-last")
+    Image.fromarray(picture()).save(tmp_path / "one.png")
+    speed = Speed(precision="bf16")
+    run_predict(checkpoint, [tmp_path / "one.png"], out=tmp_path / "out", device="cpu", draw=False, speed=speed)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("cpu: bfloat16, channels-last") and first.endswith("; not compiled (--compile)")
+    with pytest.raises(UserError, match="precision tf32: cpu has no such units; use auto, fp32 or bf16"):
+        load(checkpoint, device="cpu", precision="tf32")
+
+
+def test_half_precision_moves_scores_a_little(checkpoint: Path) -> None:
+    plain, half = (load(checkpoint, device="cpu", precision=name).predict(picture()) for name in ("fp32", "bf16"))
+    assert not torch.equal(plain.scores, half.scores)
+    assert torch.allclose(plain.scores, half.scores, atol=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tf32_is_on_inside_a_prediction_only() -> None:
+    from cascade_rcnn.detections import _arithmetic
+
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
+    for name, expected in (("fp32", False), ("tf32", True)):
+        with _arithmetic(torch.device("cuda"), name):
+            assert matmul.allow_tf32 is expected and torch.backends.cudnn.allow_tf32 is expected
+        assert matmul.allow_tf32 is before
