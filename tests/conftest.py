@@ -35,6 +35,9 @@ import torch  # noqa: E402
 import cascade_rcnn  # noqa: E402
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+# The first backward decides how many devices autograd keeps threads for; after a test with stand-ins for GPU tensors it
+# would count one, and processes forked from this one could not train.
+torch.zeros(1, requires_grad=True).sum().backward()
 
 RunCommand = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -146,7 +146,7 @@ def test_the_learning_rate_follows_the_real_number_of_images(tmp_path: Path,
     assert "learning rate 0.02 is for 16 images per step; this run has 2, so 0.0025" in capsys.readouterr().out
     assert _log(tmp_path / "a")[0]["lr"] == pytest.approx(0.0025)
     train(small_config(lr=0.02, images_per_step=6, accumulate=0, warmup_steps=0, epochs=1), out=tmp_path / "b")
-    assert "this run has 6, so it stays" in capsys.readouterr().out
+    assert "this run has 6 in 3 passes, so it stays" in capsys.readouterr().out
     assert _log(tmp_path / "b")[-1]["step"] == 2  # 12 images, 3 passes of 2 images in each step
 
 
