@@ -167,9 +167,11 @@ def measure_roi_align(setting: Setting, *, rounds: int, compiled: bool) -> dict[
     maps = [torch.randn(1, 256, *(side // stride for side in setting.size), generator=generator).to(device)
             for stride in strides]  # fmt: skip
     ours = [x.contiguous(memory_format=torch.channels_last) for x in maps]
-    # Sides from 16 pixels to the image's, evenly in the logarithm: boxes on every level, as proposals have them.
+    # As proposals are: areas of 16^2 pixels to the image's, evenly in the logarithm, and ratios of 1/2 to 2.
     frame = torch.tensor([setting.size[1], setting.size[0]], dtype=torch.float32)
-    sides = 16 * (frame / 16) ** torch.rand(ROIS, 2, generator=generator)
+    area = 16 * (min(setting.size) / 16) ** torch.rand(ROIS, 1, generator=generator)
+    turned = 2 ** (torch.rand(ROIS, 1, generator=generator) - 0.5)
+    sides = torch.cat((area * turned, area / turned), dim=1).minimum(frame)
     corners = torch.rand(ROIS, 2, generator=generator) * (frame - sides)
     boxes = torch.cat((corners, corners + sides), dim=1).to(device)
     levels = assign_levels(boxes, len(strides))
