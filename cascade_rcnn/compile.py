@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +39,9 @@ _Outputs = tuple[list[Tensor], list[Tensor]]  # the RPN's logits and deltas of e
 
 def cache_folder() -> Path:
     """Where compiled code is kept from process to process: ``TORCHINDUCTOR_CACHE_DIR``, or the user's cache folder."""
-    if chosen := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    # torch sets the variable itself, to a folder among the temporary files, which do not outlive the machine's restart
+    if chosen and not chosen.startswith(str(Path(tempfile.gettempdir()) / "torchinductor_")):
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "cascade-rcnn" / "compiled"
