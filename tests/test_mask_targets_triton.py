@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from interpreting import interpreted_results
 from test_mask_head import blobs, crops_of, rois_around
 from torch import Tensor
 from torchvision.ops import roi_align
@@ -60,12 +59,7 @@ def interpret(out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> list[Tensor]:
-    out = tmp_path_factory.mktemp("triton") / "results.pt"
-    root = Path(__file__).resolve().parents[1]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}",
-                                "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([sys.executable, __file__, str(out)], env=environment, check=True, timeout=300)
-    return torch.load(out)
+    return interpreted_results(__file__, tmp_path_factory.mktemp("triton"))  # type: ignore[no-any-return]
 
 
 def check(found: Tensor, count: int) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreting import interpreted_results
 from torch import Tensor
 from torchvision.ops import nms
 
@@ -124,12 +123,7 @@ def interpret(out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> list[Tensor]:
-    out = tmp_path_factory.mktemp("triton") / "results.pt"
-    root = Path(__file__).resolve().parents[1]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}",
-                                "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([sys.executable, __file__, str(out)], env=environment, check=True, timeout=300)
-    return torch.load(out)
+    return interpreted_results(__file__, tmp_path_factory.mktemp("triton"))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("number", range(len(cases())), ids=[case.name for case in cases()])

@@ -1,12 +1,11 @@
 """The fused kernel: its numbers through Triton's interpreter, its compilation for GPUs, and on a real device."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interpreting import interpreted_results
 from torch import Tensor
 
 from cascade_rcnn.models.roi_align import _plain_backward, _plain_forward, roi_align_rows
@@ -54,12 +53,7 @@ def interpret(out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Tensor, list[Tensor]]]:
-    out = tmp_path_factory.mktemp("triton") / "results.pt"
-    root = Path(__file__).resolve().parents[1]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}",
-                                "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([sys.executable, __file__, str(out)], env=environment, check=True, timeout=300)
-    return torch.load(out)
+    return interpreted_results(__file__, tmp_path_factory.mktemp("triton"))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{d}-ratio{r}-frame{f}" for d, r, f in CASES])
