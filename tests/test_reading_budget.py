@@ -1,7 +1,7 @@
 """How much a newcomer must read: sizes of modules and functions, and the files that one image passes through.
 
-Counted while a training of two steps runs and evaluates, all extras on: ``FILES`` on the way of the image, its objects
-and what the network makes of them, of which ``MODEL_FILES`` are the model; and ``ALL_FILES`` with everything beside it.
+Counted while a training of two steps runs, evaluates, logs, draws and saves, settings and set-up included: ``FILES`` in
+all, of which ``MODEL_FILES`` are the model. A network with masks adds the one file of its mask head.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -24,14 +24,7 @@ from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
 PACKAGE = Path(cascade_rcnn.__file__).resolve().parent
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] != "configs")
 MODULE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 9
-FILES, MODEL_FILES, ALL_FILES = 30, 14, 48
-BESIDE = {
-    "settings and set-up": ("config.py", "recipes.py", "models/build.py", "data/formats.py"),
-    "paths and messages": ("data/files.py", "data/problems.py", "errors.py"),
-    "saving and resuming": ("checkpoint.py", "generators.py", "interrupt.py"),
-    "processes and logs": ("distributed.py", "logger.py", "progress.py"),
-    "drawn samples": ("visualize.py", "drawing.py", "charts.py", "inputs.py"),
-}
+FILES, MODEL_FILES = 30, 14
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -121,38 +114,38 @@ class _Files:
         threading.settrace(None)  # type: ignore[arg-type]
 
 
-def _tiny_config(data: Path) -> Config:
+def _tiny_config(data: Path, masks: Literal["none", "every"]) -> Config:
     return Config(
         model=ModelConfig(backbone="resnet18", pretrained=False, fpn_channels=16, head_channels=16, mask_channels=8,
-                          masks="every", norm="batch", frozen_stages=-1, test_proposals=50),
+                          masks=masks, norm="batch", frozen_stages=-1, test_proposals=50),
         data=DataConfig(root=str(data), short_side=(64,), long_side=96, workers=0),
         train=TrainConfig(epochs=1, milestones=(), batch_size=2, images_per_step=2, warmup_steps=1, max_steps=2),
     )
 
 
-@pytest.fixture(scope="module")
-def files_of_one_image(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+def _files_of_a_training(folder: Path, masks: Literal["none", "every"]) -> dict[str, set[str]]:
     """Train two steps and evaluate, in this process."""
     from cascade_rcnn.data.shapes import generate_shapes
     from cascade_rcnn.train import train
 
-    folder = tmp_path_factory.mktemp("budget")
     data = generate_shapes(folder / "data", train_images=4, val_images=4, size=64)
     with _Files() as files:
-        train(_tiny_config(data), out=folder / "run")
+        train(_tiny_config(data, masks), out=folder / "run")
     return files.seen
 
 
+@pytest.fixture(scope="module")
+def files_of_one_image(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    return _files_of_a_training(tmp_path_factory.mktemp("boxes"), "none")
+
+
 def test_one_image_passes_few_files(files_of_one_image: dict[str, set[str]]) -> None:
-    beside = {name for names in BESIDE.values() for name in names}
-    way = sorted(set(files_of_one_image) - beside)
-    assert len(way) <= FILES, "\n".join(way)
-    assert {"train.py", "evaluate.py", "models/cascade.py", "evaluation/coco.py"} <= set(way)
-    assert len(files_of_one_image) <= ALL_FILES, "\n".join(sorted(files_of_one_image))
+    assert len(files_of_one_image) <= FILES, "\n".join(sorted(files_of_one_image))
+    assert {"train.py", "evaluate.py", "models/cascade.py", "evaluation/coco.py"} <= set(files_of_one_image)
 
 
-def test_what_is_called_beside_the_way_exists() -> None:
-    assert [name for names in BESIDE.values() for name in names if not (PACKAGE / name).is_file()] == []
+def test_masks_add_one_file(files_of_one_image: dict[str, set[str]], tmp_path: Path) -> None:
+    assert set(_files_of_a_training(tmp_path, "every")) - set(files_of_one_image) == {"models/mask_head.py"}
 
 
 def test_the_model_is_few_files(files_of_one_image: dict[str, set[str]]) -> None:

@@ -15,11 +15,10 @@ from torch import nn
 
 from cascade_rcnn.config import ModelConfig
 from cascade_rcnn.errors import CheckpointError
-from cascade_rcnn.models.backbone import STRIDES, Backbone
+from cascade_rcnn.models.backbone import STRIDES, Backbone, FeaturePyramid
 from cascade_rcnn.models.box_head import BoxHead, ConvBoxHead
 from cascade_rcnn.models.cascade import Cascade, CascadeDetails
 from cascade_rcnn.models.detector import CascadeRCNN
-from cascade_rcnn.models.fpn import FeaturePyramid
 from cascade_rcnn.models.mask_head import MaskHead
 from cascade_rcnn.models.rpn import RPN, AnchorGenerator, RPNDetails
 
