@@ -40,7 +40,7 @@ def demo_config(data: Path, *, quick: bool = False) -> Config:
         ),
         data=DataConfig(root=str(data), short_side=(_SIDE,), long_side=_SIDE, flip=0.5, vertical_flip=0.5, workers=0),
         train=TrainConfig(
-            epochs=3 if quick else 8, schedule="cosine", milestones=(), optimizer="adamw", lr=2e-3, images_per_step=4,
+            epochs=3 if quick else 7, schedule="cosine", milestones=(), optimizer="adamw", lr=2e-3, images_per_step=4,
             batch_size=4, weight_decay=0.05, norm_weight_decay=False, warmup_steps=50, clip_grad_norm=10.0,
             precision="fp32", evaluate_every=100, log_every=20,
         ),
