@@ -22,7 +22,8 @@ total=${TOTAL:-580}
 python=${PYTHON:-python3}
 rounds=${ROUNDS:+--rounds $ROUNDS}
 mkdir -p "$out"
-rm -f "$out"/*.json "$out"/*.txt "$out"/results.md
+# Of an earlier measurement, and nothing else that may lie there
+rm -f "$out"/{predict,train}_{boxes,masks}_batch*.{json,txt} "$out"/kernel_tests.txt "$out"/results.md
 failed=0
 
 run() {  # NAME COMMAND...
