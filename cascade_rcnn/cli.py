@@ -107,10 +107,11 @@ def _evaluate(words: Sequence[str]) -> None:
     _add_device(parser)
     args = parser.parse_all(words)
 
+    from cascade_rcnn.detections import Speed
     from cascade_rcnn.evaluate import run_evaluate
 
     run_evaluate(args.checkpoint, data=args.data, split=args.split, out=args.out, submission=args.submission,
-                 device=args.device, batch_size=args.batch_size, precision=args.precision, compile=args.compile)
+                 device=args.device, speed=Speed(args.batch_size, args.precision, args.compile, args.stages))
 
 
 def _predict(words: Sequence[str]) -> None:
@@ -132,11 +133,12 @@ def _predict(words: Sequence[str]) -> None:
         parser.error(f"{args.checkpoint} stands where the checkpoint belongs and nothing to look at comes after it: "
                      "give a checkpoint or run folder first, then images")
 
-    from cascade_rcnn.predict import Speed, run_predict
+    from cascade_rcnn.detections import Speed
+    from cascade_rcnn.predict import run_predict
 
     run_predict(args.checkpoint, args.inputs, out=args.out, score=args.score, draw=not args.no_draw,
-                device=args.device, speed=Speed(args.batch_size, args.precision, args.compile), shard=args.shard,
-                submission=(args.format, args.submission) if args.submission else None)
+                device=args.device, speed=Speed(args.batch_size, args.precision, args.compile, args.stages),
+                shard=args.shard, submission=(args.format, args.submission) if args.submission else None)
 
 
 def _score(words: Sequence[str]) -> None:
@@ -332,6 +334,7 @@ def _add_device(parser: _Parser) -> None:
     parser.add_argument("--batch-size", type=_count, default=1, metavar="N", help="images at once (1)")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "tf32", "bf16"),
                         help="of products (auto: tf32 on NVIDIA GPUs that have it, else fp32)")
+    parser.add_argument("--stages", type=_count, metavar="N", help="use the first N stages of the cascade only (all)")
     parser.add_argument("--compile", action="store_true", help="torch.compile: a minute for each of a few sizes, kept "
                         "on disk; pays for many images")
 

@@ -227,6 +227,19 @@ def encode_crop(crop: MaskCrop, size: tuple[int, int]) -> dict[str, Any]:
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 
 
+@dataclass(frozen=True)
+class Speed:
+    """How the commands run the network; see ``predict.load``."""
+
+    batch_size: int = 1
+    precision: Precision = "auto"
+    compile: bool = False
+    stages: int | None = None  # stop after so many; None: as the checkpoint says
+
+
+USUAL_SPEED = Speed()
+
+
 def choose_precision(precision: Precision, device: torch.device) -> Literal["fp32", "tf32", "bf16"]:
     """``auto``: float32, and on NVIDIA GPUs that have it (from Ampere on) with products in TF32.
 

@@ -21,7 +21,7 @@ from cascade_rcnn.data.files import printable
 from cascade_rcnn.data.formats import open_split
 from cascade_rcnn.data.loader import eval_loader
 from cascade_rcnn.data.records import DataSplit
-from cascade_rcnn.detections import Detections, Precision, detect, to_detections
+from cascade_rcnn.detections import USUAL_SPEED, Detections, Precision, Speed, detect, to_detections
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation.coco import IOUS, coco_truth, evaluate_coco
 from cascade_rcnn.logger import progress_bar
@@ -110,8 +110,7 @@ def evaluate_results(results: list[dict[str, Any]], config: Config, split: DataS
 
 
 def run_evaluate(checkpoint: str | Path, *, data: str | Path, split: str = "", out: Path | None = None,
-                 submission: Path | None = None, device: str = "auto", batch_size: int = 1,
-                 precision: Precision = "auto", compile: bool = False) -> Metrics:
+                 submission: Path | None = None, device: str = "auto", speed: Speed = USUAL_SPEED) -> Metrics:
     """The command ``evaluate``: prints the metrics of a checkpoint on a data set, and writes them.
 
     Args:
@@ -119,7 +118,6 @@ def run_evaluate(checkpoint: str | Path, *, data: str | Path, split: str = "", o
         split: name of the split; empty: the one that the checkpoint was validated on.
         out: JSON file (or folder, for ``metrics.json`` in it) for the metrics.
         submission: folder for the results in the benchmark's own format; a split without annotations gives only that.
-        precision, compile: as in ``cascade_rcnn.load``.
 
     Raises:
         CheckpointError, DataError: what cannot be read, or classes of the data that the checkpoint does not know.
@@ -127,13 +125,14 @@ def run_evaluate(checkpoint: str | Path, *, data: str | Path, split: str = "", o
     from cascade_rcnn.predict import load
 
     with distributed.start(None if device == "auto" else device) as world:
-        detector = load(checkpoint, device=world.device, precision=precision, compile=compile)
+        detector = load(checkpoint, device=world.device, precision=speed.precision, compile=speed.compile,
+                        stop_after_stage=speed.stages)
         if world.is_main:
             print(detector.choices())
         chosen = open_split(data, split or detector.config.data.val)
         class_map = match_classes(detector.class_names, chosen, checkpoint, quiet=not world.is_main)
-        results = detect_split(detector.model, detector.config, chosen, batch_size=batch_size, class_map=class_map,
-                               precision=precision)
+        results = detect_split(detector.model, detector.config, chosen, class_map=class_map,
+                               batch_size=speed.batch_size, precision=speed.precision)
         if not world.is_main:
             return distributed.broadcast({})
         metrics: Metrics = {}

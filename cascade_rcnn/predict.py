@@ -27,7 +27,7 @@ from cascade_rcnn.data.dataset import Item
 from cascade_rcnn.data.files import printable
 from cascade_rcnn.data.loader import Collate, bucket_sizes
 from cascade_rcnn.data.transforms import resize_for_test
-from cascade_rcnn.detections import Detections, Precision, choose_precision, detect, to_detections
+from cascade_rcnn.detections import USUAL_SPEED, Detections, Precision, Speed, choose_precision, detect, to_detections
 from cascade_rcnn.errors import CheckpointError, DataError, UserError
 from cascade_rcnn.inputs import InputFile, VideoReader, VideoWriter, collect, to_array
 from cascade_rcnn.logger import progress_bar
@@ -206,17 +206,8 @@ class PredictSummary:
     results: Path = Path()
 
 
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    """What ``run_predict`` hands to the network; see ``load``."""
-
-    batch_size: int = 1
-    precision: Precision = "auto"
-    compile: bool = False
-
-
 def run_predict(checkpoint: str | Path, inputs: Sequence[str | Path], *, out: Path, score: float = 0.3,
-                draw: bool = True, device: str = "auto", speed: Speed = Speed(), shard: str = "",
+                draw: bool = True, device: str = "auto", speed: Speed = USUAL_SPEED, shard: str = "",
                 submission: tuple[str, Path] | None = None) -> PredictSummary:
     """The command ``predict``: drawings and ``predictions.json`` of files, folders (with subfolders) and videos.
 
@@ -235,7 +226,8 @@ def run_predict(checkpoint: str | Path, inputs: Sequence[str | Path], *, out: Pa
     if submission and part[1] > 1:
         raise UserError("--submission needs all images in one run: leave --shard away")
     files = list(islice(collect(paths, leave_out=out), part[0] - 1, None, part[1]))
-    detector = load(checkpoint, device=_own_device(device), precision=speed.precision, compile=speed.compile)
+    detector = load(checkpoint, device=_own_device(device), precision=speed.precision, compile=speed.compile,
+                    stop_after_stage=speed.stages)
     print(detector.choices())
     summary = PredictSummary(results=results_path(out, part))
     if part[1] > 1:

@@ -19,11 +19,11 @@ from torch import nn
 from cascade_rcnn import load
 from cascade_rcnn.checkpoint import save_checkpoint
 from cascade_rcnn.config import Config, DataConfig, ModelConfig
-from cascade_rcnn.detections import Detections
+from cascade_rcnn.detections import Detections, Speed
 from cascade_rcnn.errors import CheckpointError, ConfigError, DataError, UserError
 from cascade_rcnn.inputs import VideoReader, VideoWriter, collect
 from cascade_rcnn.models.build import build_model
-from cascade_rcnn.predict import Detector, Speed, choose_device, run_predict
+from cascade_rcnn.predict import Detector, choose_device, run_predict
 from cascade_rcnn.results import NAME, ResultsFile, join_shards, parse_shard
 from cascade_rcnn.structures import ImageBatch, RawDetections
 
