@@ -12,6 +12,7 @@ from cascade_rcnn.config import ModelConfig
 from cascade_rcnn.errors import CheckpointError, ConfigError
 from cascade_rcnn.models.backbone import Backbone
 from cascade_rcnn.models.build import build_model, load_backbone_weights
+from cascade_rcnn.models.fpn import FeaturePyramid
 
 NETWORKS = ("resnet18.tv_in1k", "vgg16.tv_in1k", "convnext_atto", "resnext50_32x4d.tv_in1k")
 
@@ -105,3 +106,15 @@ def test_a_network_without_named_stages_says_how_to_train_it() -> None:
     with pytest.raises(ConfigError, match=r"--model\.frozen-stages -1"):
         Backbone("mobilenetv3_small_050", frozen_stages=1)
     Backbone("mobilenetv3_small_050", frozen_stages=-1)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (72, 88)])  # the second does not halve evenly
+def test_the_pyramid_is_the_same_with_and_without_gradients(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    fpn = FeaturePyramid([8, 16, 32, 64], channels=8)
+    maps = [torch.randn(2, c, -(-size[0] // s), -(-size[1] // s)) for c, s in zip((8, 16, 32, 64), (4, 8, 16, 32))]
+    slow, features = fpn(list(maps)), list(maps)
+    with torch.no_grad():
+        fast = fpn(features)
+    assert not features  # emptied, so that memory is freed on the way
+    assert all(torch.equal(a, b) for a, b in zip(slow, fast)) and len(fast) == 5
