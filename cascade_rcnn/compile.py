@@ -10,6 +10,7 @@ the image fills by itself is kept at zero. Compiled, that multiplication joins t
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -92,7 +93,9 @@ def _prepare() -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder())
     import torch._dynamo
 
-    torch._dynamo.config.recompile_limit = _MOST_VARIANTS
+    config = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name in torch 2.6
+    setattr(config, name, _MOST_VARIANTS)
 
 
 class CompiledCascadeRCNN(CascadeRCNN):
@@ -179,7 +182,8 @@ class _OwnPart:
 
     def _extent(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and columns [B] of a map that belong to the images themselves."""
-        strides = [1 << round(side / have).bit_length() - 1 for side, have in zip(self.canvas, x.shape[2:])]
+        # 800 rows are 25 of stride 32 and 13 of stride 64: the next power of two
+        strides = [1 << round(math.log2(side / have)) for side, have in zip(self.canvas, x.shape[2:])]
         down, across = (-(-self.sizes[:, axis] // stride) for axis, stride in enumerate(strides))
         return down, across
 
@@ -216,6 +220,7 @@ def _announced(what: str) -> Iterator[None]:
     try:
         yield
     except (TorchDynamoException, CppCompileError, InvalidCxxCompiler) as error:
+        print("failed", file=sys.stderr)
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"torch.compile failed ({reason}): leave --compile away") from error
     kept = "kept in" if _files() > before else "with code found in"
@@ -223,4 +228,6 @@ def _announced(what: str) -> Iterator[None]:
 
 
 def _files() -> int:
-    return sum(1 for path in cache_folder().rglob("*") if path.suffix in (".so", ".cubin", ".dylib", ".pyd"))
+    """How many; other processes may take their temporary folders away meanwhile, which ``os.walk`` forgives."""
+    return sum(name.endswith((".so", ".cubin", ".dylib", ".pyd")) for *_, names in os.walk(cache_folder())
+               for name in names)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from small_training import free_port, small_config
 
 import cascade_rcnn
+from cascade_rcnn import compile
 from cascade_rcnn.compile import cache_folder, check_compiler, compile_for_inference
 from cascade_rcnn.config import Config, DataConfig, ModelConfig
 from cascade_rcnn.data.loader import bucket_sizes
@@ -76,6 +78,48 @@ def test_more_padding_changes_nothing(uncompiled: None, semantics: str, size: tu
     model = compile_for_inference(network(semantics=semantics, masks="last"))
     for padded in (own, (own[0] + 32, own[1]), (own[0] + 64, own[1] + 96)):
         assert_same(model.detect(batch(size, (padded[0], padded[1]))), alone)
+
+
+@pytest.mark.parametrize("padded", [(160, 128), (96, 224), (224, 160)])
+def test_more_padding_changes_no_level_of_the_rpn(uncompiled: None, padded: tuple[int, int]) -> None:
+    """The last level has half of an odd number of rows: 160 pixels are five of stride 32 and three of stride 64."""
+    alone, model = network(), compile_for_inference(network())
+    with torch.no_grad():
+        pyramid = alone.pyramid(batch((90, 100), (96, 128)))
+        shapes = [feature.shape[2:] for feature in pyramid]
+        expected = alone.rpn(pyramid)
+        features = model.pyramid(batch((90, 100), padded))
+        wider = [feature.shape[2:] for feature in features]
+        found = model.rpn.forward(features)
+    for kind in (0, 1):  # logits, deltas
+        for (height, width), (rows, columns), own, all_ in zip(shapes, wider, expected[kind], found[kind]):
+            part = all_.view(rows, columns, -1)[:height, :width]
+            torch.testing.assert_close(part, own.view(height, width, -1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["recompile_limit", "cache_size_limit"])
+def test_many_sizes_are_allowed_whatever_torch_calls_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """torch 2.6 refuses a name that it does not know."""
+    config = types.SimpleNamespace(**{name: 8})
+    monkeypatch.setattr("torch._dynamo.config", config)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "cache")
+    compile._prepare()
+    assert vars(config) == {name: 64}
+
+
+def test_a_failing_compiler_ends_its_line_before_the_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch._dynamo.exc import TorchDynamoException
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    (tmp_path / "ab").mkdir()
+    (tmp_path / "ab" / "kernel.so").touch()
+    (tmp_path / "ab" / "kernel.cpp").touch()
+    assert compile._files() == 1
+    with pytest.raises(UserError, match=r"torch\.compile failed"), compile._announced("1 x 64 x 64"):
+        raise TorchDynamoException("broken\nmore")
+    assert capsys.readouterr().err == "compiling for 1 x 64 x 64 ... failed\n"
 
 
 def test_padding_changes_what_the_plain_network_finds() -> None:
