@@ -77,7 +77,8 @@ def start(device: str | torch.device | None = None, *, timeout_minutes: float = 
     """Join the other processes of a torchrun, or be alone; leave them at the end.
 
     ``device`` None takes this process's GPU where there is one, else the CPU. GPUs talk over NCCL; host tensors and
-    objects, and everything on CPUs, over gloo. Raises UserError with more processes than GPUs on this machine.
+    objects, and everything on CPUs, over gloo. Raises UserError with more processes than GPUs on this machine, and for
+    a device that is not there.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     chosen = _choose_device(device, local_rank)
@@ -99,11 +100,24 @@ def start(device: str | torch.device | None = None, *, timeout_minutes: float = 
             dist.destroy_process_group()
 
 
-def _choose_device(device: str | torch.device | None, local_rank: int) -> torch.device:
-    if device is not None:
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of that name. Raises UserError where torch does not know it or this machine does not have it."""
+    try:
         chosen = torch.device(device)
-    else:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {str(device)!r} cannot be used ({reason}); use cpu, cuda or auto") from error
+    return chosen
+
+
+def _choose_device(device: str | torch.device | None, local_rank: int) -> torch.device:
+    if device is None:
         chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    elif str(device) == "cuda" and torch.cuda.is_available():
+        chosen = torch.device("cuda")  # which one, is said below; trying it out would take memory of the first
+    else:
+        chosen = usable_device(device)
     if str(chosen) != "cuda":  # a CPU, or a numbered GPU
         return chosen
     gpus = torch.cuda.device_count()

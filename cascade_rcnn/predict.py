@@ -28,6 +28,7 @@ from cascade_rcnn.data.files import printable
 from cascade_rcnn.data.loader import Collate, bucket_sizes
 from cascade_rcnn.data.transforms import resize_for_test
 from cascade_rcnn.detections import USUAL_SPEED, Detections, Precision, Speed, choose_precision, detect, to_detections
+from cascade_rcnn.distributed import usable_device
 from cascade_rcnn.errors import CheckpointError, DataError, UserError
 from cascade_rcnn.inputs import InputFile, VideoReader, VideoWriter, collect, to_array
 from cascade_rcnn.logger import progress_bar
@@ -51,13 +52,7 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     """
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {str(device)!r} cannot be used ({reason}); use cpu, cuda or auto") from error
-    return chosen
+    return usable_device(device)
 
 
 def load(path: str | Path, *, device: str | torch.device = "auto", precision: Precision = "auto", compile: bool = False,

@@ -21,7 +21,7 @@ from cascade_rcnn.config import Config, DataConfig, ModelConfig
 from cascade_rcnn.data.formats import open_split
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.detections import Speed
-from cascade_rcnn.errors import ConfigError, DataError
+from cascade_rcnn.errors import ConfigError, DataError, UserError
 from cascade_rcnn.evaluate import curve, evaluate_model, match_classes, run_evaluate
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.structures import ImageBatch, RawDetections
@@ -191,6 +191,19 @@ def test_the_first_stages_alone_are_evaluated_on_request(tmp_path: Path) -> None
     assert first.keys() == last.keys() and written[0] != written[1]
     with pytest.raises(ConfigError, match=r"model\.stop_after_stage 4: there are 3 stages"):
         run_evaluate(checkpoint, data=small_data(), device="cpu", speed=Speed(stages=4))
+
+
+@pytest.mark.parametrize("device", ["abacus", "cpu:-3", "meta:x"])
+def test_a_device_that_is_not_there_is_told_in_one_line(tmp_path: Path, device: str) -> None:
+    with pytest.raises(UserError, match=f"device '{device}' cannot be used .*; use cpu, cuda or auto"):
+        run_evaluate(tmp_path, data=small_data(), device=device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_gpu_that_is_not_there_is_told_in_one_line(tmp_path: Path, device: str) -> None:
+    with pytest.raises(UserError, match=f"device '{device}' cannot be used"):
+        run_evaluate(tmp_path, data=small_data(), device=device)
 
 
 def write_voc(root: Path) -> Path:
