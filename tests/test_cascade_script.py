@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import cascade
 
 
-def test_it_prints_shares_of_the_proposals_and_of_each_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_prints_the_shares_of_proposals_and_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = small_config()
     names = open_split(small_data(), "val").class_names
     model = build_model(config.model, len(names))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cascade_rcnn.data.files import read_image, read_size
+from cascade_rcnn.data.files import image_size, read_image
 from cascade_rcnn.errors import DataError
 
 RAMP = np.arange(6 * 5 * 3, dtype=np.uint8).reshape(6, 5, 3) * 2
@@ -60,7 +60,7 @@ def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6  # turn by 90 degrees to show
     path = _save(tmp_path / "a.jpg", Image.fromarray(RAMP), exif=exif)
     assert read_image(path).shape == (3, 6, 5)
-    assert read_size(path) == (6, 5)
+    assert image_size(path) == (6, 5)
 
 
 def test_size_is_checked_before_decoding(tmp_path: Path) -> None:
@@ -68,7 +68,17 @@ def test_size_is_checked_before_decoding(tmp_path: Path) -> None:
     assert path.stat().st_size < 100_000
     with pytest.raises(DataError, match=r"big\.png: 20000x15000 is more than data\.max_pixels 100000000"):
         read_image(path)
-    assert read_size(path, max_pixels=10**9) == (15_000, 20_000)  # beyond Pillow's own limit too
+    assert image_size(path) == (15_000, 20_000)  # beyond Pillow's own limit too
+
+
+def test_readers_in_threads_leave_the_programs_warnings_and_pillows_guard_alone(tmp_path: Path) -> None:
+    path = _save(tmp_path / "a.png", Image.new("RGB", (400, 300)))
+    filters, guard = list(warnings.filters), Image.MAX_IMAGE_PIXELS
+    with ThreadPoolExecutor(4) as pool:
+        for pixels in pool.map(read_image, [path] * 100):
+            assert pixels.shape == (3, 300, 400)
+    assert guard is not None and guard == Image.MAX_IMAGE_PIXELS
+    assert list(warnings.filters) == filters
 
 
 def _truncated_jpeg(path: Path) -> None:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,19 +142,46 @@ def safe_path(root: Path, folder: Path, name: object) -> Path:
     return Path(path)
 
 
+class _SharedByThreads:
+    """Pillow's limit and Python's filters of warnings: the first reader inside changes them, the last puts them back.
+
+    Each for itself would put back what another thread had changed, and the whole program be left without them.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, ExitStack()
+
+    def enter(self) -> None:
+        from PIL import Image
+
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._before.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+                Image.MAX_IMAGE_PIXELS = None
+                self._before.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._before.close()
+
+
+_shared = _SharedByThreads()
+
+
 @contextmanager
 def quiet_pillow() -> Iterator[None]:
-    """Pillow reads a header of any size, without warnings: sizes are judged by us, before anything is decoded."""
-    from PIL import Image
-
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None
+    """Pillow reads a file of any size, without warnings: sizes are judged by us, before anything is decoded, and odd
+    metadata has no say over the pixels.
+    """
+    _shared.enter()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        Image.MAX_IMAGE_PIXELS = limit
+        _shared.leave()
 
 
 def image_size(path: Path) -> tuple[int, int] | None:
@@ -216,26 +244,17 @@ def read_image(path: str | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Ten
     return torch.from_numpy(pixels).permute(2, 0, 1)  # a view: [3, H, W] over [H, W, 3] in memory
 
 
-def read_size(path: str | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
-    """(height, width) from the header alone; raises as ``read_image`` does."""
-    with _opened(path, max_pixels) as picture:
-        return picture.height, picture.width
-
-
 @contextmanager
 def _opened(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
     """Open by header, refuse what is too large, and turn whatever a decoder may raise into one line."""
     from PIL import Image
 
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # max_pixels is the limit here, not Pillow's
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on odd metadata, which has no say over the pixels
-            with Image.open(path) as picture:
-                if picture.width * picture.height > max_pixels:
-                    raise DataError(f"{path}: {picture.width}x{picture.height} is more than data.max_pixels "
-                                    f"{max_pixels}; raise it or make the image smaller")
-                yield picture
+        with quiet_pillow(), Image.open(path) as picture:
+            if picture.width * picture.height > max_pixels:
+                raise DataError(f"{path}: {picture.width}x{picture.height} is more than data.max_pixels "
+                                f"{max_pixels}; raise it or make the image smaller")
+            yield picture
     except DataError:
         raise
     except FileNotFoundError:
@@ -244,8 +263,6 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path}: cannot be read as an image ({reason}); replace it or take it out of the "
                         "annotations") from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _rgb(picture: Image.Image, path: str | Path) -> NDArray[np.uint8]:
