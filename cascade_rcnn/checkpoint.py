@@ -270,9 +270,10 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
 
 def _flush(path: Path) -> None:
     """Ask the operating system to put a file, or the names in a folder, onto the disk."""
-    if path.is_dir() and os.name != "posix":
+    folder = path.is_dir()
+    if folder and os.name != "posix":
         return  # only POSIX systems open folders
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows flushes what is open for writing only
     try:
         os.fsync(descriptor)
     finally:

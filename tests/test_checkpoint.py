@@ -142,6 +142,15 @@ def test_a_failing_write_leaves_the_previous_checkpoint(tmp_path: Path, monkeypa
     assert [file.name for file in tmp_path.iterdir()] == ["last.safetensors"]
 
 
+def test_a_file_is_flushed_through_a_descriptor_that_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows refuses to flush any other."""
+    fcntl = pytest.importorskip("fcntl")
+    modes = []
+    monkeypatch.setattr(os, "fsync", lambda file: modes.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE))
+    checkpoint.replace_file(tmp_path / "a.txt", lambda temporary: temporary.write_text("a") and None)
+    assert modes == [os.O_RDWR, os.O_RDONLY]  # the file, then its folder
+
+
 def test_a_write_that_reads_back_differently_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last.safetensors"
     _save(path, 1.0)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import ntpath
 import os
 import shutil
 import tempfile
+import types
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import scenes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cascade_rcnn.data import files
 from cascade_rcnn.data.check import check_dataset
 from cascade_rcnn.data.formats import open_split, recognise
 from cascade_rcnn.data.records import DataSplit
@@ -169,6 +172,18 @@ def test_names_never_lead_out_of_the_data_set(tmp_path: Path) -> None:
         assert check_dataset(root).counts["unsafe-path"] == 1
     content["images"][0]["file_name"] = "../train/a.png"  # within the data set's folder: harmless
     assert open_split(scenes.write_coco(tmp_path / "data", content), "train").records[0].path.is_file()
+
+
+def test_names_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Windows' own rules for paths, which Python has everywhere."""
+    system = types.SimpleNamespace(path=ntpath, sep="\\", pardir="..", fsencode=os.fsencode)
+    monkeypatch.setattr(files, "os", system)
+    for root, wanted in (("C:\\data", "C:\\data\\train\\x\\a.png"), (".", "train\\x\\a.png")):
+        folder = ntpath.join(root, "train")
+        assert str(files.safe_path(root, folder, "x/a.png")) == wanted  # type: ignore[arg-type]
+        for name in ("../../a.png", "..\\..\\a.png", "D:\\a.png", "/a.png"):
+            with pytest.raises(ValueError, match="leads out of"):
+                files.safe_path(root, folder, name)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["voc", "kitti", "yolo"])

@@ -135,9 +135,9 @@ def safe_path(root: Path, folder: Path, name: object) -> Path:
     # Lexically: links inside the data set may lead to another disk, names in an annotation file may not
     path = os.path.normpath(os.path.join(folder, name.replace("\\", "/")))  # noqa: PTH118
     base = os.path.normpath(root)
-    if base != "." and not path.startswith(base.rstrip("/") + "/"):
+    if base != "." and not path.startswith(base.rstrip(os.sep) + os.sep):
         raise ValueError(f"image name {shown(name)} leads out of {printable(root)}")
-    if base == "." and (path.startswith(("/", "../"))):
+    if base == "." and (path.startswith((os.sep, os.pardir + os.sep)) or os.path.splitdrive(path)[0]):
         raise ValueError(f"image name {shown(name)} leads out of the data set's folder")
     return Path(path)
 
