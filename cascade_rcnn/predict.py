@@ -92,7 +92,9 @@ def load(path: str | Path, *, device: str | torch.device = "auto", precision: Pr
         from cascade_rcnn.compile import compile_for_inference
 
         model = compile_for_inference(model, multiple=config.data.pad_multiple)
-        if config.data.pad_buckets is None and config.model.norm != "group":  # whose statistics would see the padding
+        # The statistics of group norm would see the padding, as would Detectron's boxes: they may leave their image.
+        sees_padding = config.model.norm == "group" or config.model.semantics == "paper"
+        if config.data.pad_buckets is None and not sees_padding:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, pad_buckets=True))
     return Detector(model, config, checkpoint.class_names, checkpoint.category_ids, precision=precision)
 

@@ -21,6 +21,7 @@ from small_training import free_port, small_config
 
 import cascade_rcnn
 from cascade_rcnn import compile
+from cascade_rcnn.checkpoint import save_checkpoint
 from cascade_rcnn.compile import cache_folder, check_compiler, compile_for_inference
 from cascade_rcnn.config import Config, DataConfig, ModelConfig
 from cascade_rcnn.data.loader import bucket_sizes
@@ -120,6 +121,29 @@ def test_a_failing_compiler_ends_its_line_before_the_error(
     with pytest.raises(UserError, match=r"torch\.compile failed"), compile._announced("1 x 64 x 64"):
         raise TorchDynamoException("broken\nmore")
     assert capsys.readouterr().err == "compiling for 1 x 64 x 64 ... failed\n"
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({}, "compiled for 4 sizes at most"),
+    ({"norm": "group"}, "compiled for each size"),
+    ({"semantics": "paper"}, "compiled for each size"),
+])
+def test_networks_that_would_see_more_padding_get_none(
+    uncompiled: None, tmp_path: Path, changes: dict[str, str], words: str
+) -> None:
+    """Detectron clips no boxes between its stages; RoIAlign finds nothing beyond the map of an image alone."""
+    config = small_config(model={"backbone": "resnet10t", **changes}, data={"short_side": (64,), "long_side": 96})
+    model = build_model(config.model, 2)
+    seed_weights(model)
+    model.std.fill_(57.0)
+    path = tmp_path / "network.safetensors"
+    save_checkpoint(path, model.state_dict(), config=config, class_names=("a", "b"))
+    plain, compiled = (cascade_rcnn.load(path, device="cpu", compile=it) for it in (False, True))
+    assert compiled.choices().endswith(words)
+    image = synthetic_image((64, 70), seed=0).permute(1, 2, 0).numpy()
+    found, expected = compiled.predict(image), plain.predict(image)
+    assert len(found) == len(expected) > 0
+    torch.testing.assert_close(found.boxes, expected.boxes, rtol=0, atol=1e-2)
 
 
 def test_padding_changes_what_the_plain_network_finds() -> None:
@@ -227,8 +251,6 @@ def _in_a_process(words: list[str], cache: Path) -> tuple[dict[str, Any], str]:
 @pytest.mark.slow
 def test_compiled_detections_are_the_same_and_code_is_kept_for_the_next_process(tmp_path: Path) -> None:
     """A minute or two: C++ for each of the network's kernels."""
-    from cascade_rcnn.checkpoint import save_checkpoint
-
     config = small_config(model={"backbone": "resnet10t", "norm": "frozen_statistics", "masks": "last"},
                           data={"short_side": (64,), "long_side": 96})
     model = build_model(config.model, 5)
