@@ -11,6 +11,7 @@ the image fills by itself is kept at zero. Compiled, that multiplication joins t
 from __future__ import annotations
 
 import math
+import logging
 import os
 import shutil
 import sys
@@ -215,6 +216,8 @@ def _announced(what: str) -> Iterator[None]:
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
+    # on a CPU beside an installed CUDA toolkit it says that there is no GPU, in the middle of our line
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     print(f"compiling for {what} ... ", end="", file=sys.stderr, flush=True)
     before, start = _files(), time.perf_counter()
     try:
