@@ -133,17 +133,8 @@ def barrier() -> None:
         dist.all_reduce(torch.zeros(1))  # over gloo: needs no GPU, unlike dist.barrier() with NCCL
 
 
-def all_gather(value: _Value) -> list[_Value]:
-    """Every rank's value, in the order of the ranks, on every rank. Pickled on the way between our own processes."""
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def gather(value: _Value) -> list[_Value]:
-    """Every rank's value on rank 0, an empty list elsewhere: for large results that only rank 0 merges."""
+    """Every rank's value on rank 0 in the order of the ranks, an empty list elsewhere; pickled on the way."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size() if rank() == 0 else []

@@ -29,7 +29,6 @@ from cascade_rcnn.models.detector import CascadeRCNN
 from cascade_rcnn.score import print_metrics, score
 
 Metrics = dict[str, float | None]
-_SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 
 
 def evaluate_model(

@@ -89,11 +89,6 @@ SEMANTICS = {
 }  # fmt: skip
 
 
-def wants_antialias(config: ModelConfig) -> bool:
-    """Whether the implementation that ``config`` follows resizes with antialiasing (Pillow) or without (OpenCV)."""
-    return config.semantics == "detectron2"
-
-
 def normalization(config: ModelConfig) -> tuple[tuple[float, float, float], tuple[float, float, float], bool]:
     """Mean and std of the network's input in its own order of channels, and whether that is BGR."""
     semantics = SEMANTICS[config.semantics]
