@@ -10,8 +10,8 @@ the image fills by itself is kept at zero. Compiled, that multiplication joins t
 
 from __future__ import annotations
 
-import math
 import logging
+import math
 import os
 import shutil
 import sys
