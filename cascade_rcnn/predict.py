@@ -34,6 +34,7 @@ from cascade_rcnn.inputs import InputFile, VideoReader, VideoWriter, collect, to
 from cascade_rcnn.logger import progress_bar
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.detector import CascadeRCNN, NoInitialValues
+from cascade_rcnn.models.roi_align import triton_problem
 from cascade_rcnn.models.winograd import WinogradConv2d
 from cascade_rcnn.results import ResultsFile, join_shards, parse_shard, results_path
 from cascade_rcnn.submit import submit_predictions
@@ -129,6 +130,8 @@ class Detector:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         words = [_PRECISIONS[choose_precision(self.precision, device)], "channels-last"]
         words += ["batch norm folded"] * (self.config.model.norm != "group")
+        if device.type == "cuda":
+            words.append(f"no fused kernels ({problem})" if (problem := triton_problem()) else "fused kernels")
         words += ["Winograd"] * any(isinstance(part, WinogradConv2d) for part in model.modules())
         compiled = "not compiled (--compile)"
         if type(model) is not CascadeRCNN:

@@ -194,3 +194,15 @@ def test_head_weights_reordered_for_rows_give_the_same_product() -> None:
 def test_wrong_number_of_strides_is_refused() -> None:
     with pytest.raises(ValueError, match="4 feature maps for 3 strides"):
         roi_align(pyramid(), some_boxes(), output_size=7, strides=STRIDES[:3])
+
+
+def test_kernels_are_left_alone_where_triton_cannot_start_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv("CC", raising=False)
+    try:
+        for found, problem in (("/usr/bin/gcc", ""), (None, "Triton finds no C compiler: install gcc")):
+            module.triton_problem.cache_clear()
+            monkeypatch.setattr("shutil.which", lambda name, found=found: found if name == "gcc" else None)
+            assert module.triton_problem() == problem and module.has_triton() is (found is not None)
+    finally:
+        module.triton_problem.cache_clear()
