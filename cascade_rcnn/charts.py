@@ -57,7 +57,7 @@ def ap_by_iou_chart(curves: Mapping[str, Sequence[tuple[float, float | None]]], 
     sheet = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(sheet)
     text = font(round(3.6 * unit))
-    frame = (13 * unit, 12 * unit, width - 4 * unit, height - 14 * unit)  # left, top, right, bottom
+    frame = (15.5 * unit, 12 * unit, width - 4 * unit, height - 14 * unit)  # left, top, right, bottom
     ious = [iou for points in curves.values() for iou, _ in points] or [0.5, 0.95]
     first, last = min(ious), max(max(ious), min(ious) + 1e-6)
     top_value = _nice_top(max([ap for points in curves.values() for _, ap in points if ap is not None] or [1.0]))

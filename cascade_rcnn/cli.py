@@ -12,17 +12,19 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from cascade_rcnn import __version__
 from cascade_rcnn.config import Config
 from cascade_rcnn.errors import ConfigError, UserError
-from cascade_rcnn.recipes import apply_overrides, config_names, config_to_python, load_config
+from cascade_rcnn.recipes import apply_overrides, config_names, config_to_python, load_config, settings_help
+
+if TYPE_CHECKING:
+    from cascade_rcnn.detections import Inference
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -81,7 +83,7 @@ def _train(words: Sequence[str]) -> None:
     parser.add_argument("--no-check", action="store_true", help="skip the check of the data before training")
     if "-h" in words or "--help" in words:
         print(parser.format_help())
-        print(_settings_help([word for word in words if not word.startswith("-")][:1]))
+        print(settings_help([word for word in words if not word.startswith("-")][:1]))
         return
     args, unknown = parser.parse_known_args(words)
     settings += ["--data.root", str(args.data)] if args.data is not None else []
@@ -107,11 +109,10 @@ def _evaluate(words: Sequence[str]) -> None:
     _add_device(parser)
     args = parser.parse_all(words)
 
-    from cascade_rcnn.detections import Speed
     from cascade_rcnn.evaluate import run_evaluate
 
     run_evaluate(args.checkpoint, data=args.data, split=args.split, out=args.out, submission=args.submission,
-                 device=args.device, speed=Speed(args.batch_size, args.precision, args.compile, args.stages))
+                 device=args.device, inference=_inference(args))
 
 
 def _predict(words: Sequence[str]) -> None:
@@ -133,11 +134,10 @@ def _predict(words: Sequence[str]) -> None:
         parser.error(f"{args.checkpoint} stands where the checkpoint belongs and nothing to look at comes after it: "
                      "give a checkpoint or run folder first, then images")
 
-    from cascade_rcnn.detections import Speed
     from cascade_rcnn.predict import run_predict
 
     run_predict(args.checkpoint, args.inputs, out=args.out, score=args.score, draw=not args.no_draw,
-                device=args.device, speed=Speed(args.batch_size, args.precision, args.compile, args.stages),
+                device=args.device, inference=_inference(args),
                 shard=args.shard, submission=(args.format, args.submission) if args.submission else None)
 
 
@@ -271,6 +271,7 @@ COMMANDS: dict[str, _Command] = {
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = sys.argv[1:] if words is None else words
+    _wait_politely()
     try:
         code = _dispatch(words)
         sys.stdout.flush()
@@ -284,6 +285,16 @@ def main(words: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     return code
+
+
+def _wait_politely() -> None:
+    """On a machine that others use, threads sleep while they wait: those that spin take the cores from each other.
+
+    Read by OpenMP when torch is imported. Measured in docs/speed.md; whoever sets one of the variables decides.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ) and hasattr(os, "getloadavg") \
+            and os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def _dispatch(words: Sequence[str]) -> int:
@@ -334,9 +345,20 @@ def _add_device(parser: _Parser) -> None:
     parser.add_argument("--batch-size", type=_count, default=1, metavar="N", help="images at once (1)")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "tf32", "bf16"),
                         help="of products (auto: tf32 on NVIDIA GPUs that have it, else fp32)")
+    parser.add_argument("--score-threshold", type=_probability, metavar="S", help="find from this score on (as saved, "
+                        "mostly 0.05)")
+    parser.add_argument("--max-detections", type=_count, metavar="N", help="find at most N per image (as saved, mostly "
+                        "100)")
     parser.add_argument("--stages", type=_count, metavar="N", help="use the first N stages of the cascade only (all)")
     parser.add_argument("--compile", action="store_true", help="torch.compile: a minute for each of a few sizes, kept "
                         "on disk; pays for many images")
+
+
+def _inference(args: argparse.Namespace) -> Inference:
+    from cascade_rcnn.detections import Inference
+
+    return Inference(args.batch_size, args.precision, args.compile, args.stages, args.score_threshold,
+                    args.max_detections)
 
 
 def _count(word: str) -> int:
@@ -363,22 +385,6 @@ def _split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
             target = settings if "." in word.partition("=")[0] else others
         target.append(word)
     return settings, others
-
-
-def _settings_help(recipe: Sequence[str]) -> str:
-    """All settings with types, values (of a recipe, if one is named) and meaning, as tyro reads them."""
-    import tyro
-
-    config = load_config(recipe[0]) if recipe else Config()
-    whose = f"with the values of {recipe[0]}" if recipe else "with the values of a recipe that leaves them out\n"\
-        "('cascade-rcnn train CONFIG --help' shows those of CONFIG)"
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        tyro.cli(Config, default=config, args=["--help"], prog="cascade-rcnn train CONFIG")
-    lines = text.getvalue().splitlines()
-    first = next((i for i, line in enumerate(lines) if "model options" in line), 0)  # behind tyro's own usage
-    return "\n".join([f"Settings, changed by --key.sub value, {whose}:", "",
-                      *(line.rstrip() for line in lines[first:])])
 
 
 def _as_json(config: Config) -> str:

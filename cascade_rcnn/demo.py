@@ -114,7 +114,9 @@ def draw_examples(checkpoint: Path, split: DataSplit, path: Path) -> None:
     busy = [record for record in split.records if 3 <= len(record.boxes) <= 6] or split.records
     pairs = []
     for record in busy[:_SHOWN]:
-        found = detector.predict(record.path, score_threshold=0.5)
+        found = detector.predict(record.path)
+        best = float(found.scores.max()) if len(found) else 0.0
+        found = found[found.scores >= min(0.5, best / 2)]  # a network that has learnt little is sure of nothing
         truth = draw_record(record, split.class_names, scale=_ENLARGED)
         pairs.append(side_by_side(truth, draw_detections(record.path, found, scale=_ENLARGED)))
     contact_sheet(pairs, columns=2, cell=pairs[0].width).save(path)

@@ -228,16 +228,18 @@ Precision = Literal["auto", "fp32", "tf32", "bf16"]
 
 
 @dataclass(frozen=True)
-class Speed:
-    """How the commands run the network; see ``predict.load``."""
+class Inference:
+    """How the commands run the network; None: as the checkpoint says. See ``predict.load``."""
 
     batch_size: int = 1
     precision: Precision = "auto"
     compile: bool = False
-    stages: int | None = None  # stop after so many; None: as the checkpoint says
+    stages: int | None = None  # stop after so many
+    score_threshold: float | None = None
+    max_detections: int | None = None
 
 
-USUAL_SPEED = Speed()
+AS_SAVED = Inference()
 
 
 def choose_precision(precision: Precision, device: torch.device) -> Literal["fp32", "tf32", "bf16"]:

@@ -21,7 +21,7 @@ from cascade_rcnn.data.files import printable
 from cascade_rcnn.data.formats import open_split
 from cascade_rcnn.data.loader import eval_loader
 from cascade_rcnn.data.records import DataSplit
-from cascade_rcnn.detections import USUAL_SPEED, Detections, Precision, Speed, detect, to_detections
+from cascade_rcnn.detections import AS_SAVED, Detections, Inference, Precision, detect, to_detections
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation.coco import IOUS, coco_truth, evaluate_coco
 from cascade_rcnn.logger import progress_bar
@@ -109,7 +109,7 @@ def evaluate_results(results: list[dict[str, Any]], config: Config, split: DataS
 
 
 def run_evaluate(checkpoint: str | Path, *, data: str | Path, split: str = "", out: Path | None = None,
-                 submission: Path | None = None, device: str = "auto", speed: Speed = USUAL_SPEED) -> Metrics:
+                 submission: Path | None = None, device: str = "auto", inference: Inference = AS_SAVED) -> Metrics:
     """The command ``evaluate``: prints the metrics of a checkpoint on a data set, and writes them.
 
     Args:
@@ -124,14 +124,15 @@ def run_evaluate(checkpoint: str | Path, *, data: str | Path, split: str = "", o
     from cascade_rcnn.predict import load
 
     with distributed.start(None if device == "auto" else device) as world:
-        detector = load(checkpoint, device=world.device, precision=speed.precision, compile=speed.compile,
-                        stop_after_stage=speed.stages)
+        detector = load(checkpoint, device=world.device, precision=inference.precision, compile=inference.compile,
+                        stop_after_stage=inference.stages, score_threshold=inference.score_threshold,
+                        max_detections=inference.max_detections)
         if world.is_main:
             print(detector.choices())
         chosen = open_split(data, split or detector.config.data.val)
         class_map = match_classes(detector.class_names, chosen, checkpoint, quiet=not world.is_main)
         results = detect_split(detector.model, detector.config, chosen, class_map=class_map,
-                               batch_size=speed.batch_size, precision=speed.precision)
+                               batch_size=inference.batch_size, precision=inference.precision)
         if not world.is_main:
             return distributed.broadcast({})
         metrics: Metrics = {}

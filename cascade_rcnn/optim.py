@@ -35,6 +35,11 @@ def scaled_lr(train: TrainConfig, images: int, *, passes: int = 1) -> tuple[floa
     return rate, line + (f"{rate:g}" if images != train.images_per_step else "it stays")
 
 
+def warmup_steps(train: TrainConfig, steps_per_epoch: int) -> int:
+    """``train.warmup_steps``, at most a third of the schedule, so that a short training reaches its rate too."""
+    return min(train.warmup_steps, max(1, train.epochs * steps_per_epoch // 3))
+
+
 def lr_factor(train: TrainConfig, step: int, *, steps_per_epoch: int) -> float:
     """Share of the learning rate that ``step`` (0, 1, ... over the whole run) works with.
 
@@ -42,8 +47,8 @@ def lr_factor(train: TrainConfig, step: int, *, steps_per_epoch: int) -> float:
     milestone, cosine falls to 0 at the end of the last epoch, step by step.
     """
     warmup = 1.0
-    if step < train.warmup_steps:
-        warmup = train.warmup_factor + (1 - train.warmup_factor) * step / train.warmup_steps
+    if step < (last := warmup_steps(train, steps_per_epoch)):
+        warmup = train.warmup_factor + (1 - train.warmup_factor) * step / last
     if train.schedule == "cosine":
         share = step / (train.epochs * steps_per_epoch)
         return warmup * (0.5 + 0.5 * math.cos(math.pi * min(share, 1.0)))

@@ -27,7 +27,7 @@ from cascade_rcnn.data.dataset import Item
 from cascade_rcnn.data.files import printable
 from cascade_rcnn.data.loader import Collate, bucket_sizes
 from cascade_rcnn.data.transforms import resize_for_test
-from cascade_rcnn.detections import USUAL_SPEED, Detections, Precision, Speed, choose_precision, detect, to_detections
+from cascade_rcnn.detections import AS_SAVED, Detections, Inference, Precision, choose_precision, detect, to_detections
 from cascade_rcnn.distributed import usable_device
 from cascade_rcnn.errors import CheckpointError, DataError, UserError
 from cascade_rcnn.inputs import InputFile, VideoReader, VideoWriter, collect, to_array
@@ -202,12 +202,13 @@ class PredictSummary:
 
     images: int = 0  # images and video frames looked at
     objects: int = 0
+    drawn: int = 0  # objects that reach the score of the drawings
     skipped: list[str] = dataclasses.field(default_factory=list)  # one line for each file that could not be read
     results: Path = Path()
 
 
 def run_predict(checkpoint: str | Path, inputs: Sequence[str | Path], *, out: Path, score: float = 0.3,
-                draw: bool = True, device: str = "auto", speed: Speed = USUAL_SPEED, shard: str = "",
+                draw: bool = True, device: str = "auto", inference: Inference = AS_SAVED, shard: str = "",
                 submission: tuple[str, Path] | None = None) -> PredictSummary:
     """The command ``predict``: drawings and ``predictions.json`` of files, folders (with subfolders) and videos.
 
@@ -226,20 +227,21 @@ def run_predict(checkpoint: str | Path, inputs: Sequence[str | Path], *, out: Pa
     if submission and part[1] > 1:
         raise UserError("--submission needs all images in one run: leave --shard away")
     files = list(islice(collect(paths, leave_out=out), part[0] - 1, None, part[1]))
-    detector = load(checkpoint, device=_own_device(device), precision=speed.precision, compile=speed.compile,
-                    stop_after_stage=speed.stages)
+    detector = load(checkpoint, device=_own_device(device), precision=inference.precision, compile=inference.compile,
+                    stop_after_stage=inference.stages, score_threshold=inference.score_threshold,
+                    max_detections=inference.max_detections)
     print(detector.choices())
     summary = PredictSummary(results=results_path(out, part))
     if part[1] > 1:
         summary.results.unlink(missing_ok=True)  # of an earlier run that was broken off: not to be joined with this one
     with ResultsFile(summary.results) as results:
-        job = _Job(detector, results, summary, out / "drawings" if draw else None, score, speed.batch_size)
+        job = _Job(detector, results, summary, out / "drawings" if draw else None, score, inference.batch_size)
         job.run(files)
         if summary.skipped and not summary.images and part[1] == 1:  # leaves an earlier predictions.json as it is
             raise DataError(_nothing_read(summary))
     if part[1] > 1:
         summary.results = join_shards(out, part[1]) or summary.results
-    _report(summary, out)
+    _report(summary, out, score)
     if summary.skipped and not summary.images:
         raise DataError(_nothing_read(summary))
     if submission:
@@ -314,6 +316,7 @@ class _Job:
     def _keep(self, detections: Detections, facts: dict[str, Any]) -> None:
         self.summary.images += 1
         self.summary.objects += len(detections)
+        self.summary.drawn += int((detections.scores >= self.score).sum())
         self.results.add(
             {**facts, "label": label, "category": name, **result}
             for label, name, result in zip(detections.labels.tolist(), detections.names, detections.to_coco())
@@ -375,9 +378,11 @@ def _batches(things: Iterator[_T], size: int) -> Iterator[list[_T]]:
         yield batch
 
 
-def _report(summary: PredictSummary, out: Path) -> None:
-    print(f"{summary.objects} objects in {summary.images} images: {printable(summary.results)}")
+def _report(summary: PredictSummary, out: Path, score: float) -> None:
+    images = "1 image" if summary.images == 1 else f"{summary.images} images"
+    print(f"{summary.objects} objects in {images}: {printable(summary.results)}")
     if (out / "drawings").is_dir():
-        print(f"drawings: {printable(out / 'drawings')}")
+        print(f"drawings: {printable(out / 'drawings')} ({summary.drawn} of the objects, with a score of {score:g} or "
+              "more; --score changes that)")
     if summary.skipped:
         print(f"{len(summary.skipped)} files could not be read and were skipped", file=sys.stderr)

@@ -9,8 +9,10 @@ Every mistake is one line that names the file or option, the value, and what wou
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import json
 import math
 import traceback
@@ -33,6 +35,17 @@ _ALIASES = {"learning_rate": "lr", "base_lr": "lr", "max_epochs": "epochs", "num
             "workers_per_gpu": "workers", "num_workers": "workers", "img_scale": "short_side",
             "image_size": "short_side", "imgsz": "short_side", "load_from": "init", "weights": "init",
             "amp": "precision", "score_thr": "score_threshold", "max_per_img": "max_detections"}
+
+# Other programs' options that are something else here
+_ELSEWHERE = {
+    "work_dir": "the run's folder is --out RUN", "cfg_options": "write each setting as --key.sub value",
+    "auto_scale_lr": "the learning rate always follows the real batch", "amp": "it is --train.precision bf16 (or fp16)",
+    "launcher": "start it with torchrun --nproc-per-node 8 -m cascade_rcnn train ...",
+    "num_gpus": "start it with torchrun --nproc-per-node 8 -m cascade_rcnn train ...",
+    "gpus": "start it with torchrun --nproc-per-node 8 -m cascade_rcnn train ...",
+    "eval_only": "it is the command cascade-rcnn evaluate",
+    "config_file": "the recipe is the first word, without an option",
+}
 
 _Section = TypeVar("_Section")
 _WORDS_FOR_BOOL = {"true": True, "yes": True, "on": True, "1": True,
@@ -84,7 +97,8 @@ def apply_overrides(config: Config, arguments: Sequence[str]) -> Config:
     """Change a config by command-line words: ``--train.epochs 3 --model.stage-ious 0.5 0.6 --data.flip=0``.
 
     Dashes and underscores mean the same. A switch alone means true, ``--train.no-compile`` false; ``none`` is None.
-    All changes are made together, so that values which must fit each other may come in any order.
+    All changes are made together, so that values which must fit each other may come in any order. Another number of
+    epochs alone moves the milestones with it: 24 in place of 12 give 16 and 22 for 8 and 11.
     Raises ConfigError: an unknown key (with the closest), or a value of the wrong type (with the type).
     """
     hints = _flat_hints(Config)
@@ -98,9 +112,35 @@ def apply_overrides(config: Config, arguments: Sequence[str]) -> Config:
             changes.setdefault(section, {})[leaf] = value
         else:
             top_level[leaf] = value
+    if "epochs" in changes.get("train", {}) and "milestones" not in changes["train"]:
+        changes["train"]["milestones"] = _moved_milestones(config.train, changes["train"]["epochs"])
     for section, values in changes.items():
         top_level[section] = dataclasses.replace(getattr(config, section), **values)
     return dataclasses.replace(config, **top_level)
+
+
+def settings_help(recipe: Sequence[str]) -> str:
+    """All settings with types, values (of a recipe, if one is named) and meaning, as tyro reads them."""
+    import tyro
+
+    config = load_config(recipe[0]) if recipe else Config()
+    whose = f"with the values of {recipe[0]}" if recipe else "with the values of a recipe that leaves them out\n"\
+        "('cascade-rcnn train CONFIG --help' shows those of CONFIG)"
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        tyro.cli(Config, default=config, args=["--help"], prog="cascade-rcnn train CONFIG")
+    lines = text.getvalue().splitlines()
+    first = next((i for i, line in enumerate(lines) if "model options" in line), 0)  # behind tyro's own usage
+    return "\n".join([f"Settings, changed by --key.sub value, {whose}:", "",
+                      *(line.rstrip() for line in lines[first:])])
+
+
+def _moved_milestones(train: TrainConfig, epochs: int) -> tuple[int, ...]:
+    """The milestones at the same shares of ``epochs``; where the recipe had none of either, at 2/3 and 11/12."""
+    if epochs == 0:
+        return train.milestones
+    shares = [place / train.epochs for place in train.milestones] if train.epochs else [2 / 3, 11 / 12]
+    return tuple(sorted({place for place in (round(share * epochs) for share in shares) if 0 < place < epochs}))
 
 
 def config_to_python(config: Config) -> str:
@@ -302,6 +342,8 @@ def _find_key(option: str, words: list[str], hints: Mapping[str, Any]) -> tuple[
     positive = f"{section}.{leaf.removeprefix('no_')}"
     if leaf.startswith("no_") and hints.get(positive) is bool and not words:
         return positive, ["false"]
+    if key in _ELSEWHERE:
+        raise ConfigError(f"{option}: not known here; {_ELSEWHERE[key]} (docs/migrate.md)")
     same_leaf = [name for name in hints if name.rpartition(".")[2] in (leaf, _ALIASES.get(leaf))]
     known = same_leaf or difflib.get_close_matches(key, list(hints), n=2, cutoff=0.6)
     hint = f" (did you mean {' or '.join('--' + name.replace('_', '-') for name in known)}?)" if known else ""

@@ -43,7 +43,7 @@ from cascade_rcnn.errors import CheckpointError, ConfigError, DataError, UserErr
 from cascade_rcnn.evaluate import evaluate_model, match_classes
 from cascade_rcnn.logger import RunLog
 from cascade_rcnn.models.build import build_model
-from cascade_rcnn.optim import MovingAverage, Updater, passes_per_step, scaled_lr
+from cascade_rcnn.optim import MovingAverage, Updater, passes_per_step, scaled_lr, warmup_steps
 from cascade_rcnn.structures import ImageBatch, Targets
 from cascade_rcnn.transfer import start_from
 from cascade_rcnn.visualize import draw_batch, draw_detections, draw_record, side_by_side
@@ -205,11 +205,18 @@ class Run:
         log.say(f"{len(self.data)} images to learn from{validation}; classes: {_shortened(self.data.class_names)}")
         whole = settings.epochs * self.steps_per_epoch
         length = f"{settings.epochs} epoch{'s' * (settings.epochs != 1)}, {whole} steps"
+        if settings.schedule == "multistep" and settings.milestones:
+            length += f" (learning rate / 10 after epoch {' and '.join(map(str, settings.milestones))})"
         length += f", of which train.max_steps takes {self.total_steps}" if self.total_steps < whole else ""
         log.say(f"{parameters / 1e6:.1f} million trainable parameters; {length}; results in {self.out}")
         log.say(f"{where}: {self.updater.precision}, channels-last; "
                 f"{'compiled' if settings.compile else 'not compiled (--train.compile)'}")
         log.say(about_rate)
+        if (warmup := warmup_steps(settings, self.steps_per_epoch)) < settings.warmup_steps:
+            log.say(f"train.warmup_steps {settings.warmup_steps} is over a third of this training: cut to {warmup}")
+        if self.config.model.norm.startswith("frozen") and not (self.config.model.pretrained or settings.init):
+            log.say("the network begins with random weights, and its norms are frozen as if it had been trained: add "
+                    "--model.norm batch --model.frozen-stages -1")
         if resuming:
             log.say(f"goes on at step {progress.step}, epoch {self.epochs_done():.2f}")
 

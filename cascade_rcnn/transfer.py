@@ -26,7 +26,7 @@ def start_from(model: nn.Module, path: Path, class_names: Sequence[str]) -> str:
     for key, own in model.state_dict().items():
         given = source.state.get(key)
         per_class = None if given is None else _rows_per_class(key, own, len(class_names), given, len(known))
-        if per_class is not None and given is not None:
+        if per_class is not None and given is not None and given.shape[1:] == own.shape[1:]:
             _copy_rows(own, given, pairs, per_class)
         elif given is not None and given.shape == own.shape:
             own.copy_(given)

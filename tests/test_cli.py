@@ -193,6 +193,7 @@ def test_config_alone_lists_the_names(capsys: pytest.CaptureFixture[str]) -> Non
     ("predict photo.jpg", "photo.jpg stands where the checkpoint belongs and nothing to look at comes after it"),
     ("train finetune --data x --train.learning-rate 0.1", "did you mean --train.lr?"),
     ("train finetune --data x --data.num-workers 4", "did you mean --data.workers?"),
+    ("train finetune --data x --work-dir here", "--work-dir: not known here; the run's folder is --out RUN"),
     ("check x --config finetun", "finetun: no such config name (did you mean finetune"),
     ("score --format coc --truth t --results r", "invalid choice: 'coc'"),
     ("config --train.epochs 3", "--train.epochs without a recipe to change"),

@@ -20,7 +20,7 @@ from cascade_rcnn.checkpoint import save_checkpoint
 from cascade_rcnn.config import Config, DataConfig, ModelConfig
 from cascade_rcnn.data.formats import open_split
 from cascade_rcnn.data.records import DataSplit, ImageRecord
-from cascade_rcnn.detections import Speed
+from cascade_rcnn.detections import Inference
 from cascade_rcnn.errors import ConfigError, DataError, UserError
 from cascade_rcnn.evaluate import curve, evaluate_model, match_classes, run_evaluate
 from cascade_rcnn.models.build import build_model
@@ -171,7 +171,7 @@ def test_the_command_writes_metrics_and_coco_results(tmp_path: Path, capsys: pyt
     split = open_split(small_data(), "val")
     checkpoint = save_untrained(tmp_path / "best.safetensors", split.class_names)
     metrics = run_evaluate(checkpoint, data=small_data(), out=tmp_path / "metrics.json", submission=tmp_path / "sub",
-                           device="cpu", speed=Speed(batch_size=2))
+                           device="cpu", inference=Inference(batch_size=2))
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written == metrics and {"bbox/AP", "segm/AP", "bbox/AP@0.75", "bbox/AP/star"} <= set(written)
     results = json.loads((tmp_path / "sub" / "results.json").read_text())
@@ -185,12 +185,12 @@ def test_the_first_stages_alone_are_evaluated_on_request(tmp_path: Path) -> None
     checkpoint = save_untrained(tmp_path / "best.safetensors", split.class_names, masks="none")
     every, first, last = (
         run_evaluate(checkpoint, data=small_data(), device="cpu", submission=tmp_path / str(stages),
-                     speed=Speed(stages=stages)) for stages in (None, 1, 3))
+                     inference=Inference(stages=stages)) for stages in (None, 1, 3))
     assert every == last
     written = [json.loads((tmp_path / str(stages) / "results.json").read_text()) for stages in (1, 3)]
     assert first.keys() == last.keys() and written[0] != written[1]
     with pytest.raises(ConfigError, match=r"model\.stop_after_stage 4: there are 3 stages"):
-        run_evaluate(checkpoint, data=small_data(), device="cpu", speed=Speed(stages=4))
+        run_evaluate(checkpoint, data=small_data(), device="cpu", inference=Inference(stages=4))
 
 
 @pytest.mark.parametrize("device", ["abacus", "cpu:-3", "meta:x"])

@@ -73,3 +73,10 @@ def test_loss_counts_positives_only() -> None:
     positive = torch.tensor([True, False, True, False])
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits[positive], targets[positive]) * 2
     torch.testing.assert_close(mask_loss(logits, targets, positive), expected)
+
+
+def test_boxes_of_a_diverged_training_give_targets_and_leave_the_error_to_the_losses() -> None:
+    masks = torch.ones(1, 16, 16, dtype=torch.bool)
+    rois = torch.tensor([[[float("nan"), 0.0, float("inf"), 8.0]]])
+    found = mask_targets(crops_of(masks), rois, torch.zeros(1, 1, dtype=torch.int64), torch.tensor([[16, 16]]))
+    assert found.shape == (1, 1, 28, 28) and bool(torch.isfinite(found).all())

@@ -210,3 +210,10 @@ def test_the_moving_average_leaves_counters_alone() -> None:
     model = nn.BatchNorm1d(2)
     assert "ema.running_mean" in MovingAverage(model, 0.9).tensors()
     assert "ema.num_batches_tracked" not in MovingAverage(model, 0.9).tensors()
+
+
+def test_a_short_training_warms_up_for_a_third_of_it_at_most() -> None:
+    train = TrainConfig(epochs=2, milestones=(), warmup_steps=500, warmup_factor=0.0)
+    factors = [lr_factor(train, step, steps_per_epoch=15) for step in range(12)]
+    assert factors == pytest.approx([step / 10 for step in range(10)] + [1.0, 1.0])
+    assert lr_factor(train, 250, steps_per_epoch=10_000) == pytest.approx(0.5)

@@ -19,7 +19,7 @@ from torch import nn
 from cascade_rcnn import load
 from cascade_rcnn.checkpoint import save_checkpoint
 from cascade_rcnn.config import Config, DataConfig, ModelConfig
-from cascade_rcnn.detections import Detections, Speed
+from cascade_rcnn.detections import Detections, Inference
 from cascade_rcnn.errors import CheckpointError, ConfigError, DataError, UserError
 from cascade_rcnn.inputs import VideoReader, VideoWriter, collect
 from cascade_rcnn.models.build import build_model
@@ -231,7 +231,7 @@ def test_the_command_walks_folders_and_keeps_names_apart(tmp_path: Path, checkpo
                                                          capsys: pytest.CaptureFixture[str]) -> None:
     root, out = write_inputs(tmp_path / "photos"), tmp_path / "out"
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
-    summary = run_predict(checkpoint, [root], out=out, device="cpu", speed=Speed(batch_size=2), score=0.0)
+    summary = run_predict(checkpoint, [root], out=out, device="cpu", inference=Inference(batch_size=2), score=0.0)
     assert summary.images == 5 and len(summary.skipped) == 1 and "broken.jpg" in summary.skipped[0]
     assert "skipped" in capsys.readouterr().err
     entries = json.loads((out / NAME).read_text())
@@ -348,7 +348,7 @@ def test_a_video_is_drawn_and_counted_by_frames(tmp_path: Path, checkpoint: Path
         writer.write(Image.fromarray(picture()))
     writer.close()
     out = tmp_path / "out"
-    summary = run_predict(checkpoint, [tmp_path / "clip.mp4"], out=out, device="cpu", speed=Speed(batch_size=2))
+    summary = run_predict(checkpoint, [tmp_path / "clip.mp4"], out=out, device="cpu", inference=Inference(batch_size=2))
     assert summary.images == 5
     entries = json.loads((out / NAME).read_text())
     assert {entry["frame"] for entry in entries} == set(range(5))
@@ -375,8 +375,8 @@ def test_what_was_chosen_for_the_device_is_told(checkpoint: Path, tmp_path: Path
                                                 capsys: pytest.CaptureFixture[str]) -> None:
     assert load(checkpoint, device="cpu").choices().startswith("cpu: float32, channels-last")
     Image.fromarray(picture()).save(tmp_path / "one.png")
-    speed = Speed(precision="bf16")
-    run_predict(checkpoint, [tmp_path / "one.png"], out=tmp_path / "out", device="cpu", draw=False, speed=speed)
+    inference = Inference(precision="bf16")
+    run_predict(checkpoint, [tmp_path / "one.png"], out=tmp_path / "out", device="cpu", draw=False, inference=inference)
     first = capsys.readouterr().out.splitlines()[0]
     assert first.startswith("cpu: bfloat16, channels-last") and first.endswith("; not compiled (--compile)")
     with pytest.raises(UserError, match="precision tf32: cpu has no such units; use auto, fp32 or bf16"):

@@ -244,3 +244,11 @@ def test_named_epochs_stay() -> None:
     config = Config(train=TrainConfig(epochs=5, milestones=(4,)))
     assert finetune_schedule(config, 100) is config
     assert dataclasses.replace(config).train.milestones == (4,)
+
+
+def test_another_number_of_epochs_moves_the_milestones() -> None:
+    recipe = load_config("cascade_rcnn_r50_fpn_1x_coco")
+    assert apply_overrides(recipe, ["--train.epochs", "24"]).train.milestones == (16, 22)
+    assert apply_overrides(recipe, ["--train.epochs", "1"]).train.milestones == ()
+    assert apply_overrides(recipe, ["--train.epochs", "24", "--train.milestones", "9"]).train.milestones == (9,)
+    assert apply_overrides(load_config("finetune"), ["--train.epochs", "40"]).train.milestones == (27, 37)

@@ -43,3 +43,5 @@ def test_another_network_is_refused_with_the_way_out(tmp_path: Path) -> None:
     save_checkpoint(path, tiny_model(3).state_dict(), config=Config(model=TINY), class_names=("a", "b", "c"))
     with pytest.raises(CheckpointError, match=r"source.safetensors: another network.*cascade-rcnn config"):
         start_from(tiny_model(3, fpn_channels=64), path, ("a", "b", "c"))
+    with pytest.raises(CheckpointError, match=r"source.safetensors: another network"):  # in layers with rows per class
+        start_from(tiny_model(2, head_channels=8), path, ("a", "b"))

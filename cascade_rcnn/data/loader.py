@@ -217,6 +217,7 @@ class Loader:
             method = "fork" if sys.platform == "linux" else "spawn"
             if method == "spawn":
                 dataset.packed.share()
+        workers = min(workers, os.cpu_count() or 1)  # more would be slower, and torch warns
         config = dataset.config
         square = config.long_side if dataset.training and config.large_scale_jitter is not None else 0
         collate = Collate(config.pad_multiple, square, bucket_sizes(config))

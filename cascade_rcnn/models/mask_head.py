@@ -94,6 +94,7 @@ def mask_targets(masks: MaskCrops, rois: Tensor, index: Tensor, sizes: Tensor, *
         from cascade_rcnn.models.mask_targets_triton import fused_mask_targets
 
         return fused_mask_targets(masks, rois, index, sizes, bins=bins)
+    rois = rois.nan_to_num(0.0, 0.0, 0.0)  # of a training that diverges: its losses say so, a step later
     batch, count = index.shape
     flat = index.flatten()
     image = torch.arange(batch, device=index.device)[:, None].expand(batch, count).flatten()
