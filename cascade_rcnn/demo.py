@@ -56,7 +56,7 @@ def run_demo(*, out: Path, quick: bool = False) -> Metrics:
     started = time.monotonic()
     out = _choose_folder(Path(out), quick=quick)
     print(f"1/4  generating pictures of shapes in {printable(out / 'data')}")
-    data = generate_shapes(out / "data", train_images=120 if quick else 400, val_images=16 if quick else 64, size=_SIDE,
+    data = generate_shapes(out / "data", train_images=120 if quick else 410, val_images=16 if quick else 64, size=_SIDE,
                            objects=(2, 5))
     print(f"2/4  training a small Cascade Mask R-CNN from nothing ({'about a minute' if quick else 'a few minutes'})")
     best = train(demo_config(data, quick=quick), out=out, resume=(out / STATE).exists(), device="cpu")
@@ -116,7 +116,7 @@ def draw_examples(checkpoint: Path, split: DataSplit, path: Path) -> None:
     for record in busy[:_SHOWN]:
         found = detector.predict(record.path)
         best = float(found.scores.max()) if len(found) else 0.0
-        found = found[found.scores >= min(0.5, best / 2)]  # a network that has learnt little is sure of nothing
+        found = found[found.scores >= (0.5 if best >= 0.5 else best / 2)]  # little learnt, sure of nothing
         truth = draw_record(record, split.class_names, scale=_ENLARGED)
         pairs.append(side_by_side(truth, draw_detections(record.path, found, scale=_ENLARGED)))
     contact_sheet(pairs, columns=2, cell=pairs[0].width).save(path)
