@@ -250,3 +250,16 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
                           stderr=subprocess.PIPE, timeout=60, cwd=Path(cli.__file__).resolve().parents[1])
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(("load", "given", "expected"), [(0.0, {}, None), (1e6, {}, "PASSIVE"),
+                                                         (1e6, {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
+                                                         (1e6, {"GOMP_SPINCOUNT": "9"}, None)])
+def test_threads_sleep_while_they_wait_on_a_busy_machine(
+    load: float, given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = dict(given)
+    monkeypatch.setattr(cli.os, "environ", environment)
+    monkeypatch.setattr(cli.os, "getloadavg", lambda: (load, load, load), raising=False)
+    cli._wait_politely()
+    assert environment.get("OMP_WAIT_POLICY") == expected
