@@ -83,7 +83,7 @@ def _train(words: Sequence[str]) -> None:
     parser.add_argument("--no-check", action="store_true", help="skip the check of the data before training")
     if "-h" in words or "--help" in words:
         print(parser.format_help())
-        print(settings_help([word for word in words if not word.startswith("-")][:1]))
+        print(settings_help([word for word in words[:1] if not word.startswith("-")]))
         return
     args, unknown = parser.parse_known_args(words)
     settings += ["--data.root", str(args.data)] if args.data is not None else []

@@ -110,6 +110,8 @@ def test_train_help_shows_the_values_of_the_recipe_that_is_named(capsys: pytest.
     main(["train", "finetune", "--help"])
     named = capsys.readouterr().out
     assert "(default: 640 800)" in named and "(default: 640 800)" not in plain
+    assert main(["train", "--data", "finetune", "--help"]) == 0  # the value of an option is no recipe
+    assert "(default: 640 800)" not in capsys.readouterr().out
 
 
 def test_help_needs_no_heavy_import_and_less_than_a_second(run_command: Callable[..., Any]) -> None:
