@@ -18,7 +18,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cascade_rcnn.data.dataset import DetectionDataset
-from cascade_rcnn.data.formats import open_split
+from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.data.loader import eval_loader
 from cascade_rcnn.models.boxes import pairwise_iou
 from cascade_rcnn.predict import load

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from cascade_rcnn.config import DataConfig as DataConfig
     from cascade_rcnn.config import ModelConfig as ModelConfig
     from cascade_rcnn.config import TrainConfig as TrainConfig
-    from cascade_rcnn.detections import Detections as Detections
     from cascade_rcnn.errors import CheckpointError as CheckpointError
     from cascade_rcnn.errors import ConfigError as ConfigError
     from cascade_rcnn.errors import DataError as DataError
     from cascade_rcnn.errors import UserError as UserError
+    from cascade_rcnn.inference.detections import Detections as Detections
     from cascade_rcnn.predict import Detector as Detector
     from cascade_rcnn.predict import load as load
     from cascade_rcnn.recipes import load_config as load_config

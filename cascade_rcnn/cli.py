@@ -24,7 +24,7 @@ from cascade_rcnn.errors import ConfigError, UserError
 from cascade_rcnn.recipes import apply_overrides, config_names, config_to_python, load_config, settings_help
 
 if TYPE_CHECKING:
-    from cascade_rcnn.detections import Inference
+    from cascade_rcnn.inference.detections import Inference
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -171,7 +171,7 @@ def _check(words: Sequence[str]) -> int:
     args = parser.parse_all(words)
     recipe = load_config(args.config) if args.config else None
 
-    from cascade_rcnn.data.check import run_check
+    from cascade_rcnn.check.dataset import run_check
 
     return run_check(args.data, fix=args.fix, draw=args.draw, out=args.out, recipe=recipe)
 
@@ -184,7 +184,7 @@ def _convert(words: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace DEST where it holds something else")
     args = parser.parse_all(words)
 
-    from cascade_rcnn.convert import run_convert
+    from cascade_rcnn.convert.checkpoint import run_convert
 
     run_convert(args.source, args.dest, config=args.config, overwrite=args.overwrite)
 
@@ -196,7 +196,7 @@ def _convert_data(words: Sequence[str]) -> int:
     parser.add_argument("--to", required=True, choices=("coco", "voc", "yolo"), help="format to write")
     args = parser.parse_all(words)
 
-    from cascade_rcnn.data.convert_data import run_convert_data
+    from cascade_rcnn.data.formats.convert import run_convert_data
 
     return run_convert_data(args.source, args.dest, to=args.to)
 
@@ -236,7 +236,7 @@ def _benchmark(words: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON")
     args = parser.parse_all(words)
 
-    from cascade_rcnn.benchmark import run_benchmark
+    from cascade_rcnn.benchmark.run import run_benchmark
 
     run_benchmark(config=args.config, size=tuple(args.size), batch=args.batch, device=args.device, train=args.train,
                   compile=args.compile, rounds=args.rounds, data=args.data, out=args.out)
@@ -355,7 +355,7 @@ def _add_device(parser: _Parser) -> None:
 
 
 def _inference(args: argparse.Namespace) -> Inference:
-    from cascade_rcnn.detections import Inference
+    from cascade_rcnn.inference.detections import Inference
 
     return Inference(args.batch_size, args.precision, args.compile, args.stages, args.score_threshold,
                     args.max_detections)

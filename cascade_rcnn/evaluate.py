@@ -18,15 +18,15 @@ from cascade_rcnn.checkpoint import write_json
 from cascade_rcnn.config import Config
 from cascade_rcnn.data.dataset import DetectionDataset
 from cascade_rcnn.data.files import printable
-from cascade_rcnn.data.formats import open_split
+from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.data.loader import eval_loader
 from cascade_rcnn.data.records import DataSplit
-from cascade_rcnn.detections import AS_SAVED, Detections, Inference, Precision, detect, to_detections
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation.coco import IOUS, coco_truth, evaluate_coco
-from cascade_rcnn.logger import progress_bar
-from cascade_rcnn.models.detector import CascadeRCNN
+from cascade_rcnn.inference.detections import AS_SAVED, Detections, Inference, Precision, detect, to_detections
+from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.score import print_metrics, score
+from cascade_rcnn.training.log import progress_bar
 
 Metrics = dict[str, float | None]
 

@@ -27,17 +27,25 @@ from cascade_rcnn.data.dataset import Item
 from cascade_rcnn.data.files import printable
 from cascade_rcnn.data.loader import Collate, bucket_sizes
 from cascade_rcnn.data.transforms import resize_for_test
-from cascade_rcnn.detections import AS_SAVED, Detections, Inference, Precision, choose_precision, detect, to_detections
 from cascade_rcnn.distributed import usable_device
 from cascade_rcnn.errors import CheckpointError, DataError, UserError
-from cascade_rcnn.inputs import InputFile, VideoReader, VideoWriter, collect, to_array
-from cascade_rcnn.logger import progress_bar
+from cascade_rcnn.inference.detections import (
+    AS_SAVED,
+    Detections,
+    Inference,
+    Precision,
+    choose_precision,
+    detect,
+    to_detections,
+)
+from cascade_rcnn.inference.media import InputFile, VideoReader, VideoWriter, collect, to_array
+from cascade_rcnn.inference.predictions_file import ResultsFile, join_shards, parse_shard, results_path
 from cascade_rcnn.models.build import build_model
-from cascade_rcnn.models.detector import CascadeRCNN, NoInitialValues
-from cascade_rcnn.models.roi_align import triton_problem
-from cascade_rcnn.models.winograd import WinogradConv2d
-from cascade_rcnn.results import ResultsFile, join_shards, parse_shard, results_path
+from cascade_rcnn.models.cascade_rcnn import CascadeRCNN, NoInitialValues
+from cascade_rcnn.models.ops.roi_align import triton_problem
+from cascade_rcnn.models.ops.winograd import WinogradConv2d
 from cascade_rcnn.submit import submit_predictions
+from cascade_rcnn.training.log import progress_bar
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 _T = TypeVar("_T")
@@ -90,7 +98,7 @@ def load(path: str | Path, *, device: str | torch.device = "auto", precision: Pr
     checkpoint.state.clear()  # the file's pages are memory too, and the weights are about to be laid out anew
     model = model.to(chosen).optimize_for_inference()
     if compile:
-        from cascade_rcnn.compile import compile_for_inference
+        from cascade_rcnn.inference.compiled import compile_for_inference
 
         model = compile_for_inference(model, multiple=config.data.pad_multiple)
         # The statistics of group norm would see the padding, as would Detectron's boxes: they may leave their image.

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from cascade_rcnn import distributed
+from cascade_rcnn.check.dataset import check_before_training
 from cascade_rcnn.checkpoint import reproducible
 from cascade_rcnn.config import Config
-from cascade_rcnn.data.check import check_before_training
 from cascade_rcnn.distributed import Interrupts, StopNow, TrainingInterrupted
 from cascade_rcnn.errors import UserError
-from cascade_rcnn.logger import LossWindow, RunLog
-from cascade_rcnn.optim import lr_factor
-from cascade_rcnn.run import Run, refuse_overwriting
+from cascade_rcnn.training.log import LossWindow, RunLog
+from cascade_rcnn.training.optim import lr_factor
+from cascade_rcnn.training.run import Run, refuse_overwriting
 
 
 def train(config: Config, *, out: Path, resume: bool = False, device: str | torch.device | None = None) -> Path:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
-from cascade_rcnn.data.shapes import generate_shapes
+from cascade_rcnn.data.synthetic_shapes import generate_shapes
 
 _FORK = multiprocessing.get_context("fork")
 

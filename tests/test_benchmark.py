@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from cascade_rcnn import measure
-from cascade_rcnn.benchmark import Setting, run_benchmark
-from cascade_rcnn.benchmark_parts import measure_memory, measure_roi_align
+from cascade_rcnn.benchmark import stopwatch
+from cascade_rcnn.benchmark.parts import measure_memory, measure_roi_align
+from cascade_rcnn.benchmark.run import Setting, run_benchmark
 from cascade_rcnn.config import ModelConfig
-from cascade_rcnn.data.shapes import generate_shapes
+from cascade_rcnn.data.synthetic_shapes import generate_shapes
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.recipes import load_config
@@ -45,8 +45,8 @@ def parts_of(model: dict[str, Any]) -> dict[str, float]:
 def test_prediction_is_measured_part_by_part_beside_the_peer(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cascade_rcnn.benchmark_parts._save_contenders", lambda *_: None)
-    monkeypatch.setattr("cascade_rcnn.benchmark_parts._in_own_process",
+    monkeypatch.setattr("cascade_rcnn.benchmark.parts._save_contenders", lambda *_: None)
+    monkeypatch.setattr("cascade_rcnn.benchmark.parts._in_own_process",
                         lambda who, _: {"peak": {"ours": 10**9, "peer": 2 * 10**9}[who], "before": 5 * 10**8})
     monkeypatch.setattr("cascade_rcnn.data.loader.measure_loading", lambda dataset, workers: float(len(dataset)))
     data = generate_shapes(tmp_path / "data", train_images=4, val_images=1, size=64)
@@ -74,8 +74,8 @@ def test_prediction_is_measured_part_by_part_beside_the_peer(
 def test_training_step_is_measured_with_masks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cascade_rcnn.benchmark_parts._save_contenders", lambda *_: None)
-    monkeypatch.setattr("cascade_rcnn.benchmark_parts._in_own_process", lambda *_: {"peak": 3 * 10**9, "before": 10**9})
+    monkeypatch.setattr("cascade_rcnn.benchmark.parts._save_contenders", lambda *_: None)
+    monkeypatch.setattr("cascade_rcnn.benchmark.parts._in_own_process", lambda *_: {"peak": 3 * 10**9, "before": 10**9})
     path = tmp_path / "masks.py"
     path.write_text(RECIPE.format(masks="every"))
     report = run_benchmark(config=str(path), size=SIZE, device="cpu", train=True, rounds=1)
@@ -87,7 +87,7 @@ def test_training_step_is_measured_with_masks(
 
 
 def test_peak_memory_is_that_of_fresh_processes(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "seed_weights", lambda _: None)  # initial weights do for that, and take less time
+    monkeypatch.setattr(stopwatch, "seed_weights", lambda _: None)  # initial weights do for that, and take less time
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("the peak is read from Linux's /proc")
     setting = Setting(load_config(recipe), SIZE, 1, torch.device("cpu"), False)
@@ -98,7 +98,7 @@ def test_peak_memory_is_that_of_fresh_processes(recipe: str, monkeypatch: pytest
 
 
 def test_roi_align_is_timed_beside_torchvisions(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cascade_rcnn.benchmark_parts.ROIS", 20)
+    monkeypatch.setattr("cascade_rcnn.benchmark.parts.ROIS", 20)
     setting = Setting(load_config(recipe), SIZE, 1, torch.device("cpu"), False)
     found = measure_roi_align(setting, rounds=1, compiled=False)
     assert set(found) == {"torchvision", "ours"} and min(found.values()) > 0
@@ -119,7 +119,7 @@ def test_stopwatch_gives_each_call_its_own_time_and_leaves_no_trace() -> None:
             time.sleep(0.05)
             return 3
 
-    outer, watch = Outer(), measure.Stopwatch(torch.device("cpu"))
+    outer, watch = Outer(), stopwatch.Stopwatch(torch.device("cpu"))
     undo = [watch.watch(outer, "work", "outer"), watch.watch(outer, "inner", lambda: "inner")]
     assert outer.work() == 3
     for function in undo:
@@ -132,12 +132,12 @@ def test_stopwatch_gives_each_call_its_own_time_and_leaves_no_trace() -> None:
 
 
 def test_multiply_adds_are_counted_from_the_run(recipe: str) -> None:
-    from cascade_rcnn.benchmark import _count_macs, images_of
+    from cascade_rcnn.benchmark.run import _count_macs, images_of
 
     setting = Setting(load_config(recipe), SIZE, 1, torch.device("cpu"), False)
     model = build_model(setting.config.model, 80).eval()
-    measure.seed_weights(model)
-    macs = _count_macs(model, setting, images_of(setting), measure.Stopwatch(torch.device("cpu")))
+    stopwatch.seed_weights(model)
+    macs = _count_macs(model, setting, images_of(setting), stopwatch.Stopwatch(torch.device("cpu")))
     cells = sum((64 // s) * (96 // s) for s in (4, 8, 16, 32)) + 1 * 2  # p2..p6
     assert macs["RPN convolutions"] == cells * 32 * (32 * 9 + 3 + 12)
     per_box = 32 * 49 * 64 + 64 * 64 + 64 * (81 + 4)
@@ -149,9 +149,9 @@ def test_seeded_weights_are_the_same_everywhere_and_give_confident_detections() 
     config = ModelConfig(backbone="resnet18.tv_in1k", test_proposals=100)
     models = [build_model(config, 80).eval() for _ in range(2)]
     for model in models:
-        measure.seed_weights(model)
+        stopwatch.seed_weights(model)
     assert all(torch.equal(a, b) for a, b in zip(models[0].state_dict().values(), models[1].state_dict().values()))
-    pixels = measure.synthetic_image((128, 160))[None]
+    pixels = stopwatch.synthetic_image((128, 160))[None]
     sizes = torch.tensor([[128, 160]])
     found = models[0].detect(ImageBatch(pixels, sizes, sizes))
     assert found.valid.sum() >= 20
@@ -160,12 +160,12 @@ def test_seeded_weights_are_the_same_everywhere_and_give_confident_detections() 
 
 def test_seeded_norms_keep_positive_variances() -> None:
     norm = nn.BatchNorm2d(64)
-    measure.seed_weights(norm)
+    stopwatch.seed_weights(norm)
     assert norm.running_var is not None and norm.running_var.min() >= 0.5
 
 
 def test_limits_of_this_machine_are_positive() -> None:
     cpu = torch.device("cpu")
-    assert measure.matmul_rate(cpu, torch.float32, small=True) > 1e6
-    assert measure.copy_rate(cpu, megabytes=1) > 1e6
-    assert measure.describe_machine(cpu)["name"]
+    assert stopwatch.matmul_rate(cpu, torch.float32, small=True) > 1e6
+    assert stopwatch.copy_rate(cpu, megabytes=1) > 1e6
+    assert stopwatch.describe_machine(cpu)["name"]

@@ -10,7 +10,7 @@ import torch
 from small_training import small_config, small_data
 
 from cascade_rcnn.checkpoint import save_checkpoint
-from cascade_rcnn.data.formats import open_split
+from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.models.build import build_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))

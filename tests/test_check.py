@@ -15,11 +15,11 @@ import pytest
 import scenes
 from PIL import Image
 
+from cascade_rcnn.check import dataset as check_module
+from cascade_rcnn.check.dataset import check_before_training, check_dataset, run_check
+from cascade_rcnn.check.objects import best_anchor_iou
 from cascade_rcnn.config import Config, DataConfig, ModelConfig
-from cascade_rcnn.data import check as check_module
-from cascade_rcnn.data.check import check_before_training, check_dataset, run_check
-from cascade_rcnn.data.check_objects import best_anchor_iou
-from cascade_rcnn.data.formats import open_split
+from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.data.records import KINDS
 from cascade_rcnn.errors import DataError
 

@@ -20,15 +20,15 @@ from safetensors.torch import load_file
 from small_training import free_port, small_config
 
 import cascade_rcnn
-from cascade_rcnn import compile
+from cascade_rcnn.benchmark.stopwatch import seed_weights, synthetic_image
 from cascade_rcnn.checkpoint import save_checkpoint
-from cascade_rcnn.compile import cache_folder, check_compiler, compile_for_inference
 from cascade_rcnn.config import Config, DataConfig, ModelConfig
 from cascade_rcnn.data.loader import bucket_sizes
 from cascade_rcnn.errors import UserError
-from cascade_rcnn.measure import seed_weights, synthetic_image
+from cascade_rcnn.inference import compiled
+from cascade_rcnn.inference.compiled import cache_folder, check_compiler, compile_for_inference
 from cascade_rcnn.models.build import build_model
-from cascade_rcnn.models.detector import CascadeRCNN
+from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.recipes import config_to_python
 from cascade_rcnn.structures import ImageBatch, RawDetections
 
@@ -104,7 +104,7 @@ def test_many_sizes_are_allowed_whatever_torch_calls_it(monkeypatch: pytest.Monk
     config = types.SimpleNamespace(**{name: 8})
     monkeypatch.setattr("torch._dynamo.config", config)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "cache")
-    compile._prepare()
+    compiled._prepare()
     assert vars(config) == {name: 64}
 
 
@@ -117,8 +117,8 @@ def test_a_failing_compiler_ends_its_line_before_the_error(
     (tmp_path / "ab").mkdir()
     (tmp_path / "ab" / "kernel.so").touch()
     (tmp_path / "ab" / "kernel.cpp").touch()
-    assert compile._files() == 1
-    with pytest.raises(UserError, match=r"torch\.compile failed"), compile._announced("1 x 64 x 64"):
+    assert compiled._files() == 1
+    with pytest.raises(UserError, match=r"torch\.compile failed"), compiled._announced("1 x 64 x 64"):
         raise TorchDynamoException("broken\nmore")
     assert capsys.readouterr().err == "compiling for 1 x 64 x 64 ... failed\n"
 
@@ -138,16 +138,16 @@ def test_networks_that_would_see_more_padding_get_none(
     model.std.fill_(57.0)
     path = tmp_path / "network.safetensors"
     save_checkpoint(path, model.state_dict(), config=config, class_names=("a", "b"))
-    plain, compiled = (cascade_rcnn.load(path, device="cpu", compile=it) for it in (False, True))
-    assert compiled.choices().endswith(words)
+    plain, fast = (cascade_rcnn.load(path, device="cpu", compile=it) for it in (False, True))
+    assert fast.choices().endswith(words)
     image = synthetic_image((64, 70), seed=0).permute(1, 2, 0).numpy()
-    found, expected = compiled.predict(image), plain.predict(image)
+    found, expected = fast.predict(image), plain.predict(image)
     assert len(found) == len(expected) > 0
     torch.testing.assert_close(found.boxes, expected.boxes, rtol=0, atol=1e-2)
 
 
 def test_padding_changes_what_the_plain_network_finds() -> None:
-    """Why the compiled one keeps its padding at zero; it is also why a batch differs from its images alone."""
+    """Why the fast one keeps its padding at zero; it is also why a batch differs from its images alone."""
     model = network()
     alone, padded = (model.detect(batch((90, 100), side)) for side in ((96, 128), (160, 224)))
     assert not torch.allclose(alone.scores, padded.scores, atol=1e-4)
@@ -318,8 +318,8 @@ def test_two_processes_train_compiled(tmp_path: Path) -> None:
                           batch_size=1, deterministic=False)
     (tmp_path / "rank.py").write_text(_RANK)
     package = str(Path(cascade_rcnn.__file__).resolve().parents[1])
-    for name, compiled in (("eager", False), ("compiled", True)):
-        changed = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=compiled))
+    for name, with_compiler in (("eager", False), ("compiled", True)):
+        changed = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=with_compiler))
         (tmp_path / f"{name}.py").write_text(config_to_python(changed))
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
                                str(free_port()), "rank.py", f"{name}.py", name], cwd=tmp_path, capture_output=True,

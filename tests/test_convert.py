@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from cascade_rcnn.checkpoint import load_checkpoint
 from cascade_rcnn.config import ModelConfig
-from cascade_rcnn.convert import COCO_IDS, COCO_NAMES, _match_preprocessing, _Source, run_convert
-from cascade_rcnn.convert_config import Hints, Structure, read_config_text
-from cascade_rcnn.convert_keys import absorb_preprocessing, recognise, rename
+from cascade_rcnn.convert.checkpoint import COCO_IDS, COCO_NAMES, _match_preprocessing, _Source, run_convert
+from cascade_rcnn.convert.infer_config import Hints, Structure, read_config_text
+from cascade_rcnn.convert.key_tables import absorb_preprocessing, recognise, rename
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.models.build import build_model, load_backbone_weights
 from cascade_rcnn.predict import load

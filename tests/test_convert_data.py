@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import scenes
 
-from cascade_rcnn.data.convert_data import convert_data, run_convert_data
-from cascade_rcnn.data.formats import open_split, recognise
+from cascade_rcnn.data.formats.convert import convert_data, run_convert_data
+from cascade_rcnn.data.formats.open import open_split, recognise
 from cascade_rcnn.errors import DataError
 
 

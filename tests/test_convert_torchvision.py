@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 from cascade_rcnn.checkpoint import Checkpoint, load_checkpoint
-from cascade_rcnn.convert import run_convert
+from cascade_rcnn.convert.checkpoint import run_convert
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.structures import ImageBatch

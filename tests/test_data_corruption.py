@@ -17,9 +17,9 @@ import scenes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cascade_rcnn.check.dataset import check_dataset
 from cascade_rcnn.data import files
-from cascade_rcnn.data.check import check_dataset
-from cascade_rcnn.data.formats import open_split, recognise
+from cascade_rcnn.data.formats.open import open_split, recognise
 from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.errors import DataError
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import scenes
 
-from cascade_rcnn.data.formats import describe, disjoint_splits, open_split, recognise, splits
-from cascade_rcnn.data.writers import coco_dict
+from cascade_rcnn.data.formats.open import describe, disjoint_splits, open_split, recognise, splits
+from cascade_rcnn.data.formats.write import coco_dict
 from cascade_rcnn.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -122,8 +122,8 @@ def test_trainval_is_not_counted_beside_train_and_val(tmp_path: Path) -> None:
 
 def test_readers_need_no_torch(tmp_path: Path) -> None:
     root = scenes.write_coco(tmp_path)
-    code = (f"import sys; from cascade_rcnn.data.formats import describe; describe({str(root)!r}); "
-            "from cascade_rcnn.data.check import check_dataset; "
+    code = (f"import sys; from cascade_rcnn.data.formats.open import describe; describe({str(root)!r}); "
+            "from cascade_rcnn.check.dataset import check_dataset; "
             f"check_dataset({str(root)!r}); sys.exit('torch' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
 

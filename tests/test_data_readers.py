@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scenes
 
-from cascade_rcnn.data.formats import open_split, recognise, splits
+from cascade_rcnn.data.formats.open import open_split, recognise, splits
 from cascade_rcnn.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -19,13 +19,13 @@ from torch import nn
 from cascade_rcnn import distributed
 from cascade_rcnn.checkpoint import load_training
 from cascade_rcnn.config import Config
-from cascade_rcnn.data.formats import open_split
+from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.errors import ConfigError, UserError
 from cascade_rcnn.evaluate import detect_split, evaluate_results
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.matching import normalizer
-from cascade_rcnn.run import Run
 from cascade_rcnn.train import train
+from cascade_rcnn.training.run import Run
 
 
 def test_alone_everything_is_itself() -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from cascade_rcnn.checkpoint import save_checkpoint
 from cascade_rcnn.cli import main
 from cascade_rcnn.config import Config, DataConfig, ModelConfig
-from cascade_rcnn.data.shapes import generate_shapes
+from cascade_rcnn.data.synthetic_shapes import generate_shapes
 from cascade_rcnn.models.build import build_model
 
 TINY = Config(model=ModelConfig(backbone="resnet18", pretrained=False, fpn_channels=8, head_channels=8),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cascade_rcnn.errors import DataError
-from cascade_rcnn.evaluation import files
+from cascade_rcnn.evaluation import read_results
 from cascade_rcnn.evaluation.citypersons import (
     SUBSETS,
     Subset,
@@ -32,7 +32,7 @@ def _check_all(truth: Path, results: Path, expected: dict[str, Any]) -> None:
     metrics = evaluate_citypersons(truth, results)
     assert set(metrics) == {f"citypersons/MR/{name}" for name in OURS.values()}
     people = read_truth(truth)
-    table = files.parse_results(files.read_json(results), name="results", images=people.image_ids,
+    table = read_results.parse_results(read_results.read_json(results), name="results", images=people.image_ids,
                                 categories=people.categories)
     candidates = candidates_of(people, table)
     for theirs, name in OURS.items():

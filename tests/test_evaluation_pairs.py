@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cascade_rcnn.evaluation.pairs import best_of_each, ious, pair_up
+from cascade_rcnn.evaluation.pairwise import best_of_each, ious, pair_up
 
 
 @pytest.mark.parametrize("limit", [1, 7, 40, 10**6])

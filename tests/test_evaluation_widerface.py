@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cascade_rcnn.errors import DataError
-from cascade_rcnn.evaluation.widerface import SETTINGS, evaluate_widerface, read_results, read_truth
+from cascade_rcnn.evaluation.widerface import SETTINGS, evaluate_widerface, read_submission, read_truth
 
 CASES = Path(__file__).parent / "data" / "metrics" / "widerface"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -70,7 +70,7 @@ def test_a_missing_file_counts_as_no_detection_and_is_said(tmp_path: Path) -> No
 def _naive(folder: Path, setting: str) -> float:
     """AP with a loop over images, detections and thresholds."""
     faces = read_truth(folder / "ground_truth")
-    rows, boxes, scores = read_results(folder / "pred", faces.images, [])
+    rows, boxes, scores = read_submission(folder / "pred", faces.images, [])
     low, high = min(1.0, scores.min()), max(0.0, scores.max())
     scores = (scores - low) / (high - low)
     counts = faces.evaluated[setting]

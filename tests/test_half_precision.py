@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torchvision.ops import box_iou
 
-from cascade_rcnn.measure import seed_weights
+from cascade_rcnn.benchmark.stopwatch import seed_weights
 from cascade_rcnn.models import boxes, cascade, matching, postprocess, rpn
-from cascade_rcnn.models.detector import CascadeRCNN
+from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.models.mask_head import mask_targets
 
 # Where a function is looked up, and its name.

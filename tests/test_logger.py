@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from cascade_rcnn.errors import UserError
-from cascade_rcnn.logger import LossWindow, RunLog
+from cascade_rcnn.training.log import LossWindow, RunLog
 
 CPU = torch.device("cpu")
 NAN = float("nan")

@@ -43,7 +43,7 @@ def inputs(rois_per_image: int) -> tuple[Tensor, MaskCrops, Tensor, Tensor, Tens
 
 def interpret(out: Path) -> None:
     """Run by a process of its own: Triton decides to interpret when it is imported."""
-    from cascade_rcnn.models.mask_targets_triton import _operator, fused_mask_targets
+    from cascade_rcnn.models.ops.mask_targets_triton import _operator, fused_mask_targets
 
     _, crops, rois, index, sizes = inputs(12)
     tensors = (crops.pixels, crops.offsets, crops.origins, crops.sizes, rois[:, :1], index[:, :1], sizes, BINS)
@@ -94,7 +94,7 @@ def test_kernel_compiles_for_gpus(capability: int, tmp_path: Path, monkeypatch: 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from cascade_rcnn.models.mask_targets_triton import _mask_targets
+    from cascade_rcnn.models.ops.mask_targets_triton import _mask_targets
 
     names = _mask_targets.arg_names
     constants = {"BINS": 28, "LANES": 32}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from cascade_rcnn.data import matlab
+from cascade_rcnn.data.formats import matlab
 from cascade_rcnn.errors import DataError
 
 

@@ -97,7 +97,7 @@ def expected_of(case: Case) -> Tensor:
 
 
 def run_case(case: Case, device: str = "cpu") -> Tensor:
-    from cascade_rcnn.models.nms_triton import nms_mask
+    from cascade_rcnn.models.ops.nms_triton import nms_mask
 
     tensors = [value.to(device) for value in (case.boxes, case.scores, case.groups, case.valid)]
     return nms_mask(*tensors, case.iou, runs=case.runs, most=case.most)
@@ -113,7 +113,7 @@ def ends_early() -> Case:
 
 def interpret(out: Path) -> None:
     """Run by a process of its own: Triton decides to interpret when it is imported."""
-    from cascade_rcnn.models.nms_triton import nms_of_runs
+    from cascade_rcnn.models.ops.nms_triton import nms_of_runs
 
     case = in_runs(cases()[4], (40, 25))
     arguments = (case.boxes, case.groups, case.valid, [40, 25], 0.5, 100)
@@ -148,14 +148,14 @@ def test_a_run_ends_once_enough_stay(interpreted: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("iou", [0.3, 0.5, 0.55, 0.6, 0.7, 0.8, 1 / 3])
 def test_the_limit_in_float32_decides_as_in_double_precision(iou: float) -> None:
-    from cascade_rcnn.models.nms_triton import _limit
+    from cascade_rcnn.models.ops.nms_triton import _limit
 
     limit = torch.tensor(_limit(iou))
     assert limit.item() == _limit(iou) <= iou < limit.nextafter(torch.tensor(1.0)).item()
 
 
 def test_too_many_runs_are_refused() -> None:
-    from cascade_rcnn.models.nms_triton import nms_of_runs
+    from cascade_rcnn.models.ops.nms_triton import nms_of_runs
 
     boxes, valid = torch.zeros(1, 9, 4), torch.ones(1, 9, dtype=torch.bool)
     for lengths in ([1] * 9, [4, 4]):
@@ -174,7 +174,7 @@ def test_kernels_compile_for_gpus(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from cascade_rcnn.models import nms_triton
+    from cascade_rcnn.models.ops import nms_triton
 
     function: Any = getattr(nms_triton, kernel)
     names = function.arg_names
@@ -201,7 +201,7 @@ def test_on_the_device_without_a_wait(number: int) -> None:
     expected = expected_of(case)
     run_case(case, "cuda")  # compiles
     tensors = [value.cuda() for value in (case.boxes, case.scores, case.groups, case.valid)]
-    from cascade_rcnn.models.nms_triton import nms_mask
+    from cascade_rcnn.models.ops.nms_triton import nms_mask
 
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -218,7 +218,7 @@ def test_sixteen_images_of_nine_thousand_boxes_need_little_memory() -> None:
     lengths = (2000,) * 4 + (1000,)
     case = in_runs(Case("many", boxes * 4, scores, scores.long(), torch.ones_like(scores, dtype=torch.bool)), lengths)
     tensors = [value.cuda() for value in (case.boxes, case.scores, case.groups, case.valid)]
-    from cascade_rcnn.models.nms_triton import nms_mask
+    from cascade_rcnn.models.ops.nms_triton import nms_mask
 
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cascade_rcnn.config import TrainConfig
-from cascade_rcnn.detections import detect
-from cascade_rcnn.logger import LossWindow
-from cascade_rcnn.models.detector import CascadeRCNN
-from cascade_rcnn.optim import MovingAverage, Updater
+from cascade_rcnn.inference.detections import detect
+from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.structures import ImageBatch, Targets
+from cascade_rcnn.training.log import LossWindow
+from cascade_rcnn.training.optim import MovingAverage, Updater
 
 pytest.importorskip("triton")  # without it a GPU runs torchvision's NMS, which waits
 
@@ -87,7 +87,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mixed precision and loss scaling as on a GPU, without asking for one."""
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: True)
-    monkeypatch.setattr("cascade_rcnn.models.roi_align.triton_problem", lambda: "")  # no C compiler is needed here
+    monkeypatch.setattr("cascade_rcnn.models.ops.roi_align.triton_problem", lambda: "")  # no C compiler is needed here
     monkeypatch.setattr(Tensor, "backward", backward_without_streams)
 
 
@@ -229,7 +229,7 @@ class _Kernel:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_launching_the_kernels_never_waits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """The host's side of the operators that the tests above answer with a shape only."""
-    from cascade_rcnn.models import mask_targets_triton, nms_triton, roi_align_triton
+    from cascade_rcnn.models.ops import mask_targets_triton, nms_triton, roi_align_triton
 
     kernels = {"_roi_align": roi_align_triton, "_compare": nms_triton, "_walk": nms_triton,
                "_mask_targets": mask_targets_triton}

@@ -13,7 +13,7 @@ from torch import nn
 
 from cascade_rcnn.config import TrainConfig
 from cascade_rcnn.errors import CheckpointError, ConfigError
-from cascade_rcnn.optim import (
+from cascade_rcnn.training.optim import (
     MovingAverage,
     Updater,
     build_optimizer,

@@ -19,14 +19,14 @@ from tiny import TINY, tiny_model
 
 from cascade_rcnn.config import Config, DataConfig
 from cascade_rcnn.data.dataset import DetectionDataset
+from cascade_rcnn.data.exact_resize import resize_to_float
 from cascade_rcnn.data.loader import Collate
 from cascade_rcnn.data.records import DataSplit, ImageRecord
-from cascade_rcnn.data.resize import resize_to_float
 from cascade_rcnn.data.transforms import detectron_scale, detectron_size
-from cascade_rcnn.detections import paste_in_whole_pixels
+from cascade_rcnn.inference.detections import paste_in_whole_pixels
 from cascade_rcnn.models.boxes import scale_boxes
 from cascade_rcnn.models.cascade import Cascade
-from cascade_rcnn.models.detector import CascadeRCNN
+from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.models.rpn import AnchorGenerator
 from cascade_rcnn.predict import Detector
 from cascade_rcnn.structures import ImageBatch

@@ -20,14 +20,14 @@ from PIL import Image
 from torchvision.ops import box_iou
 
 from cascade_rcnn.checkpoint import load_checkpoint
-from cascade_rcnn.convert import run_convert
-from cascade_rcnn.convert_keys import rename
+from cascade_rcnn.convert.checkpoint import run_convert
+from cascade_rcnn.convert.key_tables import rename
 from cascade_rcnn.data.dataset import DetectionDataset
-from cascade_rcnn.data.formats import open_split
+from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.data.loader import train_loader
 from cascade_rcnn.data.transforms import Interpolation, resize_for_test, resize_pixels
 from cascade_rcnn.models.build import build_model
-from cascade_rcnn.models.detector import CascadeRCNN
+from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.predict import load
 from cascade_rcnn.structures import ImageBatch
 

@@ -20,9 +20,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cascade_rcnn.convert.pickle_makers import Array, Placeholder
+from cascade_rcnn.convert.safe_pickle import as_tensor, read_pickled
 from cascade_rcnn.errors import CheckpointError
-from cascade_rcnn.pickle_makers import Array, Placeholder
-from cascade_rcnn.pickles import as_tensor, read_pickled
 
 LEGACY = pytest.param(False, id="legacy")
 ZIP = pytest.param(True, id="zip")

@@ -19,12 +19,12 @@ from torch import nn
 from cascade_rcnn import load
 from cascade_rcnn.checkpoint import save_checkpoint
 from cascade_rcnn.config import Config, DataConfig, ModelConfig
-from cascade_rcnn.detections import Detections, Inference
 from cascade_rcnn.errors import CheckpointError, ConfigError, DataError, UserError
-from cascade_rcnn.inputs import VideoReader, VideoWriter, collect
+from cascade_rcnn.inference.detections import Detections, Inference
+from cascade_rcnn.inference.media import VideoReader, VideoWriter, collect
+from cascade_rcnn.inference.predictions_file import NAME, ResultsFile, join_shards, parse_shard
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.predict import Detector, choose_device, run_predict
-from cascade_rcnn.results import NAME, ResultsFile, join_shards, parse_shard
 from cascade_rcnn.structures import ImageBatch, RawDetections
 
 
@@ -392,7 +392,7 @@ def test_half_precision_moves_scores_a_little(checkpoint: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_tf32_is_on_inside_a_prediction_only() -> None:
-    from cascade_rcnn.detections import _arithmetic
+    from cascade_rcnn.inference.detections import _arithmetic
 
     matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
     for name, expected in (("fp32", False), ("tf32", True)):

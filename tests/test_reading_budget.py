@@ -125,7 +125,7 @@ def _tiny_config(data: Path, masks: Literal["none", "every"]) -> Config:
 
 def _files_of_a_training(folder: Path, masks: Literal["none", "every"]) -> dict[str, set[str]]:
     """Train two steps and evaluate, in this process."""
-    from cascade_rcnn.data.shapes import generate_shapes
+    from cascade_rcnn.data.synthetic_shapes import generate_shapes
     from cascade_rcnn.train import train
 
     data = generate_shapes(folder / "data", train_images=4, val_images=4, size=64)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from cascade_rcnn.data.exact_resize import resize_like_opencv
 from cascade_rcnn.data.files import read_image
-from cascade_rcnn.data.resize import resize_like_opencv
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

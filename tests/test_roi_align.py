@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
-from cascade_rcnn.models import roi_align as module
-from cascade_rcnn.models.roi_align import assign_levels, roi_align, roi_align_rows, rows_weight
+from cascade_rcnn.models.ops import roi_align as module
+from cascade_rcnn.models.ops.roi_align import assign_levels, roi_align, roi_align_rows, rows_weight
 
 STRIDES = (4, 8, 16, 32)
 

@@ -8,7 +8,7 @@ import torch
 from interpreting import interpreted_results
 from torch import Tensor
 
-from cascade_rcnn.models.roi_align import _plain_backward, _plain_forward, roi_align_rows
+from cascade_rcnn.models.ops.roi_align import _plain_backward, _plain_forward, roi_align_rows
 
 triton = pytest.importorskip("triton")
 
@@ -37,7 +37,7 @@ def gradient_for(rows: Tensor) -> Tensor:
 
 def interpret(out: Path) -> None:
     """Run by a process of its own: Triton decides to interpret when it is imported."""
-    from cascade_rcnn.models.roi_align_triton import fused_backward, fused_forward
+    from cascade_rcnn.models.ops.roi_align_triton import fused_backward, fused_forward
 
     results = []
     for dtype, ratio, frame in CASES:
@@ -94,7 +94,7 @@ def test_kernel_compiles_for_gpus_with_vector_accesses(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from cascade_rcnn.models.roi_align_triton import _roi_align
+    from cascade_rcnn.models.ops.roi_align_triton import _roi_align
 
     constants = {"LEVELS": 4, "SIZE": 7, "RATIO": 0, "ALIGNED": True, "WHOLE_PIXELS": False, "HAS_VALID": True,
                  "BACKWARD": backward, "BLOCK": 256}

@@ -10,7 +10,7 @@ import pytest
 from faster_coco_eval import mask as rle_api
 from PIL import Image
 
-from cascade_rcnn.data.shapes import CLASS_NAMES, draw_scene, generate_shapes
+from cascade_rcnn.data.synthetic_shapes import CLASS_NAMES, draw_scene, generate_shapes
 from cascade_rcnn.errors import DataError
 
 

@@ -11,7 +11,7 @@ from tiny import TINY, tiny_model
 from cascade_rcnn.checkpoint import save_checkpoint
 from cascade_rcnn.config import Config
 from cascade_rcnn.errors import CheckpointError
-from cascade_rcnn.transfer import start_from
+from cascade_rcnn.training.init_weights import start_from
 
 
 @pytest.mark.parametrize("agnostic", [True, False])

@@ -10,11 +10,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from cascade_rcnn.charts import ap_by_iou_chart, contact_sheet
 from cascade_rcnn.data.records import ImageRecord
-from cascade_rcnn.detections import Detections
-from cascade_rcnn.structures import ImageBatch, MaskCrops, Targets
-from cascade_rcnn.visualize import (
+from cascade_rcnn.drawing.annotations import (
     Style,
     _place,
     class_color,
@@ -24,6 +21,9 @@ from cascade_rcnn.visualize import (
     side_by_side,
     text_color,
 )
+from cascade_rcnn.drawing.charts import ap_by_iou_chart, contact_sheet
+from cascade_rcnn.inference.detections import Detections
+from cascade_rcnn.structures import ImageBatch, MaskCrops, Targets
 
 NAMES = ("cat", "dog")
 GREY = 100

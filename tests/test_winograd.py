@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from cascade_rcnn.models import winograd
-from cascade_rcnn.models.winograd import WinogradConv2d, use_winograd
+from cascade_rcnn.models.ops import winograd
+from cascade_rcnn.models.ops.winograd import WinogradConv2d, use_winograd
 
 
 def layer(inputs: int, outputs: int, *, bias: bool = True) -> nn.Conv2d:

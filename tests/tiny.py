@@ -9,7 +9,7 @@ import torch
 
 from cascade_rcnn.config import ModelConfig
 from cascade_rcnn.models.build import build_model
-from cascade_rcnn.models.detector import CascadeRCNN
+from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.structures import ImageBatch, MaskCrops, Targets
 
 TINY = ModelConfig(

@@ -18,8 +18,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from cascade_rcnn.config import DataConfig, Semantics
+from cascade_rcnn.data.exact_resize import resize_like_opencv, resize_to_float, resize_with_pillow
 from cascade_rcnn.data.masks import nearest_indices
-from cascade_rcnn.data.resize import resize_like_opencv, resize_to_float, resize_with_pillow
 
 Interpolation = Literal["fast", "opencv", "float", "antialias", "pillow"]  # all bilinear
 SMALLEST_CROPPED_BOX = 1.0  # pixels; what a random crop leaves of an object below this is not learnt

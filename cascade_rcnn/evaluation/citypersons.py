@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cascade_rcnn.data.matlab import read_mat
+from cascade_rcnn.data.formats.matlab import read_mat
 from cascade_rcnn.errors import DataError
-from cascade_rcnn.evaluation import files
-from cascade_rcnn.evaluation.pairs import areas, intersections, pair_up
+from cascade_rcnn.evaluation import read_results
+from cascade_rcnn.evaluation.pairwise import areas, intersections, pair_up
 
 _IOU = 0.5
 _MOST = 1000  # detections per image
@@ -78,8 +78,8 @@ def evaluate_citypersons(
     """
     notes = [] if notes is None else notes
     people = read_truth(truth)
-    table = files.parse_results(
-        files.read_json(results), name=str(results), images=people.image_ids, categories=people.categories
+    table = read_results.parse_results(
+        read_results.read_json(results), name=str(results), images=people.image_ids, categories=people.categories
     )
     candidates = candidates_of(people, table)
     metrics: dict[str, float | None] = {}
@@ -97,7 +97,7 @@ def log_average(recall: NDArray[np.float64]) -> float:
         return float(np.exp(np.mean(np.log(1.0 - recall))))
 
 
-def candidates_of(people: People, table: files.ResultTable) -> Candidates:
+def candidates_of(people: People, table: read_results.ResultTable) -> Candidates:
     keep = np.flatnonzero(table.categories == 1)
     keep = keep[np.lexsort((-table.scores[keep], table.images[keep]))]  # stable
     rows = table.images[keep]
@@ -168,7 +168,7 @@ def read_truth(path: Path) -> People:
     """The ground truth from ``val_gt.json`` or an ``anno_*.mat`` of the CityPersons annotations."""
     if path.suffix == ".mat":
         return _read_mat(path)
-    truth = files.read_json(path)
+    truth = read_results.read_json(path)
     try:
         ids = sorted(image["id"] for image in truth["images"])
         image_ids: dict[Hashable, int] = {image: row for row, image in enumerate(ids)}

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cascade_rcnn.data.masks import polygon_points, rle_counts
 from cascade_rcnn.data.records import DataSplit, Segmentation
 from cascade_rcnn.errors import DataError
-from cascade_rcnn.evaluation import files
+from cascade_rcnn.evaluation import read_results
 
 IouType = Literal["bbox", "segm"]
 IOUS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
@@ -82,7 +82,7 @@ def evaluate_coco_files(
 ) -> dict[str, float | None]:
     """``evaluate_coco`` for boxes and, where the results have masks, for masks, reading each file once."""
     notes = [] if notes is None else notes
-    dataset, found = files.read_json(truth), files.read_json(results)
+    dataset, found = read_results.read_json(truth), read_results.read_json(results)
     annotations = dataset.get("annotations") if isinstance(dataset, dict) else None
     masked_truth = isinstance(annotations, list) and any(
         isinstance(one, dict) and one.get("segmentation") for one in annotations
@@ -117,12 +117,12 @@ def _metrics(table: CocoTable, iou_type: str, notes: list[str] | None) -> dict[s
         absent = [name for name in table.class_names if metrics[f"AP/{name}"] is None]
         if absent:
             notes.append(f"{iou_type}/AP/CLASS is undefined for classes without objects (other than crowds): "
-                         f"{files.names_of(absent)}; means leave them out")
+                         f"{read_results.names_of(absent)}; means leave them out")
         bare = [key for key, value in metrics.items() if value is None and "/" not in key]
         if metrics["AP"] is None:
             notes.append(f"{iou_type}/*: the ground truth has no object that counts (none at all, or only crowds)")
         elif bare:
-            notes.append(f"{iou_type}: no object of this size in the ground truth: {files.names_of(bare)} undefined")
+            notes.append(f"{iou_type}: no object of this size in the ground truth: {read_results.names_of(bare)} undefined")
     return {f"{iou_type}/{key}": value for key, value in metrics.items()}
 
 
@@ -133,8 +133,8 @@ def coco_table(
     """The arrays behind ``evaluate_coco``; same arguments, same errors."""
     if max_detections < 1:
         raise DataError(f"max_detections {max_detections}: at least 1")
-    named_truth = (files.read_json(truth), str(truth)) if isinstance(truth, Path) else (truth, "ground truth")
-    named_results = (files.read_json(results), str(results)) if isinstance(results, Path) else (results, "results")
+    named_truth = (read_results.read_json(truth), str(truth)) if isinstance(truth, Path) else (truth, "ground truth")
+    named_results = (read_results.read_json(results), str(results)) if isinstance(results, Path) else (results, "results")
     return _table(named_truth, named_results, iou_type, class_names, max_detections)
 
 
@@ -261,7 +261,7 @@ def _own_results(
     need_box = iou_type == "bbox"
     table = _faultless(found, rows, known, need_box)
     if table is None:
-        table = files.parse_results(found, name=where, images=rows, categories=known, need_box=need_box)
+        table = read_results.parse_results(found, name=where, images=rows, categories=known, need_box=need_box)
     own: list[dict[str, Any]] = [
         {"image_id": int(image), "category_id": int(category), "score": float(score)}
         for image, category, score in zip(table.images, table.categories, table.scores)
@@ -279,7 +279,7 @@ def _own_results(
 
 def _faultless(
     found: Any, rows: Mapping[Hashable, int], known: set[int], need_box: bool
-) -> files.ResultTable | None:
+) -> read_results.ResultTable | None:
     """The table of a list without a fault, checked as arrays; None where ``parse_results`` must look entry by entry."""
     if not isinstance(found, list):
         return None
@@ -295,7 +295,7 @@ def _faultless(
         one_by_one = need_box and ((boxes[:, 2:] < 0).any() or any(len(one["bbox"]) != 4 for one in found))
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
-    return None if one_by_one else files.ResultTable(images, np.array(categories, np.int64), boxes, values)
+    return None if one_by_one else read_results.ResultTable(images, np.array(categories, np.int64), boxes, values)
 
 
 def _compressed(mask: Any, height: int, width: int) -> dict[str, Any]:

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rcnn.errors import DataError
-from cascade_rcnn.evaluation import files
-from cascade_rcnn.evaluation.pairs import areas, intersections, ious, pair_up
+from cascade_rcnn.evaluation import read_results
+from cascade_rcnn.evaluation.pairwise import areas, intersections, ious, pair_up
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")
 DIFFICULTIES = ("easy", "moderate", "hard")
@@ -215,8 +215,8 @@ def read_kitti_files(truth: Path, results: Path) -> tuple[Boxes, Boxes, set[str]
     """Labels and detections of the frames that have a results file, and the labelled frames that have none."""
     truth = truth / "label_2" if (truth / "label_2").is_dir() else truth
     results = results / "data" if (results / "data").is_dir() else results
-    files.folder(truth, "the folder label_2 of NNNNNN.txt files")
-    files.folder(results, "the folder results/data of NNNNNN.txt files")
+    read_results.folder(truth, "the folder label_2 of NNNNNN.txt files")
+    read_results.folder(results, "the folder results/data of NNNNNN.txt files")
     paths = sorted(results.glob("*.txt"))
     if not paths:
         raise DataError(f"{results}: no .txt file in it: write one per image (empty where nothing was detected)")
@@ -232,11 +232,11 @@ def read_kitti_files(truth: Path, results: Path) -> tuple[Boxes, Boxes, set[str]
 def _read(paths: list[Path], columns: str, *, known: frozenset[str] | None = None) -> Boxes:
     frames, types, tables = [], [], [np.zeros((0, len(columns.split()) - 1))]
     for frame, path in enumerate(paths):
-        words, table = files.read_table(path, columns=columns)
+        words, table = read_results.read_table(path, columns=columns)
         lower = [word.lower() for word in words]
         for word, kind in zip(words, lower):
             if known is not None and kind not in known:
-                raise DataError(f"{path}: unknown type {word!r}: use {files.names_of(CLASSES)}")
+                raise DataError(f"{path}: unknown type {word!r}: use {read_results.names_of(CLASSES)}")
         frames += [frame] * len(words)
         types += lower
         tables.append(table)

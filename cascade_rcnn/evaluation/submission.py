@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
-from cascade_rcnn.evaluation import files
+from cascade_rcnn.evaluation import read_results
 
 
 def write_submission(format: str, split: DataSplit, detections: list[dict[str, Any]], out: Path) -> Path:
@@ -26,7 +26,7 @@ def write_submission(format: str, split: DataSplit, detections: list[dict[str, A
     if format not in _WRITERS:
         raise DataError(f"submission format {format!r}: choose one of {', '.join(_WRITERS)}")
     rows: dict[Hashable, int] = {record.image_id: row for row, record in enumerate(split.records)}
-    table = files.parse_results(detections, name="detections", images=rows, categories=split.category_ids)
+    table = read_results.parse_results(detections, name="detections", images=rows, categories=split.category_ids)
     out.mkdir(parents=True, exist_ok=True)
     return _WRITERS[format](split, detections, table, out)
 
@@ -50,7 +50,7 @@ def write_json(path: Path, content: Any) -> Path:
     return path
 
 
-def _write_coco(split: DataSplit, detections: list[dict[str, Any]], table: files.ResultTable, out: Path) -> Path:
+def _write_coco(split: DataSplit, detections: list[dict[str, Any]], table: read_results.ResultTable, out: Path) -> Path:
     ids = [record.image_id for record in split.records]
     content = [
         {"image_id": ids[image], "category_id": category, "bbox": box, "score": score}
@@ -63,13 +63,13 @@ def _write_coco(split: DataSplit, detections: list[dict[str, Any]], table: files
 
 
 def _write_citypersons(
-    split: DataSplit, detections: list[dict[str, Any]], table: files.ResultTable, out: Path
+    split: DataSplit, detections: list[dict[str, Any]], table: read_results.ResultTable, out: Path
 ) -> Path:
     plain = [{key: value for key, value in one.items() if key != "segmentation"} for one in detections]
     return _write_coco(split, plain, table, out)
 
 
-def _write_voc(split: DataSplit, _: list[dict[str, Any]], table: files.ResultTable, out: Path) -> Path:
+def _write_voc(split: DataSplit, _: list[dict[str, Any]], table: read_results.ResultTable, out: Path) -> Path:
     names = _names(split, "voc")
     listing = voc_list_name(split)
     corners = table.boxes.copy()
@@ -83,7 +83,7 @@ def _write_voc(split: DataSplit, _: list[dict[str, Any]], table: files.ResultTab
     return _write_files(out, wanted, pattern=f"comp4_det_{listing}_*.txt")
 
 
-def _write_kitti(split: DataSplit, _: list[dict[str, Any]], table: files.ResultTable, out: Path) -> Path:
+def _write_kitti(split: DataSplit, _: list[dict[str, Any]], table: read_results.ResultTable, out: Path) -> Path:
     names = _names(split, "kitti")
     classes = dict(zip(split.category_ids, split.class_names))
     folder = out / "data"
@@ -98,7 +98,7 @@ def _write_kitti(split: DataSplit, _: list[dict[str, Any]], table: files.ResultT
     return _write_files(folder, wanted, pattern="*.txt")
 
 
-def _write_widerface(split: DataSplit, _: list[dict[str, Any]], table: files.ResultTable, out: Path) -> Path:
+def _write_widerface(split: DataSplit, _: list[dict[str, Any]], table: read_results.ResultTable, out: Path) -> Path:
     wanted = {}
     order = np.lexsort((-table.scores, table.images))  # the Python port needs sorted files
     ends = np.searchsorted(table.images[order], np.arange(len(split.records) + 1))
@@ -111,7 +111,7 @@ def _write_widerface(split: DataSplit, _: list[dict[str, Any]], table: files.Res
     return _write_files(out, wanted, pattern="*/*.txt")
 
 
-_Writer = Callable[[DataSplit, list[dict[str, Any]], files.ResultTable, Path], Path]
+_Writer = Callable[[DataSplit, list[dict[str, Any]], read_results.ResultTable, Path], Path]
 _WRITERS: Mapping[str, _Writer] = {
     "coco": _write_coco, "voc": _write_voc, "kitti": _write_kitti, "citypersons": _write_citypersons,
     "widerface": _write_widerface,

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rcnn.errors import DataError
-from cascade_rcnn.evaluation import files
-from cascade_rcnn.evaluation.pairs import best_of_each, ious, pair_up
+from cascade_rcnn.evaluation import read_results
+from cascade_rcnn.evaluation.pairwise import best_of_each, ious, pair_up
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -47,7 +47,7 @@ def evaluate_voc(
     """
     notes = [] if notes is None else notes
     objects, image_ids = read_truth(truth, split)
-    detections = read_results(results, split, image_ids)
+    detections = read_submission(results, split, image_ids)
     _check_classes(truth, results, split, objects, detections)
     ap07: dict[str, float | None] = {}
     area: dict[str, float | None] = {}
@@ -116,12 +116,12 @@ def _match(
 
 def read_truth(root: Path, split: str) -> tuple[dict[str, ClassObjects], dict[str, int]]:
     """Objects per class of an image set of a VOC year folder, and the row of each image."""
-    files.folder(root, "a VOC year folder with Annotations/ and ImageSets/Main/ (for example VOCdevkit/VOC2007)")
+    read_results.folder(root, "a VOC year folder with Annotations/ and ImageSets/Main/ (for example VOCdevkit/VOC2007)")
     listing = root / "ImageSets" / "Main" / f"{split}.txt"
     if not listing.is_file():
-        known = files.names_of([path.stem for path in listing.parent.glob("*.txt")]) or "none"
+        known = read_results.names_of([path.stem for path in listing.parent.glob("*.txt")]) or "none"
         raise DataError(f"{listing}: not found: choose --split among {known}")
-    lines = [_image_name(line) for line in files.read_text(listing).splitlines() if line.strip()]
+    lines = [_image_name(line) for line in read_results.read_text(listing).splitlines() if line.strip()]
     image_ids = {name: row for row, name in enumerate(lines)}
     if len(image_ids) != len(lines):
         twice = next(name for row, name in enumerate(lines) if image_ids[name] != row)
@@ -147,7 +147,7 @@ def _image_name(line: str) -> str:
 
 
 def _read_annotation(path: Path) -> list[tuple[str, tuple[float, float, float, float], bool]]:
-    text = files.read_text(path)
+    text = read_results.read_text(path)
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise DataError(f"{path}: declares a document type, which VOC annotations never do: remove it")
     try:
@@ -169,22 +169,22 @@ def _read_annotation(path: Path) -> list[tuple[str, tuple[float, float, float, f
     return found
 
 
-def read_results(results: Path, split: str, image_ids: dict[str, int]) -> dict[str, ClassObjects]:
+def read_submission(results: Path, split: str, image_ids: dict[str, int]) -> dict[str, ClassObjects]:
     """Detections per class from ``comp4_det_SPLIT_CLASS.txt`` (``comp3`` is read too), in file order."""
-    files.folder(results, f"the folder of comp4_det_{split}_CLASS.txt files")
+    read_results.folder(results, f"the folder of comp4_det_{split}_CLASS.txt files")
     detections = {}
     for path in sorted(results.glob(f"comp[34]_det_{split}_*.txt")):
         label = path.stem.split(f"_det_{split}_", 1)[1]
         if label in detections:
             raise DataError(f"{path}: class {label!r} is there as comp3 and as comp4: keep one")
-        names, table = files.read_table(path, columns="image score xmin ymin xmax ymax")
+        names, table = read_results.read_table(path, columns="image score xmin ymin xmax ymax")
         rows = [image_ids.get(name, -1) for name in names]
         if -1 in rows:
             line = rows.index(-1)
             raise DataError(f"{path}: image {names[line]!r} is not in the image set {split!r}: score another --split")
         detections[label] = ClassObjects(np.array(rows, np.int64), table[:, 1:], scores=table[:, 0])
     if not detections:
-        there = files.names_of([path.name for path in results.iterdir()], most=3) or "nothing"
+        there = read_results.names_of([path.name for path in results.iterdir()], most=3) or "nothing"
         raise DataError(f"{results}: no comp4_det_{split}_CLASS.txt in it (found {there}): give --split or the folder")
     return detections
 
@@ -201,7 +201,7 @@ def _check_classes(
             return
     name = min(strange)
     raise DataError(f"{results}/comp4_det_{split}_{name}.txt: class {name!r} is in no annotation, "
-                    f"which have {files.names_of(objects)}: rename or remove the file")
+                    f"which have {read_results.names_of(objects)}: rename or remove the file")
 
 
 def _explain(
@@ -210,17 +210,17 @@ def _explain(
 ) -> None:
     missing = sorted(set(objects) - set(detections))
     if missing:
-        notes.append(f"no file comp4_det_{split}_CLASS.txt for {files.names_of(missing)}: undefined, and so are the "
+        notes.append(f"no file comp4_det_{split}_CLASS.txt for {read_results.names_of(missing)}: undefined, and so are the "
                      "means; write an empty file for a class that was never detected")
     undefined = [name for name, value in area.items() if value is None and name in detections]
     if undefined:
         defined = [value for value in area.values() if value is not None]
         rest = f"; the mean over the other {len(defined)} is {np.mean(defined):.4f}" if defined else ""
-        notes.append(f"voc/AP is undefined for {files.names_of(undefined)} (detections, but no object that counts), "
+        notes.append(f"voc/AP is undefined for {read_results.names_of(undefined)} (detections, but no object that counts), "
                      f"and so is voc/mAP, the plain mean{rest}")
     zero = [name for name in detections if name not in objects or bool(np.all(objects[name].difficult))]
     if zero:
-        notes.append(f"without objects that count: {files.names_of(zero)}; the official 11-point AP of such a class is "
+        notes.append(f"without objects that count: {read_results.names_of(zero)}; the official 11-point AP of such a class is "
                      "0 and enters voc/mAP07")
 
 

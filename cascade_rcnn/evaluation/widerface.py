@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cascade_rcnn.data.matlab import read_mat
+from cascade_rcnn.data.formats.matlab import read_mat
 from cascade_rcnn.errors import DataError
-from cascade_rcnn.evaluation import files
-from cascade_rcnn.evaluation.pairs import best_of_each, ious, pair_up
+from cascade_rcnn.evaluation import read_results
+from cascade_rcnn.evaluation.pairwise import best_of_each, ious, pair_up
 from cascade_rcnn.evaluation.voc import area_under
 
 SETTINGS = ("easy", "medium", "hard")
@@ -44,7 +44,7 @@ def evaluate_widerface(truth: Path, results: Path, *, notes: list[str] | None = 
     """
     notes = [] if notes is None else notes
     faces = read_truth(truth)
-    rows, boxes, scores = read_results(results, faces.images, notes)
+    rows, boxes, scores = read_submission(results, faces.images, notes)
     scores = _normalised(scores)
     order = np.lexsort((-scores, rows))  # stable: equal scores keep the order of the file
     rows, boxes, scores = rows[order], boxes[order], scores[order]
@@ -99,7 +99,7 @@ def _normalised(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def read_truth(root: Path) -> Faces:
     """The four official ``.mat`` files of a folder."""
-    files.folder(root, "the folder of wider_face_val.mat, wider_easy_val.mat, wider_medium_val.mat, wider_hard_val.mat")
+    read_results.folder(root, "the folder of wider_face_val.mat, wider_easy_val.mat, wider_medium_val.mat, wider_hard_val.mat")
     path = root / "wider_face_val.mat"
     table = _load(path, ("event_list", "file_list", "face_bbx_list"))
     lists = {name: _load(root / f"wider_{name}_val.mat", ("gt_list",))["gt_list"] for name in SETTINGS}
@@ -136,11 +136,11 @@ def _load(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     return table
 
 
-def read_results(
+def read_submission(
     results: Path, images: dict[tuple[str, str], int], notes: list[str]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
     """Image rows [D], boxes [D, 4] as x, y, x + width, y + height, and scores [D] of all files."""
-    files.folder(results, "the folder of event folders (results/0--Parade/0_Parade_....txt)")
+    read_results.folder(results, "the folder of event folders (results/0--Parade/0_Parade_....txt)")
     rows, tables = [np.zeros(0, np.int64)], [np.zeros((0, 5))]
     seen = set()
     for path in sorted(results.glob("*/*.txt")):
@@ -150,7 +150,7 @@ def read_results(
             place = "image" if path.parent.name in known else "event"
             raise DataError(f"{path}: this {place} is not in the ground truth: was it made for another split?")
         seen.add(key)
-        _, table = files.read_table(path, columns="x y width height score", names=0, skip=2)
+        _, table = read_results.read_table(path, columns="x y width height score", names=0, skip=2)
         _check_count(path, len(table))
         rows.append(np.full(len(table), images[key]))
         tables.append(table)
@@ -166,7 +166,7 @@ def read_results(
 
 
 def _check_count(path: Path, found: int) -> None:
-    lines = files.read_text(path).splitlines()
+    lines = read_results.read_text(path).splitlines()
     if len(lines) < 2 or lines[1].strip() != str(found):
         count = lines[1].strip() if len(lines) > 1 else ""
         raise DataError(f"{path}: line 2 says {count!r} detections and {found} lines follow: "

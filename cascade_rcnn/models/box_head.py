@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade_rcnn.models.roi_align import rows_weight
+from cascade_rcnn.models.ops.roi_align import rows_weight
 
 
 class BoxHead(nn.Module):

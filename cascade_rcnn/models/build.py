@@ -18,7 +18,7 @@ from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.models.backbone import STRIDES, Backbone, FeaturePyramid
 from cascade_rcnn.models.box_head import BoxHead, ConvBoxHead
 from cascade_rcnn.models.cascade import Cascade, CascadeDetails
-from cascade_rcnn.models.detector import CascadeRCNN
+from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.models.mask_head import MaskHead
 from cascade_rcnn.models.rpn import RPN, AnchorGenerator, RPNDetails
 

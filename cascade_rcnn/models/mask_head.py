@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade_rcnn.models.roi_align import has_triton
+from cascade_rcnn.models.ops.roi_align import has_triton
 from cascade_rcnn.structures import MaskCrops
 
 MAX_TABLE = 1 << 24  # pixels of object masks gathered at once
@@ -91,7 +91,7 @@ def mask_targets(masks: MaskCrops, rois: Tensor, index: Tensor, sizes: Tensor, *
     bin as RoIAlign does (aligned, adaptive sampling) and cut at one half (mmdetection's and detectron2's bitmap rule).
     """
     if rois.is_cuda and has_triton():
-        from cascade_rcnn.models.mask_targets_triton import fused_mask_targets
+        from cascade_rcnn.models.ops.mask_targets_triton import fused_mask_targets
 
         return fused_mask_targets(masks, rois, index, sizes, bins=bins)
     rois = rois.nan_to_num(0.0, 0.0, 0.0)  # of a training that diverges: its losses say so, a step later

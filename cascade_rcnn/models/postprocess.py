@@ -13,7 +13,7 @@ from torchvision.ops import batched_nms
 
 from cascade_rcnn.models.boxes import pairwise_iou
 from cascade_rcnn.models.matching import take
-from cascade_rcnn.models.roi_align import has_triton
+from cascade_rcnn.models.ops.roi_align import has_triton
 from cascade_rcnn.structures import RawDetections
 
 # Candidates handed to NMS per image on a GPU, where shapes must not depend on the data. Only images with more boxes
@@ -43,7 +43,7 @@ def nms_keep(
     if spread and count:
         boxes = boxes + (groups * (boxes.flatten(1).amax(dim=1, keepdim=True) + 1)).unsqueeze(-1)
     if boxes.is_cuda and has_triton():
-        from cascade_rcnn.models.nms_triton import nms_mask
+        from cascade_rcnn.models.ops.nms_triton import nms_mask
 
         return nms_mask(boxes, scores, groups, valid, iou, runs=runs, most=most)
     image = torch.arange(batch, device=boxes.device)[:, None]

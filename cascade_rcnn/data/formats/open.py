@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from cascade_rcnn.data import files
-from cascade_rcnn.data.citypersons import citypersons_splits, read_citypersons
-from cascade_rcnn.data.coco import coco_files, read_coco
-from cascade_rcnn.data.kitti import kitti_splits, read_kitti
+from cascade_rcnn.data.formats.citypersons import citypersons_splits, read_citypersons
+from cascade_rcnn.data.formats.coco import coco_files, read_coco
+from cascade_rcnn.data.formats.kitti import kitti_splits, read_kitti
+from cascade_rcnn.data.formats.voc import read_voc, voc_splits
+from cascade_rcnn.data.formats.widerface import read_widerface, widerface_splits
+from cascade_rcnn.data.formats.yolo import read_yolo, yolo_splits
 from cascade_rcnn.data.records import DataSplit, ImageRecord, Problems
-from cascade_rcnn.data.voc import read_voc, voc_splits
-from cascade_rcnn.data.widerface import read_widerface, widerface_splits
-from cascade_rcnn.data.yolo import read_yolo, yolo_splits
 from cascade_rcnn.errors import DataError
 
 _Names = Callable[[Path], Iterable[str]]

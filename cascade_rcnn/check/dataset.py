@@ -11,13 +11,13 @@ import json
 import os
 from pathlib import Path
 
+from cascade_rcnn.check.images import check_images, check_same_images
+from cascade_rcnn.check.objects import check_classes, check_objects
+from cascade_rcnn.check.report import Report, new_report
 from cascade_rcnn.config import Config, DataConfig, ModelConfig
 from cascade_rcnn.data import files
-from cascade_rcnn.data.check_images import check_images, check_same_images
-from cascade_rcnn.data.check_objects import check_classes, check_objects
-from cascade_rcnn.data.formats import describe_split, disjoint_splits, open_split, recognise
+from cascade_rcnn.data.formats.open import describe_split, disjoint_splits, open_split, recognise
 from cascade_rcnn.data.records import DataSplit, Problems, advice
-from cascade_rcnn.data.report import Report, new_report
 from cascade_rcnn.errors import DataError
 
 _VERSION = 1  # of the cache; raise it when a check changes
@@ -138,13 +138,13 @@ def run_check(data: Path, *, fix: Path | None = None, draw: int = 0, out: Path |
         out.mkdir(parents=True, exist_ok=True)
         (out / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
     if draw:
-        from cascade_rcnn.data.sheet import draw_samples
+        from cascade_rcnn.drawing.sample_sheet import draw_samples
 
         sheet = (out or Path()) / "samples.png"
         draw_samples(splits, draw, marked={problem.where for problem in report.problems}).save(sheet)
         print(f"{draw} samples drawn to {files.printable(sheet)}")
     if fix is not None:
-        from cascade_rcnn.data.fix import fix_dataset
+        from cascade_rcnn.check.fix import fix_dataset
 
         changes = fix_dataset(splits, fix)
         for change in changes[:20]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cascade_rcnn.checkpoint import save_checkpoint, write_tensors
 from cascade_rcnn.config import Config, DataConfig, ModelConfig
-from cascade_rcnn.convert_config import (
+from cascade_rcnn.convert.infer_config import (
     Hints,
     Preprocessing,
     Structure,
@@ -28,10 +28,10 @@ from cascade_rcnn.convert_config import (
     read_config_text,
     structure_of,
 )
-from cascade_rcnn.convert_keys import Format, absorb_preprocessing, adapt_values, recognise, remove_eps, rename
+from cascade_rcnn.convert.key_tables import Format, absorb_preprocessing, adapt_values, recognise, remove_eps, rename
+from cascade_rcnn.convert.pickle_makers import Placeholder
+from cascade_rcnn.convert.safe_pickle import as_tensor, read_pickled
 from cascade_rcnn.errors import CheckpointError, UserError
-from cascade_rcnn.pickle_makers import Placeholder
-from cascade_rcnn.pickles import as_tensor, read_pickled
 
 # Names of COCO's category ids 1..90; "-" where an id was never used.
 _COCO_90_TEXT = (

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cascade_rcnn.convert_keys import Format
+from cascade_rcnn.convert.key_tables import Format
 from cascade_rcnn.errors import CheckpointError
 
 _MAX_TEXT = 2_000_000

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade_rcnn.errors import UserError
-from cascade_rcnn.models.detector import CascadeRCNN
+from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
+from cascade_rcnn.models.ops.winograd import WinogradConv2d
 from cascade_rcnn.models.rpn import RPN
-from cascade_rcnn.models.winograd import WinogradConv2d
 from cascade_rcnn.structures import ImageBatch, RawDetections
 
 _MOST_VARIANTS = 64  # of one function: sizes times batches; torch's own limit of 8 would fall back to eager silently

@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Print what :func:`cascade_rcnn.benchmark.run_benchmark` returns."""
+    """Print what :func:`cascade_rcnn.benchmark.run.run_benchmark` returns."""
     console = Console(width=None if sys.stdout.isatty() else 110, soft_wrap=True)
     machine, limits = report["machine"], report["limits"]
     what = "a training step" if report["train"] else "prediction"

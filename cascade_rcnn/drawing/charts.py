@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from PIL import Image, ImageDraw
 
-from cascade_rcnn.visualize import INK, PAPER, Color, class_color, font
+from cascade_rcnn.drawing.annotations import INK, PAPER, Color, class_color, font
 
 _FAINT: Color = (222, 225, 230)
 _SOFT: Color = (110, 116, 126)

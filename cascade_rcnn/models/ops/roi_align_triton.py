@@ -157,7 +157,7 @@ def fused_forward(
     features: Sequence[Tensor], boxes: Tensor, valid: Tensor | None, size: int, strides: Sequence[int], ratio: int,
     frame: int,
 ) -> Tensor:  # fmt: skip
-    """``[B, N, S * S, C]`` of the features' type; arguments as :func:`cascade_rcnn.models.roi_align.roi_align_rows`."""
+    """``[B, N, S * S, C]`` of the features' type; arguments as :func:`cascade_rcnn.models.ops.roi_align.roi_align_rows`."""
     maps = [feature.permute(0, 2, 3, 1).contiguous() for feature in features]  # no copy where channels-last
     rows = maps[0].new_empty(*boxes.shape[:2], size * size, maps[0].shape[3])
     _launch(maps, boxes, valid, rows, strides, size=size, ratio=ratio, frame=frame, backward=False)

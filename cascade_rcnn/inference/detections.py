@@ -24,7 +24,7 @@ from cascade_rcnn.models.boxes import scale_boxes
 from cascade_rcnn.structures import ImageBatch, RawDetections
 
 if TYPE_CHECKING:
-    from cascade_rcnn.models.detector import CascadeRCNN
+    from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 
 MASK_THRESHOLD = 0.5
 
@@ -134,7 +134,7 @@ class Detections:
 
     def draw(self, **options: Any) -> Any:
         """The image with boxes, masks, names and scores, a ``PIL.Image``; options as in ``draw_detections``."""
-        from cascade_rcnn.visualize import draw_detections
+        from cascade_rcnn.drawing.annotations import draw_detections
 
         if self.image is None:
             raise UserError("no image to draw on in these detections: use visualize.draw_detections(image, detections)")

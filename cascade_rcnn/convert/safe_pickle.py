@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cascade_rcnn.convert.pickle_makers import Array, Dtype, Name, Placeholder, Storage, check_keys, fill_array, make
 from cascade_rcnn.errors import CheckpointError
-from cascade_rcnn.pickle_makers import Array, Dtype, Name, Placeholder, Storage, check_keys, fill_array, make
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of torch.save's format before 1.6
 _MAX_PROGRAM = 256 << 20  # bytes of pickle in a zip, the tensors' data not counted

@@ -17,7 +17,7 @@ from cascade_rcnn.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from cascade_rcnn.detections import MaskCrop
+    from cascade_rcnn.inference.detections import MaskCrop
 
 _LABELLED = 24  # pixels on the sheet: a smaller object would be hidden by its own name
 
@@ -31,7 +31,7 @@ def draw_samples(splits: Sequence[DataSplit], count: int, *, marked: set[str] | 
     """
     from PIL import Image as Pictures
 
-    from cascade_rcnn.charts import contact_sheet
+    from cascade_rcnn.drawing.charts import contact_sheet
 
     there = [(split, record) for split in splits for record in split.records if is_file(record.path)]
     if not there:
@@ -62,7 +62,7 @@ def _draw(record: ImageRecord, class_names: tuple[str, ...], cell: int) -> Image
     """The image scaled to a cell first, so that lines stay as thick as they are drawn."""
     from PIL import Image as Pictures
 
-    from cascade_rcnn.visualize import Mark, class_color, draw_marks
+    from cascade_rcnn.drawing.annotations import Mark, class_color, draw_marks
 
     with quiet_pillow(), Pictures.open(record.path) as image:
         scale = cell / max(image.size)
@@ -87,7 +87,7 @@ def _crop(mask: Segmentation, size: tuple[int, int], scale: float) -> MaskCrop |
     from PIL import Image as Pictures
     from PIL import ImageDraw
 
-    from cascade_rcnn.detections import MaskCrop
+    from cascade_rcnn.inference.detections import MaskCrop
 
     if isinstance(mask, dict):
         full = Pictures.fromarray(decode_rle(mask).astype(np.uint8) * 255)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rcnn.data import files
-from cascade_rcnn.data.matlab import read_mat, text
+from cascade_rcnn.data.formats.matlab import read_mat, text
 from cascade_rcnn.data.records import DataSplit, ImageRecord, Problems
 from cascade_rcnn.errors import DataError
 

@@ -305,7 +305,7 @@ def _rows(
 ) -> Tensor:  # fmt: skip
     """An operator, so that torch.compile takes it whole and autograd keeps the boxes only."""
     if _fused(boxes):
-        from cascade_rcnn.models.roi_align_triton import fused_forward
+        from cascade_rcnn.models.ops.roi_align_triton import fused_forward
 
         return fused_forward(features, boxes, valid, size, strides, ratio, frame)
     return _plain_forward(features, boxes, valid, size, strides, ratio, frame)
@@ -323,7 +323,7 @@ def _rows_backward(
 ) -> list[Tensor]:  # fmt: skip
     shapes = [(boxes.shape[0], gradient.shape[-1], height, width) for height, width in zip(heights, widths)]
     if _fused(boxes):
-        from cascade_rcnn.models.roi_align_triton import fused_backward
+        from cascade_rcnn.models.ops.roi_align_triton import fused_backward
 
         return fused_backward(gradient, boxes, valid, shapes, size, strides, ratio, frame)
     return _plain_backward(gradient, boxes, valid, shapes, size, strides, ratio, frame)

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from cascade_rcnn.models.backbone import Backbone, FeaturePyramid
 from cascade_rcnn.models.box_head import BoxHead
 from cascade_rcnn.models.cascade import Cascade
+from cascade_rcnn.models.ops.winograd import use_winograd
 from cascade_rcnn.models.rpn import RPN
-from cascade_rcnn.models.winograd import use_winograd
 from cascade_rcnn.structures import ImageBatch, OriginalFrame, RawDetections, Targets
 
 

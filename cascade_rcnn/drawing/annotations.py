@@ -25,7 +25,7 @@ from torch import Tensor
 from cascade_rcnn.data.files import read_image
 from cascade_rcnn.data.masks import decode_window, pack_segmentation
 from cascade_rcnn.data.records import ImageRecord, Segmentation
-from cascade_rcnn.detections import Detections, MaskCrop
+from cascade_rcnn.inference.detections import Detections, MaskCrop
 from cascade_rcnn.structures import ImageBatch, MaskCrops, Targets
 
 Color = tuple[int, int, int]
@@ -174,7 +174,7 @@ def _to_picture(image: Any) -> Image.Image:
         return image.convert("RGB")
     if isinstance(image, Tensor):
         return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-    from cascade_rcnn.inputs import to_array
+    from cascade_rcnn.inference.media import to_array
 
     return Image.fromarray(to_array(image))
 

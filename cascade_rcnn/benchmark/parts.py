@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-    from cascade_rcnn.benchmark import Setting
+    from cascade_rcnn.benchmark.run import Setting
 
 ROIS = 1000
 
@@ -34,7 +34,7 @@ def measure_memory(setting: Setting, config: str, *, repeats: int) -> dict[str, 
     whole life. Training: models are made from the rule, two steps follow, the peak is that of the steps.
     Empty where the system does not tell (Linux does).
     """
-    from cascade_rcnn import benchmark
+    from cascade_rcnn.benchmark import run
 
     if not Path("/proc/self/clear_refs").exists():
         return {}
@@ -43,7 +43,7 @@ def measure_memory(setting: Setting, config: str, *, repeats: int) -> dict[str, 
         _save_contenders(setting, Path(folder))
         call = {"folder": folder, "config": config, "size": setting.size, "batch": setting.batch,
                 "train": setting.train, "masks": setting.masks,
-                "options": benchmark.peer_options(setting)}  # fmt: skip
+                "options": run.peer_options(setting)}  # fmt: skip
         for _ in range(repeats):
             for who, numbers in found.items():
                 for key, value in _in_own_process(who, call).items():
@@ -55,24 +55,24 @@ def _save_contenders(setting: Setting, folder: Path) -> None:
     """Weights of both models and the images, for processes that only predict."""
     import torch
 
-    from cascade_rcnn import benchmark, measure
+    from cascade_rcnn.benchmark import run, stopwatch
     from cascade_rcnn.checkpoint import save_checkpoint
     from cascade_rcnn.models.build import build_model
 
     if setting.train:
         return
-    model = build_model(setting.config.model, benchmark.CLASSES)
-    measure.seed_weights(model)
-    names = [str(number) for number in range(benchmark.CLASSES)]
+    model = build_model(setting.config.model, run.CLASSES)
+    stopwatch.seed_weights(model)
+    names = [str(number) for number in range(run.CLASSES)]
     save_checkpoint(folder / "ours.safetensors", model.state_dict(), config=setting.config, class_names=names)
-    peer = build_peer(masks=setting.masks, options=benchmark.peer_options(setting))
-    measure.seed_weights(peer)
+    peer = build_peer(masks=setting.masks, options=run.peer_options(setting))
+    stopwatch.seed_weights(peer)
     torch.save(peer.state_dict(), folder / "peer.pth")
-    torch.save(benchmark.images_of(setting).pixels, folder / "pixels.pth")
+    torch.save(run.images_of(setting).pixels, folder / "pixels.pth")
 
 
 def _in_own_process(who: str, call: dict[str, Any]) -> dict[str, int]:
-    code = "import sys; from cascade_rcnn.benchmark_parts import report_memory; report_memory(*sys.argv[1:])"
+    code = "import sys; from cascade_rcnn.benchmark.parts import report_memory; report_memory(*sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", code, who, json.dumps(call)], capture_output=True, text=True,
                           check=True)  # fmt: skip
     return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
@@ -98,7 +98,7 @@ def _resident(name: str) -> int:
 def _prepare_ours(folder: Path, _: dict[str, Any]) -> tuple[Callable[[], Any], int]:
     import torch
 
-    from cascade_rcnn.detections import detect
+    from cascade_rcnn.inference.detections import detect
     from cascade_rcnn.predict import load
     from cascade_rcnn.structures import ImageBatch
 
@@ -128,14 +128,14 @@ def _prepare_peer(folder: Path, wanted: dict[str, Any]) -> tuple[Callable[[], An
 def _prepare_training(who: str, wanted: dict[str, Any]) -> tuple[Callable[[], Any], int]:
     import torch
 
-    from cascade_rcnn import benchmark, measure
+    from cascade_rcnn.benchmark import run, stopwatch
     from cascade_rcnn.recipes import load_config
 
     before = _resident("VmRSS")
-    setting = benchmark.Setting(load_config(wanted["config"]), tuple(wanted["size"]), wanted["batch"],
+    setting = run.Setting(load_config(wanted["config"]), tuple(wanted["size"]), wanted["batch"],
                                 torch.device("cpu"), train=True)  # fmt: skip
-    run = benchmark.contender(setting, who).run
-    measure.reset_peak_memory(setting.device)
+    run = run.contender(setting, who).run
+    stopwatch.reset_peak_memory(setting.device)
     return run, before
 
 
@@ -159,8 +159,8 @@ def measure_roi_align(setting: Setting, *, rounds: int, compiled: bool) -> dict[
     import torch
     from torchvision.ops import roi_align as peer
 
-    from cascade_rcnn import measure
-    from cascade_rcnn.models.roi_align import assign_levels, roi_align_rows
+    from cascade_rcnn.benchmark import stopwatch
+    from cascade_rcnn.models.ops.roi_align import assign_levels, roi_align_rows
 
     strides, device = (4, 8, 16, 32), setting.device
     generator = torch.Generator().manual_seed(0)
@@ -193,10 +193,10 @@ def measure_roi_align(setting: Setting, *, rounds: int, compiled: bool) -> dict[
     with torch.inference_mode():
         for round_ in range(rounds + 1):  # the first warms up
             for name, call in calls.items():
-                measure.synchronize(device)
+                stopwatch.synchronize(device)
                 start = time.perf_counter()
                 call()
-                measure.synchronize(device)
+                stopwatch.synchronize(device)
                 if round_:
                     seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
@@ -210,9 +210,9 @@ def measure_file(setting: Setting, *, rounds: int = 5) -> dict[str, float]:
     import torch
     from PIL import Image
 
-    from cascade_rcnn import measure
+    from cascade_rcnn.benchmark import stopwatch
     from cascade_rcnn.data.transforms import resize_for_test
-    from cascade_rcnn.inputs import to_array
+    from cascade_rcnn.inference.media import to_array
 
     height, width = (round(side * 0.6) for side in setting.size)
     data = replace(setting.config.data, test_short_side=min(setting.size), long_side=max(setting.size),
@@ -220,7 +220,7 @@ def measure_file(setting: Setting, *, rounds: int = 5) -> dict[str, float]:
     decode, resize = [], []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image.jpg"
-        Image.fromarray(measure.synthetic_image((height, width)).permute(1, 2, 0).numpy()).save(path, quality=90)
+        Image.fromarray(stopwatch.synthetic_image((height, width)).permute(1, 2, 0).numpy()).save(path, quality=90)
         for _ in range(rounds):
             start = time.perf_counter()
             pixels = torch.from_numpy(to_array(path)).permute(2, 0, 1)
@@ -238,7 +238,7 @@ def measure_reading(setting: Setting, root: Path) -> dict[str, float]:
     """
     from cascade_rcnn.data.dataset import DetectionDataset
     from cascade_rcnn.data.files import read_image
-    from cascade_rcnn.data.formats import open_split
+    from cascade_rcnn.data.formats.open import open_split
     from cascade_rcnn.data.loader import measure_loading
 
     config = replace(setting.config.data, root=str(root))

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cascade_rcnn.check.images import read_header, truncation
+from cascade_rcnn.check.objects import boxes_are_corners, mask_is_off
 from cascade_rcnn.data import files
-from cascade_rcnn.data.check_images import read_header, truncation
-from cascade_rcnn.data.check_objects import boxes_are_corners, mask_is_off
+from cascade_rcnn.data.formats.write import write_coco
 from cascade_rcnn.data.masks import segmentation_area, segmentation_box
 from cascade_rcnn.data.records import DataSplit, ImageRecord
-from cascade_rcnn.data.writers import write_coco
 from cascade_rcnn.errors import DataError
 
 

@@ -35,18 +35,18 @@ from cascade_rcnn.checkpoint import (
 from cascade_rcnn.config import Config, finetune_schedule
 from cascade_rcnn.data.dataset import DetectionDataset
 from cascade_rcnn.data.files import read_image
-from cascade_rcnn.data.formats import open_split
+from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.data.loader import Upload, train_loader
 from cascade_rcnn.data.records import DataSplit, ImageRecord
-from cascade_rcnn.detections import Detections
+from cascade_rcnn.drawing.annotations import draw_batch, draw_detections, draw_record, side_by_side
 from cascade_rcnn.errors import CheckpointError, ConfigError, DataError, UserError
 from cascade_rcnn.evaluate import evaluate_model, match_classes
-from cascade_rcnn.logger import RunLog
+from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.models.build import build_model
-from cascade_rcnn.optim import MovingAverage, Updater, passes_per_step, scaled_lr, warmup_steps
 from cascade_rcnn.structures import ImageBatch, Targets
-from cascade_rcnn.transfer import start_from
-from cascade_rcnn.visualize import draw_batch, draw_detections, draw_record, side_by_side
+from cascade_rcnn.training.init_weights import start_from
+from cascade_rcnn.training.log import RunLog
+from cascade_rcnn.training.optim import MovingAverage, Updater, passes_per_step, scaled_lr, warmup_steps
 
 _DRAWN_BATCHES, _DRAWN_PREDICTIONS, _DRAWN_SCORE = 2, 4, 0.3
 _BEST_BY = ("segm/AP", "bbox/AP")
@@ -114,7 +114,7 @@ class Run:
             self._restore()
         self._drawn = self.progress.step and _DRAWN_BATCHES
         if settings.compile:
-            from cascade_rcnn.compile import compile_for_training
+            from cascade_rcnn.inference.compiled import compile_for_training
 
             compile_for_training(self.model, fixed_sizes=bool(images.pad_buckets))
         self.upload = Upload(world.device)

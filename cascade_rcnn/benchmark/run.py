@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from cascade_rcnn import benchmark_parts, measure
-from cascade_rcnn.benchmark_table import print_report
+from cascade_rcnn.benchmark import parts, stopwatch
+from cascade_rcnn.benchmark.table import print_report
 from cascade_rcnn.config import Config
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.models.build import build_model
-from cascade_rcnn.models.detector import CascadeRCNN
+from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.recipes import load_config
 from cascade_rcnn.structures import ImageBatch, MaskCrops, Targets
 
@@ -44,7 +44,7 @@ class Contender:
     core_seconds: list[float] = field(default_factory=list)  # all cores' time: comparable on a busy machine too
     parts: dict[str, list[float]] = field(default_factory=dict)
     macs: dict[str, float] = field(default_factory=dict)
-    stopwatch: measure.Stopwatch | None = None
+    stopwatch: stopwatch.Stopwatch | None = None
     model: CascadeRCNN | None = None  # ours, to be watched while it runs
     peak_memory: int | None = None
     warm_up: float = 0.0
@@ -81,7 +81,7 @@ def run_benchmark(
     """Measure ``config`` on synthetic images of ``size`` (height, width); print a table, return (and write) numbers.
 
     ``rounds`` 0 takes 5 on a CPU and 20 on a GPU. ``data`` also measures how fast that data set can be read. Both
-    models' weights are made from a rule (:func:`cascade_rcnn.measure.seed_weights`).
+    models' weights are made from a rule (:func:`cascade_rcnn.benchmark.stopwatch.seed_weights`).
     Raises :class:`UserError` for a size or device that cannot be used.
     """
     from cascade_rcnn.predict import choose_device
@@ -93,15 +93,15 @@ def run_benchmark(
     ours, peer = _ours(setting), _peer(setting)
     contenders = [ours, peer] if not compile else [ours, _ours(setting, compiled=True), peer]
     limits = _measure(setting, contenders, rounds)
-    memory = benchmark_parts.measure_memory(setting, config, repeats=rounds) if setting.device.type == "cpu" else {}
+    memory = parts.measure_memory(setting, config, repeats=rounds) if setting.device.type == "cpu" else {}
     for name, numbers in memory.items():
         (ours if name == "ours" else peer).peak_memory = round(statistics.median(numbers["peak"]))
     report = _report(setting, contenders, limits, rounds, config) | {"memory": memory}
     if not train:
-        report["roi_align"] = benchmark_parts.measure_roi_align(setting, rounds=rounds, compiled=compile)
-        report["file"] = benchmark_parts.measure_file(setting)
+        report["roi_align"] = parts.measure_roi_align(setting, rounds=rounds, compiled=compile)
+        report["file"] = parts.measure_file(setting)
     if data is not None:
-        report["loading"] = benchmark_parts.measure_reading(setting, data)
+        report["loading"] = parts.measure_reading(setting, data)
     print_report(report)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def run_benchmark(
 
 
 def images_of(setting: Setting) -> ImageBatch:
-    pixels = torch.stack([measure.synthetic_image(setting.size, seed=seed) for seed in range(setting.batch)])
+    pixels = torch.stack([stopwatch.synthetic_image(setting.size, seed=seed) for seed in range(setting.batch)])
     sizes = torch.tensor([setting.size] * setting.batch)
     return ImageBatch(pixels, sizes, sizes).to(setting.device)
 
@@ -130,7 +130,7 @@ def _boxes(setting: Setting) -> Tensor:
 
 def _ours(setting: Setting, *, compiled: bool = False) -> Contender:
     model = build_model(setting.config.model, CLASSES)
-    measure.seed_weights(model)
+    stopwatch.seed_weights(model)
     images = images_of(setting)
     name = setting.config.model.backbone.partition(".")[0]
     stages = len(setting.config.model.stage_ious)
@@ -147,13 +147,13 @@ def _ours(setting: Setting, *, compiled: bool = False) -> Contender:
 
     contender = Contender(title + ", compiled" * compiled, run, setting.batch)
     if not compiled:
-        watch = measure.Stopwatch(setting.device)
+        watch = stopwatch.Stopwatch(setting.device)
         contender.macs = _count_macs(model, setting, images, watch)
         contender.stopwatch, contender.model = watch, model
     if not setting.train:
         model.optimize_for_inference()
     if compiled:
-        from cascade_rcnn.compile import compile_for_inference, compile_for_training
+        from cascade_rcnn.inference.compiled import compile_for_inference, compile_for_training
 
         if setting.train:
             compile_for_training(model, fixed_sizes=True)
@@ -210,8 +210,8 @@ def peer_options(setting: Setting) -> dict[str, Any]:
 
 def _peer(setting: Setting) -> Contender:
     """torchvision's Faster or Mask R-CNN of ResNet-50, what pip can install."""
-    model = benchmark_parts.build_peer(masks=setting.masks, options=peer_options(setting))
-    measure.seed_weights(model)
+    model = parts.build_peer(masks=setting.masks, options=peer_options(setting))
+    stopwatch.seed_weights(model)
     model.to(setting.device).eval()
     batch = images_of(setting)
     images = [pixels.float() / 255 for pixels in batch.pixels]
@@ -234,7 +234,7 @@ def _peer(setting: Setting) -> Contender:
 
 
 @contextlib.contextmanager
-def _watched(model: CascadeRCNN, watch: measure.Stopwatch) -> Iterator[None]:
+def _watched(model: CascadeRCNN, watch: stopwatch.Stopwatch) -> Iterator[None]:
     """Names for the parts of one call. RoIAlign and heads are numbered by the stage that asks."""
     from cascade_rcnn.models import cascade as cascade_module
     from cascade_rcnn.models import rpn as rpn_module
@@ -268,7 +268,7 @@ def _watched(model: CascadeRCNN, watch: measure.Stopwatch) -> Iterator[None]:
             function()
 
 
-def _count_macs(model: CascadeRCNN, setting: Setting, images: ImageBatch, watch: measure.Stopwatch) -> dict[str, float]:
+def _count_macs(model: CascadeRCNN, setting: Setting, images: ImageBatch, watch: stopwatch.Stopwatch) -> dict[str, float]:
     """Multiply-adds of each part of a forward pass. Backward has twice as many, fewer in frozen layers (left out)."""
     with FlopCounterMode(display=False) as counter, torch.no_grad(), _watched(model, watch):
         watch.counter = counter
@@ -286,27 +286,27 @@ def _measure(setting: Setting, contenders: list[Contender], rounds: int) -> dict
     for contender in contenders:
         start = time.perf_counter()
         contender.run()
-        measure.synchronize(device)
+        stopwatch.synchronize(device)
         contender.warm_up = time.perf_counter() - start
         if device.type == "cuda":
             contender.run()
-            measure.reset_peak_memory(device)
+            stopwatch.reset_peak_memory(device)
             contender.run()
-            contender.peak_memory = measure.peak_memory(device)
+            contender.peak_memory = stopwatch.peak_memory(device)
     limits = []
     for _ in range(rounds):
-        limits.append(measure.matmul_rate(device, setting.dtype, small=small))
+        limits.append(stopwatch.matmul_rate(device, setting.dtype, small=small))
         for contender in contenders:
             watch, model = contender.stopwatch, contender.model
             with _watched(model, watch) if model and watch else contextlib.nullcontext():
                 start, cores = time.perf_counter(), time.process_time()
                 contender.run()
-                measure.synchronize(device)
+                stopwatch.synchronize(device)
                 contender.seconds.append(time.perf_counter() - start)
                 contender.core_seconds.append(time.process_time() - cores)
             for name, seconds in (watch.parts() if watch else {}).items():
                 contender.parts.setdefault(name, []).append(seconds)
-    return {"macs_per_second": statistics.median(limits), "bytes_per_second": measure.copy_rate(device)}
+    return {"macs_per_second": statistics.median(limits), "bytes_per_second": stopwatch.copy_rate(device)}
 
 
 # The report
@@ -340,5 +340,5 @@ def _report(
     chosen = (f"{setting.dtype}".removeprefix("torch.") + ", channels-last"
               + ("" if setting.train else ", batch norms folded"))  # fmt: skip
     return {"config": config, "size": list(setting.size), "batch": setting.batch, "train": setting.train,
-            "rounds": rounds, "chosen": chosen, "machine": measure.describe_machine(setting.device), "limits": limits,
+            "rounds": rounds, "chosen": chosen, "machine": stopwatch.describe_machine(setting.device), "limits": limits,
             "models": models}  # fmt: skip

@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 from cascade_rcnn.data import files
-from cascade_rcnn.data.formats import describe_split, disjoint_splits, open_split
+from cascade_rcnn.data.formats.open import describe_split, disjoint_splits, open_split
+from cascade_rcnn.data.formats.write import write_coco, write_voc, write_yolo, write_yolo_index
 from cascade_rcnn.data.records import DataSplit
-from cascade_rcnn.data.writers import write_coco, write_voc, write_yolo, write_yolo_index
 from cascade_rcnn.errors import DataError
 
 _WRITERS = {"coco": write_coco, "voc": write_voc, "yolo": write_yolo}
