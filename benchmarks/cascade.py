@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cascade_rcnn.data.dataset import DetectionDataset
 from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.data.loader import eval_loader
+from cascade_rcnn.inference.detector import load
 from cascade_rcnn.models.boxes import pairwise_iou
-from cascade_rcnn.predict import load
 
 IOUS = (0.5, 0.6, 0.7, 0.8, 0.9)
 

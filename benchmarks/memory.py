@@ -69,8 +69,8 @@ def predict(config_name: str, megapixels: float, detections: int, device: str) -
     import numpy as np
     import torch
 
+    from cascade_rcnn.inference.detector import Detector
     from cascade_rcnn.models.build import build_model
-    from cascade_rcnn.predict import Detector
     from cascade_rcnn.recipes import load_config
 
     before = _peak(device)

@@ -19,7 +19,7 @@ from torchvision.ops import box_iou
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "tests")]
 import test_parity as parity  # noqa: E402
 
-from cascade_rcnn.predict import load  # noqa: E402
+from cascade_rcnn.inference.detector import load  # noqa: E402
 
 
 def forward(case: parity.Case) -> dict[str, str]:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from cascade_rcnn.errors import DataError as DataError
     from cascade_rcnn.errors import UserError as UserError
     from cascade_rcnn.inference.detections import Detections as Detections
-    from cascade_rcnn.predict import Detector as Detector
-    from cascade_rcnn.predict import load as load
+    from cascade_rcnn.inference.detector import Detector as Detector
+    from cascade_rcnn.inference.detector import load as load
     from cascade_rcnn.recipes import load_config as load_config
 
 __version__ = "0.1.0"

@@ -11,23 +11,21 @@ its predecessor. A process that is killed at any moment leaves either the old fi
 from __future__ import annotations
 
 import json
-import os
-import random
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cascade_rcnn.atomic_files import clear_failure, replace_file, umask
 from cascade_rcnn.config import Config
 from cascade_rcnn.errors import CheckpointError, ConfigError
+from cascade_rcnn.messages import one_line
 
 FORMAT_VERSION = 1
 """Raised when a reader of the older version would misread the file; new optional metadata does not raise it."""
@@ -143,14 +141,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     def write(temporary: Path) -> None:
         save_file(on_host, temporary, metadata=dict(metadata))
-        temporary.chmod(0o666 & ~_umask())  # safetensors' own choice is a file that only its owner may read
+        temporary.chmod(0o666 & ~umask())  # safetensors' own choice is a file that only its owner may read
 
     def verify(temporary: Path) -> None:
         with safe_open(temporary, framework="pt") as file:
             if file.metadata() != metadata or str(_checksum(_Lazy(file))) != metadata["crc32"]:
                 raise OSError("the file reads back differently from what was written")
 
-    with _clear_failure(path):
+    with clear_failure(path):
         replace_file(path, write, verify)
 
 
@@ -162,42 +160,11 @@ def read_tensors(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str,
             _check_origin(path, metadata, kind)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({_one_line(error)}); it is damaged or of "
+        raise CheckpointError(f"{path}: not a readable safetensors file ({one_line(error)}); it is damaged or of "
                               "another kind: use another copy") from error
     if str(_checksum(tensors)) != metadata.get("crc32", str(_checksum(tensors))):
         raise CheckpointError(f"{path}: the weights do not match their checksum, the file is damaged; use another copy")
     return tensors, metadata
-
-
-def replace_file(path: Path, write: Callable[[Path], None], verify: Callable[[Path], None] | None = None) -> None:
-    """Let ``write`` fill a temporary file, flush it to disk, ``verify`` it, and rename it over ``path``.
-
-    Whatever fails, the file at ``path`` stays as it was and the temporary file is removed. The temporary name is
-    fixed, so that what a killed process left behind is overwritten by the next save.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        _flush(temporary)
-        if verify is not None:
-            verify(temporary)
-        temporary.replace(path)
-        _flush(path.parent)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file atomically. Raises CheckpointError when it cannot be written."""
-    text = json.dumps(value, indent=2) + "\n"
-    with _clear_failure(path):
-        replace_file(path, lambda temporary: _write_text(temporary, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _check_origin(path: Path, metadata: Mapping[str, str], kind: str) -> None:
@@ -213,17 +180,6 @@ def _check_origin(path: Path, metadata: Mapping[str, str], kind: str) -> None:
         way_out = (f"give {LAST} or {BEST} of the run instead" if found == "training"
                    else "resume needs the run's own state folder")
         raise CheckpointError(f"{path}: holds a {found or 'nameless'} state where a {kind} state is wanted; {way_out}")
-
-
-@contextmanager
-def _clear_failure(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about a failed write into one line with the way out."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        before = "the file from before is unchanged" if path.exists() else "nothing was left behind"
-        raise CheckpointError(f"{path}: cannot be written ({_one_line(error)}); {before}; free some space or make the "
-                              "folder writable, or write to another; a training then goes on with --resume") from error
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -268,93 +224,8 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
     return value
 
 
-def _flush(path: Path) -> None:
-    """Ask the operating system to put a file, or the names in a folder, onto the disk."""
-    folder = path.is_dir()
-    if folder and os.name != "posix":
-        return  # only POSIX systems open folders
-    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows flushes what is open for writing only
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
-
-def _umask() -> int:
-    mask = os.umask(0o077)  # the only way to ask is to set it
-    os.umask(mask)
-    return mask
-
-
-def _one_line(error: BaseException) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split()) or type(error).__name__
 
 
 # Random generators of this process, as torch, python and numpy hold them: a run that is resumed sees the same numbers
 # as one that was not interrupted.
-
-
-def seed_generators(seed: int, rank: int, step: int) -> None:
-    """Seed all generators with numbers that differ between processes."""
-    number = int(np.random.SeedSequence((seed, rank, step)).generate_state(1)[0])
-    torch.manual_seed(number)
-    random.seed(number)
-    np.random.seed(number)
-
-
-def get_generators(device: torch.device) -> dict[str, Any]:
-    """Where the generators stand; cheap enough for every step, and without a wait for the GPU."""
-    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": np.random.get_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_generators(state: dict[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-@contextmanager
-def undisturbed_generators(device: torch.device) -> Iterator[None]:
-    state = get_generators(device)
-    try:
-        yield
-    finally:
-        set_generators(state, device)
-
-
-def as_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The generators' states as bytes."""
-    kind, words, *rest = state["numpy"]
-    texts = {"python": json.dumps(state["python"]), "numpy": json.dumps([kind, words.tolist(), *rest])}
-    coded = {name: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) for name, text in texts.items()}
-    return coded | {name: state[name] for name in ("torch", "cuda") if name in state}
-
-
-def from_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    version, words, gauss = json.loads(tensors["python"].numpy().tobytes())
-    kind, numbers, *rest = json.loads(tensors["numpy"].numpy().tobytes())
-    return {**tensors, "python": (version, tuple(words), gauss),
-            "numpy": (kind, np.array(numbers, dtype=np.uint32), *rest)}
-
-
-@contextmanager
-def reproducible(on: bool) -> Iterator[None]:
-    """Deterministic algorithms inside; an operator without one raises an error that names it."""
-    if not on:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]

@@ -24,7 +24,7 @@ from cascade_rcnn.errors import ConfigError, UserError
 from cascade_rcnn.recipes import apply_overrides, config_names, config_to_python, load_config, settings_help
 
 if TYPE_CHECKING:
-    from cascade_rcnn.inference.detections import Inference
+    from cascade_rcnn.inference.run_model import Inference
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -355,7 +355,7 @@ def _add_device(parser: _Parser) -> None:
 
 
 def _inference(args: argparse.Namespace) -> Inference:
-    from cascade_rcnn.inference.detections import Inference
+    from cascade_rcnn.inference.run_model import Inference
 
     return Inference(args.batch_size, args.precision, args.compile, args.stages, args.score_threshold,
                     args.max_detections)

@@ -10,18 +10,20 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from cascade_rcnn.checkpoint import STATE, load_checkpoint, write_json
+from cascade_rcnn.atomic_files import write_json
+from cascade_rcnn.checkpoint import STATE, load_checkpoint
 from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
-from cascade_rcnn.data.files import printable
 from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.data.synthetic_shapes import generate_shapes
 from cascade_rcnn.drawing.annotations import draw_detections, draw_record, side_by_side
 from cascade_rcnn.drawing.charts import ap_by_iou_chart, contact_sheet
 from cascade_rcnn.errors import UserError
-from cascade_rcnn.evaluate import Metrics, curve, evaluate_model
-from cascade_rcnn.predict import load
-from cascade_rcnn.score import print_metrics
+from cascade_rcnn.evaluation.coco import curve
+from cascade_rcnn.evaluation.evaluate_model import evaluate_model
+from cascade_rcnn.evaluation.metrics import Metrics, print_metrics
+from cascade_rcnn.inference.detector import load
+from cascade_rcnn.messages import printable
 from cascade_rcnn.train import train
 
 _SIDE = 128  # pixels of the generated images

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from cascade_rcnn import distributed
 from cascade_rcnn.check.dataset import check_before_training
-from cascade_rcnn.checkpoint import reproducible
 from cascade_rcnn.config import Config
-from cascade_rcnn.distributed import Interrupts, StopNow, TrainingInterrupted
 from cascade_rcnn.errors import UserError
+from cascade_rcnn.training.interrupts import Interrupts, StopNow, TrainingInterrupted, Watchdog
 from cascade_rcnn.training.log import LossWindow, RunLog
 from cascade_rcnn.training.optim import lr_factor
+from cascade_rcnn.training.random_state import reproducible
 from cascade_rcnn.training.run import Run, refuse_overwriting
 
 
@@ -40,7 +40,7 @@ def train(config: Config, *, out: Path, resume: bool = False, device: str | torc
     """
     settings = config.train
     with distributed.start(device) as world, Interrupts() as interrupts, RunLog(out, active=world.is_main) as log, \
-            distributed.Watchdog(settings.stall_minutes, rank=world.rank) as watchdog, \
+            Watchdog(settings.stall_minutes, rank=world.rank) as watchdog, \
             reproducible(settings.deterministic):
         run: Run | None = None
         try:
@@ -70,7 +70,7 @@ def train(config: Config, *, out: Path, resume: bool = False, device: str | torc
                 run.loader.close()
 
 
-def train_epoch(run: Run, interrupts: Interrupts, watchdog: distributed.Watchdog) -> None:
+def train_epoch(run: Run, interrupts: Interrupts, watchdog: Watchdog) -> None:
     """What is left of an epoch; saves at its end, every ``save_every`` steps, and when a signal asks to stop."""
     settings, world, log, progress = run.config.train, run.world, run.log, run.progress
     window = LossWindow(max_bad=settings.max_bad_losses, scaled=run.updater.scales_loss)

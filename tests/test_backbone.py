@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 from cascade_rcnn.config import ModelConfig
 from cascade_rcnn.errors import CheckpointError, ConfigError
-from cascade_rcnn.models.backbone import Backbone, FeaturePyramid
+from cascade_rcnn.models.backbone import Backbone
 from cascade_rcnn.models.build import build_model, load_backbone_weights
+from cascade_rcnn.models.fpn import FeaturePyramid
 
 NETWORKS = ("resnet18.tv_in1k", "vgg16.tv_in1k", "convnext_atto", "resnext50_32x4d.tv_in1k")
 

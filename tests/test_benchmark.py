@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from cascade_rcnn.benchmark import stopwatch
-from cascade_rcnn.benchmark.parts import measure_memory, measure_roi_align
-from cascade_rcnn.benchmark.run import Setting, run_benchmark
+from cascade_rcnn.benchmark.contenders import Setting
+from cascade_rcnn.benchmark.memory import measure_memory
+from cascade_rcnn.benchmark.parts import measure_roi_align
+from cascade_rcnn.benchmark.run import run_benchmark
 from cascade_rcnn.config import ModelConfig
 from cascade_rcnn.data.synthetic_shapes import generate_shapes
 from cascade_rcnn.errors import UserError
@@ -45,8 +47,8 @@ def parts_of(model: dict[str, Any]) -> dict[str, float]:
 def test_prediction_is_measured_part_by_part_beside_the_peer(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cascade_rcnn.benchmark.parts._save_contenders", lambda *_: None)
-    monkeypatch.setattr("cascade_rcnn.benchmark.parts._in_own_process",
+    monkeypatch.setattr("cascade_rcnn.benchmark.memory._save_contenders", lambda *_: None)
+    monkeypatch.setattr("cascade_rcnn.benchmark.memory._in_own_process",
                         lambda who, _: {"peak": {"ours": 10**9, "peer": 2 * 10**9}[who], "before": 5 * 10**8})
     monkeypatch.setattr("cascade_rcnn.data.loader.measure_loading", lambda dataset, workers: float(len(dataset)))
     data = generate_shapes(tmp_path / "data", train_images=4, val_images=1, size=64)
@@ -74,8 +76,8 @@ def test_prediction_is_measured_part_by_part_beside_the_peer(
 def test_training_step_is_measured_with_masks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cascade_rcnn.benchmark.parts._save_contenders", lambda *_: None)
-    monkeypatch.setattr("cascade_rcnn.benchmark.parts._in_own_process", lambda *_: {"peak": 3 * 10**9, "before": 10**9})
+    monkeypatch.setattr("cascade_rcnn.benchmark.memory._save_contenders", lambda *_: None)
+    monkeypatch.setattr("cascade_rcnn.benchmark.memory._in_own_process", lambda *_: {"peak": 3 * 10**9, "before": 10**9})
     path = tmp_path / "masks.py"
     path.write_text(RECIPE.format(masks="every"))
     report = run_benchmark(config=str(path), size=SIZE, device="cpu", train=True, rounds=1)
@@ -132,7 +134,7 @@ def test_stopwatch_gives_each_call_its_own_time_and_leaves_no_trace() -> None:
 
 
 def test_multiply_adds_are_counted_from_the_run(recipe: str) -> None:
-    from cascade_rcnn.benchmark.run import _count_macs, images_of
+    from cascade_rcnn.benchmark.contenders import _count_macs, images_of
 
     setting = Setting(load_config(recipe), SIZE, 1, torch.device("cpu"), False)
     model = build_model(setting.config.model, 80).eval()

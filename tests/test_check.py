@@ -20,7 +20,7 @@ from cascade_rcnn.check.dataset import check_before_training, check_dataset, run
 from cascade_rcnn.check.objects import best_anchor_iou
 from cascade_rcnn.config import Config, DataConfig, ModelConfig
 from cascade_rcnn.data.formats.open import open_split
-from cascade_rcnn.data.records import KINDS
+from cascade_rcnn.data.problems import KINDS
 from cascade_rcnn.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from cascade_rcnn import checkpoint
+from cascade_rcnn.atomic_files import replace_file
 from cascade_rcnn.checkpoint import load_checkpoint, save_checkpoint
 from cascade_rcnn.config import Config, ModelConfig
 from cascade_rcnn.errors import CheckpointError
@@ -147,7 +148,7 @@ def test_a_file_is_flushed_through_a_descriptor_that_may_write(tmp_path: Path, m
     fcntl = pytest.importorskip("fcntl")
     modes = []
     monkeypatch.setattr(os, "fsync", lambda file: modes.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE))
-    checkpoint.replace_file(tmp_path / "a.txt", lambda temporary: temporary.write_text("a") and None)
+    replace_file(tmp_path / "a.txt", lambda temporary: temporary.write_text("a") and None)
     assert modes == [os.O_RDWR, os.O_RDONLY]  # the file, then its folder
 
 

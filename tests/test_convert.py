@@ -27,8 +27,8 @@ from cascade_rcnn.convert.checkpoint import COCO_IDS, COCO_NAMES, _match_preproc
 from cascade_rcnn.convert.infer_config import Hints, Structure, read_config_text
 from cascade_rcnn.convert.key_tables import absorb_preprocessing, recognise, rename
 from cascade_rcnn.errors import CheckpointError
+from cascade_rcnn.inference.detector import load
 from cascade_rcnn.models.build import build_model, load_backbone_weights
-from cascade_rcnn.predict import load
 
 MANIFESTS = Path(__file__).parent / "data/parity"
 MASK = "mmdet_cascade_mask_rcnn_r50_fpn"

@@ -21,10 +21,11 @@ from cascade_rcnn.checkpoint import load_training
 from cascade_rcnn.config import Config
 from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.errors import ConfigError, UserError
-from cascade_rcnn.evaluate import detect_split, evaluate_results
+from cascade_rcnn.evaluation.evaluate_model import detect_split, evaluate_results
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.matching import normalizer
 from cascade_rcnn.train import train
+from cascade_rcnn.training.interrupts import Watchdog
 from cascade_rcnn.training.run import Run
 
 
@@ -199,17 +200,17 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(tmp_path: Path) -> 
 
 
 def test_a_stalled_step_is_reported_with_rank_step_and_images(capfd: pytest.CaptureFixture[str]) -> None:
-    with distributed.Watchdog(0.002, rank=3) as watchdog:
+    with Watchdog(0.002, rank=3) as watchdog:
         watchdog.now("step 7, images a.jpg, b.jpg")
         time.sleep(0.4)
     said = capfd.readouterr().err
     assert said.count("stalled: rank") == 1
     assert "rank 3 for 0.0 minutes in step 7, images a.jpg, b.jpg; at test_a_stalled_step" in said
-    with distributed.Watchdog(0.002) as watchdog:
+    with Watchdog(0.002) as watchdog:
         watchdog.now("step 8")
         watchdog.rest()
         time.sleep(0.3)
-    with distributed.Watchdog(0.0) as watchdog:
+    with Watchdog(0.0) as watchdog:
         watchdog.now("step 9")
     assert "stalled" not in capfd.readouterr().err
 

@@ -21,8 +21,10 @@ from cascade_rcnn.config import Config, DataConfig, ModelConfig
 from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import ConfigError, DataError, UserError
-from cascade_rcnn.evaluate import curve, evaluate_model, match_classes, run_evaluate
-from cascade_rcnn.inference.detections import Inference
+from cascade_rcnn.evaluate import run_evaluate
+from cascade_rcnn.evaluation.coco import curve
+from cascade_rcnn.evaluation.evaluate_model import evaluate_model, match_classes
+from cascade_rcnn.inference.run_model import Inference
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.structures import ImageBatch, RawDetections
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cascade_rcnn.data.files import image_size, quiet_pillow, read_image
+from cascade_rcnn.data.images import image_size, quiet_pillow, read_image
 from cascade_rcnn.errors import DataError
 
 RAMP = np.arange(6 * 5 * 3, dtype=np.uint8).reshape(6, 5, 3) * 2

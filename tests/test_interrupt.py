@@ -29,9 +29,9 @@ from small_training import (
 from cascade_rcnn import checkpoint
 from cascade_rcnn.checkpoint import LAST, STATE, load_checkpoint, load_training
 from cascade_rcnn.config import Config
-from cascade_rcnn.distributed import Interrupts, StopNow, TrainingInterrupted
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.train import train
+from cascade_rcnn.training.interrupts import Interrupts, StopNow, TrainingInterrupted
 
 SECONDS_TO_EXIT = 10
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cascade_rcnn.config import TrainConfig
-from cascade_rcnn.inference.detections import detect
+from cascade_rcnn.inference.run_model import detect
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.structures import ImageBatch, Targets
 from cascade_rcnn.training.log import LossWindow
@@ -87,7 +87,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mixed precision and loss scaling as on a GPU, without asking for one."""
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: True)
-    monkeypatch.setattr("cascade_rcnn.models.ops.roi_align.triton_problem", lambda: "")  # no C compiler is needed here
+    monkeypatch.setattr("cascade_rcnn.models.ops.capabilities.triton_problem", lambda: "")  # no C compiler is needed here
     monkeypatch.setattr(Tensor, "backward", backward_without_streams)
 
 

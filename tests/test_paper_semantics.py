@@ -23,12 +23,12 @@ from cascade_rcnn.data.exact_resize import resize_to_float
 from cascade_rcnn.data.loader import Collate
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.data.transforms import detectron_scale, detectron_size
-from cascade_rcnn.inference.detections import paste_in_whole_pixels
+from cascade_rcnn.inference.detector import Detector
+from cascade_rcnn.inference.paste_masks import paste_in_whole_pixels
+from cascade_rcnn.models.anchors import AnchorGenerator
 from cascade_rcnn.models.boxes import scale_boxes
 from cascade_rcnn.models.cascade import Cascade
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
-from cascade_rcnn.models.rpn import AnchorGenerator
-from cascade_rcnn.predict import Detector
 from cascade_rcnn.structures import ImageBatch
 
 DATA = DataConfig(short_side=(120,), long_side=160, workers=0)

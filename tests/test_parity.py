@@ -26,9 +26,9 @@ from cascade_rcnn.data.dataset import DetectionDataset
 from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.data.loader import train_loader
 from cascade_rcnn.data.transforms import Interpolation, resize_for_test, resize_pixels
+from cascade_rcnn.inference.detector import load
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
-from cascade_rcnn.predict import load
 from cascade_rcnn.structures import ImageBatch
 
 DATA = Path(__file__).parent / "data" / "parity"

@@ -20,11 +20,13 @@ from cascade_rcnn import load
 from cascade_rcnn.checkpoint import save_checkpoint
 from cascade_rcnn.config import Config, DataConfig, ModelConfig
 from cascade_rcnn.errors import CheckpointError, ConfigError, DataError, UserError
-from cascade_rcnn.inference.detections import Detections, Inference
+from cascade_rcnn.inference.detections import Detections
+from cascade_rcnn.inference.detector import Detector, choose_device
 from cascade_rcnn.inference.media import VideoReader, VideoWriter, collect
 from cascade_rcnn.inference.predictions_file import NAME, ResultsFile, join_shards, parse_shard
+from cascade_rcnn.inference.run_model import Inference
 from cascade_rcnn.models.build import build_model
-from cascade_rcnn.predict import Detector, choose_device, run_predict
+from cascade_rcnn.predict import run_predict
 from cascade_rcnn.structures import ImageBatch, RawDetections
 
 
@@ -392,7 +394,7 @@ def test_half_precision_moves_scores_a_little(checkpoint: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_tf32_is_on_inside_a_prediction_only() -> None:
-    from cascade_rcnn.inference.detections import _arithmetic
+    from cascade_rcnn.inference.run_model import _arithmetic
 
     matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
     for name, expected in (("fp32", False), ("tf32", True)):

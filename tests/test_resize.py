@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cascade_rcnn.data.exact_resize import resize_like_opencv
-from cascade_rcnn.data.files import read_image
+from cascade_rcnn.data.images import read_image
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
 from cascade_rcnn.models.ops import roi_align as module
+from cascade_rcnn.models.ops.capabilities import has_triton, triton_problem
 from cascade_rcnn.models.ops.roi_align import assign_levels, roi_align, roi_align_rows, rows_weight
 
 STRIDES = (4, 8, 16, 32)
@@ -201,8 +202,8 @@ def test_kernels_are_left_alone_where_triton_cannot_start_them(monkeypatch: pyte
     monkeypatch.delenv("CC", raising=False)
     try:
         for found, problem in (("/usr/bin/gcc", ""), (None, "Triton finds no C compiler: install gcc")):
-            module.triton_problem.cache_clear()
+            triton_problem.cache_clear()
             monkeypatch.setattr("shutil.which", lambda name, found=found: found if name == "gcc" else None)
-            assert module.triton_problem() == problem and module.has_triton() is (found is not None)
+            assert triton_problem() == problem and has_triton() is (found is not None)
     finally:
-        module.triton_problem.cache_clear()
+        triton_problem.cache_clear()

@@ -2,7 +2,7 @@
 
 import torch
 
-from cascade_rcnn.models.rpn import AnchorGenerator
+from cascade_rcnn.models.anchors import AnchorGenerator
 
 
 def test_anchors_have_the_scale_ratio_and_centre_asked_for() -> None:

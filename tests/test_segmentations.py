@@ -11,14 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from cascade_rcnn.data.masks import (
-    decode_rle,
-    encode_rle,
-    polygon_points,
-    rle_counts,
-    segmentation_area,
-    segmentation_box,
-)
+from cascade_rcnn.data.masks import polygon_points, segmentation_area, segmentation_box
+from cascade_rcnn.data.rle import decode_rle, encode_rle, rle_counts
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

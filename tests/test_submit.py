@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cascade_rcnn.submit import submit_predictions
+from cascade_rcnn.evaluation.submission import submit_predictions
 
 NAMES = ("event/000007.png", "event/000009.png")
 

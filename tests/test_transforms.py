@@ -11,7 +11,7 @@ import torch
 
 from cascade_rcnn.config import DataConfig
 from cascade_rcnn.data import transforms as T
-from cascade_rcnn.data.files import read_image
+from cascade_rcnn.data.images import read_image
 from cascade_rcnn.data.transforms import Sample
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -15,13 +15,15 @@ from cascade_rcnn.check.images import check_images, check_same_images
 from cascade_rcnn.check.objects import check_classes, check_objects
 from cascade_rcnn.check.report import Report, new_report
 from cascade_rcnn.config import Config, DataConfig, ModelConfig
-from cascade_rcnn.data import files
 from cascade_rcnn.data.formats.open import describe_split, disjoint_splits, open_split, recognise
-from cascade_rcnn.data.records import DataSplit, Problems, advice
+from cascade_rcnn.data.images import IMAGE_SUFFIXES
+from cascade_rcnn.data.problems import Problems, advice
+from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.errors import DataError
+from cascade_rcnn.messages import printable
 
 _VERSION = 1  # of the cache; raise it when a check changes
-_WATCHED = files.IMAGE_SUFFIXES | {".json", ".xml", ".txt", ".mat", ".yaml", ".yml", ".names"}
+_WATCHED = IMAGE_SUFFIXES | {".json", ".xml", ".txt", ".mat", ".yaml", ".yml", ".names"}
 
 
 def check_dataset(root: Path | str, *, split: str | None = None, data: DataConfig | None = None,
@@ -45,7 +47,7 @@ def _check(root: Path, split: str | None, data: DataConfig, model: ModelConfig) 
         try:
             part = open_split(root, name, strict=False)
         except DataError as error:
-            problems.add("unreadable-split", f"{files.printable(root)} {name}", str(error))
+            problems.add("unreadable-split", f"{printable(root)} {name}", str(error))
             continue
         opened.append(part)
         report.splits.append(describe_split(part))
@@ -142,16 +144,16 @@ def run_check(data: Path, *, fix: Path | None = None, draw: int = 0, out: Path |
 
         sheet = (out or Path()) / "samples.png"
         draw_samples(splits, draw, marked={problem.where for problem in report.problems}).save(sheet)
-        print(f"{draw} samples drawn to {files.printable(sheet)}")
+        print(f"{draw} samples drawn to {printable(sheet)}")
     if fix is not None:
         from cascade_rcnn.check.fix import fix_dataset
 
         changes = fix_dataset(splits, fix)
         for change in changes[:20]:
-            print(f"changed: {files.printable(change)}")
+            print(f"changed: {printable(change)}")
         if len(changes) > 20:
             print(f"and {len(changes) - 20:,} more")
-        print(f"{len(changes):,} changes, all listed in {files.printable(fix / 'changes.txt')}; "
-              f"train with --data {files.printable(fix)}")
+        print(f"{len(changes):,} changes, all listed in {printable(fix / 'changes.txt')}; "
+              f"train with --data {printable(fix)}")
         return 0
     return int(report.has("error"))

@@ -20,6 +20,7 @@ from cascade_rcnn.data.formats.write import write_coco
 from cascade_rcnn.data.masks import segmentation_area, segmentation_box
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
+from cascade_rcnn.messages import printable, shown
 
 
 def fix_dataset(splits: Sequence[DataSplit], out: Path) -> list[str]:
@@ -28,14 +29,14 @@ def fix_dataset(splits: Sequence[DataSplit], out: Path) -> list[str]:
     ``splits`` were opened with ``strict=False``: what their readers left out stays out and is listed.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{files.printable(out)}: not an empty folder; name a new one")
+        raise DataError(f"{printable(out)}: not an empty folder; name a new one")
     out.mkdir(parents=True, exist_ok=True)
     changes: list[str] = []
     for split in splits:
         fixed, done = fix_split(split)
         changes += done
         write_coco(fixed, out)
-    (out / "changes.txt").write_text("".join(files.printable(change) + "\n" for change in changes), encoding="utf-8")
+    (out / "changes.txt").write_text("".join(printable(change) + "\n" for change in changes), encoding="utf-8")
     return changes
 
 
@@ -52,7 +53,7 @@ def fix_split(split: DataSplit) -> tuple[DataSplit, list[str]]:
     have_images = any(files.is_file(record.path) for record in split.records)  # none at all: not downloaded yet
     for record in split.records:
         if have_images and (reason := _unusable(record)):
-            changes.append(f"{record.source}: image {files.shown(record.file_name)} dropped with its "
+            changes.append(f"{record.source}: image {shown(record.file_name)} dropped with its "
                            f"{len(record.boxes)} objects ({reason})")
             continue
         record = _copy(record)
@@ -68,7 +69,7 @@ def fix_split(split: DataSplit) -> tuple[DataSplit, list[str]]:
         if have_images:
             changes += _fix_size(record)
         records.append(_fix_objects(record, changes))
-    where = f"{files.printable(split.root)} {split.name}"
+    where = f"{printable(split.root)} {split.name}"
     changes += [f"{where}: all boxes rewritten from corners to x, y, width, height"] * corners
     changes += [f"{where}: all boxes rewritten from fractions to pixels"] * relative
     changes += [f"{where}: iscrowd set to 0 for every object"] * all_crowd

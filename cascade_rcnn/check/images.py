@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cascade_rcnn.data.files import is_file, printable, quiet_pillow, shown
-from cascade_rcnn.data.records import DataSplit, ImageRecord, Problems
+from cascade_rcnn.data.files import is_file
+from cascade_rcnn.data.images import quiet_pillow
+from cascade_rcnn.data.problems import Problems
+from cascade_rcnn.data.records import DataSplit, ImageRecord
+from cascade_rcnn.messages import printable, shown
 
 _ORIENTATION = 0x0112
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # what a whole file ends with, perhaps before some padding

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rcnn.config import DataConfig, ModelConfig
-from cascade_rcnn.data.files import shown
 from cascade_rcnn.data.masks import segmentation_box
-from cascade_rcnn.data.records import DataSplit, ImageRecord, Problems
+from cascade_rcnn.data.problems import Problems
+from cascade_rcnn.data.records import DataSplit, ImageRecord
+from cascade_rcnn.messages import shown
 
 _SLACK = 1.0  # pixels by which a box may leave its image: formats that count from 1, rounding
 _STRIDES = (4, 8, 16, 32, 64)

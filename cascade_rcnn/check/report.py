@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from cascade_rcnn.data.files import printable
-from cascade_rcnn.data.records import KINDS, Problem
+from cascade_rcnn.data.problems import KINDS, Problem
+from cascade_rcnn.messages import printable
 
 _ORDER = {"error": 0, "warning": 1, "note": 2}
 _COLOR = {"error": "bold red", "warning": "yellow", "note": "cyan"}

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cascade_rcnn.config import DataConfig, Semantics
-from cascade_rcnn.data.files import read_image
+from cascade_rcnn.data.images import read_image
 from cascade_rcnn.data.masks import decode_window, pack_segmentations, transform_window
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.data.transforms import Sample, test_transform, train_transform

@@ -11,22 +11,21 @@ from __future__ import annotations
 
 import colorsys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
-from cascade_rcnn.data.files import read_image
+from cascade_rcnn.data.images import read_image, to_array
 from cascade_rcnn.data.masks import decode_window, pack_segmentation
 from cascade_rcnn.data.records import ImageRecord, Segmentation
-from cascade_rcnn.inference.detections import Detections, MaskCrop
-from cascade_rcnn.structures import ImageBatch, MaskCrops, Targets
+from cascade_rcnn.structures import ImageBatch, MaskCrop, MaskCrops, Targets
 
 Color = tuple[int, int, int]
 PAPER: Color = (255, 255, 255)
@@ -83,7 +82,26 @@ class Style:
         return Style(max(1, round(line * 0.6)) if count > 60 else line, max(10, round(0.46 * unit**0.55)))
 
 
-def draw_detections(image: str | Path | Image.Image | NDArray[np.uint8] | Tensor, detections: Detections, *,
+class Drawable(Protocol):
+    """What is drawn of detections; ``Detections`` has it."""
+
+    boxes: Tensor  # [D, 4] xyxy in pixels of the image
+    scores: Tensor  # [D]
+    labels: Tensor  # [D]
+    size: tuple[int, int]  # (height, width)
+    class_names: tuple[str, ...]
+    mask_probs: Tensor | None
+
+    def __getitem__(self, index: Tensor, /) -> Drawable: ...
+
+    def __len__(self) -> int: ...
+
+    def enlarged(self, scale: int) -> Drawable: ...
+
+    def mask_crops(self) -> Iterator[MaskCrop]: ...
+
+
+def draw_detections(image: str | Path | Image.Image | NDArray[np.uint8] | Tensor, detections: Drawable, *,
                     score_threshold: float = 0.0, show_scores: bool = True, labels: bool = True,
                     mask_alpha: float = 0.4, scale: int = 1) -> Image.Image:
     """A new picture of the image's size (times ``scale``) with boxes, masks, names and scores.
@@ -100,7 +118,7 @@ def draw_detections(image: str | Path | Image.Image | NDArray[np.uint8] | Tensor
     kept = detections[detections.scores >= score_threshold]
     kept = kept[kept.scores.argsort(descending=True, stable=True)]
     picture = _enlarged(picture, scale)
-    kept = replace(kept, boxes=kept.boxes * scale, size=(picture.height, picture.width))
+    kept = kept.enlarged(scale)
     crops = kept.mask_crops() if kept.mask_probs is not None else iter([None] * len(kept))
     marks = []
     for box, score, label, crop in zip(kept.boxes.tolist(), kept.scores.tolist(), kept.labels.tolist(), crops):
@@ -174,8 +192,6 @@ def _to_picture(image: Any) -> Image.Image:
         return image.convert("RGB")
     if isinstance(image, Tensor):
         return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-    from cascade_rcnn.inference.media import to_array
-
     return Image.fromarray(to_array(image))
 
 

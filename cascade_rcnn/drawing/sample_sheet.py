@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from cascade_rcnn.data.files import is_file, printable, quiet_pillow
-from cascade_rcnn.data.masks import decode_rle
+from cascade_rcnn.data.files import is_file
+from cascade_rcnn.data.images import quiet_pillow
 from cascade_rcnn.data.records import DataSplit, ImageRecord, Segmentation
+from cascade_rcnn.data.rle import decode_rle
 from cascade_rcnn.errors import DataError
+from cascade_rcnn.messages import printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from cascade_rcnn.inference.detections import MaskCrop
+    from cascade_rcnn.structures import MaskCrop
 
 _LABELLED = 24  # pixels on the sheet: a smaller object would be hidden by its own name
 
@@ -87,7 +89,7 @@ def _crop(mask: Segmentation, size: tuple[int, int], scale: float) -> MaskCrop |
     from PIL import Image as Pictures
     from PIL import ImageDraw
 
-    from cascade_rcnn.inference.detections import MaskCrop
+    from cascade_rcnn.structures import MaskCrop
 
     if isinstance(mask, dict):
         full = Pictures.fromarray(decode_rle(mask).astype(np.uint8) * 255)

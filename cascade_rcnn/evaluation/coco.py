@@ -16,10 +16,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cascade_rcnn.data.masks import polygon_points, rle_counts
+from cascade_rcnn.data.masks import polygon_points
 from cascade_rcnn.data.records import DataSplit, Segmentation
+from cascade_rcnn.data.rle import rle_counts
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation import read_results
+from cascade_rcnn.evaluation.metrics import Metrics
 
 IouType = Literal["bbox", "segm"]
 IOUS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
@@ -333,3 +335,8 @@ def coco_truth(split: DataSplit) -> dict[str, Any]:
             annotations.append(one | ({"segmentation": mask} if mask is not None else {}))
     categories = [{"id": key, "name": name} for key, name in zip(split.category_ids, split.class_names)]
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def curve(metrics: Metrics, kind: str = "bbox") -> list[tuple[float, float | None]]:
+    """(IoU threshold, AP) pairs for ``visualize.ap_by_iou_chart``."""
+    return [(iou, metrics.get(f"{kind}/AP@{iou:.2f}")) for iou in IOUS]

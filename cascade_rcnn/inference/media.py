@@ -13,89 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cascade_rcnn.data.files import DEFAULT_MAX_PIXELS, IMAGE_SUFFIXES, printable, read_image
+from cascade_rcnn.data.images import IMAGE_SUFFIXES
 from cascade_rcnn.errors import DataError, UserError
+from cascade_rcnn.messages import printable
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts"})
-_EXIF_ORIENTATION = 0x0112
-
-
-def to_array(image: Any, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray[np.uint8]:
-    """Pixels uint8 [H, W, 3] RGB of a file, a ``PIL.Image``, uint8 array [H, W, 3] or [H, W], uint8 tensor [3, H, W].
-
-    A file is turned upright by its EXIF orientation, as every viewer shows it; a picture or array is taken as it is.
-
-    Raises:
-        UserError: another type, dtype or shape, or a file that is missing, damaged or above ``max_pixels``.
-    """
-    if isinstance(image, str | Path):
-        return read_upright(Path(image), max_pixels=max_pixels)
-    if isinstance(image, Image.Image):
-        if image.mode[0] in "IF":
-            raise UserError(f"picture of mode {image.mode}: its range is unknown; pass a uint8 array [H, W, 3]")
-        return _not_empty(np.array(image.convert("RGB")))
-    if isinstance(image, np.ndarray):
-        return _from_array(image)
-    if type(image).__module__.partition(".")[0] == "torch":
-        return _from_tensor(image)
-    raise UserError(f"cannot predict on {type(image).__name__}: give a path, a PIL image, a uint8 array [H, W, 3] "
-                    "or a uint8 tensor [3, H, W]")
-
-
-def _from_array(image: NDArray[Any]) -> NDArray[np.uint8]:
-    shape = tuple(image.shape)
-    if image.dtype != np.uint8:
-        raise UserError(f"array of {image.dtype} {list(shape)}: need uint8 0..255; "
-                        "for floats 0..1 use (x * 255).astype('uint8')")
-    if image.ndim == 2:
-        return _not_empty(np.repeat(image[:, :, None], 3, axis=2))
-    if image.ndim == 3 and shape[2] in (1, 3):
-        three = image if shape[2] == 3 else np.repeat(image, 3, axis=2)
-        return _not_empty(np.require(three, requirements=["C", "W"]))  # writable: torch warns of views that are not
-    hint = "; this looks like channels first: use .transpose(1, 2, 0)" if image.ndim == 3 and shape[0] in (1, 3) else ""
-    raise UserError(f"array of shape {list(shape)}: need [H, W, 3] RGB or [H, W] grey{hint}")
-
-
-def _from_tensor(image: Any) -> NDArray[np.uint8]:
-    shape = list(image.shape)
-    kind = str(image.dtype).removeprefix("torch.")
-    if kind != "uint8":
-        raise UserError(f"tensor of {kind} {shape}: need uint8 0..255; for floats 0..1 use (x * 255).to(torch.uint8)")
-    if len(shape) == 3 and shape[0] in (1, 3):
-        return _not_empty(np.ascontiguousarray(image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()))
-    hint = "; this looks like channels last: use .permute(2, 0, 1)" if len(shape) == 3 and shape[2] in (1, 3) else ""
-    hint = "; give a batch as a list of images" if len(shape) == 4 else hint
-    raise UserError(f"tensor of shape {shape}: need [3, H, W] RGB or [1, H, W] grey{hint}")
-
-
-def _not_empty(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    if min(pixels.shape[:2]) == 0:
-        raise UserError(f"image of {pixels.shape[1]}x{pixels.shape[0]} pixels: there is nothing to look at")
-    return pixels
-
-
-def read_upright(path: Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray[np.uint8]:
-    """Decode a file to uint8 [H, W, 3] RGB, turned upright by its EXIF orientation."""
-    if path.is_dir():
-        raise DataError(f"{printable(path)}: is a folder; give its files, or use the predict command")
-    if not path.exists():
-        raise DataError(f"{printable(path)}: no such file; check the name")
-    pixels: NDArray[np.uint8] = read_image(path, max_pixels=max_pixels).permute(1, 2, 0).numpy()
-    turned = pixels.swapaxes(0, 1) if (orientation := _orientation(path)) in (5, 6, 7, 8) else pixels
-    if orientation in (3, 4, 7, 8):
-        turned = turned[::-1]
-    if orientation in (2, 3, 6, 7):
-        turned = turned[:, ::-1]
-    return np.ascontiguousarray(turned)
-
-
-def _orientation(path: Path) -> int:
-    """EXIF orientation 1..8; 1, upright, where there is none or it cannot be read (the pixels could be)."""
-    try:
-        with Image.open(path) as picture:
-            return int(picture.getexif().get(_EXIF_ORIENTATION, 1))
-    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
-        return 1
 
 
 @dataclass(frozen=True)

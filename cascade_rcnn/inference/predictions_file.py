@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from cascade_rcnn.data.files import printable
 from cascade_rcnn.errors import ConfigError, UserError
+from cascade_rcnn.messages import printable
 
 NAME = "predictions.json"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # A box may grow by 1000/16 at most in one step; larger deltas are clamped before exp (all published implementations).
@@ -84,3 +85,10 @@ def decode_boxes(deltas: Tensor, boxes: Tensor, stds: Tensor, *, limit_shrinking
     ratio = deltas[..., 2:].clamp(min=-MAX_LOG_RATIO if limit_shrinking else None, max=MAX_LOG_RATIO)
     half = size * ratio.exp() * 0.5
     return torch.cat([center - half, center + half], dim=-1)
+
+
+def smooth_l1(prediction: Tensor, target: Tensor, beta: float) -> Tensor:
+    """Huber loss divided by ``beta``, per element; ``beta`` 0 is the plain absolute difference."""
+    if beta == 0.0:
+        return (prediction - target).abs()
+    return F.smooth_l1_loss(prediction, target, reduction="none", beta=beta)

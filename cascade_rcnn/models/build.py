@@ -15,12 +15,14 @@ from torch import nn
 
 from cascade_rcnn.config import ModelConfig
 from cascade_rcnn.errors import CheckpointError
-from cascade_rcnn.models.backbone import STRIDES, Backbone, FeaturePyramid
+from cascade_rcnn.models.anchors import AnchorGenerator
+from cascade_rcnn.models.backbone import STRIDES, Backbone
 from cascade_rcnn.models.box_head import BoxHead, ConvBoxHead
 from cascade_rcnn.models.cascade import Cascade, CascadeDetails
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
+from cascade_rcnn.models.fpn import FeaturePyramid
 from cascade_rcnn.models.mask_head import MaskHead
-from cascade_rcnn.models.rpn import RPN, AnchorGenerator, RPNDetails
+from cascade_rcnn.models.rpn import RPN, RPNDetails
 
 RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 BGR_MEAN, BGR_STD = (103.53, 116.28, 123.675), (1.0, 1.0, 1.0)

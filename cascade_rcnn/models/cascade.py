@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade_rcnn.models.boxes import clip_boxes, decode_boxes, encode_boxes, pairwise_iou, scale_boxes
+from cascade_rcnn.models.boxes import clip_boxes, decode_boxes, encode_boxes, pairwise_iou, scale_boxes, smooth_l1
 from cascade_rcnn.models.mask_head import MaskHead, mask_loss, mask_targets
 from cascade_rcnn.models.matching import Matches, Samples, choose, match, normalizer, take
 from cascade_rcnn.models.ops.roi_align import roi_align, roi_align_rows
 from cascade_rcnn.models.postprocess import select_detections
-from cascade_rcnn.models.rpn import smooth_l1
 from cascade_rcnn.structures import OriginalFrame, Proposals, RawDetections, Targets
 
 

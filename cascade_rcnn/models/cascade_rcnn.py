@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cascade_rcnn.models.backbone import Backbone, FeaturePyramid
+from cascade_rcnn.models.backbone import Backbone
 from cascade_rcnn.models.box_head import BoxHead
 from cascade_rcnn.models.cascade import Cascade
+from cascade_rcnn.models.fpn import FeaturePyramid
 from cascade_rcnn.models.ops.winograd import use_winograd
 from cascade_rcnn.models.rpn import RPN
 from cascade_rcnn.structures import ImageBatch, OriginalFrame, RawDetections, Targets

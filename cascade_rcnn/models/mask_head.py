@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade_rcnn.models.ops.roi_align import has_triton
+from cascade_rcnn.models.ops.capabilities import has_triton
 from cascade_rcnn.structures import MaskCrops
 
 MAX_TABLE = 1 << 24  # pixels of object masks gathered at once

@@ -13,7 +13,7 @@ from torchvision.ops import batched_nms
 
 from cascade_rcnn.models.boxes import pairwise_iou
 from cascade_rcnn.models.matching import take
-from cascade_rcnn.models.ops.roi_align import has_triton
+from cascade_rcnn.models.ops.capabilities import has_triton
 from cascade_rcnn.structures import RawDetections
 
 # Candidates handed to NMS per image on a GPU, where shapes must not depend on the data. Only images with more boxes

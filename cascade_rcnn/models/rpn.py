@@ -5,83 +5,17 @@ B images, A anchors of all levels, N proposals per image (padded).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade_rcnn.models.boxes import clip_boxes, decode_boxes, encode_boxes
+from cascade_rcnn.models.anchors import AnchorGenerator, padded_sizes
+from cascade_rcnn.models.boxes import clip_boxes, decode_boxes, encode_boxes, smooth_l1
 from cascade_rcnn.models.matching import choose, match, normalizer, take
 from cascade_rcnn.models.postprocess import nms_keep
 from cascade_rcnn.structures import Proposals, Targets
-
-
-class AnchorGenerator(nn.Module):
-    """Anchors of side ``scale * stride``, ``ratios`` (height over width) and centres at ``(column, row) * stride``.
-
-    ``rounded`` rounds the base anchors to whole pixels, as torchvision does. ``whole_pixels`` are Detectron's: centres
-    at the cells' centres, sides rounded for a square of one stride before they are scaled.
-    """
-
-    def __init__(
-        self, strides: Sequence[int], *, scales: Sequence[float], ratios: Sequence[float], rounded: bool = False,
-        whole_pixels: bool = False
-    ) -> None:
-        super().__init__()
-        self.strides = tuple(strides)
-        self.per_cell = len(scales) * len(ratios)
-        base = []
-        for stride in strides:
-            centre = stride / 2 if whole_pixels else 0.0
-            for ratio in ratios:
-                for scale in scales:
-                    height, width = scale * stride * math.sqrt(ratio), scale * stride / math.sqrt(ratio)
-                    if whole_pixels:
-                        whole = round(stride / math.sqrt(ratio))
-                        height, width = scale * round(whole * ratio), scale * whole
-                    base.append((centre - width / 2, centre - height / 2, centre + width / 2, centre + height / 2))
-        table = torch.tensor(base).view(len(self.strides), self.per_cell, 4)
-        self.register_buffer("base", table.round() if rounded else table, persistent=False)
-        self.base: Tensor
-
-    def forward(self, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Anchors [H * W * A, 4] of each level, for feature maps of ``shapes`` (H, W): row, column, anchor."""
-        levels = []
-        for base, stride, (height, width) in zip(self.base, self.strides, shapes):
-            y = torch.arange(height, device=base.device, dtype=torch.float32) * stride
-            x = torch.arange(width, device=base.device, dtype=torch.float32) * stride
-            shift = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).repeat(1, 1, 2)  # [H, W, 4] (x, y, x, y)
-            levels.append((shift[:, :, None, :] + base).reshape(-1, 4))
-        return levels
-
-    def inside(self, shapes: Sequence[tuple[int, int]], sizes: Tensor, *, multiple: int = 32) -> Tensor:
-        """Which anchors [B, sum(H * W * A)] start inside their image, each padded to ``multiple`` for itself.
-
-        A batch is padded to its largest image; anchors in the rest of the padding belong to nobody.
-        """
-        limits = padded_sizes(sizes, multiple)  # [B, 2]
-        masks = []
-        for stride, (height, width) in zip(self.strides, shapes):
-            y = torch.arange(height, device=sizes.device) * stride
-            x = torch.arange(width, device=sizes.device) * stride
-            mask = (y[None, :, None] < limits[:, 0, None, None]) & (x[None, None, :] < limits[:, 1, None, None])
-            masks.append(mask[..., None].expand(-1, -1, -1, self.per_cell).flatten(1))
-        return torch.cat(masks, dim=1)
-
-
-def padded_sizes(sizes: Tensor, multiple: int = 32) -> Tensor:
-    """Sizes [B, 2] of images, each padded to ``multiple`` for itself."""
-    return torch.div(sizes + multiple - 1, multiple, rounding_mode="floor") * multiple
-
-
-def smooth_l1(prediction: Tensor, target: Tensor, beta: float) -> Tensor:
-    """Huber loss divided by ``beta``, per element; ``beta`` 0 is the plain absolute difference."""
-    if beta == 0.0:
-        return (prediction - target).abs()
-    return F.smooth_l1_loss(prediction, target, reduction="none", beta=beta)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from cascade_rcnn import distributed
-from cascade_rcnn.checkpoint import replace_file
+from cascade_rcnn.atomic_files import replace_file
 from cascade_rcnn.errors import UserError
+from cascade_rcnn.progress import steps_bar
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -137,7 +138,7 @@ class RunLog:
         _drop_beyond(self._out / "metrics.jsonl", evaluated)
         self._board = _tensorboard(self._out / "tensorboard", step)
         if sys.stdout.isatty():
-            self._bar = _progress_bar(step, total)
+            self._bar = steps_bar(step, total)
 
     def say(self, text: str) -> None:
         """One line for the person who watches."""
@@ -300,23 +301,3 @@ def _tensorboard(folder: Path, step: int) -> Any:
     return writer(str(folder), purge_step=step)
 
 
-def _progress_bar(step: int, total: int) -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    bar = Progress(MofNCompleteColumn(), BarColumn(bar_width=20), TimeRemainingColumn(),
-                   TextColumn("{task.fields[numbers]}"))
-    bar.start()
-    return bar, bar.add_task("steps", total=total, completed=step, numbers="")
-
-
-@contextmanager
-def progress_bar(total: int, what: str = "images", *, show: bool = True) -> Iterator[Callable[[int], None]]:
-    """Gives a function that moves the bar on by so many; ``total`` 0 means unknown. On stderr, gone when it is done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not show or not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total or None)
-        yield lambda count: bar.advance(task, count)

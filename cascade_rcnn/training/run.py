@@ -17,36 +17,31 @@ from typing import Any
 import torch
 
 from cascade_rcnn import distributed
-from cascade_rcnn.checkpoint import (
-    BEST,
-    LAST,
-    STATE,
-    as_tensors,
-    from_tensors,
-    get_generators,
-    load_training,
-    save_checkpoint,
-    save_training,
-    seed_generators,
-    set_generators,
-    undisturbed_generators,
-    write_json,
-)
+from cascade_rcnn.atomic_files import write_json
+from cascade_rcnn.checkpoint import BEST, LAST, STATE, load_training, save_checkpoint, save_training
 from cascade_rcnn.config import Config, finetune_schedule
 from cascade_rcnn.data.dataset import DetectionDataset
-from cascade_rcnn.data.files import read_image
 from cascade_rcnn.data.formats.open import open_split
+from cascade_rcnn.data.images import read_image
 from cascade_rcnn.data.loader import Upload, train_loader
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.drawing.annotations import draw_batch, draw_detections, draw_record, side_by_side
 from cascade_rcnn.errors import CheckpointError, ConfigError, DataError, UserError
-from cascade_rcnn.evaluate import evaluate_model, match_classes
+from cascade_rcnn.evaluation.evaluate_model import evaluate_model, match_classes
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.structures import ImageBatch, Targets
 from cascade_rcnn.training.init_weights import start_from
 from cascade_rcnn.training.log import RunLog
 from cascade_rcnn.training.optim import MovingAverage, Updater, passes_per_step, scaled_lr, warmup_steps
+from cascade_rcnn.training.random_state import (
+    as_tensors,
+    from_tensors,
+    get_generators,
+    seed_generators,
+    set_generators,
+    undisturbed_generators,
+)
 
 _DRAWN_BATCHES, _DRAWN_PREDICTIONS, _DRAWN_SCORE = 2, 4, 0.3
 _BEST_BY = ("segm/AP", "bbox/AP")

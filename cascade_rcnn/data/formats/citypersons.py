@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 
 from cascade_rcnn.data import files
 from cascade_rcnn.data.formats.matlab import read_mat, text
-from cascade_rcnn.data.records import DataSplit, ImageRecord, Problems
+from cascade_rcnn.data.images import image_size
+from cascade_rcnn.data.problems import Problems
+from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
+from cascade_rcnn.messages import printable, shown
 
 _PEDESTRIAN = 1
 _HEIGHT, _WIDTH = 1024, 2048  # of every Cityscapes image
@@ -46,12 +49,12 @@ def read_citypersons(root: Path, split: str, *, problems: Problems | None = None
     path = found[name]
     variables = list(read_mat(path).values())
     if len(variables) != 1 or not isinstance(variables[0], np.ndarray):
-        raise DataError(f"{files.printable(path)}: {len(variables)} variables where CityPersons has one, "
+        raise DataError(f"{printable(path)}: {len(variables)} variables where CityPersons has one, "
                         f"anno_{name}_aligned")
     folder = next((root / base for base in ("leftImg8bit", "images") if (root / base).is_dir()), root / "leftImg8bit")
     records = []
     for number, entry in enumerate(variables[0].reshape(-1)):
-        place = f"{files.printable(path)}, image {number + 1}"
+        place = f"{printable(path)}, image {number + 1}"
         try:
             city, image, rows = _fields(entry)
             file = files.safe_path(root, folder, f"{name}/{city}/{image}")
@@ -85,13 +88,13 @@ def _fields(entry: Any) -> tuple[str, str, NDArray[np.float64]]:
 
 
 def _read_record(path: Path, image_id: int, rows: NDArray[np.float64], place: str, problems: Problems) -> ImageRecord:
-    height, width = files.image_size(path) or (_HEIGHT, _WIDTH)
+    height, width = image_size(path) or (_HEIGHT, _WIDTH)
     keep = np.ones(len(rows), dtype=np.bool_)
     for number, row in enumerate(rows):
         left, top, wide, high = row[1:5]
         where = f"{place}, row {number + 1}"
         if not np.all(np.abs(row) < 1e9):
-            problems.add("bad-number", where, files.shown(row.tolist()))
+            problems.add("bad-number", where, shown(row.tolist()))
         elif wide <= 0 or high <= 0:
             problems.add("empty-box", where, f"box {row[1:5].tolist()} (x, y, width, height) has no area")
         elif left >= width or top >= height or left + wide <= 0 or top + high <= 0:

@@ -14,9 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rcnn.data import files
-from cascade_rcnn.data.masks import polygon_points, rle_counts, segmentation_area
-from cascade_rcnn.data.records import DataSplit, ImageRecord, Problems, Segmentation
+from cascade_rcnn.data.images import image_size
+from cascade_rcnn.data.masks import polygon_points, segmentation_area
+from cascade_rcnn.data.problems import Problems
+from cascade_rcnn.data.records import DataSplit, ImageRecord, Segmentation
+from cascade_rcnn.data.rle import rle_counts
 from cascade_rcnn.errors import DataError
+from cascade_rcnn.messages import printable, shown
 
 _ROBOFLOW = "_annotations.coco.json"
 _OTHER_TASKS = ("captions_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")
@@ -93,14 +97,14 @@ def read_coco(root: Path, split: str, *, problems: Problems | None = None) -> Da
     path = found[name]
     data = files.read_json(path)
     if not isinstance(data, dict):
-        raise DataError(f"{files.printable(path)}: a {type(data).__name__} where COCO's object of images, annotations "
+        raise DataError(f"{printable(path)}: a {type(data).__name__} where COCO's object of images, annotations "
                         "and categories is wanted; a results file belongs to `score --results`")
     lists: dict[str, list[Any]] = {}
     for key in ("images", "annotations", "categories"):
         if not isinstance(data.get(key), list):
-            raise DataError(f"{files.printable(path)}: no list {key!r}; this is not a COCO instances file")
+            raise DataError(f"{printable(path)}: no list {key!r}; this is not a COCO instances file")
         lists[key] = data[key]
-    where = files.printable(path)
+    where = printable(path)
     categories = _read_categories(lists["categories"], lists["annotations"], where, problems)
     labels = {category: label for label, category in enumerate(categories)}
     records = _read_images(lists["images"], root, path, name, problems)
@@ -121,7 +125,7 @@ def _read_categories(entries: list[Any], annotations: list[Any], where: str, pro
         if type(number) is not int or not isinstance(name, str) or not name.strip() or abs(number) > 2**31:
             problems.add("bad-annotation", place, "a category needs a whole number as id and a name")
         elif number in names or name in names.values():
-            problems.add("duplicate-category", place, f"category {number} {files.shown(name)} is listed twice")
+            problems.add("duplicate-category", place, f"category {number} {shown(name)} is listed twice")
         else:
             names[number] = name
     # Roboflow writes the project's name as category 0, parent of all others, and never uses it
@@ -142,13 +146,13 @@ def _read_images(entries: list[Any], root: Path, path: Path, split: str, problem
     records: list[ImageRecord] = []
     seen: set[int | str] = set()
     for position, entry in enumerate(entries):
-        place = f"{files.printable(path)}, images[{position}]"
+        place = f"{printable(path)}, images[{position}]"
         if not isinstance(entry, dict) or type(entry.get("id")) not in (int, str):
             problems.add("bad-annotation", place, "an image needs an id (whole number or text) and a file_name")
             continue
         image_id, name = entry["id"], entry.get("file_name")
         if image_id in seen:
-            problems.add("duplicate-image-id", place, f"image id {files.shown(image_id)} is used twice")
+            problems.add("duplicate-image-id", place, f"image id {shown(image_id)} is used twice")
             continue
         try:
             file = files.safe_path(base, folder, name)
@@ -157,10 +161,10 @@ def _read_images(entries: list[Any], root: Path, path: Path, split: str, problem
             continue
         height, width = entry.get("height") or 0, entry.get("width") or 0
         if type(height) is not int or type(width) is not int or not (0 <= height < 10**6 and 0 <= width < 10**6):
-            problems.add("bad-number", place, f"height {files.shown(height)}, width {files.shown(width)} is no size")
+            problems.add("bad-number", place, f"height {shown(height)}, width {shown(width)} is no size")
             continue
         if not (height and width):
-            height, width = files.image_size(file) or (0, 0)
+            height, width = image_size(file) or (0, 0)
         seen.add(image_id)
         records.append(ImageRecord(file, str(name), image_id, height, width, np.zeros((0, 4)),
                                    np.zeros(0, np.int64), np.zeros(0, np.bool_), np.zeros(0), source=place))
@@ -194,10 +198,10 @@ def _read_annotations(entries: list[Any], records: list[ImageRecord], index: dic
         image_id, category = entry.get("image_id"), entry.get("category_id")
         image = index.get(image_id) if type(image_id) in (int, str) else None  # type: ignore[arg-type]
         if image is None:
-            problems.add("unknown-image", place, f"image_id {files.shown(image_id)} is not in the list of images")
+            problems.add("unknown-image", place, f"image_id {shown(image_id)} is not in the list of images")
             continue
         if type(category) is not int or category not in labels:
-            problems.add("unknown-category", place, f"category_id {files.shown(category)} is not in the list of "
+            problems.add("unknown-category", place, f"category_id {shown(category)} is not in the list of "
                          f"categories ({', '.join(map(str, list(labels)[:12]))}{', ...' if len(labels) > 12 else ''})")
             continue
         record = records[image]
@@ -227,18 +231,18 @@ def _read_box(box: object, record: ImageRecord, place: str,
               problems: Problems) -> tuple[float, float, float, float] | None:
     """x, y, width, height of a box that can be learnt from."""
     if not isinstance(box, list) or len(box) != 4:
-        problems.add("bad-annotation", place, f"bbox {files.shown(box)} where [x, y, width, height] is wanted")
+        problems.add("bad-annotation", place, f"bbox {shown(box)} where [x, y, width, height] is wanted")
         return None
     x, y, width, height = box
     # abs() < 1e9 is false for NaN, infinity and numbers too large for a float
     if not all(type(value) in (int, float) and abs(value) < 1e9 for value in box):
-        problems.add("bad-number", place, f"bbox {files.shown(box)} of {files.shown(record.file_name)}")
+        problems.add("bad-number", place, f"bbox {shown(box)} of {shown(record.file_name)}")
         return None
     if width <= 0 or height <= 0:
-        problems.add("empty-box", place, f"bbox {files.shown(box)} of {files.shown(record.file_name)} has no area")
+        problems.add("empty-box", place, f"bbox {shown(box)} of {shown(record.file_name)} has no area")
         return None
     if record.width and (x >= record.width or y >= record.height or x + width <= 0 or y + height <= 0):
-        problems.add("outside-box", place, f"bbox {files.shown(box)} lies outside {files.shown(record.file_name)} "
+        problems.add("outside-box", place, f"bbox {shown(box)} lies outside {shown(record.file_name)} "
                      f"({record.width} x {record.height})")
         return None
     return float(x), float(y), float(width), float(height)
@@ -252,13 +256,13 @@ def _read_segmentation(value: object, record: ImageRecord, place: str, problems:
         rle_counts(value, height=record.height, width=record.width)
         return value
     if not isinstance(value, list):
-        raise ValueError(f"segmentation {files.shown(value)} is neither polygons nor RLE")
+        raise ValueError(f"segmentation {shown(value)} is neither polygons nor RLE")
     polygons = value if isinstance(value[0], list) else [value]  # some tools write a single polygon unwrapped
     enough = [polygon_points(polygon) >= 3 for polygon in polygons]
     if all(enough):
         return polygons
     problems.add("short-polygon", place, f"{enough.count(False)} of {len(enough)} polygons of an object of "
-                 f"{files.shown(record.file_name)} have fewer than 3 points")
+                 f"{shown(record.file_name)} have fewer than 3 points")
     return [polygon for polygon, keep in zip(polygons, enough) if keep] or None
 
 

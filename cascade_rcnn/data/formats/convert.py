@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from cascade_rcnn.data import files
 from cascade_rcnn.data.formats.open import describe_split, disjoint_splits, open_split
 from cascade_rcnn.data.formats.write import write_coco, write_voc, write_yolo, write_yolo_index
 from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.errors import DataError
+from cascade_rcnn.messages import printable, shown
 
 _WRITERS = {"coco": write_coco, "voc": write_voc, "yolo": write_yolo}
 
@@ -21,9 +21,9 @@ def convert_data(src: Path, dst: Path, *, to: str) -> tuple[list[DataSplit], Cou
     Raises ``DataError`` where ``dst`` is not empty, ``to`` unknown or the source broken.
     """
     if to not in _WRITERS:
-        raise DataError(f"--to {files.shown(to)}: choose coco, voc or yolo")
+        raise DataError(f"--to {shown(to)}: choose coco, voc or yolo")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise DataError(f"{files.printable(dst)}: not an empty folder; name a new one")
+        raise DataError(f"{printable(dst)}: not an empty folder; name a new one")
     counts: Counter[str] = Counter()
     splits = [open_split(src, name) for name in disjoint_splits(src)]
     dst.mkdir(parents=True, exist_ok=True)
@@ -42,5 +42,5 @@ def run_convert_data(src: Path, dst: Path, *, to: str) -> int:
         print(describe_split(split))
     for what, number in counts.items():
         print(f"  {number:,} {what}")
-    print(f"written to {files.printable(dst)} as {to}; train with --data {files.printable(dst)}")
+    print(f"written to {printable(dst)} as {to}; train with --data {printable(dst)}")
     return 0

@@ -13,8 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from cascade_rcnn.data import files
-from cascade_rcnn.data.records import DataSplit, ImageRecord, Problems
+from cascade_rcnn.data.images import image_size
+from cascade_rcnn.data.problems import Problems
+from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
+from cascade_rcnn.messages import printable, shown
 
 KITTI_CLASSES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc")
 _COLUMNS = 15  # class, truncation, occlusion, alpha, left, top, right, bottom, and seven of the 3D box
@@ -63,7 +66,7 @@ def read_kitti(root: Path, split: str, *, problems: Problems | None = None) -> D
     problems = problems or Problems()
     labels = _label_folder(root)
     if labels is None:
-        raise DataError(f"{files.printable(root)}: no training/label_2 with text files; this is not KITTI's layout")
+        raise DataError(f"{printable(root)}: no training/label_2 with text files; this is not KITTI's layout")
     name = files.resolve_split(kitti_splits(root), split, root)
     names, where = _image_names(root, labels, name, problems)
     classes = _classes(labels, labels.stat().st_mtime_ns)
@@ -78,7 +81,7 @@ def read_kitti(root: Path, split: str, *, problems: Problems | None = None) -> D
             problems.add("unsafe-path", place, str(error))
             continue
         if not files.is_file(path):
-            problems.add("missing-annotation", place, f"{files.shown(word)} has no file {files.printable(path)}")
+            problems.add("missing-annotation", place, f"{shown(word)} has no file {printable(path)}")
             continue
         image = images.get(word, labels.parent / "image_2" / f"{word}.png")
         records.append(_read_record(path, word, image, index, problems))
@@ -90,12 +93,12 @@ def _image_names(root: Path, labels: Path, split: str, problems: Problems) -> tu
     lists = _lists(root, labels)
     if split in lists:
         lines = files.read_lines(lists[split])
-        return list(dict.fromkeys(line.strip() for line in lines if line.strip())), files.printable(lists[split])
+        return list(dict.fromkeys(line.strip() for line in lines if line.strip())), printable(lists[split])
     names = [path.stem for path in files.list_files(labels, {".txt"})]
     if split != "trainval":
         names = names[0::2] if split == "train" else names[1::2]
-        problems.add("made-split", files.printable(labels), f"no ImageSets/{split}.txt: every other image is {split}")
-    return names, files.printable(labels)
+        problems.add("made-split", printable(labels), f"no ImageSets/{split}.txt: every other image is {split}")
+    return names, printable(labels)
 
 
 @lru_cache(maxsize=4)
@@ -114,10 +117,10 @@ def _classes(labels: Path, stamp: int) -> tuple[str, ...]:
 
 
 def _read_record(path: Path, name: str, image: Path, index: dict[str, int], problems: Problems) -> ImageRecord:
-    height, width = files.image_size(image) or (0, 0)
+    height, width = image_size(image) or (0, 0)
     rows, labels, flags = [], [], []
     for number, line in enumerate(files.read_lines(path, may_be_empty=True)):
-        words, place = line.split(), f"{files.printable(path)}, line {number + 1}"
+        words, place = line.split(), f"{printable(path)}, line {number + 1}"
         if not words:
             continue
         if len(words) not in (_COLUMNS, _COLUMNS + 1):
@@ -126,14 +129,14 @@ def _read_record(path: Path, name: str, image: Path, index: dict[str, int], prob
         dontcare = words[0].lower() == "dontcare"
         label = 0 if dontcare else index.get(words[0].lower())
         if label is None:
-            problems.add("unknown-category", place, f"class {files.shown(words[0])}")
+            problems.add("unknown-category", place, f"class {shown(words[0])}")
             continue
         try:
             values = [float(word) for word in words[1:8]]
         except ValueError:
             values = [math.nan]
         if not all(abs(value) < 1e9 for value in values):
-            problems.add("bad-number", place, f"{files.shown(' '.join(words[1:8]))}")
+            problems.add("bad-number", place, f"{shown(' '.join(words[1:8]))}")
             continue
         truncated, occluded, _, left, top, right, bottom = values
         if right <= left or bottom <= top:
@@ -153,4 +156,4 @@ def _read_record(path: Path, name: str, image: Path, index: dict[str, int], prob
                   "dontcare": ignore.astype(np.int64)}
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     return ImageRecord(image, image.name, name, height, width, boxes, np.array(labels, dtype=np.int64), ignore, areas,
-                       attributes=attributes, source=files.printable(path))
+                       attributes=attributes, source=printable(path))

@@ -16,6 +16,7 @@ import numpy as np
 
 from cascade_rcnn.data import files
 from cascade_rcnn.errors import DataError
+from cascade_rcnn.messages import printable, shown
 
 # scipy's reader is compiled code that a damaged file can crash: a process of its own tries each file first.
 _TRIAL = """
@@ -44,7 +45,7 @@ def read_mat(path: Path) -> dict[str, Any]:
             content: dict[str, Any] = loadmat(str(path))
     except Exception as error:  # a damaged file makes scipy's reader raise whatever it likes, MemoryError included
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DataError(f"{files.printable(path)}: not a readable MATLAB file ({reason})") from None
+        raise DataError(f"{printable(path)}: not a readable MATLAB file ({reason})") from None
     return {key: value for key, value in content.items() if not key.startswith("__")}
 
 
@@ -88,7 +89,7 @@ atexit.register(_trial.end)
 
 def _try_elsewhere(path: Path) -> None:
     if not _trial.survives(path):
-        raise DataError(f"{files.printable(path)}: crashes the reader of MATLAB files, or takes it more than "
+        raise DataError(f"{printable(path)}: crashes the reader of MATLAB files, or takes it more than "
                         f"{_TRIAL_SECONDS} s: it is damaged, fetch it again")
 
 
@@ -103,5 +104,5 @@ def text(value: Any) -> str:
     """A MATLAB text. Raises ``ValueError`` where it is something else."""
     value = unwrap(value)
     if not isinstance(value, str):
-        raise ValueError(f"{files.shown(value)} where a text is wanted")
+        raise ValueError(f"{shown(value)} where a text is wanted")
     return str(value)

@@ -19,8 +19,10 @@ from cascade_rcnn.data.formats.kitti import kitti_splits, read_kitti
 from cascade_rcnn.data.formats.voc import read_voc, voc_splits
 from cascade_rcnn.data.formats.widerface import read_widerface, widerface_splits
 from cascade_rcnn.data.formats.yolo import read_yolo, yolo_splits
-from cascade_rcnn.data.records import DataSplit, ImageRecord, Problems
+from cascade_rcnn.data.problems import Problems
+from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
+from cascade_rcnn.messages import printable, shown
 
 _Names = Callable[[Path], Iterable[str]]
 _Reader = Callable[..., DataSplit]
@@ -43,7 +45,7 @@ def recognise(root: Path | str) -> str:
     """
     root = Path(root)
     if not (files.is_dir(root) or files.is_file(root)):
-        raise DataError(f"{files.printable(root)}: no such folder; give the data set's folder")
+        raise DataError(f"{printable(root)}: no such folder; give the data set's folder")
     for name, (find, _, _) in _FORMATS.items():
         if any(True for _ in find(root)):
             return name
@@ -91,7 +93,7 @@ def _share(split: DataSplit, share: str, root: Path) -> DataSplit:
     except ValueError:
         start, end = 0.0, 0.0
     if not dash or not 0 <= start < end <= 100:
-        raise DataError(f"{files.printable(root)}: part {files.shown(share)} of split {split.name!r} is not "
+        raise DataError(f"{printable(root)}: part {shown(share)} of split {split.name!r} is not "
                         "understood; write per cent from and to, e.g. train:0-90")
 
     def place(record: ImageRecord) -> bytes:
@@ -107,7 +109,7 @@ def _join(parts: list[DataSplit], name: str) -> DataSplit:
     first = parts[0]
     for part in parts[1:]:
         if (part.class_names, part.category_ids) != (first.class_names, first.category_ids):
-            raise DataError(f"{files.printable(first.root)}: splits {first.name!r} and {part.name!r} have different "
+            raise DataError(f"{printable(first.root)}: splits {first.name!r} and {part.name!r} have different "
                             f"classes ({', '.join(first.class_names)}; {', '.join(part.class_names)}); make them equal")
     records = [record for part in parts for record in part.records]
     if len({record.image_id for record in records}) < len(records):
@@ -125,7 +127,7 @@ def describe(root: Path | str) -> str:
     """What a data set holds, one line per split: images, objects, ignore regions, classes."""
     root = Path(root)
     found = recognise(root)
-    lines = [f"{files.printable(root)}: {found} format"]
+    lines = [f"{printable(root)}: {found} format"]
     for name in splits(root):
         lines.append("  " + describe_split(open_split(root, name, strict=False)))
     return "\n".join(lines)
@@ -153,11 +155,11 @@ def _not_recognised(root: Path) -> str:
     for child in files.subfolders(root):
         for name, (find, _, _) in _FORMATS.items():
             if any(True for _ in find(child)):
-                return f"{files.printable(root)}: no data set here, but {files.printable(child)} is {name}: name that"
+                return f"{printable(root)}: no data set here, but {printable(child)} is {name}: name that"
     if _is_folder_per_class(root):
-        return (f"{files.printable(root)}: a folder per class holds no boxes and is not supported; draw boxes with a "
+        return (f"{printable(root)}: a folder per class holds no boxes and is not supported; draw boxes with a "
                 "labelling tool (CVAT, Label Studio, labelImg) and export COCO, VOC or YOLO")
-    return (f"{files.printable(root)}: no known data set; looked for {wanted}. There is: {_tree(root)}; "
+    return (f"{printable(root)}: no known data set; looked for {wanted}. There is: {_tree(root)}; "
             "docs/data.md shows each layout")
 
 
@@ -178,4 +180,4 @@ def _tree(root: Path) -> str:
             below = sorted(grandchild.name for grandchild in child.iterdir())
             inner = "/ (" + ", ".join(below[:3]) + (", ..." if len(below) > 3 else "") + ")"
         names.append(child.name + inner)
-    return files.printable(", ".join(names)) or "nothing"
+    return printable(", ".join(names)) or "nothing"

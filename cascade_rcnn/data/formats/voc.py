@@ -17,8 +17,11 @@ from xml.etree import ElementTree
 import numpy as np
 
 from cascade_rcnn.data import files
-from cascade_rcnn.data.records import DataSplit, ImageRecord, Problems
+from cascade_rcnn.data.images import image_size
+from cascade_rcnn.data.problems import Problems
+from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
+from cascade_rcnn.messages import printable, shown
 
 _LABEL_SIDES = ("xmin", "ymin", "xmax", "ymax")
 
@@ -47,7 +50,7 @@ def parse_xml(path: Path) -> ElementTree.Element:
     except DataError:
         raise
     except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:
-        raise DataError(f"{files.printable(path)}: not usable XML ({error})") from None
+        raise DataError(f"{printable(path)}: not usable XML ({error})") from None
 
 
 def voc_splits(root: Path) -> list[str]:
@@ -147,7 +150,7 @@ def _read_list(entry: _List, labels: dict[str, int], problems: Problems) -> list
     images = {path.stem: path for path in files.list_files(entry.images)}
     records = []
     for number, name in enumerate(names):
-        where = f"{files.printable(entry.file)}, entry {number + 1}" if entry.file else files.printable(entry.folder)
+        where = f"{printable(entry.file)}, entry {number + 1}" if entry.file else printable(entry.folder)
         try:
             path = files.safe_path(entry.folder, entry.annotations, f"{name}.xml")
             default = files.safe_path(entry.folder, entry.images, f"{name}.jpg")
@@ -155,7 +158,7 @@ def _read_list(entry: _List, labels: dict[str, int], problems: Problems) -> list
             problems.add("unsafe-path", where, str(error))
             continue
         if not files.is_file(path):
-            problems.add("missing-annotation", where, f"{files.shown(name)} has no file {files.printable(path)}")
+            problems.add("missing-annotation", where, f"{shown(name)} has no file {printable(path)}")
             continue
         try:
             tree = parse_xml(path)
@@ -174,10 +177,10 @@ def _list_entry(line: str) -> str:
 
 def _read_record(tree: ElementTree.Element, name: str, path: Path, image: Path, labels: dict[str, int],
                  problems: Problems) -> ImageRecord:
-    where = files.printable(path)
+    where = printable(path)
     width, height = (_number(tree.findtext(f"size/{side}")) for side in ("width", "height"))
     if not (1 <= width < 10**6 and 1 <= height < 10**6):
-        height, width = files.image_size(image) or (0, 0)
+        height, width = image_size(image) or (0, 0)
     boxes, kept, flags = [], [], []
     for position, item in enumerate(tree.iterfind("object")):
         place = f"{where}, object {position + 1}"
@@ -213,14 +216,14 @@ def _read_box(item: ElementTree.Element, height: int, width: int, place: str,
     texts = [item.findtext(f"bndbox/{side}") for side in _LABEL_SIDES]
     left, top, right, bottom = (_number(text) for text in texts)
     if not all(abs(value) < 1e9 for value in (left, top, right, bottom)):  # false for NaN
-        problems.add("bad-number", place, f"bndbox {files.shown(texts)} (xmin, ymin, xmax, ymax)")
+        problems.add("bad-number", place, f"bndbox {shown(texts)} (xmin, ymin, xmax, ymax)")
         return None
     # xmax = xmin is an object one pixel wide; a box of a single pixel is a slip of the mouse
     if right < left or bottom < top or (right == left and bottom == top):
-        problems.add("empty-box", place, f"bndbox {files.shown([left, top, right, bottom])} has no area")
+        problems.add("empty-box", place, f"bndbox {shown([left, top, right, bottom])} has no area")
         return None
     if width and (left > width or top > height or right < 1 or bottom < 1):
-        problems.add("outside-box", place, f"bndbox {files.shown([left, top, right, bottom])} lies outside the image "
+        problems.add("outside-box", place, f"bndbox {shown([left, top, right, bottom])} lies outside the image "
                      f"({width} x {height})")
         return None
     return left - 1, top - 1, right, bottom

@@ -15,8 +15,11 @@ from numpy.typing import NDArray
 
 from cascade_rcnn.data import files
 from cascade_rcnn.data.formats.matlab import read_mat, text
-from cascade_rcnn.data.records import DataSplit, ImageRecord, Problems
+from cascade_rcnn.data.images import image_size
+from cascade_rcnn.data.problems import Problems
+from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
+from cascade_rcnn.messages import printable, shown
 
 _COLUMNS = ("blur", "expression", "illumination", "invalid", "occlusion", "pose")
 _Entry = tuple[str, str, NDArray[np.float64]]  # file name, place, rows of x y w h and the six columns
@@ -64,7 +67,7 @@ def read_widerface(root: Path, split: str, *, problems: Problems | None = None) 
 
 def _read_text(path: Path, problems: Problems) -> Iterator[_Entry]:
     lines = files.read_lines(path)
-    printed, at = files.printable(path), 0
+    printed, at = printable(path), 0
     while at < len(lines):
         name, place = lines[at].strip(), f"{printed}, line {at + 1}"
         at += 1
@@ -72,7 +75,7 @@ def _read_text(path: Path, problems: Problems) -> Iterator[_Entry]:
             continue
         word = lines[at].strip() if at < len(lines) else ""
         if not (word.isascii() and word.isdigit() and len(word) < 8):
-            problems.add("bad-annotation", place, f"{files.shown(name)} is followed by {files.shown(word)}, where the "
+            problems.add("bad-annotation", place, f"{shown(name)} is followed by {shown(word)}, where the "
                          "number of faces is wanted")
             continue
         count, at = int(word), at + 1
@@ -81,7 +84,7 @@ def _read_text(path: Path, problems: Problems) -> Iterator[_Entry]:
             row = _row(lines[at]) if at < len(lines) else None
             if row is None:
                 problems.add("bad-annotation", f"{printed}, line {at + 1}", f"no row of 10 numbers, where {count} "
-                             f"faces of {files.shown(name)} are announced and {len(rows)} read")
+                             f"faces of {shown(name)} are announced and {len(rows)} read")
                 break
             rows.append(row)
             at += 1
@@ -105,7 +108,7 @@ def _read_matlab(path: Path, problems: Problems) -> Iterator[_Entry]:
     content = read_mat(path)
     missing = [key for key in ("event_list", "file_list", "face_bbx_list") if key not in content]
     if missing:
-        raise DataError(f"{files.printable(path)}: no variable {', '.join(missing)}; this is not WIDER FACE's file")
+        raise DataError(f"{printable(path)}: no variable {', '.join(missing)}; this is not WIDER FACE's file")
     events = content["event_list"].reshape(-1)
     for number, event in enumerate(events):
         try:
@@ -116,10 +119,10 @@ def _read_matlab(path: Path, problems: Problems) -> Iterator[_Entry]:
                 rows = np.asarray(boxes[image], dtype=np.float64).reshape(-1, 4)
                 extra = [np.zeros(len(rows)) if column is None else
                          np.asarray(column[image], dtype=np.float64).reshape(len(rows)) for column in columns]
-                yield (f"{text(event)}/{text(file)}.jpg", f"{files.printable(path)}, event {number + 1}, image "
+                yield (f"{text(event)}/{text(file)}.jpg", f"{printable(path)}, event {number + 1}, image "
                        f"{image + 1}", np.concatenate([rows, np.stack(extra, axis=1)], axis=1))
         except (ValueError, TypeError, IndexError) as error:
-            problems.add("bad-annotation", f"{files.printable(path)}, event {number + 1}", f"{error}")
+            problems.add("bad-annotation", f"{printable(path)}, event {number + 1}", f"{error}")
 
 
 def _cells(table: Any, number: int) -> Any:
@@ -128,13 +131,13 @@ def _cells(table: Any, number: int) -> Any:
 
 
 def _read_record(path: Path, name: str, rows: NDArray[np.float64], place: str, problems: Problems) -> ImageRecord:
-    height, width = files.image_size(path) or (0, 0)
+    height, width = image_size(path) or (0, 0)
     keep = np.ones(len(rows), dtype=np.bool_)
     for number, row in enumerate(rows):
         left, top, wide, high = row[:4]
         where = f"{place}, face {number + 1}"
         if not np.all(np.abs(row) < 1e9):
-            problems.add("bad-number", where, files.shown(row.tolist()))
+            problems.add("bad-number", where, shown(row.tolist()))
         elif wide <= 0 or high <= 0:
             problems.add("empty-box", where, f"box {row[:4].tolist()} (x, y, width, height) has no area")
         elif width and (left >= width or top >= height or left + wide <= 0 or top + high <= 0):

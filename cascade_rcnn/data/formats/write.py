@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 from cascade_rcnn.data import files
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
+from cascade_rcnn.messages import printable
 
 
 def coco_image_ids(split: DataSplit) -> list[int]:
@@ -107,7 +108,7 @@ def write_yolo(split: DataSplit, out: Path) -> Counter[str]:
     counts = _place_images(split.records, [out / "images" / _word(split) / name for name in names])
     for record, name in zip(split.records, names):
         if not (record.height and record.width):
-            raise DataError(f"{files.printable(record.path)}: no readable image and no size in the annotation; YOLO's "
+            raise DataError(f"{printable(record.path)}: no readable image and no size in the annotation; YOLO's "
                             "fractions need it: complete the images first")
         lines = []
         for row, box in enumerate(record.boxes.tolist()):

@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 
 from cascade_rcnn.data import files
-from cascade_rcnn.data.records import DataSplit, ImageRecord, Problems, Segmentation
+from cascade_rcnn.data.images import image_size
+from cascade_rcnn.data.problems import Problems
+from cascade_rcnn.data.records import DataSplit, ImageRecord, Segmentation
 from cascade_rcnn.errors import DataError
+from cascade_rcnn.messages import printable, shown
 
 _YAML = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 _NAMES = ("classes.txt", "obj.names", "_darknet.labels")
@@ -52,7 +55,7 @@ def _layout(root: Path) -> _Layout:
         return _read_yaml(path)
     path = _names_file(root)
     if path is None:
-        raise DataError(f"{files.printable(root)}: neither data.yaml nor classes.txt; this is not YOLO's layout")
+        raise DataError(f"{printable(root)}: neither data.yaml nor classes.txt; this is not YOLO's layout")
     names = tuple(line.strip() for line in files.read_lines(path) if line.strip())
     return _Layout(names, _folder_splits(root))
 
@@ -78,14 +81,14 @@ def _read_yaml(path: Path) -> _Layout:
         # the base loader makes no objects and keeps words as words: a class may be called no, or 2
         content: Any = yaml.load(text, Loader=yaml.BaseLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DataError(f"{files.printable(path)}: not valid YAML ({' '.join(str(error).split())})") from None
+        raise DataError(f"{printable(path)}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
-        raise DataError(f"{files.printable(path)}: no keys; YOLO's data file has train, val and names")
+        raise DataError(f"{printable(path)}: no keys; YOLO's data file has train, val and names")
     names = content.get("names")
     if isinstance(names, dict):
         names = [names.get(str(number)) for number in range(len(names))]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise DataError(f"{files.printable(path)}: names {files.shown(names)}; a list of class names is wanted")
+        raise DataError(f"{printable(path)}: names {shown(names)}; a list of class names is wanted")
     base = path.parent
     if isinstance(content.get("path"), str) and files.is_dir(base / content["path"]):
         base = base / content["path"]
@@ -109,7 +112,7 @@ def _place(path: Path, base: Path, entry: str) -> Path:
         inside = Path(*[part for part in Path(entry).parts if part not in ("..", "/")])
         if files.is_dir(path.parent / inside) or files.is_file(path.parent / inside):
             return path.parent / inside
-        raise DataError(f"{files.printable(path)}: {error}; put the folders beside {path.name}") from None
+        raise DataError(f"{printable(path)}: {error}; put the folders beside {path.name}") from None
 
 
 def read_yolo(root: Path, split: str, *, problems: Problems | None = None) -> DataSplit:
@@ -120,9 +123,9 @@ def read_yolo(root: Path, split: str, *, problems: Problems | None = None) -> Da
     base = root.parent if files.is_file(root) else root
     records = []
     for image in dict.fromkeys(image for place in layout.splits[name] for image in _images(base, place, problems)):
-        size = files.image_size(image)
+        size = image_size(image)
         if size is None:
-            problems.add("unreadable-image", files.printable(image), "no readable image, and YOLO's boxes need its "
+            problems.add("unreadable-image", printable(image), "no readable image, and YOLO's boxes need its "
                          "size; it is left out")
             continue
         records.append(_read_record(image, base, size, layout.names, problems))
@@ -139,14 +142,14 @@ def _images(root: Path, place: Path, problems: Problems) -> list[Path]:
         return files.list_files(place) or [image for below in files.subfolders(place)
                                            for image in files.list_files(below)]
     if place.suffix != ".txt":
-        raise DataError(f"{files.printable(place)}: no such folder of images; mend data.yaml")
+        raise DataError(f"{printable(place)}: no such folder of images; mend data.yaml")
     images = []
     for number, line in enumerate(files.read_lines(place)):
         if line.strip():
             try:
                 images.append(files.safe_path(root, root, line.strip()))
             except ValueError as error:
-                problems.add("unsafe-path", f"{files.printable(place)}, line {number + 1}", str(error))
+                problems.add("unsafe-path", f"{printable(place)}, line {number + 1}", str(error))
     return images
 
 
@@ -169,16 +172,16 @@ def _read_record(image: Path, root: Path, size: tuple[int, int], names: tuple[st
         words = line.split()
         if not words:
             continue
-        place = f"{files.printable(path)}, line {number + 1}"
+        place = f"{printable(path)}, line {number + 1}"
         row = _read_row(words, len(names), place, problems)
         if row is None:
             continue
         label, values = row
         box, polygon = _scale(values, size)
         if box[2] <= box[0] or box[3] <= box[1]:
-            problems.add("empty-box", place, f"{files.shown(line.strip())} has no area")
+            problems.add("empty-box", place, f"{shown(line.strip())} has no area")
         elif box[0] >= size[1] or box[1] >= size[0] or box[2] <= 0 or box[3] <= 0:
-            problems.add("outside-box", place, f"{files.shown(line.strip())} lies outside the image")
+            problems.add("outside-box", place, f"{shown(line.strip())} lies outside the image")
         else:
             boxes.append(box)
             labels.append(label)
@@ -187,7 +190,7 @@ def _read_record(image: Path, root: Path, size: tuple[int, int], names: tuple[st
     areas = (table[:, 2] - table[:, 0]) * (table[:, 3] - table[:, 1])
     name = os.path.relpath(image, root)
     return ImageRecord(image, name, name.rsplit(".", 1)[0], size[0], size[1], table, np.array(labels, dtype=np.int64),
-                       np.zeros(len(table), dtype=np.bool_), areas, masks, source=files.printable(path))
+                       np.zeros(len(table), dtype=np.bool_), areas, masks, source=printable(path))
 
 
 def _read_row(words: list[str], classes: int, place: str, problems: Problems) -> tuple[int, list[float]] | None:
@@ -196,13 +199,13 @@ def _read_row(words: list[str], classes: int, place: str, problems: Problems) ->
     except ValueError:
         values = [float("nan")]
     if not all(abs(value) < 1e9 for value in values):  # false for NaN
-        problems.add("bad-number", place, files.shown(" ".join(words)))
+        problems.add("bad-number", place, shown(" ".join(words)))
     elif len(values) != 5 and (len(values) < 5 or len(values) % 2 == 0):
         problems.add("bad-annotation", place, f"{len(values)} numbers; a box has 5, a polygon 7, 9, 11, ...")
     elif values[0] != int(values[0]) or not 0 <= values[0] < classes:
-        problems.add("unknown-category", place, f"class {files.shown(words[0])} of {classes} named classes")
+        problems.add("unknown-category", place, f"class {shown(words[0])} of {classes} named classes")
     elif max(map(abs, values[1:])) > 2:
-        problems.add("bad-number", place, f"{files.shown(' '.join(words))}: pixels, where fractions of the image are "
+        problems.add("bad-number", place, f"{shown(' '.join(words))}: pixels, where fractions of the image are "
                      "wanted")
     else:
         return int(values[0]), values[1:]

@@ -16,10 +16,6 @@ Three ways compute the same numbers:
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
+
+from cascade_rcnn.models.ops.capabilities import has_triton
 
 CANONICAL_SIDE = 56.0  # a box of twice this side (in pixels) is the smallest that leaves the first level
 _MAX_TAPS = 4096  # per bin and side: boxes of 28,000 pixels of a level; keeps a diverged model from eating the memory
@@ -97,26 +95,6 @@ def roi_align_rows(
 def rows_weight(weight: Tensor, bins: int) -> Tensor:
     """``[O, C * bins]`` with columns (channel, bin), as checkpoints have it, to columns (bin, channel) of rows."""
     return weight.view(len(weight), -1, bins).transpose(1, 2).flatten(1)
-
-
-@functools.cache
-def triton_problem() -> str:
-    """Why the kernels of ``*_triton.py`` cannot run on this machine's GPU; empty where they can.
-
-    Triton builds the code that starts a kernel with the machine's C compiler, found as here.
-    """
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is missing"
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "Triton finds no C compiler: install gcc"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (7, 0):
-        return "Triton needs a GPU of compute capability 7.0"
-    return ""
-
-
-def has_triton() -> bool:
-    """Whether the kernels of ``*_triton.py`` can be used on a GPU."""
-    return not triton_problem()
 
 
 def _portable(feature: Tensor) -> bool:

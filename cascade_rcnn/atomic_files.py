@@ -1,0 +1,74 @@
+"""Files that are written whole or not at all: to a temporary name, flushed, renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from cascade_rcnn.errors import CheckpointError
+from cascade_rcnn.messages import one_line
+
+
+def replace_file(path: Path, write: Callable[[Path], None], verify: Callable[[Path], None] | None = None) -> None:
+    """Let ``write`` fill a temporary file, flush it to disk, ``verify`` it, and rename it over ``path``.
+
+    Whatever fails, the file at ``path`` stays as it was and the temporary file is removed. The temporary name is
+    fixed, so that what a killed process left behind is overwritten by the next save.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        _flush(temporary)
+        if verify is not None:
+            verify(temporary)
+        temporary.replace(path)
+        _flush(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file atomically. Raises CheckpointError when it cannot be written."""
+    text = json.dumps(value, indent=2) + "\n"
+    with clear_failure(path):
+        replace_file(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _flush(path: Path) -> None:
+    """Ask the operating system to put a file, or the names in a folder, onto the disk."""
+    folder = path.is_dir()
+    if folder and os.name != "posix":
+        return  # only POSIX systems open folders
+    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows flushes what is open for writing only
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def umask() -> int:
+    mask = os.umask(0o077)  # the only way to ask is to set it
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def clear_failure(path: Path) -> Iterator[None]:
+    """Turn what the operating system says about a failed write into one line with the way out."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        before = "the file from before is unchanged" if path.exists() else "nothing was left behind"
+        raise CheckpointError(f"{path}: cannot be written ({one_line(error)}); {before}; free some space or make the "
+                              "folder writable, or write to another; a training then goes on with --resume") from error

@@ -1,0 +1,232 @@
+"""What is measured against what: our network and torchvision's, with weights made from a rule."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from cascade_rcnn.benchmark import stopwatch
+from cascade_rcnn.benchmark.peer import build_peer
+from cascade_rcnn.config import Config
+from cascade_rcnn.models.build import build_model
+from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
+from cascade_rcnn.structures import ImageBatch, MaskCrops, Targets
+
+if TYPE_CHECKING:
+    pass
+
+
+CLASSES = 80
+BACKWARD = "backward and optimizer"
+OBJECTS = 8  # per image in a training step: COCO's mean is 7.3
+
+
+@dataclass
+class Contender:
+    """A model under measurement: ``run`` is one call, ``seconds`` one number per round."""
+
+    name: str
+    run: Callable[[], Any]
+    images: int
+    seconds: list[float] = field(default_factory=list)
+    core_seconds: list[float] = field(default_factory=list)  # all cores' time: comparable on a busy machine too
+    parts: dict[str, list[float]] = field(default_factory=dict)
+    macs: dict[str, float] = field(default_factory=dict)
+    stopwatch: stopwatch.Stopwatch | None = None
+    model: CascadeRCNN | None = None  # ours, to be watched while it runs
+    peak_memory: int | None = None
+    warm_up: float = 0.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, on what."""
+
+    config: Config
+    size: tuple[int, int]
+    batch: int
+    device: torch.device
+    train: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """bfloat16 where the device is fast in it: GPUs. CPUs without matrix units are slower in it than in float32."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @property
+    def masks(self) -> bool:
+        return self.config.model.masks != "none"
+
+
+def images_of(setting: Setting) -> ImageBatch:
+    pixels = torch.stack([stopwatch.synthetic_image(setting.size, seed=seed) for seed in range(setting.batch)])
+    sizes = torch.tensor([setting.size] * setting.batch)
+    return ImageBatch(pixels, sizes, sizes).to(setting.device)
+
+
+def _boxes(setting: Setting) -> Tensor:
+    """Objects [B, OBJECTS, 4] of 1/16 to 1/2 of the image's sides."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = setting.size
+    frame = torch.tensor([width, height, width, height])
+    corner = torch.rand(setting.batch, OBJECTS, 2, generator=generator) * 0.5
+    side = torch.rand(setting.batch, OBJECTS, 2, generator=generator) * 0.44 + 0.06
+    return torch.cat((corner, corner + side), dim=2) * frame
+
+
+def our_contender(setting: Setting, *, compiled: bool = False) -> Contender:
+    model = build_model(setting.config.model, CLASSES)
+    stopwatch.seed_weights(model)
+    images = images_of(setting)
+    name = setting.config.model.backbone.partition(".")[0]
+    stages = len(setting.config.model.stage_ious)
+    title = f"cascade-rcnn {name}, {stages} stage{'s' * (stages > 1)}{', masks' * setting.masks}"
+    if setting.train:
+        model.to(setting.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        run = _training_step(model, setting, lambda: model.loss(images, _targets(setting)))
+    else:
+        model.eval().to(setting.device)
+
+        def run() -> Any:
+            with torch.inference_mode(), setting.precision():
+                return model.detect(images)
+
+    contender = Contender(title + ", compiled" * compiled, run, setting.batch)
+    if not compiled:
+        watch = stopwatch.Stopwatch(setting.device)
+        contender.macs = count_multiply_adds(model, setting, images, watch)
+        contender.stopwatch, contender.model = watch, model
+    if not setting.train:
+        model.optimize_for_inference()
+    if compiled:
+        from cascade_rcnn.inference.compiled import compile_for_inference, compile_for_training
+
+        if setting.train:
+            compile_for_training(model, fixed_sizes=True)
+        else:
+            model = compile_for_inference(model)
+    return contender
+
+
+def contender(setting: Setting, who: str) -> Contender:
+    """The model of ``who``: ours or peer."""
+    return our_contender(setting) if who == "ours" else peer_contender(setting)
+
+
+def _targets(setting: Setting) -> Targets:
+    boxes = _boxes(setting)
+    valid = torch.ones(setting.batch, OBJECTS, dtype=torch.bool)
+    labels = torch.arange(OBJECTS).expand(setting.batch, OBJECTS) % CLASSES
+    masks = None
+    if setting.masks:
+        origins = boxes[..., [1, 0]].long()
+        extents = (boxes[..., [3, 2]].ceil().long() - origins).clamp(min=1)
+        areas = extents.prod(-1).flatten()
+        offsets = (areas.cumsum(0) - areas).view(setting.batch, OBJECTS)
+        largest = extents.flatten(0, 1).amax(0).tolist()
+        masks = MaskCrops(torch.ones(int(areas.sum()), dtype=torch.uint8), offsets, origins, extents,
+                          (largest[0], largest[1]))  # fmt: skip
+    return Targets(boxes, labels, valid, ~valid, masks).to(setting.device)
+
+
+def _training_step(
+    model: torch.nn.Module, setting: Setting, losses: Callable[[], dict[str, Tensor]]
+) -> Callable[[], Any]:
+    model.train()
+    # A rate of nearly zero: the weights stay what they are from round to round, the work is the same.
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-12, momentum=0.9)
+
+    def run() -> None:
+        with setting.precision():
+            total = torch.stack([*losses().values()]).sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def peer_options(setting: Setting) -> dict[str, Any]:
+    """For torchvision's models: our numbers of boxes, and images as they are in evaluation too."""
+    ours = setting.config.model
+    return {"num_classes": CLASSES + 1, "rpn_post_nms_top_n_test": ours.test_proposals,
+            "min_size": min(setting.size), "max_size": max(setting.size),
+            "box_batch_size_per_image": ours.roi_samples, "box_detections_per_img": ours.max_detections}  # fmt: skip
+
+
+def peer_contender(setting: Setting) -> Contender:
+    """torchvision's Faster or Mask R-CNN of ResNet-50, what pip can install."""
+    model = build_peer(masks=setting.masks, options=peer_options(setting))
+    stopwatch.seed_weights(model)
+    model.to(setting.device).eval()
+    batch = images_of(setting)
+    images = [pixels.float() / 255 for pixels in batch.pixels]
+    name = f"torchvision {'Mask' if setting.masks else 'Faster'} R-CNN resnet50"
+    if setting.train:
+        height, width = setting.size
+        mask = torch.ones(OBJECTS, height, width, dtype=torch.uint8, device=setting.device)
+        targets = [{"boxes": boxes.to(setting.device), "labels": torch.arange(1, OBJECTS + 1, device=setting.device)}
+                   | ({"masks": mask} if setting.masks else {}) for boxes in _boxes(setting)]  # fmt: skip
+        return Contender(name, _training_step(model, setting, lambda: model(images, targets)), setting.batch)
+
+    def run() -> Any:
+        with torch.inference_mode(), setting.precision():
+            return model(images)
+
+    return Contender(name, run, setting.batch)
+
+
+@contextlib.contextmanager
+def watched(model: CascadeRCNN, watch: stopwatch.Stopwatch) -> Iterator[None]:
+    """Names for the parts of one call. RoIAlign and heads are numbered by the stage that asks."""
+    from cascade_rcnn.models import cascade as cascade_module
+    from cascade_rcnn.models import rpn as rpn_module
+
+    stage = 0
+
+    def pooling(*_: Any, size: int = 7, **__: Any) -> str:
+        return f"stage {stage + 1}: RoIAlign" if size == 7 else "masks: RoIAlign"
+
+    def pooling_for_head(k: int, *_: Any, **__: Any) -> str:
+        nonlocal stage
+        stage = k
+        return pooling()
+
+    undo = [
+        watch.watch(model, "normalize", "normalise"),
+        watch.watch(model.backbone, "forward", "backbone"),
+        watch.watch(model.fpn, "forward", "FPN"),
+        watch.watch(model.rpn, "forward", "RPN convolutions"),
+        watch.watch(rpn_module, "nms_keep", "RPN NMS"),
+        watch.watch(model.cascade, "_pool_for_head", pooling_for_head),
+        watch.watch(model.cascade, "_pool", pooling),
+        watch.watch(cascade_module, "select_detections", "postprocess"),
+        *(watch.watch(head, "forward", f"stage {k + 1}: head") for k, head in enumerate(model.cascade.box_heads)),
+        *(watch.watch(head, "of_labels", "masks: head") for head in model.cascade.mask_heads),
+    ]
+    try:
+        yield
+    finally:
+        for function in undo:
+            function()
+
+
+def count_multiply_adds(model: CascadeRCNN, setting: Setting, images: ImageBatch, watch: stopwatch.Stopwatch) -> dict[str, float]:
+    """Multiply-adds of each part of a forward pass. Backward has twice as many, fewer in frozen layers (left out)."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), watched(model, watch):
+        watch.counter = counter
+        model.loss(images, _targets(setting)) if setting.train else model.detect(images)
+    watch.counter = None
+    watch.parts()
+    if setting.train:
+        watch.macs[BACKWARD] = 2 * sum(watch.macs.values())
+    return watch.macs

@@ -1,0 +1,124 @@
+"""Metrics of a network on a split, shared among the processes of a run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cascade_rcnn import distributed
+from cascade_rcnn.config import Config
+from cascade_rcnn.data.dataset import DetectionDataset
+from cascade_rcnn.data.loader import eval_loader
+from cascade_rcnn.data.records import DataSplit
+from cascade_rcnn.errors import DataError
+from cascade_rcnn.evaluation.coco import coco_truth, evaluate_coco
+from cascade_rcnn.evaluation.metrics import Metrics
+from cascade_rcnn.inference.detections import Detections
+from cascade_rcnn.inference.run_model import Precision, detect, to_detections
+from cascade_rcnn.messages import printable
+from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
+from cascade_rcnn.progress import progress_bar
+
+
+def evaluate_model(
+    model: CascadeRCNN, config: Config, split: DataSplit, *, device: torch.device | None = None, progress: bool = True,
+    batch_size: int = 1, class_map: Sequence[int] | None = None, workers: int | None = None,
+    look: Callable[[Detections], None] | None = None,
+) -> Metrics:
+    """COCO metrics of a model on a split: ``bbox/AP``, ``bbox/AP@0.50``, ``bbox/AP/CLASS``, ... and ``segm/...``.
+
+    Every process of a torchrun calls this with its own copy of the model; each image is looked at once, and every
+    process gets the same metrics. Values are 0..1, None where the split has no object of the kind.
+
+    Args:
+        class_map: [K] the split's label of each label of the model, -1 for none; None: they are the same.
+        workers: loader processes; None: ``config.data.workers``.
+        look: called with what was found in each image that this process looks at, e.g. to draw it.
+    """
+    if device is not None:
+        model = model.to(device)
+    results = detect_split(model, config, split, progress=progress, batch_size=batch_size,
+                           class_map=class_map, workers=workers, look=look)
+    metrics = evaluate_results(results, config, split) if distributed.rank() == 0 else {}
+    return distributed.broadcast(metrics)
+
+
+def detect_split(
+    model: CascadeRCNN, config: Config, split: DataSplit, *, progress: bool = True,
+    batch_size: int = 1, class_map: Sequence[int] | None = None, workers: int | None = None,
+    look: Callable[[Detections], None] | None = None, precision: Precision = "auto",
+) -> list[dict[str, Any]]:
+    """COCO results of a model on all images of a split: on rank 0 those of all processes, elsewhere an empty list."""
+    dataset = DetectionDataset(split, config.data, training=False, semantics=config.model.semantics)
+    rank, size = distributed.rank(), distributed.world_size()
+    loader = eval_loader(dataset, batch_size=batch_size, rank=rank, world_size=size, workers=workers)
+    names, ids = _as_split(split, class_map)
+    results: list[dict[str, Any]] = []
+    seen: list[int | str] = []
+    try:
+        with progress_bar(len(dataset), show=progress and rank == 0) as advance:
+            for images, _ in loader:
+                for detections in to_detections(detect(model, images, precision), images, names, ids):
+                    seen.append(detections.image_id if detections.image_id is not None else len(seen))
+                    results.extend(one for one in detections.to_coco() if one["category_id"] != _NOT_IN_SPLIT)
+                    if look is not None:
+                        look(detections)
+                advance(len(images) * size)
+    finally:
+        loader.close()
+    parts = distributed.gather((results, seen))
+    if not parts:
+        return []
+    looked_at = sorted(str(image) for _, images in parts for image in images)
+    assert looked_at == sorted(str(record.image_id) for record in split.records), "each image once over all processes"
+    return [one for part, _ in parts for one in part]
+
+
+_NOT_IN_SPLIT = -(2**31)  # a category id that no data set has
+
+
+def _as_split(split: DataSplit, class_map: Sequence[int] | None) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Name and category id in the split of each label of the model."""
+    if class_map is None:
+        return split.class_names, split.category_ids
+    names = tuple(split.class_names[label] if label >= 0 else "" for label in class_map)
+    return names, tuple(split.category_ids[label] if label >= 0 else _NOT_IN_SPLIT for label in class_map)
+
+
+def evaluate_results(results: list[dict[str, Any]], config: Config, split: DataSplit, *,
+                     notes: list[str] | None = None) -> Metrics:
+    """COCO metrics of what ``detect_split`` gave; ``model.max_detections`` above 100 (dense scenes) counts here too."""
+    truth = coco_truth(split)
+    limit = max(100, config.model.max_detections)
+    metrics = evaluate_coco(truth, results, iou_type="bbox", max_detections=limit, notes=notes)
+    have_masks = split.has_masks and all("segmentation" in one for one in truth["annotations"])
+    if have_masks and config.model.masks != "none":
+        metrics |= evaluate_coco(truth, results, iou_type="segm", max_detections=limit, notes=notes)
+    return metrics
+
+
+def match_classes(known: Sequence[str], split: DataSplit, checkpoint: str | Path, *, quiet: bool = False) -> list[int]:
+    """The split's label of each class that the checkpoint knows, by name; -1 where the split has no such class.
+
+    Raises:
+        DataError: the split has classes that the checkpoint does not know; names both lists and the way out.
+    """
+    strange = [name for name in split.class_names if name not in known]
+    if strange:
+        raise DataError(
+            f"{printable(split.root)}: the classes do not fit {printable(checkpoint)}, which does not know "
+            f"{_listed(strange)}; data: {_listed(split.class_names)}; checkpoint: {_listed(known)}; rename the classes "
+            "in the annotations, or train on this data set (cascade-rcnn train finetune --data ...)"
+        )
+    if not quiet and len(known) > len(split.class_names):
+        print(f"the checkpoint knows {len(known)} classes ({_listed(known)}), the data have {len(split.class_names)} "
+              f"of them ({_listed(split.class_names)}): the others are left out", file=sys.stderr)
+    return [split.class_names.index(name) if name in split.class_names else -1 for name in known]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + (f", ... {len(names)} in all" if len(names) > 20 else "")

@@ -1,0 +1,21 @@
+"""Words of messages: names and values from outside, made safe and short to print."""
+
+from __future__ import annotations
+
+
+def shown(value: object) -> str:
+    """A value from a file as it may stand in a one-line message: quoted, printable, short."""
+    text = ascii(value) if not isinstance(value, str) or not value.isprintable() else f"'{value}'"
+    return text if len(text) <= 120 else text[:100] + "..."
+
+
+def printable(path: object) -> str:
+    """A path or text for a one-line message: control characters and bytes that are not UTF-8 become escapes."""
+    text = str(path)
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line; of an operating system's error its reason alone."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__

@@ -1,0 +1,63 @@
+"""Feature pyramid network (Lin et al., arXiv 1612.03144)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FeaturePyramid(nn.Module):
+    """Feature pyramid network (arXiv 1612.03144): maps of one width at strides 4, 8, 16, 32 and 64.
+
+    Lateral 1x1 convolutions, a nearest-neighbour path from coarse to fine, 3x3 convolutions, and p6 by subsampling.
+
+    ``group_norm`` puts a group norm behind every convolution (training from scratch, arXiv 1811.08883).
+    """
+
+    def __init__(self, in_channels: Sequence[int], channels: int = 256, *, group_norm: bool = False) -> None:
+        super().__init__()
+        self.channels = channels
+        bias = not group_norm
+        self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1, bias=bias) for c in in_channels)
+        self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=bias) for _ in in_channels)
+        levels = len(in_channels) if group_norm else 0
+        self.lateral_norm = nn.ModuleList(nn.GroupNorm(32, channels) for _ in range(levels))
+        self.output_norm = nn.ModuleList(nn.GroupNorm(32, channels) for _ in range(levels))
+        for conv in [*self.lateral, *self.output]:
+            nn.init.xavier_uniform_(conv.weight)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Features [B, C_l, H/s, W/s] of strides 4..32 become maps [B, channels, ...] of strides 4..64.
+
+        The list ``features`` is emptied: in prediction each map is freed after its use, and they are large.
+        """
+        pyramid: list[Tensor] = []
+        merged: Tensor | None = None
+        for level in range(len(self.lateral) - 1, -1, -1):
+            x = self.lateral[level](features.pop())
+            if self.lateral_norm:
+                x = self.lateral_norm[level](x)
+            merged = x if merged is None else _add_coarser(x, merged)
+            del x
+            x = self.output[level](merged)
+            pyramid.append(self.output_norm[level](x) if self.output_norm else x)
+        pyramid.reverse()
+        pyramid.append(pyramid[-1][..., ::2, ::2])
+        return pyramid
+
+
+def _add_coarser(fine: Tensor, coarse: Tensor) -> Tensor:
+    """``fine`` [B, C, H, W], changed in place, plus the nearest-neighbour enlargement of ``coarse``."""
+    height, width = fine.shape[-2:]
+    double = (height, width) == (2 * coarse.shape[-2], 2 * coarse.shape[-1])
+    captured = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if double and not captured and not torch.is_grad_enabled():
+        # Without the enlarged map: 6 instead of 35 ms at stride 4 of 800 x 1088, and 56 MB less.
+        fine.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).add_(coarse[:, :, :, None, :, None])
+        return fine
+    return fine.add_(F.interpolate(coarse, size=(height, width), mode="nearest"))
