@@ -114,8 +114,11 @@ def campaign(config: Config, out: Path, number: signal.Signals, times: int, mome
             before = 0
             continue
         ended += 1
-        print(f"{ended:>3} {delay:7.2f} {end.code!s:>6} {end.seconds:7.2f} {end.logged:7} {end.saved:6} "
-              f"{end.weights:8} {end.left:5}", flush=True)
+        print(
+            f"{ended:>3} {delay:7.2f} {end.code!s:>6} {end.seconds:7.2f} {end.logged:7} {end.saved:6} "
+            f"{end.weights:8} {end.left:5}",
+            flush=True,
+        )
         wrong += [f"{number.name} {ended}: {text}" for text in end.problems(before, killed=number == signal.SIGKILL)]
         before = end.saved
     run_alone(_log_to(out.with_suffix(".txt")), config, out, seconds=3600)
@@ -125,8 +128,11 @@ def campaign(config: Config, out: Path, number: signal.Signals, times: int, mome
 def differences(a: Path, b: Path) -> list[str]:
     """Names of the tensors of two finished runs that are not the same bits."""
     first, second = load_training(a)[0], load_training(b)[0]
-    return [name for name in {*first, *second}
-            if name not in first or name not in second or not torch.equal(first[name], second[name])]
+    return [
+        name
+        for name in {*first, *second}
+        if name not in first or name not in second or not torch.equal(first[name], second[name])
+    ]
 
 
 def main() -> int:
@@ -138,8 +144,15 @@ def main() -> int:
     args = parser.parse_args()
     moments = random.Random(args.seed)
     torch.set_num_threads(1)
-    config = small_config(epochs=args.epochs, milestones=(args.epochs // 2,), save_every=SAVE_EVERY, log_every=1,
-                          evaluate_every=4, ema=0.99, data={"workers": 1})
+    config = small_config(
+        epochs=args.epochs,
+        milestones=(args.epochs // 2,),
+        save_every=SAVE_EVERY,
+        log_every=1,
+        evaluate_every=4,
+        ema=0.99,
+        data={"workers": 1},
+    )
     folder = Path(tempfile.mkdtemp(prefix="kill_test_"))
     wrong = []
     try:
@@ -148,8 +161,10 @@ def main() -> int:
         run_alone(_log_to(folder / "whole.txt"), config, folder / "whole", seconds=3600)
         for name in ("killed", "told"):
             differ = differences(folder / name, folder / "whole")
-            print(f"{name} and resumed against uninterrupted: "
-                  f"{'the same bits' if not differ else f'{len(differ)} tensors differ, e.g. {differ[0]}'}")
+            print(
+                f"{name} and resumed against uninterrupted: "
+                f"{'the same bits' if not differ else f'{len(differ)} tensors differ, e.g. {differ[0]}'}"
+            )
             wrong += [f"{name}: {len(differ)} tensors differ"] if differ else []
     finally:
         shutil.rmtree(folder, ignore_errors=True)

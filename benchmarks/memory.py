@@ -52,8 +52,13 @@ def train_step(config_name: str, size: tuple[int, int], objects: int, device: st
     if config.model.masks != "none":
         crop = int(side)
         areas = torch.arange(objects)[None] * crop * crop
-        targets.masks = MaskCrops(torch.ones(objects * crop * crop, dtype=torch.uint8), areas, corners.flip(-1).long(),
-                                  torch.full((1, objects, 2), crop), max_size=(crop, crop))
+        targets.masks = MaskCrops(
+            torch.ones(objects * crop * crop, dtype=torch.uint8),
+            areas,
+            corners.flip(-1).long(),
+            torch.full((1, objects, 2), crop),
+            max_size=(crop, crop),
+        )
     sizes = torch.tensor([[height, width]])
     images = ImageBatch(torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8), sizes, sizes)
     images, targets = images.to(device), targets.to(device)
@@ -76,8 +81,9 @@ def predict(config_name: str, megapixels: float, detections: int, device: str) -
     before = _peak(device)
     torch.manual_seed(0)
     config = load_config(config_name)
-    config = dataclasses.replace(config, model=dataclasses.replace(
-        config.model, max_detections=detections, score_threshold=0.0, nms_iou=0.99))
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, max_detections=detections, score_threshold=0.0, nms_iou=0.99)
+    )
     model = build_model(config.model, 80).eval().to(device)
     detector = Detector.from_model(model, config, [f"class {number}" for number in range(80)])
     height = int(math.sqrt(megapixels * 1e6 * 3 / 4))
@@ -85,8 +91,12 @@ def predict(config_name: str, megapixels: float, detections: int, device: str) -
     began = time.perf_counter()
     found = detector.predict(image).to_coco()
     seconds = time.perf_counter() - began
-    return {"detections": len(found), "megapixels": image.shape[0] * image.shape[1] / 1e6,
-            "memory_gb": _peak(device) - (0 if device != "cpu" else before), "seconds": seconds}
+    return {
+        "detections": len(found),
+        "megapixels": image.shape[0] * image.shape[1] / 1e6,
+        "memory_gb": _peak(device) - (0 if device != "cpu" else before),
+        "seconds": seconds,
+    }
 
 
 def main() -> None:
@@ -101,16 +111,25 @@ def main() -> None:
     parser.add_argument("--row", action="store_true", help="measure in this process and print JSON (used by itself)")
     args = parser.parse_args()
     if args.row:
-        print(json.dumps(predict(args.config, args.megapixels, args.detections, args.device) if args.predict else
-                         train_step(args.config, tuple(args.size), args.objects[0], args.device)))
+        print(
+            json.dumps(
+                predict(args.config, args.megapixels, args.detections, args.device)
+                if args.predict
+                else train_step(args.config, tuple(args.size), args.objects[0], args.device)
+            )
+        )
         return
     for objects in args.objects[:1] if args.predict else args.objects:
         own = [] if args.predict else ["--objects", str(objects)]
         words = [sys.executable, __file__, *sys.argv[1:], "--row", *own]
         done = subprocess.run(words, check=True, capture_output=True, text=True)
         row = json.loads(done.stdout.splitlines()[-1])
-        print("  ".join(f"{key} {value:g}" if isinstance(value, int) else f"{key} {value:.2f}"
-                        for key, value in row.items()), flush=True)
+        print(
+            "  ".join(
+                f"{key} {value:g}" if isinstance(value, int) else f"{key} {value:.2f}" for key, value in row.items()
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

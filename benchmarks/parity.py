@@ -1,6 +1,6 @@
 """The differences from mmdetection and detectron2, measured: the table of docs/parity.md.
 
-    python3 benchmarks/parity.py
+python3 benchmarks/parity.py
 """
 
 from __future__ import annotations

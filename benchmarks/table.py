@@ -16,10 +16,14 @@ def table(folder: Path, command: str) -> str:
     if not reports:
         return f"{today}: nothing was measured; the .txt files in {folder} say why.\n"
     machine = reports[0]["machine"]
-    lines = [f"{today}, {machine['name']}, torch {machine['torch']}, ours: {reports[0]['chosen']}.", "",
-             f"    {command}", "",
-             "| what | model | ms | images/s | share of the limit | peak memory | ratio to the peer | first call |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        f"{today}, {machine['name']}, torch {machine['torch']}, ours: {reports[0]['chosen']}.",
+        "",
+        f"    {command}",
+        "",
+        "| what | model | ms | images/s | share of the limit | peak memory | ratio to the peer | first call |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for report in reports:
         height, width = report["size"]
         what = f"{'training step' if report['train'] else 'prediction'}, {report['batch']} x {height} x {width}"
@@ -29,9 +33,16 @@ def table(folder: Path, command: str) -> str:
 
 def _row(what: str, model: dict[str, Any]) -> str:
     memory, share = model["peak_memory_bytes"], model.get("share_of_limit")
-    cells = [what, model["name"], f"{model['seconds'] * 1e3:,.1f}", f"{model['images_per_second']:,.1f}",
-             f"{share:.0%}" if share else "", f"{memory / 1e6:,.0f} MB" if memory else "",
-             f"{model['ratio_to_peer']:.2f}", f"{model['warm_up_seconds']:,.1f} s"]
+    cells = [
+        what,
+        model["name"],
+        f"{model['seconds'] * 1e3:,.1f}",
+        f"{model['images_per_second']:,.1f}",
+        f"{share:.0%}" if share else "",
+        f"{memory / 1e6:,.0f} MB" if memory else "",
+        f"{model['ratio_to_peer']:.2f}",
+        f"{model['warm_up_seconds']:,.1f} s",
+    ]
     return f"| {' | '.join(cells)} |"
 
 

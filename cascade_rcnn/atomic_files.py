@@ -70,5 +70,7 @@ def clear_failure(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         before = "the file from before is unchanged" if path.exists() else "nothing was left behind"
-        raise CheckpointError(f"{path}: cannot be written ({one_line(error)}); {before}; free some space or make the "
-                              "folder writable, or write to another; a training then goes on with --resume") from error
+        raise CheckpointError(
+            f"{path}: cannot be written ({one_line(error)}); {before}; free some space or make the "
+            "folder writable, or write to another; a training then goes on with --resume"
+        ) from error

@@ -89,8 +89,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     except ConfigError as error:
         raise CheckpointError(f"{error}; the checkpoint was written by another version of this program") from error
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: its metadata is damaged ({type(error).__name__}: {error}); "
-                              "use another copy of the checkpoint") from error
+        raise CheckpointError(
+            f"{file}: its metadata is damaged ({type(error).__name__}: {error}); use another copy of the checkpoint"
+        ) from error
     return Checkpoint(state, config, class_names, category_ids, extra)
 
 
@@ -108,8 +109,9 @@ def load_training(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         info: dict[str, Any] = json.loads(metadata["info"])
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{run / STATE}: its metadata is damaged; start anew from {LAST} in another folder "
-                              "with --out") from error
+        raise CheckpointError(
+            f"{run / STATE}: its metadata is damaged; start anew from {LAST} in another folder with --out"
+        ) from error
     return tensors, info
 
 
@@ -119,13 +121,16 @@ def find_checkpoint(path: Path) -> Path:
         for name in (BEST, LAST):
             if (path / name).is_file():
                 return path / name
-        raise CheckpointError(f"{path}: neither {BEST} nor {LAST} in this folder; give a run's folder or a "
-                              ".safetensors file")
+        raise CheckpointError(
+            f"{path}: neither {BEST} nor {LAST} in this folder; give a run's folder or a .safetensors file"
+        )
     if not path.exists():
         raise CheckpointError(f"{path}: no such file; give a .safetensors checkpoint or the folder of a run")
     if path.suffix.lower() in _FOREIGN:
-        raise CheckpointError(f"{path}: a checkpoint of another library; convert it first: "
-                              f"cascade-rcnn convert {path} {path.with_suffix('.safetensors').name}")
+        raise CheckpointError(
+            f"{path}: a checkpoint of another library; convert it first: "
+            f"cascade-rcnn convert {path} {path.with_suffix('.safetensors').name}"
+        )
     return path
 
 
@@ -160,8 +165,10 @@ def read_tensors(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str,
             _check_origin(path, metadata, kind)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({one_line(error)}); it is damaged or of "
-                              "another kind: use another copy") from error
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file ({one_line(error)}); it is damaged or of "
+            "another kind: use another copy"
+        ) from error
     if str(_checksum(tensors)) != metadata.get("crc32", str(_checksum(tensors))):
         raise CheckpointError(f"{path}: the weights do not match their checksum, the file is damaged; use another copy")
     return tensors, metadata
@@ -170,15 +177,22 @@ def read_tensors(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str,
 def _check_origin(path: Path, metadata: Mapping[str, str], kind: str) -> None:
     version = metadata.get("cascade_rcnn", "")
     if not version.isdecimal():
-        raise CheckpointError(f"{path}: a safetensors file of another program (no cascade_rcnn metadata); if it holds "
-                              "backbone weights only, name it in --model.backbone-weights")
+        raise CheckpointError(
+            f"{path}: a safetensors file of another program (no cascade_rcnn metadata); if it holds "
+            "backbone weights only, name it in --model.backbone-weights"
+        )
     if int(version) > FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format version {version}, this program reads up to {FORMAT_VERSION}; "
-                              "upgrade it: pip install --upgrade cascade-rcnn")
+        raise CheckpointError(
+            f"{path}: format version {version}, this program reads up to {FORMAT_VERSION}; "
+            "upgrade it: pip install --upgrade cascade-rcnn"
+        )
     found = metadata.get("kind", "")
     if found != kind:
-        way_out = (f"give {LAST} or {BEST} of the run instead" if found == "training"
-                   else "resume needs the run's own state folder")
+        way_out = (
+            f"give {LAST} or {BEST} of the run instead"
+            if found == "training"
+            else "resume needs the run's own state folder"
+        )
         raise CheckpointError(f"{path}: holds a {found or 'nameless'} state where a {kind} state is wanted; {way_out}")
 
 
@@ -222,9 +236,6 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
         if tensor.numel():
             value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
     return value
-
-
-
 
 
 # Random generators of this process, as torch, python and numpy hold them: a run that is resumed sees the same numbers

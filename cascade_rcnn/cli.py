@@ -39,8 +39,13 @@ class _Parser(argparse.ArgumentParser):
     """argparse, with mistakes as one line and options written out in full."""
 
     def __init__(self, prog: str, description: str, example: str) -> None:
-        super().__init__(prog=prog, description=description, epilog=f"example:\n  {example}", allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=f"example:\n  {example}",
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     def error(self, message: str) -> NoReturn:
         raise _UsageError(f"{message} (see '{self.prog} --help')")
@@ -74,8 +79,9 @@ def _train(words: Sequence[str]) -> None:
     settings, words = _split_settings(words)
     parser = _parser("train", "cascade-rcnn train finetune --data my_images --train.batch-size 4")
     parser.usage = "cascade-rcnn train CONFIG [--data DIR] [--out RUN] [--resume] [--key.sub value ...]"
-    parser.add_argument("config", metavar="CONFIG",
-                        help="recipe: a name ('cascade-rcnn config' lists them), a file, or a run's folder")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="recipe: a name ('cascade-rcnn config' lists them), a file, or a run's folder"
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="data set; its format is recognised (data.root)")
     parser.add_argument("--out", type=Path, metavar="RUN", help="run folder (runs/NAME OF THE RECIPE)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run folder")
@@ -111,45 +117,86 @@ def _evaluate(words: Sequence[str]) -> None:
 
     from cascade_rcnn.evaluate import run_evaluate
 
-    run_evaluate(args.checkpoint, data=args.data, split=args.split, out=args.out, submission=args.submission,
-                 device=args.device, inference=_inference(args))
+    run_evaluate(
+        args.checkpoint,
+        data=args.data,
+        split=args.split,
+        out=args.out,
+        submission=args.submission,
+        device=args.device,
+        inference=_inference(args),
+    )
 
 
 def _predict(words: Sequence[str]) -> None:
     parser = _parser("predict", "cascade-rcnn predict runs/demo street.jpg photos/ --out found --score 0.5")
     _add_checkpoint(parser)
     parser.add_argument("inputs", nargs="*", metavar="IMAGE|FOLDER|VIDEO", help="what to look at")
-    parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR",
-                        help="folder for the drawings and predictions.json (predictions)")
-    parser.add_argument("--score", type=_probability, default=0.3, metavar="S",
-                        help="draw detections from this score on; predictions.json has all (0.3)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("predictions"),
+        metavar="DIR",
+        help="folder for the drawings and predictions.json (predictions)",
+    )
+    parser.add_argument(
+        "--score",
+        type=_probability,
+        default=0.3,
+        metavar="S",
+        help="draw detections from this score on; predictions.json has all (0.3)",
+    )
     parser.add_argument("--no-draw", action="store_true", help="predictions.json only")
     parser.add_argument("--shard", default="", metavar="I/N", help="look at every N-th image only, from the I-th on")
     parser.add_argument("--submission", type=Path, metavar="DIR", help="also write a benchmark's own result files")
-    parser.add_argument("--format", default="coco", choices=("coco", "voc", "kitti", "citypersons", "widerface"),
-                        help="whose, for --submission (coco)")
+    parser.add_argument(
+        "--format",
+        default="coco",
+        choices=("coco", "voc", "kitti", "citypersons", "widerface"),
+        help="whose, for --submission (coco)",
+    )
     _add_device(parser)
     args = parser.parse_all(words)
     if not args.inputs:
-        parser.error(f"{args.checkpoint} stands where the checkpoint belongs and nothing to look at comes after it: "
-                     "give a checkpoint or run folder first, then images")
+        parser.error(
+            f"{args.checkpoint} stands where the checkpoint belongs and nothing to look at comes after it: "
+            "give a checkpoint or run folder first, then images"
+        )
 
     from cascade_rcnn.predict import run_predict
 
-    run_predict(args.checkpoint, args.inputs, out=args.out, score=args.score, draw=not args.no_draw,
-                device=args.device, inference=_inference(args),
-                shard=args.shard, submission=(args.format, args.submission) if args.submission else None)
+    run_predict(
+        args.checkpoint,
+        args.inputs,
+        out=args.out,
+        score=args.score,
+        draw=not args.no_draw,
+        device=args.device,
+        inference=_inference(args),
+        shard=args.shard,
+        submission=(args.format, args.submission) if args.submission else None,
+    )
 
 
 def _score(words: Sequence[str]) -> None:
     parser = _parser("score", "cascade-rcnn score --format coco --truth instances_val2017.json --results mine.json")
-    parser.add_argument("--format", required=True, choices=("coco", "voc", "kitti", "citypersons", "widerface"),
-                        help="whose protocol and whose files")
-    parser.add_argument("--truth", type=Path, required=True, metavar="T",
-                        help="coco: instances json; voc: year folder; kitti: label_2; citypersons: val_gt.json or "
-                        "anno_val.mat; widerface: folder of the .mat files")
-    parser.add_argument("--results", type=Path, required=True, metavar="R",
-                        help="results in the benchmark's own submission format")
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=("coco", "voc", "kitti", "citypersons", "widerface"),
+        help="whose protocol and whose files",
+    )
+    parser.add_argument(
+        "--truth",
+        type=Path,
+        required=True,
+        metavar="T",
+        help="coco: instances json; voc: year folder; kitti: label_2; citypersons: val_gt.json or "
+        "anno_val.mat; widerface: folder of the .mat files",
+    )
+    parser.add_argument(
+        "--results", type=Path, required=True, metavar="R", help="results in the benchmark's own submission format"
+    )
     parser.add_argument("--split", default="test", help="voc: the list in ImageSets/Main (test)")
     parser.add_argument("--iou", type=_probability, default=0.5, help="voc: overlap that counts as found (0.5)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the metrics as JSON, values in 0..1")
@@ -166,8 +213,11 @@ def _check(words: Sequence[str]) -> int:
     parser.add_argument("--fix", type=Path, metavar="OUT", help="write a repaired copy of the annotations there")
     parser.add_argument("--draw", type=_count, default=0, metavar="N", help="draw a sheet of N samples")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the sheet and the report as JSON")
-    parser.add_argument("--config", metavar="NAME", help="recipe whose input scale and anchors objects are measured "
-                        "against (the defaults)")
+    parser.add_argument(
+        "--config",
+        metavar="NAME",
+        help="recipe whose input scale and anchors objects are measured against (the defaults)",
+    )
     args = parser.parse_all(words)
     recipe = load_config(args.config) if args.config else None
 
@@ -204,8 +254,12 @@ def _convert_data(words: Sequence[str]) -> int:
 def _config(words: Sequence[str]) -> None:
     settings, words = _split_settings(words)
     parser = _parser("config", "cascade-rcnn config finetune --train.lr 0.01 > my_recipe.py")
-    parser.add_argument("name", nargs="?", metavar="NAME|FILE",
-                        help="recipe, run or checkpoint; without one, lists the names of the recipes")
+    parser.add_argument(
+        "name",
+        nargs="?",
+        metavar="NAME|FILE",
+        help="recipe, run or checkpoint; without one, lists the names of the recipes",
+    )
     parser.add_argument("--json", action="store_true", help="as JSON instead of a recipe file in Python")
     args, unknown = parser.parse_known_args(words)
     if args.name is None:
@@ -238,8 +292,17 @@ def _benchmark(words: Sequence[str]) -> None:
 
     from cascade_rcnn.benchmark.run import run_benchmark
 
-    run_benchmark(config=args.config, size=tuple(args.size), batch=args.batch, device=args.device, train=args.train,
-                  compile=args.compile, rounds=args.rounds, data=args.data, out=args.out)
+    run_benchmark(
+        config=args.config,
+        size=tuple(args.size),
+        batch=args.batch,
+        device=args.device,
+        train=args.train,
+        compile=args.compile,
+        rounds=args.rounds,
+        data=args.data,
+        out=args.out,
+    )
 
 
 class _Command(NamedTuple):
@@ -250,18 +313,27 @@ class _Command(NamedTuple):
 
 COMMANDS: dict[str, _Command] = {
     "demo": _Command(_demo, "Makes a small data set, trains, evaluates, predicts and draws: minutes on a laptop."),
-    "train": _Command(_train, "Trains a recipe on your data.",
-                      "The data are checked first. Everything goes to the run folder: best.safetensors,\n"
-                      "last.safetensors, log.jsonl, metrics.jsonl, config.json, and images/ with what the network\n"
-                      "sees and finds. --out RUN --resume goes on where a run was stopped.\n"
-                      "On several GPUs: torchrun --nproc-per-node 8 -m cascade_rcnn train CONFIG ..."),
+    "train": _Command(
+        _train,
+        "Trains a recipe on your data.",
+        "The data are checked first. Everything goes to the run folder: best.safetensors,\n"
+        "last.safetensors, log.jsonl, metrics.jsonl, config.json, and images/ with what the network\n"
+        "sees and finds. --out RUN --resume goes on where a run was stopped.\n"
+        "On several GPUs: torchrun --nproc-per-node 8 -m cascade_rcnn train CONFIG ...",
+    ),
     "evaluate": _Command(_evaluate, "Measures a checkpoint on a data set by the data set's own metrics."),
     "predict": _Command(_predict, "Finds objects in images, folders or videos: drawings and predictions.json."),
     "score": _Command(_score, "Scores a results file by a benchmark's official protocol; needs no model."),
-    "check": _Command(_check, "Finds what would ruin a training on this data set, before it starts.",
-                      "Exit code 1 when errors were found; warnings and notes alone give 0."),
-    "convert": _Command(_convert, "Converts a checkpoint of another library.",
-                        "What it is and how its network was built is read from the weights; no code in it is run."),
+    "check": _Command(
+        _check,
+        "Finds what would ruin a training on this data set, before it starts.",
+        "Exit code 1 when errors were found; warnings and notes alone give 0.",
+    ),
+    "convert": _Command(
+        _convert,
+        "Converts a checkpoint of another library.",
+        "What it is and how its network was built is read from the weights; no code in it is run.",
+    ),
     "convert-data": _Command(_convert_data, "Converts a data set to COCO, VOC or YOLO."),
     "config": _Command(_config, "Prints a recipe with all its settings, or lists all recipes."),
     "benchmark": _Command(_benchmark, "Shows where the time goes, beside torchvision and the machine's own limit."),
@@ -292,8 +364,11 @@ def _wait_politely() -> None:
 
     Read by OpenMP when torch is imported. Measured in docs/speed.md; whoever sets one of the variables decides.
     """
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ) and hasattr(os, "getloadavg") \
-            and os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
+    if (
+        not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ)
+        and hasattr(os, "getloadavg")
+        and os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1)
+    ):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
@@ -343,22 +418,32 @@ def _add_checkpoint(parser: _Parser) -> None:
 def _add_device(parser: _Parser) -> None:
     parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 (auto: a GPU if there is one)")
     parser.add_argument("--batch-size", type=_count, default=1, metavar="N", help="images at once (1)")
-    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "tf32", "bf16"),
-                        help="of products (auto: tf32 on NVIDIA GPUs that have it, else fp32)")
-    parser.add_argument("--score-threshold", type=_probability, metavar="S", help="find from this score on (as saved, "
-                        "mostly 0.05)")
-    parser.add_argument("--max-detections", type=_count, metavar="N", help="find at most N per image (as saved, mostly "
-                        "100)")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "fp32", "tf32", "bf16"),
+        help="of products (auto: tf32 on NVIDIA GPUs that have it, else fp32)",
+    )
+    parser.add_argument(
+        "--score-threshold", type=_probability, metavar="S", help="find from this score on (as saved, mostly 0.05)"
+    )
+    parser.add_argument(
+        "--max-detections", type=_count, metavar="N", help="find at most N per image (as saved, mostly 100)"
+    )
     parser.add_argument("--stages", type=_count, metavar="N", help="use the first N stages of the cascade only (all)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile: a minute for each of a few sizes, kept "
-                        "on disk; pays for many images")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile: a minute for each of a few sizes, kept on disk; pays for many images",
+    )
 
 
 def _inference(args: argparse.Namespace) -> Inference:
     from cascade_rcnn.inference.run_model import Inference
 
-    return Inference(args.batch_size, args.precision, args.compile, args.stages, args.score_threshold,
-                    args.max_detections)
+    return Inference(
+        args.batch_size, args.precision, args.compile, args.stages, args.score_threshold, args.max_detections
+    )
 
 
 def _count(word: str) -> int:

@@ -85,10 +85,14 @@ class ModelConfig:
         _require(all(0 < iou < 1 for iou in self.stage_ious), f"model.stage_ious {self.stage_ious}: each in (0, 1)")
         for name in ("stage_loss_weights", "stage_stds"):
             value = getattr(self, name)
-            _require(value is None or len(value) == stages, f"model.{name} has {len(value or ())} entries "
-                     f"for {stages} stages (the length of model.stage_ious)")
-        _require(0 <= self.stop_after_stage <= stages, f"model.stop_after_stage {self.stop_after_stage}: "
-                 f"there are {stages} stages; 0 uses all")
+            _require(
+                value is None or len(value) == stages,
+                f"model.{name} has {len(value or ())} entries for {stages} stages (the length of model.stage_ious)",
+            )
+        _require(
+            0 <= self.stop_after_stage <= stages,
+            f"model.stop_after_stage {self.stop_after_stage}: there are {stages} stages; 0 uses all",
+        )
         _require(-1 <= self.frozen_stages <= 4, f"model.frozen_stages {self.frozen_stages}: between -1 and 4")
         _require(0 <= self.score_threshold < 1, f"model.score_threshold {self.score_threshold}: between 0 and 1")
         _require(0 < self.nms_iou <= 1, f"model.nms_iou {self.nms_iou}: between 0 and 1")
@@ -137,12 +141,18 @@ class DataConfig:
     """Refuse to decode an image with more pixels than this."""
 
     def __post_init__(self) -> None:
-        _require(len(self.short_side) >= 1 and min(self.short_side) >= 32, f"data.short_side {self.short_side}: "
-                 "at least one size of at least 32 pixels")
-        _require(self.short_side_mode == "choice" or len(self.short_side) <= 2,
-                 f"data.short_side {self.short_side}: with short_side_mode range give the two ends, or one size")
-        _require(self.long_side >= max(self.short_side), f"data.long_side {self.long_side} is below the shorter "
-                 f"side {max(self.short_side)}: raise it")
+        _require(
+            len(self.short_side) >= 1 and min(self.short_side) >= 32,
+            f"data.short_side {self.short_side}: at least one size of at least 32 pixels",
+        )
+        _require(
+            self.short_side_mode == "choice" or len(self.short_side) <= 2,
+            f"data.short_side {self.short_side}: with short_side_mode range give the two ends, or one size",
+        )
+        _require(
+            self.long_side >= max(self.short_side),
+            f"data.long_side {self.long_side} is below the shorter side {max(self.short_side)}: raise it",
+        )
         _require(0 <= self.flip <= 1, f"data.flip {self.flip}: a probability")
         _require(self.repeat >= 1, f"data.repeat {self.repeat}: at least 1")
         _require(self.workers >= 0, f"data.workers {self.workers}: 0 loads in the main process")
@@ -244,4 +254,5 @@ def finetune_schedule(config: Config, num_images: int) -> Config:
     milestones = (round(epochs * 2 / 3), round(epochs * 11 / 12))
     warmup = min(train.warmup_steps, max(1, steps // 10))
     return dataclasses.replace(
-        config, train=dataclasses.replace(train, epochs=epochs, milestones=milestones, warmup_steps=warmup))
+        config, train=dataclasses.replace(train, epochs=epochs, milestones=milestones, warmup_steps=warmup)
+    )

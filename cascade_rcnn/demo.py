@@ -1,6 +1,6 @@
 """Everything in a few minutes on a laptop's processor: make data, train, evaluate, predict, draw.
 
-    cascade-rcnn demo [--out runs/demo] [--quick]
+cascade-rcnn demo [--out runs/demo] [--quick]
 """
 
 from __future__ import annotations
@@ -36,15 +36,36 @@ def demo_config(data: Path, *, quick: bool = False) -> Config:
     """A Cascade Mask R-CNN small enough for two processor cores, trained from nothing."""
     return Config(
         model=ModelConfig(
-            backbone="resnet10t", pretrained=False, norm="batch", frozen_stages=-1, fpn_channels=64,
-            head_channels=256, mask_channels=64, masks="last", anchor_scales=(4.0,), rpn_samples=128, roi_samples=64,
-            train_proposals=400, test_proposals=200,
+            backbone="resnet10t",
+            pretrained=False,
+            norm="batch",
+            frozen_stages=-1,
+            fpn_channels=64,
+            head_channels=256,
+            mask_channels=64,
+            masks="last",
+            anchor_scales=(4.0,),
+            rpn_samples=128,
+            roi_samples=64,
+            train_proposals=400,
+            test_proposals=200,
         ),
         data=DataConfig(root=str(data), short_side=(_SIDE,), long_side=_SIDE, flip=0.5, vertical_flip=0.5, workers=0),
         train=TrainConfig(
-            epochs=3 if quick else 7, schedule="cosine", milestones=(), optimizer="adamw", lr=2e-3, images_per_step=4,
-            batch_size=4, weight_decay=0.05, norm_weight_decay=False, warmup_steps=50, clip_grad_norm=10.0,
-            precision="fp32", evaluate_every=100, log_every=20,
+            epochs=3 if quick else 7,
+            schedule="cosine",
+            milestones=(),
+            optimizer="adamw",
+            lr=2e-3,
+            images_per_step=4,
+            batch_size=4,
+            weight_decay=0.05,
+            norm_weight_decay=False,
+            warmup_steps=50,
+            clip_grad_norm=10.0,
+            precision="fp32",
+            evaluate_every=100,
+            log_every=20,
         ),
     )
 
@@ -58,8 +79,9 @@ def run_demo(*, out: Path, quick: bool = False) -> Metrics:
     started = time.monotonic()
     out = _choose_folder(Path(out), quick=quick)
     print(f"1/4  generating pictures of shapes in {printable(out / 'data')}")
-    data = generate_shapes(out / "data", train_images=120 if quick else 410, val_images=16 if quick else 64, size=_SIDE,
-                           objects=(2, 5))
+    data = generate_shapes(
+        out / "data", train_images=120 if quick else 410, val_images=16 if quick else 64, size=_SIDE, objects=(2, 5)
+    )
     print(f"2/4  training a small Cascade Mask R-CNN from nothing ({'about a minute' if quick else 'a few minutes'})")
     best = train(demo_config(data, quick=quick), out=out, resume=(out / STATE).exists(), device="cpu")
     print("3/4  evaluating on pictures it has not seen, after each stage of the cascade")
@@ -131,11 +153,11 @@ def _say_where(out: Path, metrics: Metrics, *, minutes: float, quick: bool) -> N
     print(f"""
 done in {minutes:.1f} minutes: box AP {box or 0:.3f}, mask AP {mask or 0:.3f} on pictures it has not seen
 
-  {printable(out / 'predictions.png')}   ground truth beside prediction
-  {printable(out / 'ap_by_iou.png')}   what each stage of the cascade adds
-  {printable(out / 'metrics.json')}   all metrics
-  {printable(out / 'best.safetensors')}   the model, with its settings and class names
+  {printable(out / "predictions.png")}   ground truth beside prediction
+  {printable(out / "ap_by_iou.png")}   what each stage of the cascade adds
+  {printable(out / "metrics.json")}   all metrics
+  {printable(out / "best.safetensors")}   the model, with its settings and class names
 
 next:
-  cascade-rcnn predict {printable(out)} {printable(out / 'data' / 'val')} --out found
+  cascade-rcnn predict {printable(out)} {printable(out / "data" / "val")} --out found
   cascade-rcnn train finetune --data YOUR_FOLDER""")

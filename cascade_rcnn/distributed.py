@@ -26,8 +26,11 @@ from torch.nn.parallel import DistributedDataParallel
 from cascade_rcnn.errors import ConfigError, UserError
 
 # newer versions of torch call it so; both bring the buffers of rank 0 to the others before each forward
-_SYNC_BUFFERS = ("forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
-                 else "broadcast_buffers")
+_SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 
 
 _Value = TypeVar("_Value")
@@ -78,8 +81,9 @@ def start(device: str | torch.device | None = None, *, timeout_minutes: float = 
         timeout = datetime.timedelta(minutes=timeout_minutes)
         # torchrun's store outlives a restart: without a prefix, addresses of processes that have died are found in it
         store, number, size = next(rendezvous("env://", timeout=timeout))
-        dist.init_process_group(backend, timeout=timeout, rank=number, world_size=size,
-                                store=PrefixStore(f"restart_{restarts}", store))
+        dist.init_process_group(
+            backend, timeout=timeout, rank=number, world_size=size, store=PrefixStore(f"restart_{restarts}", store)
+        )
     try:
         yield World(rank(), world_size(), chosen, restarts)
     finally:
@@ -109,8 +113,10 @@ def _choose_device(device: str | torch.device | None, local_rank: int) -> torch.
         return chosen
     gpus = torch.cuda.device_count()
     if local_rank >= gpus:
-        raise UserError(f"process {local_rank + 1} on this machine finds only {gpus} GPUs: start at most {gpus} "
-                        "processes per machine, or name another --device")
+        raise UserError(
+            f"process {local_rank + 1} on this machine finds only {gpus} GPUs: start at most {gpus} "
+            "processes per machine, or name another --device"
+        )
     return torch.device("cuda", local_rank)
 
 
@@ -205,5 +211,3 @@ def without_sync(module: nn.Module, active: bool) -> AbstractContextManager[None
     if active and isinstance(module, DistributedDataParallel):
         return module.no_sync()
     return nullcontext()
-
-

@@ -1,6 +1,6 @@
 """How good a model is on a split: COCO metrics for boxes and masks, and the data set's own official metric.
 
-    cascade-rcnn evaluate runs/demo --data runs/demo/data --out metrics.json
+cascade-rcnn evaluate runs/demo --data runs/demo/data --out metrics.json
 """
 
 from __future__ import annotations
@@ -20,8 +20,16 @@ from cascade_rcnn.messages import printable
 from cascade_rcnn.score import score
 
 
-def run_evaluate(checkpoint: str | Path, *, data: str | Path, split: str = "", out: Path | None = None,
-                 submission: Path | None = None, device: str = "auto", inference: Inference = AS_SAVED) -> Metrics:
+def run_evaluate(
+    checkpoint: str | Path,
+    *,
+    data: str | Path,
+    split: str = "",
+    out: Path | None = None,
+    submission: Path | None = None,
+    device: str = "auto",
+    inference: Inference = AS_SAVED,
+) -> Metrics:
     """The command ``evaluate``: prints the metrics of a checkpoint on a data set, and writes them.
 
     Args:
@@ -36,15 +44,27 @@ def run_evaluate(checkpoint: str | Path, *, data: str | Path, split: str = "", o
     from cascade_rcnn.inference.detector import load
 
     with distributed.start(None if device == "auto" else device) as world:
-        detector = load(checkpoint, device=world.device, precision=inference.precision, compile=inference.compile,
-                        stop_after_stage=inference.stages, score_threshold=inference.score_threshold,
-                        max_detections=inference.max_detections)
+        detector = load(
+            checkpoint,
+            device=world.device,
+            precision=inference.precision,
+            compile=inference.compile,
+            stop_after_stage=inference.stages,
+            score_threshold=inference.score_threshold,
+            max_detections=inference.max_detections,
+        )
         if world.is_main:
             print(detector.choices())
         chosen = open_split(data, split or detector.config.data.val)
         class_map = match_classes(detector.class_names, chosen, checkpoint, quiet=not world.is_main)
-        results = detect_split(detector.model, detector.config, chosen, class_map=class_map,
-                               batch_size=inference.batch_size, precision=inference.precision)
+        results = detect_split(
+            detector.model,
+            detector.config,
+            chosen,
+            class_map=class_map,
+            batch_size=inference.batch_size,
+            precision=inference.precision,
+        )
         if not world.is_main:
             return distributed.broadcast({})
         metrics: Metrics = {}
@@ -79,5 +99,3 @@ def _official(split: DataSplit, results: list[dict[str, Any]], submission: Path 
             return {}
         name = voc_list_name(split) if split.format == "voc" else split.name
         return score(format=split.format, truth=split.truth, results=written, split=name, notes=notes)
-
-

@@ -41,9 +41,18 @@ class PredictSummary:
     results: Path = Path()
 
 
-def run_predict(checkpoint: str | Path, inputs: Sequence[str | Path], *, out: Path, score: float = 0.3,
-                draw: bool = True, device: str = "auto", inference: Inference = AS_SAVED, shard: str = "",
-                submission: tuple[str, Path] | None = None) -> PredictSummary:
+def run_predict(
+    checkpoint: str | Path,
+    inputs: Sequence[str | Path],
+    *,
+    out: Path,
+    score: float = 0.3,
+    draw: bool = True,
+    device: str = "auto",
+    inference: Inference = AS_SAVED,
+    shard: str = "",
+    submission: tuple[str, Path] | None = None,
+) -> PredictSummary:
     """The command ``predict``: drawings and ``predictions.json`` of files, folders (with subfolders) and videos.
 
     Args:
@@ -61,9 +70,15 @@ def run_predict(checkpoint: str | Path, inputs: Sequence[str | Path], *, out: Pa
     if submission and part[1] > 1:
         raise UserError("--submission needs all images in one run: leave --shard away")
     files = list(islice(collect(paths, leave_out=out), part[0] - 1, None, part[1]))
-    detector = load(checkpoint, device=_own_device(device), precision=inference.precision, compile=inference.compile,
-                    stop_after_stage=inference.stages, score_threshold=inference.score_threshold,
-                    max_detections=inference.max_detections)
+    detector = load(
+        checkpoint,
+        device=_own_device(device),
+        precision=inference.precision,
+        compile=inference.compile,
+        stop_after_stage=inference.stages,
+        score_threshold=inference.score_threshold,
+        max_detections=inference.max_detections,
+    )
     print(detector.choices())
     summary = PredictSummary(results=results_path(out, part))
     if part[1] > 1:
@@ -110,8 +125,15 @@ def _check_out(out: Path, inputs: Sequence[Path]) -> None:
 class _Job:
     """The loop over files: decoding and drawing in threads, the network in between."""
 
-    def __init__(self, detector: Detector, results: ResultsFile, summary: PredictSummary, drawings: Path | None,
-                 score: float, batch_size: int) -> None:
+    def __init__(
+        self,
+        detector: Detector,
+        results: ResultsFile,
+        summary: PredictSummary,
+        drawings: Path | None,
+        score: float,
+        batch_size: int,
+    ) -> None:
         self.detector, self.results, self.summary = detector, results, summary
         self.drawings, self.score, self.batch_size = drawings, score, batch_size
         self._pending: deque[Future[None]] = deque()
@@ -216,7 +238,9 @@ def _report(summary: PredictSummary, out: Path, score: float) -> None:
     images = "1 image" if summary.images == 1 else f"{summary.images} images"
     print(f"{summary.objects} objects in {images}: {printable(summary.results)}")
     if (out / "drawings").is_dir():
-        print(f"drawings: {printable(out / 'drawings')} ({summary.drawn} of the objects, with a score of {score:g} or "
-              "more; --score changes that)")
+        print(
+            f"drawings: {printable(out / 'drawings')} ({summary.drawn} of the objects, with a score of {score:g} or "
+            "more; --score changes that)"
+        )
     if summary.skipped:
         print(f"{len(summary.skipped)} files could not be read and were skipped", file=sys.stderr)

@@ -10,8 +10,9 @@ from typing import Any
 def steps_bar(step: int, total: int) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    bar = Progress(MofNCompleteColumn(), BarColumn(bar_width=20), TimeRemainingColumn(),
-                   TextColumn("{task.fields[numbers]}"))
+    bar = Progress(
+        MofNCompleteColumn(), BarColumn(bar_width=20), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}")
+    )
     bar.start()
     return bar, bar.add_task("steps", total=total, completed=step, numbers="")
 

@@ -30,16 +30,32 @@ from cascade_rcnn.errors import ConfigError
 RENAMED_KEYS: dict[str, str | None] = {}
 
 # Other programs' words for our settings, for the hint on an unknown one
-_ALIASES = {"learning_rate": "lr", "base_lr": "lr", "max_epochs": "epochs", "num_epochs": "epochs",
-            "max_iter": "max_steps", "samples_per_gpu": "batch_size", "ims_per_batch": "images_per_step",
-            "workers_per_gpu": "workers", "num_workers": "workers", "img_scale": "short_side",
-            "image_size": "short_side", "imgsz": "short_side", "load_from": "init", "weights": "init",
-            "amp": "precision", "score_thr": "score_threshold", "max_per_img": "max_detections"}
+_ALIASES = {
+    "learning_rate": "lr",
+    "base_lr": "lr",
+    "max_epochs": "epochs",
+    "num_epochs": "epochs",
+    "max_iter": "max_steps",
+    "samples_per_gpu": "batch_size",
+    "ims_per_batch": "images_per_step",
+    "workers_per_gpu": "workers",
+    "num_workers": "workers",
+    "img_scale": "short_side",
+    "image_size": "short_side",
+    "imgsz": "short_side",
+    "load_from": "init",
+    "weights": "init",
+    "amp": "precision",
+    "score_thr": "score_threshold",
+    "max_per_img": "max_detections",
+}
 
 # Other programs' options that are something else here
 _ELSEWHERE = {
-    "work_dir": "the run's folder is --out RUN", "cfg_options": "write each setting as --key.sub value",
-    "auto_scale_lr": "the learning rate always follows the real batch", "amp": "it is --train.precision bf16 (or fp16)",
+    "work_dir": "the run's folder is --out RUN",
+    "cfg_options": "write each setting as --key.sub value",
+    "auto_scale_lr": "the learning rate always follows the real batch",
+    "amp": "it is --train.precision bf16 (or fp16)",
     "launcher": "start it with torchrun --nproc-per-node 8 -m cascade_rcnn train ...",
     "num_gpus": "start it with torchrun --nproc-per-node 8 -m cascade_rcnn train ...",
     "gpus": "start it with torchrun --nproc-per-node 8 -m cascade_rcnn train ...",
@@ -48,8 +64,16 @@ _ELSEWHERE = {
 }
 
 _Section = TypeVar("_Section")
-_WORDS_FOR_BOOL = {"true": True, "yes": True, "on": True, "1": True,
-                   "false": False, "no": False, "off": False, "0": False}
+_WORDS_FOR_BOOL = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "1": True,
+    "false": False,
+    "no": False,
+    "off": False,
+    "0": False,
+}
 
 
 def config_names() -> list[str]:
@@ -74,8 +98,9 @@ def load_config(name_or_path: str | Path) -> Config:
         looks_like_file = path.suffix in (".py", ".json") or path.parent != Path()
         if looks_like_file or name not in recipes:
             what = "config file" if looks_like_file else "config name"
-            raise ConfigError(f"{text}: no such {what}{_closest(name, list(recipes))}; "
-                              "'cascade-rcnn config' lists all names")
+            raise ConfigError(
+                f"{text}: no such {what}{_closest(name, list(recipes))}; 'cascade-rcnn config' lists all names"
+            )
         path = recipes[name]
     if path.suffix == ".json":
         return _load_json(path)
@@ -124,15 +149,20 @@ def settings_help(recipe: Sequence[str]) -> str:
     import tyro
 
     config = load_config(recipe[0]) if recipe else Config()
-    whose = f"with the values of {recipe[0]}" if recipe else "with the values of a recipe that leaves them out\n"\
+    whose = (
+        f"with the values of {recipe[0]}"
+        if recipe
+        else "with the values of a recipe that leaves them out\n"
         "('cascade-rcnn train CONFIG --help' shows those of CONFIG)"
+    )
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         tyro.cli(Config, default=config, args=["--help"], prog="cascade-rcnn train CONFIG")
     lines = text.getvalue().splitlines()
     first = next((i for i, line in enumerate(lines) if "model options" in line), 0)  # behind tyro's own usage
-    return "\n".join([f"Settings, changed by --key.sub value, {whose}:", "",
-                      *(line.rstrip() for line in lines[first:])])
+    return "\n".join(
+        [f"Settings, changed by --key.sub value, {whose}:", "", *(line.rstrip() for line in lines[first:])]
+    )
 
 
 def _moved_milestones(train: TrainConfig, epochs: int) -> tuple[int, ...]:
@@ -145,8 +175,13 @@ def _moved_milestones(train: TrainConfig, epochs: int) -> tuple[int, ...]:
 
 def config_to_python(config: Config) -> str:
     """A recipe file that gives this very config, every setting written out."""
-    lines = [f'"""{_title(config)}"""', "",
-             "from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig", "", "config = Config("]
+    lines = [
+        f'"""{_title(config)}"""',
+        "",
+        "from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig",
+        "",
+        "config = Config(",
+    ]
     for section, value in vars(config).items():
         if dataclasses.is_dataclass(value):
             lines.append(f"    {section}={type(value).__name__}(")
@@ -244,8 +279,10 @@ def _build(cls: type[_Section], values: object, *, source: str, prefix: str) -> 
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         if name not in hints:
-            raise ConfigError(f"{source}: unknown setting {prefix}{name}{_closest(str(name), list(hints))}; "
-                              "if a newer version wrote it, upgrade cascade-rcnn")
+            raise ConfigError(
+                f"{source}: unknown setting {prefix}{name}{_closest(str(name), list(hints))}; "
+                "if a newer version wrote it, upgrade cascade-rcnn"
+            )
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             arguments[name] = _build(typing.cast(type, hint), value, source=source, prefix=f"{name}.")
@@ -373,7 +410,7 @@ def _parse_tuple(items: list[str], hint: Any, *, where: str) -> tuple[Any, ...]:
         width = len(typing.get_args(inner))
         if not items or len(items) % width:
             raise ConfigError(f"{where} got {len(items)} numbers, expected rows of {width} numbers")
-        return tuple(_parse_tuple(items[i:i + width], inner, where=where) for i in range(0, len(items), width))
+        return tuple(_parse_tuple(items[i : i + width], inner, where=where) for i in range(0, len(items), width))
     if not items or (parameters[-1] is not Ellipsis and len(items) != len(parameters)):
         raise ConfigError(f"{where} got {len(items)} values, expected {_describe(hint)}")
     return tuple(_parse_scalar(item, inner, where=where) for item in items)

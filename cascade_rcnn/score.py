@@ -1,6 +1,6 @@
 """Scores results that lie in a benchmark's own submission format; needs neither a model nor images.
 
-    cascade-rcnn score --format coco --truth instances_val2017.json --results results.json --out metrics.json
+cascade-rcnn score --format coco --truth instances_val2017.json --results results.json --out metrics.json
 """
 
 from __future__ import annotations
@@ -63,5 +63,3 @@ def score(
 
         return evaluate_widerface(truth, results, notes=notes)
     raise DataError(f"format {format!r}: choose one of {', '.join(FORMATS)}")
-
-

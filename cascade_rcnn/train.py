@@ -39,9 +39,13 @@ def train(config: Config, *, out: Path, resume: bool = False, device: str | torc
         TrainingInterrupted: after SIGINT, SIGTERM or SIGHUP, when everything is saved (a SystemExit).
     """
     settings = config.train
-    with distributed.start(device) as world, Interrupts() as interrupts, RunLog(out, active=world.is_main) as log, \
-            Watchdog(settings.stall_minutes, rank=world.rank) as watchdog, \
-            reproducible(settings.deterministic):
+    with (
+        distributed.start(device) as world,
+        Interrupts() as interrupts,
+        RunLog(out, active=world.is_main) as log,
+        Watchdog(settings.stall_minutes, rank=world.rank) as watchdog,
+        reproducible(settings.deterministic),
+    ):
         run: Run | None = None
         try:
             with interrupts.at_once():
@@ -139,6 +143,8 @@ def _out_of_memory(config: Config, error: Exception) -> str:
         ways.append("--train.activation-checkpointing")
     if settings.precision == "fp32":
         ways.append("--train.precision bf16")
-    ways += [f"lower data.long_side (now {config.data.long_side}) and data.short_side",
-             f"lower model.roi_samples (now {config.model.roi_samples})"]
+    ways += [
+        f"lower data.long_side (now {config.data.long_side}) and data.short_side",
+        f"lower model.roi_samples (now {config.model.roi_samples})",
+    ]
     return f"out of GPU memory ({' '.join(str(error).split())[:120]}): {'; '.join(ways)}"

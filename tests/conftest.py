@@ -56,7 +56,13 @@ def run_command(tmp_path: Path) -> RunCommand:
 
     def run(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
-        return subprocess.run([sys.executable, "-m", "cascade_rcnn", *map(str, words)], cwd=tmp_path, text=True,
-                              capture_output=True, timeout=300, env={**os.environ, "PYTHONPATH": path, **environment})
+        return subprocess.run(
+            [sys.executable, "-m", "cascade_rcnn", *map(str, words)],
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
+            timeout=300,
+            env={**os.environ, "PYTHONPATH": path, **environment},
+        )
 
     return run

@@ -82,8 +82,13 @@ def nms(boxes: Array, scores: Array, limit: float) -> Array:
 
 
 def propose(
-    logits: Sequence[Array], deltas: Sequence[Array], shapes: Sequence[tuple[int, int]], frame: tuple[float, float], *,
-    scale: float, keep: int,
+    logits: Sequence[Array],
+    deltas: Sequence[Array],
+    shapes: Sequence[tuple[int, int]],
+    frame: tuple[float, float],
+    *,
+    scale: float,
+    keep: int,
 ) -> tuple[Array, Array]:
     """Proposals of one image and their logits, level by level: the best ``keep``, clipped to ``frame``, thinned out."""
     boxes, scores = [], []
@@ -134,8 +139,14 @@ class Found:
 
 
 def detect(
-    heads: Sequence[Any], pyramid: Sequence[torch.Tensor], rois: Array, *, scale: float, size: tuple[int, int],
-    threshold: float, most: int,
+    heads: Sequence[Any],
+    pyramid: Sequence[torch.Tensor],
+    rois: Array,
+    *,
+    scale: float,
+    size: tuple[int, int],
+    threshold: float,
+    most: int,
 ) -> Found:
     """Three stages, all classifiers on the last RoIs, the last boxes in the original image of ``size`` (h, w)."""
     seen = [rois]
@@ -184,8 +195,13 @@ def _bilinear(image: Array, v: float, u: float) -> float:
 def resize(image: Array, scale: float) -> Array:
     """[H, W, C] by ``scale``, bilinear in floats; sizes rounded half to even."""
     h, w = (int(np.round(side * scale)) for side in image.shape[:2])
-    rows = [[[_bilinear(image[..., c], (y + 0.5) / scale - 0.5, (x + 0.5) / scale - 0.5) for c in range(image.shape[2])]
-             for x in range(w)] for y in range(h)]
+    rows = [
+        [
+            [_bilinear(image[..., c], (y + 0.5) / scale - 0.5, (x + 0.5) / scale - 0.5) for c in range(image.shape[2])]
+            for x in range(w)
+        ]
+        for y in range(h)
+    ]
     return np.array(rows)
 
 
@@ -195,8 +211,13 @@ def huber(x: Array, beta: float) -> Array:
 
 
 def rpn_losses(
-    logits: Sequence[Array], deltas: Sequence[Array], places: Array, frames: Sequence[tuple[int, int]],
-    truth: Sequence[Array], *, samples: int,
+    logits: Sequence[Array],
+    deltas: Sequence[Array],
+    places: Array,
+    frames: Sequence[tuple[int, int]],
+    truth: Sequence[Array],
+    *,
+    samples: int,
 ) -> tuple[float, float]:
     """Objectness and box loss of a batch in which every anchor takes part. ``truth`` in the network's pixels."""
     cls = box = 0.0

@@ -16,10 +16,14 @@ def interpreted_results(script: str, folder: Path) -> Any:
     """What ``script``, run with Triton's interpreter, saves into the file that it is given."""
     out = folder / "results.pt"
     root = Path(__file__).resolve().parents[1]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}",
-                                "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, script, str(out)], env=environment, capture_output=True, text=True,
-                          timeout=300)
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        [sys.executable, script, str(out)], env=environment, capture_output=True, text=True, timeout=300
+    )
     if "only 0-dimensional arrays can be converted" in done.stderr:
         pytest.skip("this Triton's interpreter does not know NumPy 2.4's rules: upgrade triton, or numpy<2.4")
     assert done.returncode == 0, done.stderr

@@ -36,13 +36,29 @@ def _xywh(box: tuple[float, ...]) -> list[float]:
 
 def coco_content() -> dict[str, Any]:
     return {
-        "images": [{"id": number, "file_name": f"{name}.png", "height": SIZES[name][0], "width": SIZES[name][1]}
-                   for number, name in enumerate("ab", start=7)],
+        "images": [
+            {"id": number, "file_name": f"{name}.png", "height": SIZES[name][0], "width": SIZES[name][1]}
+            for number, name in enumerate("ab", start=7)
+        ],
         "annotations": [
-            {"id": 1, "image_id": 7, "category_id": 3, "bbox": _xywh(OBJECT), "area": 400, "iscrowd": 0,
-             "segmentation": [[10, 5, 30, 5, 30, 25, 10, 25]]},
-            {"id": 2, "image_id": 7, "category_id": 3, "bbox": _xywh(IGNORED), "area": 896, "iscrowd": 1,
-             "segmentation": {"size": [48, 64], "counts": [32 * 48 + 8, 32, 48 * 64 - 32 * 48 - 40]}},
+            {
+                "id": 1,
+                "image_id": 7,
+                "category_id": 3,
+                "bbox": _xywh(OBJECT),
+                "area": 400,
+                "iscrowd": 0,
+                "segmentation": [[10, 5, 30, 5, 30, 25, 10, 25]],
+            },
+            {
+                "id": 2,
+                "image_id": 7,
+                "category_id": 3,
+                "bbox": _xywh(IGNORED),
+                "area": 896,
+                "iscrowd": 1,
+                "segmentation": {"size": [48, 64], "counts": [32 * 48 + 8, 32, 48 * 64 - 32 * 48 - 40]},
+            },
         ],
         "categories": [{"id": 3, "name": "Pedestrian"}],
     }
@@ -59,11 +75,15 @@ def voc_xml(name: str) -> str:
     height, width = SIZES[name]
     objects = ""
     for box, difficult in ((OBJECT, 0), (IGNORED, 1)) if name == "a" else ():
-        objects += (f"<object><name>Pedestrian</name><difficult>{difficult}</difficult><bndbox>"
-                    f"<xmin>{box[0] + 1:g}</xmin><ymin>{box[1] + 1:g}</ymin>"
-                    f"<xmax>{box[2]:g}</xmax><ymax>{box[3]:g}</ymax></bndbox></object>\n")
-    return (f"<annotation><filename>{name}.png</filename><size><width>{width}</width><height>{height}</height></size>\n"
-            f"{objects}</annotation>\n")
+        objects += (
+            f"<object><name>Pedestrian</name><difficult>{difficult}</difficult><bndbox>"
+            f"<xmin>{box[0] + 1:g}</xmin><ymin>{box[1] + 1:g}</ymin>"
+            f"<xmax>{box[2]:g}</xmax><ymax>{box[3]:g}</ymax></bndbox></object>\n"
+        )
+    return (
+        f"<annotation><filename>{name}.png</filename><size><width>{width}</width><height>{height}</height></size>\n"
+        f"{objects}</annotation>\n"
+    )
 
 
 def write_voc(root: Path) -> Path:
@@ -100,10 +120,14 @@ def write_citypersons(root: Path) -> Path:
 def write_widerface(root: Path) -> Path:
     for name in "ab":
         write_image(root / "WIDER_train" / "images" / "0--Parade" / f"{name}.png", name)
-    rows = [" ".join(f"{value:g}" for value in [*_xywh(box), 0, 0, 0, invalid, 0, 0])
-            for box, invalid in ((OBJECT, 0), (IGNORED, 1))]
-    write_text(root / "wider_face_split" / "wider_face_train_bbx_gt.txt",
-               f"0--Parade/a.png\n2\n{rows[0]} \n{rows[1]} \n0--Parade/b.png\n0\n0 0 0 0 0 0 0 0 0 0 \n")
+    rows = [
+        " ".join(f"{value:g}" for value in [*_xywh(box), 0, 0, 0, invalid, 0, 0])
+        for box, invalid in ((OBJECT, 0), (IGNORED, 1))
+    ]
+    write_text(
+        root / "wider_face_split" / "wider_face_train_bbx_gt.txt",
+        f"0--Parade/a.png\n2\n{rows[0]} \n{rows[1]} \n0--Parade/b.png\n0\n0 0 0 0 0 0 0 0 0 0 \n",
+    )
     return root
 
 
@@ -112,14 +136,20 @@ def write_yolo(root: Path) -> Path:
     for name in "ab":
         write_image(root / "images" / "train" / f"{name}.png", name)
     (x1, y1, x2, y2), (height, width) = OBJECT, SIZES["a"]
-    write_text(root / "labels" / "train" / "a.txt",
-               f"0 {(x1 + x2) / 2 / width!r} {(y1 + y2) / 2 / height!r} {(x2 - x1) / width!r} {(y2 - y1) / height!r}\n")
+    write_text(
+        root / "labels" / "train" / "a.txt",
+        f"0 {(x1 + x2) / 2 / width!r} {(y1 + y2) / 2 / height!r} {(x2 - x1) / width!r} {(y2 - y1) / height!r}\n",
+    )
     write_text(root / "labels" / "train" / "b.txt", "")
     write_text(root / "data.yaml", "path: .\ntrain: images/train\nnames:\n  0: Pedestrian\n")
     return root
 
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
-    "coco": write_coco, "voc": write_voc, "kitti": write_kitti, "citypersons": write_citypersons,
-    "widerface": write_widerface, "yolo": write_yolo,
+    "coco": write_coco,
+    "voc": write_voc,
+    "kitti": write_kitti,
+    "citypersons": write_citypersons,
+    "widerface": write_widerface,
+    "yolo": write_yolo,
 }

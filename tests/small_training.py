@@ -46,19 +46,39 @@ def _remove(folder: Path, owner: int) -> None:
 def small_config(*, model: dict[str, Any] | None = None, data: dict[str, Any] | None = None, **train: Any) -> Config:
     """A Cascade R-CNN of half a million parameters, trained for two epochs of six steps."""
     network = ModelConfig(
-        backbone="test_resnet", pretrained=False, frozen_stages=-1, fpn_channels=32, head_channels=32, mask_channels=32,
-        rpn_samples=64, roi_samples=32, test_proposals=50, max_detections=10)
+        backbone="test_resnet",
+        pretrained=False,
+        frozen_stages=-1,
+        fpn_channels=32,
+        head_channels=32,
+        mask_channels=32,
+        rpn_samples=64,
+        roi_samples=32,
+        test_proposals=50,
+        max_detections=10,
+    )
     images = DataConfig(root=str(small_data()), short_side=(64,), long_side=64, workers=0)
     schedule = TrainConfig(
-        epochs=2, milestones=(1,), lr=0.01, images_per_step=2, batch_size=2, warmup_steps=4, log_every=2,
-        evaluate_every=0, deterministic=True)
-    return Config(model=dataclasses.replace(network, **(model or {})),
-                  data=dataclasses.replace(images, **(data or {})),
-                  train=dataclasses.replace(schedule, **train))
+        epochs=2,
+        milestones=(1,),
+        lr=0.01,
+        images_per_step=2,
+        batch_size=2,
+        warmup_steps=4,
+        log_every=2,
+        evaluate_every=0,
+        deterministic=True,
+    )
+    return Config(
+        model=dataclasses.replace(network, **(model or {})),
+        data=dataclasses.replace(images, **(data or {})),
+        train=dataclasses.replace(schedule, **train),
+    )
 
 
-def start_process(function: Callable[..., object], *arguments: Any, environment: dict[str, str] | None = None,
-                  own_group: bool = False) -> tuple[ForkProcess, Connection]:
+def start_process(
+    function: Callable[..., object], *arguments: Any, environment: dict[str, str] | None = None, own_group: bool = False
+) -> tuple[ForkProcess, Connection]:
     """Fork a process that runs ``function``; the connection gives ("value", result) or ("error", text)."""
     ours, theirs = _FORK.Pipe(duplex=False)
     process = _FORK.Process(target=_call, args=(function, arguments, environment or {}, theirs, own_group))
@@ -67,8 +87,13 @@ def start_process(function: Callable[..., object], *arguments: Any, environment:
     return process, ours
 
 
-def _call(function: Callable[..., object], arguments: tuple[Any, ...], environment: dict[str, str],
-          answer: Connection, own_group: bool) -> None:
+def _call(
+    function: Callable[..., object],
+    arguments: tuple[Any, ...],
+    environment: dict[str, str],
+    answer: Connection,
+    own_group: bool,
+) -> None:
     if own_group:
         os.setpgid(0, 0)
     torch.set_num_threads(1)
@@ -89,15 +114,22 @@ def run_alone(function: Callable[..., Any], *arguments: Any, seconds: float = 24
 def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """The results of ``function`` in ``size`` processes that find each other as torchrun's do."""
     port = free_port()
-    started = [start_process(function, *arguments, environment=rank_environment(rank, size, port))
-               for rank in range(size)]
+    started = [
+        start_process(function, *arguments, environment=rank_environment(rank, size, port)) for rank in range(size)
+    ]
     return _results(started)
 
 
 def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
     """What torchrun tells its processes."""
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def free_port() -> int:

@@ -28,9 +28,14 @@ def test_features_have_strides_4_to_32(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("stages", "frozen"),
-    [(-1, set()), (0, {"conv1", "bn1"}), (1, {"conv1", "bn1", "layer1"}), (2, {"conv1", "bn1", "layer1", "layer2"}),
-     (4, {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"})],
-)  # fmt: skip
+    [
+        (-1, set()),
+        (0, {"conv1", "bn1"}),
+        (1, {"conv1", "bn1", "layer1"}),
+        (2, {"conv1", "bn1", "layer1", "layer2"}),
+        (4, {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}),
+    ],
+)
 def test_stages_are_frozen_up_to_the_one_asked_for(stages: int, frozen: set[str]) -> None:
     backbone = Backbone("resnet18.tv_in1k", frozen_stages=stages)
     found = {name.split(".")[0] for name, p in backbone.body.named_parameters() if not p.requires_grad}
@@ -38,8 +43,9 @@ def test_stages_are_frozen_up_to_the_one_asked_for(stages: int, frozen: set[str]
     assert found == frozen and not found & trained
 
 
-@pytest.mark.parametrize(("norm", "moves", "learns"), [("frozen_statistics", False, True), ("frozen", False, False),
-                                                       ("batch", True, True)])
+@pytest.mark.parametrize(
+    ("norm", "moves", "learns"), [("frozen_statistics", False, True), ("frozen", False, False), ("batch", True, True)]
+)
 def test_norms_are_frozen_as_asked(norm: str, moves: bool, learns: bool) -> None:
     backbone = Backbone("resnet18.tv_in1k", norm=norm, frozen_stages=1).train()
     before = backbone.body.layer3[0].bn1.running_mean.clone()

@@ -21,7 +21,7 @@ from cascade_rcnn.models.build import build_model
 from cascade_rcnn.recipes import load_config
 from cascade_rcnn.structures import ImageBatch
 
-RECIPE = '''
+RECIPE = """
 from cascade_rcnn.config import Config, DataConfig, ModelConfig
 
 config = Config(
@@ -29,7 +29,7 @@ config = Config(
                       masks="{masks}"),
     data=DataConfig(workers=0, short_side=(64,), long_side=96),
 )
-'''
+"""
 SIZE = (64, 96)
 
 
@@ -48,17 +48,30 @@ def test_prediction_is_measured_part_by_part_beside_the_peer(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cascade_rcnn.benchmark.memory._save_contenders", lambda *_: None)
-    monkeypatch.setattr("cascade_rcnn.benchmark.memory._in_own_process",
-                        lambda who, _: {"peak": {"ours": 10**9, "peer": 2 * 10**9}[who], "before": 5 * 10**8})
+    monkeypatch.setattr(
+        "cascade_rcnn.benchmark.memory._in_own_process",
+        lambda who, _: {"peak": {"ours": 10**9, "peer": 2 * 10**9}[who], "before": 5 * 10**8},
+    )
     monkeypatch.setattr("cascade_rcnn.data.loader.measure_loading", lambda dataset, workers: float(len(dataset)))
     data = generate_shapes(tmp_path / "data", train_images=4, val_images=1, size=64)
-    report = run_benchmark(config=recipe, size=SIZE, device="cpu", rounds=2, data=data,
-                           out=tmp_path / "deep" / "report.json")
+    report = run_benchmark(
+        config=recipe, size=SIZE, device="cpu", rounds=2, data=data, out=tmp_path / "deep" / "report.json"
+    )
     assert json.loads((tmp_path / "deep" / "report.json").read_text()) == report
     ours, peer = report["models"]
     parts = parts_of(ours)
-    assert {"backbone", "FPN", "RPN convolutions", "RPN NMS", "stage 1: RoIAlign", "stage 1: head", "stage 3: RoIAlign",
-            "stage 3: head", "postprocess", "the rest"} <= set(parts)
+    assert {
+        "backbone",
+        "FPN",
+        "RPN convolutions",
+        "RPN NMS",
+        "stage 1: RoIAlign",
+        "stage 1: head",
+        "stage 3: RoIAlign",
+        "stage 3: head",
+        "postprocess",
+        "the rest",
+    } <= set(parts)
     assert sum(parts.values()) == pytest.approx(ours["seconds"])
     assert all(seconds > 0 for name, seconds in parts.items() if name != "the rest")
     assert ours["macs"] == sum(part["macs"] for part in ours["parts"])
@@ -77,7 +90,9 @@ def test_training_step_is_measured_with_masks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cascade_rcnn.benchmark.memory._save_contenders", lambda *_: None)
-    monkeypatch.setattr("cascade_rcnn.benchmark.memory._in_own_process", lambda *_: {"peak": 3 * 10**9, "before": 10**9})
+    monkeypatch.setattr(
+        "cascade_rcnn.benchmark.memory._in_own_process", lambda *_: {"peak": 3 * 10**9, "before": 10**9}
+    )
     path = tmp_path / "masks.py"
     path.write_text(RECIPE.format(masks="every"))
     report = run_benchmark(config=str(path), size=SIZE, device="cpu", train=True, rounds=1)

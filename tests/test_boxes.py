@@ -54,5 +54,12 @@ def test_boxes_are_clipped_to_each_image_of_a_batch() -> None:
 
 
 def test_the_limit_is_that_of_the_published_code() -> None:
-    assert math.isclose(math.exp(encode_boxes(torch.tensor([[0.0, 0, 16, 16]]), torch.tensor([[0.0, 0, 1000, 1000]]),
-                                              torch.ones(4))[0, 2].item()), 62.5, rel_tol=1e-5)
+    assert math.isclose(
+        math.exp(
+            encode_boxes(torch.tensor([[0.0, 0, 16, 16]]), torch.tensor([[0.0, 0, 1000, 1000]]), torch.ones(4))[
+                0, 2
+            ].item()
+        ),
+        62.5,
+        rel_tol=1e-5,
+    )

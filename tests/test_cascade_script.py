@@ -29,7 +29,11 @@ def test_it_prints_the_shares_of_proposals_and_stages(tmp_path: Path, capsys: py
     cascade.main(str(tmp_path / "still.safetensors"), str(small_data()))
     head, *rows = capsys.readouterr().out.splitlines()
     assert "IoU >= 0.7" in head and [row[:13].strip() for row in rows] == [
-        "proposals", "after stage 1", "after stage 2", "after stage 3"]
+        "proposals",
+        "after stage 1",
+        "after stage 2",
+        "after stage 3",
+    ]
     shares = [[float(word) for word in row[13:].replace("%", "").split()] for row in rows]
     assert shares[0] == shares[1] == shares[2] == shares[3] == sorted(shares[0], reverse=True)
     assert shares[0][0] > 0

@@ -30,15 +30,26 @@ _MODEL = ModelConfig(anchor_scales=(4.0, 8.0))
 
 def _content(images: int = 6, objects: int = 3) -> dict[str, Any]:
     """A sound data set: images of 64 x 48, objects of 20 x 16 pixels and two classes."""
-    content: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cat"},
-                                                                               {"id": 2, "name": "dog"}]}
+    content: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
     for image in range(images):
         content["images"].append({"id": image, "file_name": f"{image}.png", "height": 48, "width": 64})
         for number in range(objects):
             x, y = 5 + 10 * number, 3 + 5 * number
-            content["annotations"].append({
-                "id": len(content["annotations"]) + 1, "image_id": image, "category_id": 1 + number % 2, "iscrowd": 0,
-                "bbox": [x, y, 20, 16], "area": 320, "segmentation": [[x, y, x + 20, y, x + 20, y + 16, x, y + 16]]})
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": image,
+                    "category_id": 1 + number % 2,
+                    "iscrowd": 0,
+                    "bbox": [x, y, 20, 16],
+                    "area": 320,
+                    "segmentation": [[x, y, x + 20, y, x + 20, y + 16, x, y + 16]],
+                }
+            )
     return content
 
 
@@ -91,42 +102,49 @@ def _stray(content: dict[str, Any]) -> None:
 def _imbalance(content: dict[str, Any]) -> None:
     for row in content["annotations"][9:]:
         row["category_id"] = 1
-    more = [dict(row, id=row["id"] + 1000 * k, bbox=[k % 40, k // 40, 20, 16], segmentation=None)
-            for k in range(1, 120) for row in content["annotations"][:3]]
+    more = [
+        dict(row, id=row["id"] + 1000 * k, bbox=[k % 40, k // 40, 20, 16], segmentation=None)
+        for k in range(1, 120)
+        for row in content["annotations"][:3]
+    ]
     content["annotations"] += [dict(row, category_id=1) for row in more]
 
 
-@pytest.mark.parametrize(("kind", "plant", "count"), [
-    ("xyxy-as-xywh", _corners, 1),
-    ("relative-boxes", _fractions, 1),
-    ("empty-box", _plant("bbox", [5, 5, 0, 10]), 1),
-    ("empty-box", _plant("bbox", [5, 5, 10, -3]), 1),
-    ("outside-box", _plant("bbox", [70, 5, 10, 10]), 1),
-    ("beyond-image", _plant("bbox", [50, 5, 30, 10]), 1),
-    ("bad-number", _plant("bbox", [float("nan"), 5, 30, 10]), 1),
-    ("unknown-category", _plant("category_id", 99), 1),
-    ("unknown-category", _plant("category_id", "cat"), 1),
-    ("unknown-image", _plant("image_id", 99), 1),
-    ("duplicate-image-id", _plant("id", 1, table="images"), 1),
-    ("duplicate-category", _plant("id", 2, table="categories"), 1),
-    ("all-crowd", _every("iscrowd", 1), 1),
-    ("size-mismatch", _plant("width", 100, table="images"), 1),
-    ("image-without-objects", lambda content: content["annotations"].__delitem__(slice(3)), 1),
-    ("mask-off-box", _plant("segmentation", [[40, 30, 60, 30, 60, 45, 40, 45]]), 1),
-    ("missing-mask", _plant("segmentation", []), 1),
-    ("bad-mask", _plant("segmentation", {"size": [48, 60], "counts": [48 * 60]}), 1),
-    ("bad-mask", _plant("segmentation", {"size": [48, 64], "counts": [5, 6]}), 1),
-    ("bad-mask", _plant("segmentation", {"size": [48, 64], "counts": "0~"}), 1),
-    ("short-polygon", _plant("segmentation", [[1, 1, 9, 9]]), 1),
-    ("class-without-objects", lambda content: content["categories"].append({"id": 3, "name": "cow"}), 1),
-    ("stray-class", _stray, 1),
-    ("class-imbalance", _imbalance, 1),
-    ("duplicate-box", lambda content: content["annotations"].append(dict(content["annotations"][0], id=999)), 1),
-    ("no-anchor", _every("bbox", [5, 5, 2, 2]), 1),
-    ("tiny-object", _every("bbox", [5, 5, 30, 1]), 1),
-])
-def test_check_finds_a_fault_in_the_annotations(kind: str, plant: Callable[[dict[str, Any]], None], count: int,
-                                                tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "plant", "count"),
+    [
+        ("xyxy-as-xywh", _corners, 1),
+        ("relative-boxes", _fractions, 1),
+        ("empty-box", _plant("bbox", [5, 5, 0, 10]), 1),
+        ("empty-box", _plant("bbox", [5, 5, 10, -3]), 1),
+        ("outside-box", _plant("bbox", [70, 5, 10, 10]), 1),
+        ("beyond-image", _plant("bbox", [50, 5, 30, 10]), 1),
+        ("bad-number", _plant("bbox", [float("nan"), 5, 30, 10]), 1),
+        ("unknown-category", _plant("category_id", 99), 1),
+        ("unknown-category", _plant("category_id", "cat"), 1),
+        ("unknown-image", _plant("image_id", 99), 1),
+        ("duplicate-image-id", _plant("id", 1, table="images"), 1),
+        ("duplicate-category", _plant("id", 2, table="categories"), 1),
+        ("all-crowd", _every("iscrowd", 1), 1),
+        ("size-mismatch", _plant("width", 100, table="images"), 1),
+        ("image-without-objects", lambda content: content["annotations"].__delitem__(slice(3)), 1),
+        ("mask-off-box", _plant("segmentation", [[40, 30, 60, 30, 60, 45, 40, 45]]), 1),
+        ("missing-mask", _plant("segmentation", []), 1),
+        ("bad-mask", _plant("segmentation", {"size": [48, 60], "counts": [48 * 60]}), 1),
+        ("bad-mask", _plant("segmentation", {"size": [48, 64], "counts": [5, 6]}), 1),
+        ("bad-mask", _plant("segmentation", {"size": [48, 64], "counts": "0~"}), 1),
+        ("short-polygon", _plant("segmentation", [[1, 1, 9, 9]]), 1),
+        ("class-without-objects", lambda content: content["categories"].append({"id": 3, "name": "cow"}), 1),
+        ("stray-class", _stray, 1),
+        ("class-imbalance", _imbalance, 1),
+        ("duplicate-box", lambda content: content["annotations"].append(dict(content["annotations"][0], id=999)), 1),
+        ("no-anchor", _every("bbox", [5, 5, 2, 2]), 1),
+        ("tiny-object", _every("bbox", [5, 5, 30, 1]), 1),
+    ],
+)
+def test_check_finds_a_fault_in_the_annotations(
+    kind: str, plant: Callable[[dict[str, Any]], None], count: int, tmp_path: Path
+) -> None:
     content = _content()
     plant(content)
     report = check_dataset(_write(tmp_path, content), data=_DATA, model=_MODEL)
@@ -155,16 +173,19 @@ def _cut_jpeg(path: Path) -> None:
     _cut(path)
 
 
-@pytest.mark.parametrize(("kind", "damage"), [
-    ("missing-image", Path.unlink),
-    ("unreadable-image", lambda path: path.write_text("<html>404</html>")),
-    ("unreadable-image", lambda path: path.write_bytes(b"")),
-    ("truncated-image", _cut),
-    ("truncated-image", _cut_jpeg),
-    ("rotated-image", _rotated),
-    ("size-mismatch", lambda path: Image.new("RGB", (48, 64)).save(path)),
-    ("huge-image", lambda path: Image.new("1", (20000, 12000)).save(path)),
-])
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [
+        ("missing-image", Path.unlink),
+        ("unreadable-image", lambda path: path.write_text("<html>404</html>")),
+        ("unreadable-image", lambda path: path.write_bytes(b"")),
+        ("truncated-image", _cut),
+        ("truncated-image", _cut_jpeg),
+        ("rotated-image", _rotated),
+        ("size-mismatch", lambda path: Image.new("RGB", (48, 64)).save(path)),
+        ("huge-image", lambda path: Image.new("1", (20000, 12000)).save(path)),
+    ],
+)
 def test_check_finds_a_fault_in_an_image_file(kind: str, damage: Callable[[Path], Any], tmp_path: Path) -> None:
     root = _write(tmp_path, _content())
     damage(root / "train" / "2.png")
@@ -240,13 +261,21 @@ def _broken(root: Path) -> Path:
     return root
 
 
-def test_fix_writes_a_copy_without_faults_and_lists_each_change(tmp_path: Path,
-                                                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_fix_writes_a_copy_without_faults_and_lists_each_change(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root, out = _broken(tmp_path / "data"), tmp_path / "fixed"
     assert run_check(root, fix=out) == 0
     changes = (out / "changes.txt").read_text()
-    for word in ("empty-box", "unknown-category", "clipped to", "set to its mask's", "repeated",
-                 "set to the file's 64 x 48", "'5.png' dropped with its 3 objects"):
+    for word in (
+        "empty-box",
+        "unknown-category",
+        "clipped to",
+        "set to its mask's",
+        "repeated",
+        "set to the file's 64 x 48",
+        "'5.png' dropped with its 3 objects",
+    ):
         assert word in changes, word
     assert "changes.txt" in capsys.readouterr().out
     assert not [kind for kind in _kinds(out) if KINDS[kind].severity != "note"]
@@ -333,13 +362,16 @@ def test_five_thousand_images_take_seconds(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real samples are not beside the repository")
-@pytest.mark.parametrize(("folder", "kinds"), [
-    ("bccd", {"empty-box": 2}),
-    ("coco2017_sample", {"class-imbalance": 1, "some-without-anchor": 1}),
-    ("kitti", {"missing-annotation": 7478, "class-without-objects": 1}),
-    ("widerface", {"empty-box": 1, "too-many-objects": 2, "no-anchor": 2}),
-    ("citypersons", {"no-images": 2}),
-])
+@pytest.mark.parametrize(
+    ("folder", "kinds"),
+    [
+        ("bccd", {"empty-box": 2}),
+        ("coco2017_sample", {"class-imbalance": 1, "some-without-anchor": 1}),
+        ("kitti", {"missing-annotation": 7478, "class-without-objects": 1}),
+        ("widerface", {"empty-box": 1, "too-many-objects": 2, "no-anchor": 2}),
+        ("citypersons", {"no-images": 2}),
+    ],
+)
 def test_findings_in_the_real_samples(folder: str, kinds: dict[str, int]) -> None:
     counts = check_dataset(SHARED / folder).counts
     assert {kind: counts.get(kind) for kind in kinds} == kinds

@@ -27,13 +27,24 @@ CONFIG = Config(model=ModelConfig(stage_ious=(0.5, 0.65)))
 
 
 def _state(value: float = 1.0, *, size: int = 4) -> dict[str, torch.Tensor]:
-    return {"a.weight": torch.full((size, 3), value), "a.count": torch.tensor(7), "b": torch.empty(0, 5),
-            "c": torch.tensor([True, False]), "d": torch.arange(4, dtype=torch.bfloat16)}
+    return {
+        "a.weight": torch.full((size, 3), value),
+        "a.count": torch.tensor(7),
+        "b": torch.empty(0, 5),
+        "c": torch.tensor([True, False]),
+        "d": torch.arange(4, dtype=torch.bfloat16),
+    }
 
 
 def _save(path: Path, value: float = 1.0, *, size: int = 4) -> None:
-    save_checkpoint(path, _state(value, size=size), config=CONFIG, class_names=("cat", "Hündin"),
-                    category_ids=(3, 90), extra={"step": 12, "metrics": {"bbox/AP": 0.25, "segm/AP": None}})
+    save_checkpoint(
+        path,
+        _state(value, size=size),
+        config=CONFIG,
+        class_names=("cat", "Hündin"),
+        category_ids=(3, 90),
+        extra={"step": 12, "metrics": {"bbox/AP": 0.25, "segm/AP": None}},
+    )
 
 
 def test_a_checkpoint_comes_back_whole(tmp_path: Path) -> None:
@@ -94,31 +105,42 @@ def _huge_header(path: Path) -> None:
 
 
 def _bad_config(path: Path) -> None:
-    checkpoint.write_tensors(path, _state(), {"kind": "model", "config": "{", "class_names": "[]",
-                                              "category_ids": "[]"})
+    checkpoint.write_tensors(
+        path, _state(), {"kind": "model", "config": "{", "class_names": "[]", "category_ids": "[]"}
+    )
 
 
 def _unknown_key(path: Path) -> None:
-    checkpoint.write_tensors(path, _state(), {"kind": "model", "config": json.dumps({"model": {"wheels": 4}}),
-                                              "class_names": "[]", "category_ids": "[]"})
+    checkpoint.write_tensors(
+        path,
+        _state(),
+        {"kind": "model", "config": json.dumps({"model": {"wheels": 4}}), "class_names": "[]", "category_ids": "[]"},
+    )
 
 
-@pytest.mark.parametrize(("name", "make", "message"), [
-    ("x.safetensors", lambda path: None, "no such file"),
-    ("x.pth", lambda path: path.write_bytes(b"PK"), "cascade-rcnn convert"),
-    ("x.pkl", lambda path: path.write_bytes(b"\x80"), "cascade-rcnn convert"),
-    ("x.safetensors", lambda path: path.write_bytes(b""), "not a readable safetensors file"),
-    ("x.safetensors", lambda path: path.write_bytes(b"hello, I am a picture" * 9), "not a readable safetensors file"),
-    ("x.jpg", lambda path: path.write_bytes(b"\xff\xd8" * 99), "not a readable safetensors file"),
-    ("x.safetensors", _huge_header, "not a readable safetensors file"),
-    ("x.safetensors", _truncated, "not a readable safetensors file"),
-    ("x.safetensors", _flipped, "checksum"),
-    ("x.safetensors", _foreign, "of another program"),
-    ("x.safetensors", _newer, "format version 999.*upgrade"),
-    ("x.safetensors", _training, "training state.*last.safetensors"),
-    ("x.safetensors", _bad_config, "metadata is damaged"),
-    ("x.safetensors", _unknown_key, "wheels"),
-])
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("x.safetensors", lambda path: None, "no such file"),
+        ("x.pth", lambda path: path.write_bytes(b"PK"), "cascade-rcnn convert"),
+        ("x.pkl", lambda path: path.write_bytes(b"\x80"), "cascade-rcnn convert"),
+        ("x.safetensors", lambda path: path.write_bytes(b""), "not a readable safetensors file"),
+        (
+            "x.safetensors",
+            lambda path: path.write_bytes(b"hello, I am a picture" * 9),
+            "not a readable safetensors file",
+        ),
+        ("x.jpg", lambda path: path.write_bytes(b"\xff\xd8" * 99), "not a readable safetensors file"),
+        ("x.safetensors", _huge_header, "not a readable safetensors file"),
+        ("x.safetensors", _truncated, "not a readable safetensors file"),
+        ("x.safetensors", _flipped, "checksum"),
+        ("x.safetensors", _foreign, "of another program"),
+        ("x.safetensors", _newer, "format version 999.*upgrade"),
+        ("x.safetensors", _training, "training state.*last.safetensors"),
+        ("x.safetensors", _bad_config, "metadata is damaged"),
+        ("x.safetensors", _unknown_key, "wheels"),
+    ],
+)
 def test_what_cannot_be_used_is_named_in_one_line(tmp_path: Path, name: str, make: object, message: str) -> None:
     path = tmp_path / name
     make(path)  # type: ignore[operator]
@@ -185,8 +207,14 @@ def test_a_file_that_grows_beyond_the_limit_of_the_disk(tmp_path: Path) -> None:
     """A real short write: the operating system refuses bytes beyond the process's limit, as a full disk does."""
     path = tmp_path / "last.safetensors"
     code = _LIMITED.format(tests=str(Path(__file__).parent), path=str(path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
-                          cwd=Path(__file__).parents[1], check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=Path(__file__).parents[1],
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "cannot be written" in done.stdout and len(done.stdout.splitlines()) == 1
     assert load_checkpoint(path).state["a.weight"].shape == (4, 3)

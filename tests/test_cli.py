@@ -115,11 +115,18 @@ def test_train_help_shows_the_values_of_the_recipe_that_is_named(capsys: pytest.
 
 
 def test_help_needs_no_heavy_import_and_less_than_a_second(run_command: Callable[..., Any]) -> None:
-    code = ("import sys; from cascade_rcnn.cli import COMMANDS, main\n"
-            "for name in COMMANDS: main([name, '--help'])\n"
-            "sys.exit(str([name for name in ('torch', 'timm', 'torchvision') if name in sys.modules]))")
-    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=60,
-                          cwd=Path(cli.__file__).resolve().parents[1])
+    code = (
+        "import sys; from cascade_rcnn.cli import COMMANDS, main\n"
+        "for name in COMMANDS: main([name, '--help'])\n"
+        "sys.exit(str([name for name in ('torch', 'timm', 'torchvision') if name in sys.modules]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        text=True,
+        capture_output=True,
+        timeout=60,
+        cwd=Path(cli.__file__).resolve().parents[1],
+    )
     assert done.stderr.strip() == "[]"
     best = 10.0
     for _ in range(3):  # the machine may be busy with other things: the best of three
@@ -150,8 +157,28 @@ def test_every_documented_command_is_accepted(
 
 
 def test_train_hands_on_the_recipe_with_all_changes(calls: list[Call]) -> None:
-    assert main(["train", "finetune", "--data", "mine", "--train.epochs", "3", "--resume", "--deterministic",
-                 "--model.stage-ious", "0.5", "0.6", "--out", "here", "--data.flip=0", "--no-check"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "finetune",
+                "--data",
+                "mine",
+                "--train.epochs",
+                "3",
+                "--resume",
+                "--deterministic",
+                "--model.stage-ious",
+                "0.5",
+                "0.6",
+                "--out",
+                "here",
+                "--data.flip=0",
+                "--no-check",
+            ]
+        )
+        == 0
+    )
     ((_, arguments),) = calls
     config: Config = arguments["config"]
     assert config.data.root == "mine" and config.data.flip == 0 and config.train.epochs == 3
@@ -179,38 +206,50 @@ def test_config_alone_lists_the_names(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out.split() == config_names()
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    ("trian x", "no command 'trian', did you mean train?"),
-    ("qqq", "no command 'qqq'; there are demo, train"),
-    ("train", "required: CONFIG"),
-    ("train finetune", "finetune names no data: add --data DIR"),
-    ("train finetun --data x", "finetun: no such config name (did you mean finetune"),
-    ("train finetune --data x --train.epochz 3", "did you mean --train.epochs"),
-    ("train finetune --data x --epochs 3", "did you mean --train.epochs?"),
-    ("train finetune --data x --train.epochs many", '--train.epochs is "many", expected a whole number'),
-    ("train finetune --data", "--data: expected one argument"),
-    ("predict run photo.jpg --scor 1", "unexpected argument '--scor', did you mean --score?"),
-    ("predict run photo.jpg --score 1.5", "'1.5' is not a number between 0 and 1"),
-    ("predict run photo.jpg --batch-size 0", "'0' is not a whole number of at least 1"),
-    ("predict photo.jpg", "photo.jpg stands where the checkpoint belongs and nothing to look at comes after it"),
-    ("train finetune --data x --train.learning-rate 0.1", "did you mean --train.lr?"),
-    ("train finetune --data x --data.num-workers 4", "did you mean --data.workers?"),
-    ("train finetune --data x --work-dir here", "--work-dir: not known here; the run's folder is --out RUN"),
-    ("check x --config finetun", "finetun: no such config name (did you mean finetune"),
-    ("score --format coc --truth t --results r", "invalid choice: 'coc'"),
-    ("config --train.epochs 3", "--train.epochs without a recipe to change"),
-])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("trian x", "no command 'trian', did you mean train?"),
+        ("qqq", "no command 'qqq'; there are demo, train"),
+        ("train", "required: CONFIG"),
+        ("train finetune", "finetune names no data: add --data DIR"),
+        ("train finetun --data x", "finetun: no such config name (did you mean finetune"),
+        ("train finetune --data x --train.epochz 3", "did you mean --train.epochs"),
+        ("train finetune --data x --epochs 3", "did you mean --train.epochs?"),
+        ("train finetune --data x --train.epochs many", '--train.epochs is "many", expected a whole number'),
+        ("train finetune --data", "--data: expected one argument"),
+        ("predict run photo.jpg --scor 1", "unexpected argument '--scor', did you mean --score?"),
+        ("predict run photo.jpg --score 1.5", "'1.5' is not a number between 0 and 1"),
+        ("predict run photo.jpg --batch-size 0", "'0' is not a whole number of at least 1"),
+        ("predict photo.jpg", "photo.jpg stands where the checkpoint belongs and nothing to look at comes after it"),
+        ("train finetune --data x --train.learning-rate 0.1", "did you mean --train.lr?"),
+        ("train finetune --data x --data.num-workers 4", "did you mean --data.workers?"),
+        ("train finetune --data x --work-dir here", "--work-dir: not known here; the run's folder is --out RUN"),
+        ("check x --config finetun", "finetun: no such config name (did you mean finetune"),
+        ("score --format coc --truth t --results r", "invalid choice: 'coc'"),
+        ("config --train.epochs 3", "--train.epochs without a recipe to change"),
+    ],
+)
 def test_a_mistake_is_one_line_and_exit_code_2(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words.split()) == 2
     out, err = capsys.readouterr()
     assert err.startswith("error: ") and said in err and err.count("\n") == 1 and out == ""
 
 
-@pytest.mark.parametrize(("rank", "error", "printed"), [
-    ("0", errors.ConfigError("no"), "error: no\n"), ("0", errors.DataError("no"), "error: no\n"),
-    ("3", errors.ConfigError("no"), ""), ("3", errors.DataError("no"), "error (rank 3): no\n")])
+@pytest.mark.parametrize(
+    ("rank", "error", "printed"),
+    [
+        ("0", errors.ConfigError("no"), "error: no\n"),
+        ("0", errors.DataError("no"), "error: no\n"),
+        ("3", errors.ConfigError("no"), ""),
+        ("3", errors.DataError("no"), "error (rank 3): no\n"),
+    ],
+)
 def test_of_several_processes_the_first_reports_what_all_have_seen(
-    rank: str, error: errors.UserError, printed: str, monkeypatch: pytest.MonkeyPatch,
+    rank: str,
+    error: errors.UserError,
+    printed: str,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(words: object) -> int:
@@ -232,13 +271,16 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPa
 
 
 def test_ctrl_c_is_quiet_and_ends_with_130(tmp_path: Path) -> None:
-    code = ("import sys, time; from cascade_rcnn import cli\n"
-            "def wait(words): print('ready', flush=True); time.sleep(60)\n"
-            "cli.COMMANDS['demo'] = cli.COMMANDS['demo']._replace(run=wait)\n"
-            "sys.exit(cli.main(['demo']))")
+    code = (
+        "import sys, time; from cascade_rcnn import cli\n"
+        "def wait(words): print('ready', flush=True); time.sleep(60)\n"
+        "cli.COMMANDS['demo'] = cli.COMMANDS['demo']._replace(run=wait)\n"
+        "sys.exit(cli.main(['demo']))"
+    )
     package = Path(cli.__file__).resolve().parents[1]
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               cwd=package)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=package
+    )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
@@ -248,15 +290,27 @@ def test_ctrl_c_is_quiet_and_ends_with_130(tmp_path: Path) -> None:
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-m", "cascade_rcnn", "train", "--help"], stdout=writer, text=True,
-                          stderr=subprocess.PIPE, timeout=60, cwd=Path(cli.__file__).resolve().parents[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "cascade_rcnn", "train", "--help"],
+        stdout=writer,
+        text=True,
+        stderr=subprocess.PIPE,
+        timeout=60,
+        cwd=Path(cli.__file__).resolve().parents[1],
+    )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
 
 
-@pytest.mark.parametrize(("load", "given", "expected"), [(0.0, {}, None), (1e6, {}, "PASSIVE"),
-                                                         (1e6, {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
-                                                         (1e6, {"GOMP_SPINCOUNT": "9"}, None)])
+@pytest.mark.parametrize(
+    ("load", "given", "expected"),
+    [
+        (0.0, {}, None),
+        (1e6, {}, "PASSIVE"),
+        (1e6, {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
+        (1e6, {"GOMP_SPINCOUNT": "9"}, None),
+    ],
+)
 def test_threads_sleep_while_they_wait_on_a_busy_machine(
     load: float, given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

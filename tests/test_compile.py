@@ -32,8 +32,9 @@ from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.recipes import config_to_python
 from cascade_rcnn.structures import ImageBatch, RawDetections
 
-NETWORK = ModelConfig(backbone="resnet10t", pretrained=False, fpn_channels=32, head_channels=32, test_proposals=40,
-                      max_detections=20)
+NETWORK = ModelConfig(
+    backbone="resnet10t", pretrained=False, fpn_channels=32, head_channels=32, test_proposals=40, max_detections=20
+)
 
 
 def network(**changes: Any) -> CascadeRCNN:
@@ -123,11 +124,14 @@ def test_a_failing_compiler_ends_its_line_before_the_error(
     assert capsys.readouterr().err == "compiling for 1 x 64 x 64 ... failed\n"
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({}, "compiled for 4 sizes at most"),
-    ({"norm": "group"}, "compiled for each size"),
-    ({"semantics": "paper"}, "compiled for each size"),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "compiled for 4 sizes at most"),
+        ({"norm": "group"}, "compiled for each size"),
+        ({"semantics": "paper"}, "compiled for each size"),
+    ],
+)
 def test_networks_that_would_see_more_padding_get_none(
     uncompiled: None, tmp_path: Path, changes: dict[str, str], words: str
 ) -> None:
@@ -185,8 +189,19 @@ def test_batches_are_padded_to_the_smallest_size_that_holds_them() -> None:
 
     def padded(*sizes: tuple[int, int]) -> tuple[int, int]:
         nothing: NDArray[np.int64] = np.zeros(0, np.int64)
-        items = [Item(torch.full((3, *size), 7, dtype=torch.uint8), size, 0, "", np.zeros((0, 4), np.float32), nothing,
-                      nothing.astype(np.bool_), None) for size in sizes]
+        items = [
+            Item(
+                torch.full((3, *size), 7, dtype=torch.uint8),
+                size,
+                0,
+                "",
+                np.zeros((0, 4), np.float32),
+                nothing,
+                nothing.astype(np.bool_),
+                None,
+            )
+            for size in sizes
+        ]
         made = Collate(32, buckets=((96, 96), (96, 160), (160, 96), (160, 160)))(items)
         assert isinstance(made, tuple)
         pixels = made[0].pixels
@@ -241,8 +256,9 @@ print(json.dumps(answer))
 def _in_a_process(words: list[str], cache: Path) -> tuple[dict[str, Any], str]:
     package = str(Path(cascade_rcnn.__file__).resolve().parents[1])
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": package}
-    done = subprocess.run([sys.executable, "-c", _PREDICT, *words], capture_output=True, text=True, timeout=500,
-                          env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", _PREDICT, *words], capture_output=True, text=True, timeout=500, env=environment
+    )
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer, done.stderr
@@ -251,8 +267,10 @@ def _in_a_process(words: list[str], cache: Path) -> tuple[dict[str, Any], str]:
 @pytest.mark.slow
 def test_compiled_detections_are_the_same_and_code_is_kept_for_the_next_process(tmp_path: Path) -> None:
     """A minute or two: C++ for each of the network's kernels."""
-    config = small_config(model={"backbone": "resnet10t", "norm": "frozen_statistics", "masks": "last"},
-                          data={"short_side": (64,), "long_side": 96})
+    config = small_config(
+        model={"backbone": "resnet10t", "norm": "frozen_statistics", "masks": "last"},
+        data={"short_side": (64,), "long_side": 96},
+    )
     model = build_model(config.model, 5)
     seed_weights(model)
     save_checkpoint(tmp_path / "network.safetensors", model.state_dict(), config=config, class_names=tuple("abcde"))
@@ -285,8 +303,16 @@ def test_compiled_training_has_the_losses_of_eager_training_evaluates_and_resume
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Three minutes: forward and backward of the network in C++."""
-    whole = small_config(model={"backbone": "resnet10t", "masks": "last"}, log_every=1, epochs=1, milestones=(),
-                         max_steps=4, evaluate_every=1, save_every=2, deterministic=False)
+    whole = small_config(
+        model={"backbone": "resnet10t", "masks": "last"},
+        log_every=1,
+        epochs=1,
+        milestones=(),
+        max_steps=4,
+        evaluate_every=1,
+        save_every=2,
+        deterministic=False,
+    )
     compiled = dataclasses.replace(whole, train=dataclasses.replace(whole.train, compile=True))
     half = dataclasses.replace(compiled, train=dataclasses.replace(compiled.train, max_steps=2))
     _train(whole, tmp_path / "eager")
@@ -314,16 +340,39 @@ train(load_config(sys.argv[1]), out=Path(sys.argv[2]), device="cpu")
 @pytest.mark.slow
 def test_two_processes_train_compiled(tmp_path: Path) -> None:
     """Processes of their own, not forks: the compiler starts helpers. A minute."""
-    config = small_config(model={"backbone": "resnet10t"}, log_every=1, epochs=1, milestones=(), max_steps=3,
-                          batch_size=1, deterministic=False)
+    config = small_config(
+        model={"backbone": "resnet10t"},
+        log_every=1,
+        epochs=1,
+        milestones=(),
+        max_steps=3,
+        batch_size=1,
+        deterministic=False,
+    )
     (tmp_path / "rank.py").write_text(_RANK)
     package = str(Path(cascade_rcnn.__file__).resolve().parents[1])
     for name, with_compiler in (("eager", False), ("compiled", True)):
         changed = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=with_compiler))
         (tmp_path / f"{name}.py").write_text(config_to_python(changed))
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-                               str(free_port()), "rank.py", f"{name}.py", name], cwd=tmp_path, capture_output=True,
-                              text=True, timeout=500, env={**os.environ, "PYTHONPATH": package})
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc-per-node",
+                "2",
+                "--master-port",
+                str(free_port()),
+                "rank.py",
+                f"{name}.py",
+                name,
+            ],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=500,
+            env={**os.environ, "PYTHONPATH": package},
+        )
         assert done.returncode == 0, done.stderr
     assert _losses(tmp_path / "compiled") == pytest.approx(_losses(tmp_path / "eager"), rel=2e-3)
 

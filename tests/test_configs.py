@@ -72,7 +72,10 @@ def test_a_recipe_has_the_published_settings(name: str) -> None:
     train, data, model = config.train, config.data, config.model
     assert (train.epochs, [list(train.milestones)]) == (entry["epochs"], entry["milestones"])
     assert (train.lr, train.weight_decay, train.batch_size) == (
-        entry["lr"], entry["weight_decay"], entry["batch_per_gpu"])
+        entry["lr"],
+        entry["weight_decay"],
+        entry["batch_per_gpu"],
+    )
     assert train.images_per_step == 8 * entry["batch_per_gpu"]
     assert data.repeat == (entry["repeat"] or 1)
     assert model.style == entry["backbone"]["style"]

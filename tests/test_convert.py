@@ -151,11 +151,16 @@ def test_one_stage_detectors_have_boxes_per_class(tmp_path: Path, library: str) 
 def mmdetection_name(key: str, norm: str = "bn") -> str:
     """mmdetection's name of one of our keys."""
     for ours, theirs in (
-        (r"backbone\.body\.(.*)\bbn(\d)\.", rf"backbone.\1{norm}\2."), (r"backbone\.body\.", "backbone."),
-        (r"fpn\.lateral\.(\d)", r"neck.lateral_convs.\1.conv"), (r"fpn\.output\.(\d)", r"neck.fpn_convs.\1.conv"),
-        (r"fpn\.lateral_norm\.(\d)", r"neck.lateral_convs.\1.gn"), (r"fpn\.output_norm\.(\d)", r"neck.fpn_convs.\1.gn"),
-        (r"rpn\.conv\.0", "rpn_head.rpn_conv.0.conv"), (r"rpn\.conv\.2", "rpn_head.rpn_conv.1.conv"),
-        (r"rpn\.conv", "rpn_head.rpn_conv"), (r"rpn\.objectness", "rpn_head.rpn_cls"),
+        (r"backbone\.body\.(.*)\bbn(\d)\.", rf"backbone.\1{norm}\2."),
+        (r"backbone\.body\.", "backbone."),
+        (r"fpn\.lateral\.(\d)", r"neck.lateral_convs.\1.conv"),
+        (r"fpn\.output\.(\d)", r"neck.fpn_convs.\1.conv"),
+        (r"fpn\.lateral_norm\.(\d)", r"neck.lateral_convs.\1.gn"),
+        (r"fpn\.output_norm\.(\d)", r"neck.fpn_convs.\1.gn"),
+        (r"rpn\.conv\.0", "rpn_head.rpn_conv.0.conv"),
+        (r"rpn\.conv\.2", "rpn_head.rpn_conv.1.conv"),
+        (r"rpn\.conv", "rpn_head.rpn_conv"),
+        (r"rpn\.objectness", "rpn_head.rpn_cls"),
         (r"rpn\.deltas", "rpn_head.rpn_reg"),
         (r"cascade\.box_heads\.(\d)\.convs\.(\d)\.0", r"roi_head.bbox_head.\1.shared_convs.\2.conv"),
         (r"cascade\.box_heads\.(\d)\.convs\.(\d)\.1", r"roi_head.bbox_head.\1.shared_convs.\2.gn"),
@@ -182,8 +187,15 @@ def small_state() -> dict[str, Tensor]:
 
 
 def test_group_norm_and_convolutional_heads(tmp_path: Path) -> None:
-    config = ModelConfig(backbone="resnet18", norm="group", box_head="4conv1fc_gn", masks="every", fpn_channels=32,
-                         head_channels=16, mask_channels=32)
+    config = ModelConfig(
+        backbone="resnet18",
+        norm="group",
+        box_head="4conv1fc_gn",
+        masks="every",
+        fpn_channels=32,
+        head_channels=16,
+        mask_channels=32,
+    )
     ours = build_model(config, CLASSES).state_dict()
     made = convert(tmp_path, {"state_dict": {mmdetection_name(key, "gn"): value for key, value in ours.items()}})
     assert set(made.state) == set(ours) and all(torch.equal(made.state[key], ours[key]) for key in ours)
@@ -192,11 +204,21 @@ def test_group_norm_and_convolutional_heads(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_batch_norm_in_neck_and_heads_is_folded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = ModelConfig(backbone="resnet18", rpn_convs=2, box_head="4conv1fc", masks="every", fpn_channels=32,
-                         head_channels=16, mask_channels=32)
+    config = ModelConfig(
+        backbone="resnet18",
+        rpn_convs=2,
+        box_head="4conv1fc",
+        masks="every",
+        fpn_channels=32,
+        head_channels=16,
+        mask_channels=32,
+    )
     state = {mmdetection_name(key): value for key, value in build_model(config, CLASSES).state_dict().items()}
-    normed = [key.removesuffix(".conv.bias") for key in state if re.search(r"(lateral|fpn|head\.\d\.\w*)_?convs", key)
-              and key.endswith("bias")]
+    normed = [
+        key.removesuffix(".conv.bias")
+        for key in state
+        if re.search(r"(lateral|fpn|head\.\d\.\w*)_?convs", key) and key.endswith("bias")
+    ]
     layers = {}
     for name in normed:
         weight, norm = state[f"{name}.conv.weight"], nn.BatchNorm2d(32).eval()
@@ -271,16 +293,32 @@ def test_the_config_text_in_the_metadata_decides(tmp_path: Path, monkeypatch: py
 
 def test_config_text_of_version_2() -> None:
     hints = read_config_text(CONFIG_TEXT_2)
-    assert hints.model == {"style": "pytorch", "norm": "sync", "stage_ious": (0.4,), "score_threshold": 0.1,
-                           "nms_iou": 0.3, "max_detections": 50}
+    assert hints.model == {
+        "style": "pytorch",
+        "norm": "sync",
+        "stage_ious": (0.4,),
+        "score_threshold": 0.1,
+        "nms_iou": 0.3,
+        "max_detections": 50,
+    }
     assert hints.data == {"short_side": (480,), "long_side": 640}
     assert hints.preprocessing is not None and not hints.preprocessing.bgr
 
 
-@pytest.mark.parametrize("text", [
-    "", "model = (", "(" * 5000, "model = 3", "model = dict(backbone=7, roi_head=[1])", "x" * 3_000_000,
-    "model = -" + "-" * 50_000 + "1", "model = dict(test_cfg=dict(rcnn=[]))",
-], ids=range(8))
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "model = (",
+        "(" * 5000,
+        "model = 3",
+        "model = dict(backbone=7, roi_head=[1])",
+        "x" * 3_000_000,
+        "model = -" + "-" * 50_000 + "1",
+        "model = dict(test_cfg=dict(rcnn=[]))",
+    ],
+    ids=range(8),
+)
 def test_unusable_config_text_says_nothing(text: str) -> None:
     assert read_config_text(text).model == {}
 
@@ -295,8 +333,10 @@ def test_a_recipe_can_be_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="another shape"):  # its heads are wider
         convert(tmp_path, {"state_dict": state}, config="cascade_mask_rcnn_r50_fpn_1x_coco")
     recipe = tmp_path / "narrow.py"
-    recipe.write_text("from cascade_rcnn.config import Config, ModelConfig\nconfig = Config(model=ModelConfig("
-                      "masks='every', fpn_channels=32, head_channels=16, mask_channels=32, score_threshold=0.2))\n")
+    recipe.write_text(
+        "from cascade_rcnn.config import Config, ModelConfig\nconfig = Config(model=ModelConfig("
+        "masks='every', fpn_channels=32, head_channels=16, mask_channels=32, score_threshold=0.2))\n"
+    )
     made = convert(tmp_path, {"state_dict": state}, config=str(recipe))
     assert made.config.model.score_threshold == 0.2
 
@@ -307,8 +347,11 @@ def test_detectron2(tmp_path: Path, suffix: str) -> None:
     source, dest = tmp_path / f"model_final.{suffix}", tmp_path / "dest.safetensors"
     if suffix == "pth":
         mean = torch.tensor([103.53, 116.28, 123.675]).reshape(3, 1, 1)
-        extra = {"pixel_mean": mean, "pixel_std": torch.ones(3, 1, 1),
-                 "proposal_generator.anchor_generator.cell_anchors.0": torch.ones(3, 4)}
+        extra = {
+            "pixel_mean": mean,
+            "pixel_std": torch.ones(3, 1, 1),
+            "proposal_generator.anchor_generator.cell_anchors.0": torch.ones(3, 4),
+        }
         torch.save({"model": state | extra, "optimizer": {}, "iteration": 89999}, source)
     else:
         arrays = {key: value.numpy() for key, value in state.items()}
@@ -341,11 +384,17 @@ def detectron_blobs(state: dict[str, Tensor], stage: str) -> dict[str, np.ndarra
         elif name.startswith("backbone.fpn"):
             level = int(name[-1])
             lateral = "_lateral" if level < 5 else ""
-            name = (f"fpn_inner_res{level}_{last[level]}_sum{lateral}" if "lateral" in name
-                    else f"fpn_res{level}_{last[level]}_sum")
+            name = (
+                f"fpn_inner_res{level}_{last[level]}_sum{lateral}"
+                if "lateral" in name
+                else f"fpn_res{level}_{last[level]}_sum"
+            )
         elif name.startswith("proposal"):
-            name = {"conv": "conv_rpn_fpn2", "objectness_logits": "rpn_cls_logits_fpn2",
-                    "anchor_deltas": "rpn_bbox_pred_fpn2"}[name.rsplit(".", 1)[1]]
+            name = {
+                "conv": "conv_rpn_fpn2",
+                "objectness_logits": "rpn_cls_logits_fpn2",
+                "anchor_deltas": "rpn_bbox_pred_fpn2",
+            }[name.rsplit(".", 1)[1]]
         elif match := re.fullmatch(r"roi_heads\.box_\w+\.(\d)\.(\w+)", name):
             part = {"fc1": "fc6", "fc2": "fc7"}.get(match[2], match[2])
             k = int(match[1])
@@ -381,8 +430,9 @@ def test_the_authors_detectron_blobs(tmp_path: Path, stage: str) -> None:
 
 
 def test_the_authors_group_norm_blobs(tmp_path: Path) -> None:
-    config = ModelConfig(backbone="resnet50", norm="group", box_head="4conv1fc_gn", semantics="paper", fpn_channels=32,
-                         head_channels=16)
+    config = ModelConfig(
+        backbone="resnet50", norm="group", box_head="4conv1fc_gn", semantics="paper", fpn_channels=32, head_channels=16
+    )
     state = {key: torch.rand_like(value) for key, value in build_model(config, 3).state_dict().items()}
     last, blobs = {0: 2, 1: 3, 2: 5, 3: 2}, {}
     for key, value in state.items():
@@ -406,14 +456,20 @@ def test_the_authors_group_norm_blobs(tmp_path: Path) -> None:
                 value = torch.cat([torch.full_like(value, 9), value])
             name = (part or f"head_conv{int(match[2][6]) + 1}") + stage
         else:
-            name = {"rpn.conv": "conv_rpn_fpn2", "rpn.objectness": "rpn_cls_logits_fpn2",
-                    "rpn.deltas": "rpn_bbox_pred_fpn2"}[name]
+            name = {
+                "rpn.conv": "conv_rpn_fpn2",
+                "rpn.objectness": "rpn_cls_logits_fpn2",
+                "rpn.deltas": "rpn_bbox_pred_fpn2",
+            }[name]
         blobs[name + ("_gn" if norm else "") + ("_b" if end == "bias" else "_s" if norm else "_w")] = value.numpy()
     (tmp_path / "model.pkl").write_bytes(pickle.dumps({"blobs": blobs}, protocol=2))
     run_convert(tmp_path / "model.pkl", tmp_path / "dest.safetensors")
     made = load_checkpoint(tmp_path / "dest.safetensors")
     assert (made.config.model.style, made.config.model.norm, made.config.model.box_head) == (
-        "pytorch", "group", "4conv1fc_gn")
+        "pytorch",
+        "group",
+        "4conv1fc_gn",
+    )
     assert made.state.keys() == state.keys()
     assert all(torch.equal(made.state[key], state[key]) for key in state)
 
@@ -426,11 +482,17 @@ def test_coco_names_follow_cocos_ids() -> None:
 
 BACKBONES = {
     "torchvision": lambda state: state | {"fc.weight": torch.ones(10, 2048), "fc.bias": torch.ones(10)},
-    "mmpretrain": lambda state: {"state_dict": {f"backbone.{key}": value for key, value in state.items()}
-                                 | {"head.fc.weight": torch.ones(10, 2048)}, "meta": {}},
+    "mmpretrain": lambda state: {
+        "state_dict": {f"backbone.{key}": value for key, value in state.items()}
+        | {"head.fc.weight": torch.ones(10, 2048)},
+        "meta": {},
+    },
     "caffe without statistics": lambda state: {key: value for key, value in state.items() if "running" not in key},
-    "detectron2": lambda state: {"model": {d2_name(key): value for key, value in state.items() if "num_b" not in key}
-                                 | {"stem.fc.weight": torch.ones(10, 2048)}, "matching_heuristics": True},
+    "detectron2": lambda state: {
+        "model": {d2_name(key): value for key, value in state.items() if "num_b" not in key}
+        | {"stem.fc.weight": torch.ones(10, 2048)},
+        "matching_heuristics": True,
+    },
 }
 
 
@@ -471,8 +533,9 @@ def test_preprocessing_is_moved_into_the_stem() -> None:
     norm.running_mean = state["backbone.body.bn1.running_mean"].double()
     ours = norm(conv((image - torch.tensor(our_mean)[:, None, None]) / torch.tensor(our_std)[:, None, None]))
     assert torch.allclose(ours, reference, rtol=1e-5, atol=1e-4)
-    assert not absorb_preprocessing(state, bgr=False, mean=our_mean, std=our_std,
-                                    our_bgr=False, our_mean=our_mean, our_std=our_std)
+    assert not absorb_preprocessing(
+        state, bgr=False, mean=our_mean, std=our_std, our_bgr=False, our_mean=our_mean, our_std=our_std
+    )
 
 
 def test_mmdetections_bgr_resnext_is_turned_to_rgb() -> None:
@@ -520,13 +583,16 @@ def test_unknown_anchors_need_a_recipe(tmp_path: Path) -> None:
         convert(tmp_path, {"state_dict": state})
 
 
-@pytest.mark.parametrize(("content", "reason"), [
-    ({"state_dict": {"bbox_head.0.fc_cls.weight": torch.ones(2)}}, "mmdetection 1"),
-    ({"model": {"detr.weight": torch.ones(2)}}, "none of the formats"),
-    ({"epoch": 3}, "no weights"),
-    ([1, 2], "not a state_dict"),
-    (torch.ones(3), "not a state_dict"),
-])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"state_dict": {"bbox_head.0.fc_cls.weight": torch.ones(2)}}, "mmdetection 1"),
+        ({"model": {"detr.weight": torch.ones(2)}}, "none of the formats"),
+        ({"epoch": 3}, "no weights"),
+        ([1, 2], "not a state_dict"),
+        (torch.ones(3), "not a state_dict"),
+    ],
+)
 def test_other_checkpoints_are_named(tmp_path: Path, content: object, reason: str) -> None:
     with pytest.raises(CheckpointError, match=reason) as caught:
         convert(tmp_path, content)
@@ -577,8 +643,10 @@ def small_detector(tmp_path: Path) -> Path:
     for key, std in (("fc_cls.weight", 0.5), ("fc_reg.weight", 0.05), ("conv_logits.weight", 0.5)):
         for name in (name for name in state if name.endswith(key)):
             state[name] = torch.randn(state[name].shape, generator=generator) * std
-    text = ("model = dict(type='CascadeRCNN', test_cfg=dict(rcnn=dict(max_per_img=60)))\n"
-            "test_pipeline = [dict(type='Resize', scale=(160, 96))]\n")
+    text = (
+        "model = dict(type='CascadeRCNN', test_cfg=dict(rcnn=dict(max_per_img=60)))\n"
+        "test_pipeline = [dict(type='Resize', scale=(160, 96))]\n"
+    )
     path = tmp_path / "epoch_12.pth"
     torch.save({"state_dict": state, "meta": {"cfg": text, "dataset_meta": {"classes": ("cat", "dog", "eel")}}}, path)
     return path
@@ -604,4 +672,4 @@ def test_convert_and_predict_as_commands_give_what_python_gives(
         assert drawn.size == before.size
         difference = np.abs(np.asarray(drawn.convert("RGB"), int) - np.asarray(before.convert("RGB"), int)).sum(axis=2)
     x1, y1, _, y2 = (round(value) for value in wanted.boxes[0].tolist())
-    assert np.median(difference[y1 + 1:y2 - 1, x1]) > 100, "the best detection's box is drawn where it is"
+    assert np.median(difference[y1 + 1 : y2 - 1, x1]) > 100, "the best detection's box is drawn where it is"

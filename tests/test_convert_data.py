@@ -45,8 +45,9 @@ def test_masks_ids_and_crowds_survive_coco_to_coco(tmp_path: Path) -> None:
         np.testing.assert_array_equal(before.areas, after.areas)
 
 
-def test_pictures_are_linked_by_name_or_copied_where_hard_links_fail(tmp_path: Path,
-                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_linked_by_name_or_copied_where_hard_links_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*_: object) -> None:
         raise OSError("another file system")
 

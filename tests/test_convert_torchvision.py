@@ -31,10 +31,14 @@ def torchvision_model(masks: bool) -> nn.Module:
     backbone = detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None)
     kind = detection.MaskRCNN if masks else detection.FasterRCNN
     faster = detection.faster_rcnn
-    model: nn.Module = kind(backbone, min_size=96, max_size=160, box_head=faster.TwoMLPHead(256 * 49, 64),
-                            box_predictor=faster.FastRCNNPredictor(64, CLASSES + 1),
-                            **({"mask_predictor": detection.mask_rcnn.MaskRCNNPredictor(256, 256, CLASSES + 1)}
-                               if masks else {}))
+    model: nn.Module = kind(
+        backbone,
+        min_size=96,
+        max_size=160,
+        box_head=faster.TwoMLPHead(256 * 49, 64),
+        box_predictor=faster.FastRCNNPredictor(64, CLASSES + 1),
+        **({"mask_predictor": detection.mask_rcnn.MaskRCNNPredictor(256, 256, CLASSES + 1)} if masks else {}),
+    )
     nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.5)
     nn.init.normal_(model.roi_heads.box_predictor.bbox_pred.weight, std=0.05)
     return model.eval()
@@ -95,8 +99,11 @@ def test_torchvision_gives_the_same_detections(tmp_path: Path, version: int, mas
 
 def test_torchvisions_old_names(tmp_path: Path) -> None:
     new = torchvision_model(True).state_dict()
-    renames = [(r"(inner_blocks|layer_blocks)\.(\d)\.0\.", r"\1.\2."), (r"head\.conv\.0\.0\.", "head.conv."),
-               (r"mask_head\.(\d)\.0\.", lambda match: f"mask_head.mask_fcn{int(match[1]) + 1}.")]
+    renames = [
+        (r"(inner_blocks|layer_blocks)\.(\d)\.0\.", r"\1.\2."),
+        (r"head\.conv\.0\.0\.", "head.conv."),
+        (r"mask_head\.(\d)\.0\.", lambda match: f"mask_head.mask_fcn{int(match[1]) + 1}."),
+    ]
     old = {}
     for key, value in new.items():
         for pattern, replacement in renames:

@@ -24,15 +24,43 @@ from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.errors import DataError
 
 _ANNOTATION = {
-    "coco": "annotations/instances_train.json", "voc": "Annotations/a.xml", "kitti": "training/label_2/a.txt",
-    "citypersons": "annotations/anno_train.mat", "widerface": "wider_face_split/wider_face_train_bbx_gt.txt",
+    "coco": "annotations/instances_train.json",
+    "voc": "Annotations/a.xml",
+    "kitti": "training/label_2/a.txt",
+    "citypersons": "annotations/anno_train.mat",
+    "widerface": "wider_face_split/wider_face_train_bbx_gt.txt",
     "yolo": "labels/train/a.txt",
 }
 _LIST = {"voc": "ImageSets/Main/train.txt", "kitti": "ImageSets/train.txt", "yolo": "data.yaml"}
-_HOSTILE = [b"NaN", b"nan", b"Infinity", b"-1", b"1e400", b"9" * 5000, b"../../../etc/passwd", b"\x00", b"\xff\xfe",
-            b"\xef\xbb\xbf", b"\r\n", b"\r", b"[" * 3000, b"<!DOCTYPE a [<!ENTITY b 'c'>]>", b"&b;", b"\xe9", b'"',
-            b"{", b"null", b"{}", b"[]", b"\\ud800", b"0 0 0 0 0", b"&a *a", b"!!python/object:os.system", b" ",
-            b"\n\n"]
+_HOSTILE = [
+    b"NaN",
+    b"nan",
+    b"Infinity",
+    b"-1",
+    b"1e400",
+    b"9" * 5000,
+    b"../../../etc/passwd",
+    b"\x00",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"\r\n",
+    b"\r",
+    b"[" * 3000,
+    b"<!DOCTYPE a [<!ENTITY b 'c'>]>",
+    b"&b;",
+    b"\xe9",
+    b'"',
+    b"{",
+    b"null",
+    b"{}",
+    b"[]",
+    b"\\ud800",
+    b"0 0 0 0 0",
+    b"&a *a",
+    b"!!python/object:os.system",
+    b" ",
+    b"\n\n",
+]
 _FEW = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -94,13 +122,43 @@ def test_random_damage_to_a_file_is_met_with_records_or_a_data_error(name: str, 
     _try_bytes(name, file, whole)
 
 
-_VALUES: list[Any] = [None, True, -1, 0, 1.5, float("nan"), float("inf"), -float("inf"), 10**400, 2**63, "", "x",
-                      "../x.png", "/etc/passwd", "a\0b", "\ud800", "é.png", "x" * 5000, [], {}, [None], [[]],
-                      [[1, 2]], [[1, 2, 3]], [[float("nan")] * 8], {"size": [48, 64], "counts": [5]},
-                      {"size": [1, 1], "counts": [1]},
-                      {"size": [48, 64], "counts": "zz"}, {"size": "no", "counts": "0"}, {"counts": []},
-                      {"size": [10**9, 10**9], "counts": []},
-                      [0, 0, 0, 0], [1, 2, -3, 4], [1, 2, 3], ["1", "2", "3", "4"]]
+_VALUES: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    10**400,
+    2**63,
+    "",
+    "x",
+    "../x.png",
+    "/etc/passwd",
+    "a\0b",
+    "\ud800",
+    "é.png",
+    "x" * 5000,
+    [],
+    {},
+    [None],
+    [[]],
+    [[1, 2]],
+    [[1, 2, 3]],
+    [[float("nan")] * 8],
+    {"size": [48, 64], "counts": [5]},
+    {"size": [1, 1], "counts": [1]},
+    {"size": [48, 64], "counts": "zz"},
+    {"size": "no", "counts": "0"},
+    {"counts": []},
+    {"size": [10**9, 10**9], "counts": []},
+    [0, 0, 0, 0],
+    [1, 2, -3, 4],
+    [1, 2, 3],
+    ["1", "2", "3", "4"],
+]
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -197,8 +255,11 @@ def test_lists_never_lead_out_of_the_data_set(name: str, tmp_path: Path) -> None
 
 def test_xml_with_a_document_type_is_refused_before_it_expands(tmp_path: Path) -> None:
     root = scenes.write_voc(tmp_path)
-    bomb = "<!DOCTYPE lol [<!ENTITY a0 'ha'>" + "".join(
-        f"<!ENTITY a{n} '{f'&a{n - 1};' * 10}'>" for n in range(1, 10)) + "]><annotation>&a9;</annotation>"
+    bomb = (
+        "<!DOCTYPE lol [<!ENTITY a0 'ha'>"
+        + "".join(f"<!ENTITY a{n} '{f'&a{n - 1};' * 10}'>" for n in range(1, 10))
+        + "]><annotation>&a9;</annotation>"
+    )
     for encoding in ("utf-8", "utf-16"):
         (root / "Annotations" / "a.xml").write_bytes(bomb.encode(encoding))
         with pytest.raises(DataError, match=r"a\.xml.*document type declaration.*refused"):
@@ -210,8 +271,9 @@ def test_yaml_aliases_and_tags_are_refused_or_harmless(tmp_path: Path) -> None:
     (root / "data.yaml").write_text("a: &a [1, 1]\nb: [*a, *a]\ntrain: images/train\nnames: [x]\n")
     with pytest.raises(DataError, match=r"data\.yaml.*aliases"):
         open_split(root, "train")
-    (root / "data.yaml").write_text("train: images/train\nnames: [no, 2, 'x']\n"
-                                    "evil: !!python/object/apply:os.getcwd []\n")
+    (root / "data.yaml").write_text(
+        "train: images/train\nnames: [no, 2, 'x']\nevil: !!python/object/apply:os.getcwd []\n"
+    )
     assert open_split(root, "train").class_names == ("no", "2", "x")
 
 

@@ -68,8 +68,11 @@ def test_folder_per_class_is_refused_with_the_way_out(tmp_path: Path) -> None:
 
 def test_missing_split_is_an_error_that_offers_a_hold_out(tmp_path: Path) -> None:
     root = scenes.write_coco(tmp_path)
-    with pytest.raises(DataError, match=r"no split 'val' \(there are: train\).*--data.train train:0-90 --data.val "
-                                        r"train:90-100"):
+    with pytest.raises(
+        DataError,
+        match=r"no split 'val' \(there are: train\).*--data.train train:0-90 --data.val "
+        r"train:90-100",
+    ):
         open_split(root, "val")
 
 
@@ -91,7 +94,8 @@ def test_held_out_parts_are_disjoint_complete_and_do_not_depend_on_the_order(tmp
     content["images"].reverse()
     path.write_text(json.dumps(content))
     assert {record.image_id for record in open_split(root, "train:90-100").records} == {
-        record.image_id for record in val.records}
+        record.image_id for record in val.records
+    }
 
 
 @pytest.mark.parametrize("share", ["90", "50-20", "-1-5", "0-101", "a-b", "nan-50"])
@@ -122,9 +126,11 @@ def test_trainval_is_not_counted_beside_train_and_val(tmp_path: Path) -> None:
 
 def test_readers_need_no_torch(tmp_path: Path) -> None:
     root = scenes.write_coco(tmp_path)
-    code = (f"import sys; from cascade_rcnn.data.formats.open import describe; describe({str(root)!r}); "
-            "from cascade_rcnn.check.dataset import check_dataset; "
-            f"check_dataset({str(root)!r}); sys.exit('torch' in sys.modules)")
+    code = (
+        f"import sys; from cascade_rcnn.data.formats.open import describe; describe({str(root)!r}); "
+        "from cascade_rcnn.check.dataset import check_dataset; "
+        f"check_dataset({str(root)!r}); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
 
 
@@ -137,17 +143,21 @@ def test_coco_dict_of_any_format_holds_the_same_scene(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real samples are not beside the repository")
-@pytest.mark.parametrize(("folder", "name", "split", "images", "objects", "ignored"), [
-    ("bccd/BCCD", "voc", "train", 205, 2804, 0),
-    ("coco2017_sample", "coco", "val", 158, 1408, 16),
-    ("kitti", "kitti", "val", 2, 5, 4),
-    ("citypersons", "citypersons", "val", 500, 3157, 2638),
-    ("widerface", "widerface", "val", 120, 1340, 10),
-    ("voc", "voc", "2007_test+2012_test", 2, 3, 0),
-    ("nuclei", "coco", "val", 132, 5545, 0),
-])
-def test_real_samples_hold_what_their_sources_state(folder: str, name: str, split: str, images: int, objects: int,
-                                                    ignored: int) -> None:
+@pytest.mark.parametrize(
+    ("folder", "name", "split", "images", "objects", "ignored"),
+    [
+        ("bccd/BCCD", "voc", "train", 205, 2804, 0),
+        ("coco2017_sample", "coco", "val", 158, 1408, 16),
+        ("kitti", "kitti", "val", 2, 5, 4),
+        ("citypersons", "citypersons", "val", 500, 3157, 2638),
+        ("widerface", "widerface", "val", 120, 1340, 10),
+        ("voc", "voc", "2007_test+2012_test", 2, 3, 0),
+        ("nuclei", "coco", "val", 132, 5545, 0),
+    ],
+)
+def test_real_samples_hold_what_their_sources_state(
+    folder: str, name: str, split: str, images: int, objects: int, ignored: int
+) -> None:
     data = open_split(SHARED / folder, split)
     assert recognise(SHARED / folder) == name and len(data) == images
     flags = np.concatenate([record.ignore for record in data.records])

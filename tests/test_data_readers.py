@@ -18,6 +18,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # COCO
 
+
 def _move(root: Path, *pairs: tuple[str, str]) -> Path:
     for source, target in pairs:
         (root / target).parent.mkdir(parents=True, exist_ok=True)
@@ -25,16 +26,21 @@ def _move(root: Path, *pairs: tuple[str, str]) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("moves", "name"), [
-    ((), "train"),
-    ((("annotations/instances_train.json", "annotations/instances_train2017.json"), ("train", "train2017")),
-     "train2017"),
-    ((("annotations/instances_train.json", "train/_annotations.coco.json"),), "train"),
-    ((("annotations/instances_train.json", "instances_train.json"), ("train", "images")), "train"),
-    ((("annotations/instances_train.json", "train.json"), ("train", "images/train")), "train"),
-    ((("annotations/instances_train.json", "annotations/train.json"), ("train", "images")), "train"),
-    ((("annotations/instances_train.json", "labels.json"), ("train", "data")), "labels"),
-])
+@pytest.mark.parametrize(
+    ("moves", "name"),
+    [
+        ((), "train"),
+        (
+            (("annotations/instances_train.json", "annotations/instances_train2017.json"), ("train", "train2017")),
+            "train2017",
+        ),
+        ((("annotations/instances_train.json", "train/_annotations.coco.json"),), "train"),
+        ((("annotations/instances_train.json", "instances_train.json"), ("train", "images")), "train"),
+        ((("annotations/instances_train.json", "train.json"), ("train", "images/train")), "train"),
+        ((("annotations/instances_train.json", "annotations/train.json"), ("train", "images")), "train"),
+        ((("annotations/instances_train.json", "labels.json"), ("train", "data")), "labels"),
+    ],
+)
 def test_coco_layouts(moves: tuple[tuple[str, str], ...], name: str, tmp_path: Path) -> None:
     root = _move(scenes.write_coco(tmp_path), *moves)
     scenes.write_text(root / "annotations" / "person_keypoints_train2017.json", '{"images": [], "annotations": []}')
@@ -65,28 +71,39 @@ def test_coco_keeps_ids_masks_and_crowds(tmp_path: Path) -> None:
 
 def test_classes_stand_in_the_order_of_their_ids_and_roboflow_s_parent_is_no_class(tmp_path: Path) -> None:
     content = scenes.coco_content()
-    content["categories"] = [{"id": 3, "name": "b", "supercategory": "cells"},
-                             {"id": 0, "name": "cells", "supercategory": "none"},
-                             {"id": 1, "name": "a", "supercategory": "cells"}]
+    content["categories"] = [
+        {"id": 3, "name": "b", "supercategory": "cells"},
+        {"id": 0, "name": "cells", "supercategory": "none"},
+        {"id": 1, "name": "a", "supercategory": "cells"},
+    ]
     split = open_split(scenes.write_coco(tmp_path, content), "train")
     assert split.class_names == ("a", "b") and split.category_ids == (1, 3)
     content["annotations"][0]["category_id"] = 0
     assert open_split(scenes.write_coco(tmp_path, content), "train").class_names == ("cells", "a", "b")
 
 
-@pytest.mark.parametrize(("table", "key", "value", "message"), [
-    ("annotations", "category_id", 8, r"annotations\[0\]: category_id 8 is not in the list of categories \(3\)"),
-    ("annotations", "bbox", [1, 2, 3], r"annotations\[0\]: bbox \[1, 2, 3\] where \[x, y, width, height\]"),
-    ("annotations", "bbox", [1, 2, "3", 4], r"annotations\[0\]: bbox"),
-    ("annotations", "segmentation", {"size": [64, 48], "counts": [3072]}, r"annotations\[0\]: RLE of size \[64, 48\]"),
-    ("annotations", "segmentation", [[1, 2, 3, 4, 5]], r"annotations\[0\]: polygon of 5 numbers"),
-    ("images", "id", 8, r"images\[1\]: image id 8 is used twice"),
-    ("images", "file_name", "", r"images\[0\]: image name '' is not a name"),
-    ("images", "height", -4, r"images\[0\]: height -4"),
-    ("categories", "name", None, r"categories\[0\]: a category needs"),
-])
-def test_coco_refuses_with_file_place_and_reason(table: str, key: str, value: Any, message: str,
-                                                 tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("table", "key", "value", "message"),
+    [
+        ("annotations", "category_id", 8, r"annotations\[0\]: category_id 8 is not in the list of categories \(3\)"),
+        ("annotations", "bbox", [1, 2, 3], r"annotations\[0\]: bbox \[1, 2, 3\] where \[x, y, width, height\]"),
+        ("annotations", "bbox", [1, 2, "3", 4], r"annotations\[0\]: bbox"),
+        (
+            "annotations",
+            "segmentation",
+            {"size": [64, 48], "counts": [3072]},
+            r"annotations\[0\]: RLE of size \[64, 48\]",
+        ),
+        ("annotations", "segmentation", [[1, 2, 3, 4, 5]], r"annotations\[0\]: polygon of 5 numbers"),
+        ("images", "id", 8, r"images\[1\]: image id 8 is used twice"),
+        ("images", "file_name", "", r"images\[0\]: image name '' is not a name"),
+        ("images", "height", -4, r"images\[0\]: height -4"),
+        ("categories", "name", None, r"categories\[0\]: a category needs"),
+    ],
+)
+def test_coco_refuses_with_file_place_and_reason(
+    table: str, key: str, value: Any, message: str, tmp_path: Path
+) -> None:
     content = scenes.coco_content()
     content[table][0][key] = value
     with pytest.raises(DataError, match=r"instances_train\.json, " + message):
@@ -109,6 +126,7 @@ def test_coco_sizes_come_from_the_header_where_the_json_has_none(tmp_path: Path)
 
 # VOC
 
+
 def test_voc_counts_pixels_from_one_and_marks_difficult(tmp_path: Path) -> None:
     root = scenes.write_voc(tmp_path)
     text = scenes.voc_xml("a").replace("<difficult>1", "<truncated>1</truncated><difficult>1")
@@ -123,8 +141,14 @@ def test_voc_counts_pixels_from_one_and_marks_difficult(tmp_path: Path) -> None:
 def test_voc_years_join_and_bare_names_mean_all_years(tmp_path: Path) -> None:
     for year in ("2007", "2012"):
         root = scenes.write_voc(tmp_path / "VOCdevkit" / f"VOC{year}")
-        _move(root, *((f"{folder}/{name}{suffix}", f"{folder}/{year}_{name}{suffix}") for folder, suffix in
-                      (("Annotations", ".xml"), ("JPEGImages", ".png")) for name in "ab"))
+        _move(
+            root,
+            *(
+                (f"{folder}/{name}{suffix}", f"{folder}/{year}_{name}{suffix}")
+                for folder, suffix in (("Annotations", ".xml"), ("JPEGImages", ".png"))
+                for name in "ab"
+            ),
+        )
         (root / "ImageSets" / "Main" / "train.txt").rename(root / "ImageSets" / "Main" / "trainval.txt")
         scenes.write_text(root / "ImageSets" / "Main" / "trainval.txt", f"{year}_a\n{year}_b\n")
         scenes.write_text(root / "ImageSets" / "Main" / "dog_trainval.txt", f"{year}_a  1\n{year}_b -1\n")
@@ -154,12 +178,15 @@ def test_voc_class_names_are_those_of_all_splits(tmp_path: Path) -> None:
     assert open_split(root, "train").class_names == open_split(root, "val").class_names == ("Car", "Pedestrian")
 
 
-@pytest.mark.parametrize(("old", "new", "message"), [
-    ("<ymax>25</ymax>", "", r"object 1: bndbox"),
-    ("<ymax>25</ymax>", "<ymax>nan</ymax>", r"object 1: bndbox"),
-    ("<name>Pedestrian</name>", "", "object 1: an object without a name"),
-    ("</annotation>", "", "not usable XML"),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("<ymax>25</ymax>", "", r"object 1: bndbox"),
+        ("<ymax>25</ymax>", "<ymax>nan</ymax>", r"object 1: bndbox"),
+        ("<name>Pedestrian</name>", "", "object 1: an object without a name"),
+        ("</annotation>", "", "not usable XML"),
+    ],
+)
 def test_voc_refuses_with_file_place_and_reason(old: str, new: str, message: str, tmp_path: Path) -> None:
     root = scenes.write_voc(tmp_path)
     scenes.write_text(root / "Annotations" / "a.xml", scenes.voc_xml("a").replace(old, new, 1))
@@ -171,10 +198,13 @@ def test_voc_refuses_with_file_place_and_reason(old: str, new: str, message: str
 def test_the_two_empty_boxes_of_bccd_are_left_out_and_named() -> None:
     found = open_split(SHARED / "bccd", "trainval").problems
     assert [(problem.kind, Path(problem.where.split(",")[0]).stem) for problem in found] == [
-        ("empty-box", "BloodImage_00338"), ("empty-box", "BloodImage_00343")]
+        ("empty-box", "BloodImage_00338"),
+        ("empty-box", "BloodImage_00343"),
+    ]
 
 
 # KITTI
+
 
 def test_kitti_attributes_and_classes_in_kitti_s_order(tmp_path: Path) -> None:
     root = scenes.write_kitti(tmp_path)
@@ -216,6 +246,7 @@ def test_kitti_refuses_with_line(tmp_path: Path) -> None:
 
 # CityPersons and WIDER FACE
 
+
 def test_citypersons_keeps_visible_boxes_and_kinds_and_needs_no_images(tmp_path: Path) -> None:
     root = scenes.write_citypersons(tmp_path)
     for path in (root / "leftImg8bit").rglob("*.png"):
@@ -235,8 +266,11 @@ def test_citypersons_equals_the_official_truth_file() -> None:
     truth = json.loads(split.truth.read_text())
     assert [image["im_name"] for image in truth["images"]] == [record.file_name for record in split.records]
     want = [row["bbox"] for row in truth["annotations"] if not row["ignore"]]
-    have = [[box[0], box[1], box[2] - box[0], box[3] - box[1]] for record in split.records
-            for box in record.boxes[~record.ignore].tolist()]
+    have = [
+        [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+        for record in split.records
+        for box in record.boxes[~record.ignore].tolist()
+    ]
     assert sorted(want) == sorted(have)
 
 
@@ -253,10 +287,15 @@ def test_widerface_matlab_file_equals_the_text_file(tmp_path: Path) -> None:
         return table
 
     boxes = np.array([[*box[:2], box[2] - box[0], box[3] - box[1]] for box in (scenes.OBJECT, scenes.IGNORED)])
-    scipy.io.savemat(str(root / "wider_face_split" / "wider_face_train.mat"), {
-        "event_list": cells("0--Parade"), "file_list": cells(cells("a", "b")),
-        "face_bbx_list": cells(cells(boxes, np.zeros((0, 4)))),
-        "invalid_label_list": cells(cells(np.array([[0], [1]]), np.zeros((0, 1))))})
+    scipy.io.savemat(
+        str(root / "wider_face_split" / "wider_face_train.mat"),
+        {
+            "event_list": cells("0--Parade"),
+            "file_list": cells(cells("a", "b")),
+            "face_bbx_list": cells(cells(boxes, np.zeros((0, 4)))),
+            "invalid_label_list": cells(cells(np.array([[0], [1]]), np.zeros((0, 1)))),
+        },
+    )
     matlab = open_split(root, "train")
     assert len(matlab) == 2
     for one, other in zip(text.records, matlab.records):
@@ -275,6 +314,7 @@ def test_widerface_refuses_with_line(tmp_path: Path) -> None:
 
 # YOLO
 
+
 def test_yolo_polygons_are_masks(tmp_path: Path) -> None:
     root = scenes.write_yolo(tmp_path)
     scenes.write_text(root / "labels" / "train" / "b.txt", "0 0.25 0.25 0.75 0.25 0.5 0.75\n0 0.5 0.5 0.5 0.5\n")
@@ -285,11 +325,14 @@ def test_yolo_polygons_are_masks(tmp_path: Path) -> None:
     np.testing.assert_allclose(record.boxes, [[10, 10, 30, 30], [10, 10, 30, 30]])
 
 
-@pytest.mark.parametrize("yaml", [
-    "train: ../train/images\nval: ../valid/images\nnc: 1\nnames: ['Pedestrian']\n",  # as Roboflow writes it
-    "path: .\ntrain: [train/images]\nnames: {0: Pedestrian}\n",
-    "train: train.txt\nnames:\n- Pedestrian\n",
-])
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        "train: ../train/images\nval: ../valid/images\nnc: 1\nnames: ['Pedestrian']\n",  # as Roboflow writes it
+        "path: .\ntrain: [train/images]\nnames: {0: Pedestrian}\n",
+        "train: train.txt\nnames:\n- Pedestrian\n",
+    ],
+)
 def test_yolo_splits_as_exporters_write_them(yaml: str, tmp_path: Path) -> None:
     root = _move(scenes.write_yolo(tmp_path), ("images/train", "train/images"), ("labels/train", "train/labels"))
     (root / "valid" / "images").mkdir(parents=True)
@@ -306,13 +349,16 @@ def test_yolo_without_yaml_takes_names_from_classes_txt(tmp_path: Path) -> None:
     assert open_split(root, "train").class_names == ("Pedestrian", "Car")
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ("1 0.5 0.5 0.1 0.1", "class '1' of 1 named classes"),
-    ("0 0.5 0.5 0.1", "4 numbers; a box has 5"),
-    ("0 0.5 0.5 0.1 0.1 0.1", "6 numbers"),
-    ("0 32 24 10 10", "pixels, where fractions"),
-    ("0 0.5 nan 0.1 0.1", "'0 0.5 nan 0.1 0.1'"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("1 0.5 0.5 0.1 0.1", "class '1' of 1 named classes"),
+        ("0 0.5 0.5 0.1", "4 numbers; a box has 5"),
+        ("0 0.5 0.5 0.1 0.1 0.1", "6 numbers"),
+        ("0 32 24 10 10", "pixels, where fractions"),
+        ("0 0.5 nan 0.1 0.1", "'0 0.5 nan 0.1 0.1'"),
+    ],
+)
 def test_yolo_refuses_with_file_line_and_reason(line: str, message: str, tmp_path: Path) -> None:
     root = scenes.write_yolo(tmp_path)
     scenes.write_text(root / "labels" / "train" / "a.txt", f"0 0.5 0.5 0.1 0.1\n{line}\n")

@@ -23,11 +23,21 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def config(data: Path, *, quick: bool = False) -> Config:
         full = original(data, quick=quick)
-        model = dataclasses.replace(full.model, backbone="test_resnet", fpn_channels=16, head_channels=16,
-                                    mask_channels=16, test_proposals=20, max_detections=10)
-        return dataclasses.replace(full, model=model,
-                                   data=dataclasses.replace(full.data, short_side=(64,), long_side=64),
-                                   train=dataclasses.replace(full.train, epochs=2 if quick else 1))
+        model = dataclasses.replace(
+            full.model,
+            backbone="test_resnet",
+            fpn_channels=16,
+            head_channels=16,
+            mask_channels=16,
+            test_proposals=20,
+            max_detections=10,
+        )
+        return dataclasses.replace(
+            full,
+            model=model,
+            data=dataclasses.replace(full.data, short_side=(64,), long_side=64),
+            train=dataclasses.replace(full.train, epochs=2 if quick else 1),
+        )
 
     def shapes(out: Path, **_: Any) -> Path:
         return generate(out, train_images=8, val_images=4, size=64, objects=(3, 4))

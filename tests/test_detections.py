@@ -29,8 +29,9 @@ def make_detections(count: int = 3, size: tuple[int, int] = (60, 80), masks: boo
     scores = torch.sort(torch.rand(count, generator=generator), descending=True).values
     labels = torch.arange(count) % 2
     probs = torch.rand(count, 28, 28, generator=generator) if masks else None
-    return Detections(torch.cat([corner, corner + extent], 1), scores, labels, size, ("cat", "dog"), mask_probs=probs,
-                      **more)
+    return Detections(
+        torch.cat([corner, corner + extent], 1), scores, labels, size, ("cat", "dog"), mask_probs=probs, **more
+    )
 
 
 def paste_with_grid_sample(probs: torch.Tensor, box: torch.Tensor, size: tuple[int, int]) -> np.ndarray[Any, Any]:

@@ -15,8 +15,9 @@ SEMANTICS = ("mmdetection", "detectron2", "paper", "torchvision")
 
 
 def one(images: ImageBatch, b: int) -> ImageBatch:
-    return dataclasses.replace(images, **{name: getattr(images, name)[b : b + 1]
-                                          for name in ("pixels", "sizes", "original_sizes")})
+    return dataclasses.replace(
+        images, **{name: getattr(images, name)[b : b + 1] for name in ("pixels", "sizes", "original_sizes")}
+    )
 
 
 @pytest.mark.parametrize("semantics", SEMANTICS)
@@ -71,8 +72,10 @@ def test_the_loss_of_twice_the_same_image_is_that_of_one() -> None:
     images, targets = squares(images=1)
     single = model.loss(images, targets)
     assert targets.masks is not None
-    masks = dataclasses.replace(targets.masks, **{name: getattr(targets.masks, name).repeat_interleave(2, 0)
-                                                  for name in ("offsets", "origins", "sizes")})
+    masks = dataclasses.replace(
+        targets.masks,
+        **{name: getattr(targets.masks, name).repeat_interleave(2, 0) for name in ("offsets", "origins", "sizes")},
+    )
     rows = ("boxes", "labels", "valid", "ignore")
     twice = Targets(*(getattr(targets, name).repeat_interleave(2, 0) for name in rows), masks)
     parts = ("pixels", "sizes", "original_sizes")

@@ -95,8 +95,13 @@ def _without_objects(folder: Path, *, every: int) -> Path:
 
 def _everything_sampled(data: Path, **train_settings: Any) -> Config:
     """Samples so many that all are taken: which ones chance would choose differs between processes."""
-    return small_config(model={"masks": "every", "rpn_samples": 8192, "roi_samples": 8192}, data={"root": str(data)},
-                        warmup_steps=0, lr=0.005, **train_settings)
+    return small_config(
+        model={"masks": "every", "rpn_samples": 8192, "roi_samples": 8192},
+        data={"root": str(data)},
+        warmup_steps=0,
+        lr=0.005,
+        **train_settings,
+    )
 
 
 def test_two_processes_give_the_gradients_and_weights_of_one(tmp_path: Path) -> None:
@@ -181,9 +186,17 @@ def _launch(config: Config, out: Path) -> dict[int, str]:
     """What torchrun does, without starting Python anew."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    settings = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", run_id="restart",
-                            rdzv_endpoint=f"127.0.0.1:{free_port()}", max_restarts=1, monitor_interval=0.1,
-                            start_method="fork")
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_backend="c10d",
+        run_id="restart",
+        rdzv_endpoint=f"127.0.0.1:{free_port()}",
+        max_restarts=1,
+        monitor_interval=0.1,
+        start_method="fork",
+    )
     results: dict[int, str] = elastic_launch(settings, _die_once)(config, out)
     return results
 
@@ -222,8 +235,13 @@ def _launched(tmp_path: Path, script: str, *words: str, **environment: str) -> s
     fake.write_text('#!/bin/sh\nif [ "$1" = -c ]; then echo /data/coco; else echo "$OMP_NUM_THREADS:" "$@"; fi\n')
     fake.chmod(0o755)
     clean = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    return subprocess.run(["bash", str(TOOLS / script), *words], capture_output=True, text=True, check=False,
-                          env={**clean, "PATH": f"{fake.parent}:{os.environ['PATH']}", **environment})
+    return subprocess.run(
+        ["bash", str(TOOLS / script), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**clean, "PATH": f"{fake.parent}:{os.environ['PATH']}", **environment},
+    )
 
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
@@ -234,16 +252,29 @@ def test_dist_train_on_one_machine(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     threads, _, command = done.stdout.strip().partition(": ")
     assert int(threads) >= 1
-    assert command == (f"-m torch.distributed.run --nproc-per-node 8 --max-restarts 0 --standalone {TOOLS}/train.py "
-                       "my config.py --out runs/a b --train.epochs 3")
+    assert command == (
+        f"-m torch.distributed.run --nproc-per-node 8 --max-restarts 0 --standalone {TOOLS}/train.py "
+        "my config.py --out runs/a b --train.epochs 3"
+    )
 
 
 def test_dist_train_on_several_machines(tmp_path: Path) -> None:
-    done = _launched(tmp_path, "dist_train.sh", "c.py", "8", NNODES="4", NODE_RANK="2", MASTER_ADDR="node0",
-                     PORT="1234", MAX_RESTARTS="3", OMP_NUM_THREADS="5")
+    done = _launched(
+        tmp_path,
+        "dist_train.sh",
+        "c.py",
+        "8",
+        NNODES="4",
+        NODE_RANK="2",
+        MASTER_ADDR="node0",
+        PORT="1234",
+        MAX_RESTARTS="3",
+        OMP_NUM_THREADS="5",
+    )
     assert done.stdout.startswith(
         "5: -m torch.distributed.run --nproc-per-node 8 --max-restarts 3 --nnodes 4 --node-rank 2 --master-addr node0 "
-        f"--master-port 1234 {TOOLS}/train.py c.py")
+        f"--master-port 1234 {TOOLS}/train.py c.py"
+    )
     done = _launched(tmp_path, "dist_train.sh", "c.py", "8", NNODES="2:4", MASTER_ADDR="node0")
     assert "--nnodes 2:4 --rdzv-backend c10d --rdzv-id cascade-rcnn --rdzv-endpoint node0:29500" in done.stdout
     done = _launched(tmp_path, "dist_train.sh", "c.py", "8", NNODES="2", NODE_RANK="0")

@@ -21,8 +21,10 @@ from cascade_rcnn.config import Config, DataConfig, ModelConfig
 from cascade_rcnn.data.synthetic_shapes import generate_shapes
 from cascade_rcnn.models.build import build_model
 
-TINY = Config(model=ModelConfig(backbone="resnet18", pretrained=False, fpn_channels=8, head_channels=8),
-              data=DataConfig(short_side=(64,), long_side=96, workers=0))
+TINY = Config(
+    model=ModelConfig(backbone="resnet18", pretrained=False, fpn_channels=8, head_channels=8),
+    data=DataConfig(short_side=(64,), long_side=96, workers=0),
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +50,9 @@ def place(tmp_path: Path, shapes: Path, trained: Path, monkeypatch: pytest.Monke
     (tmp_path / "none.json").write_text("[]", encoding="utf-8")
     (tmp_path / "empty").mkdir()
     (tmp_path / "recipe.py").write_text(
-        "from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig\n"
-        f"config = {TINY!r}\n", encoding="utf-8")
+        f"from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig\nconfig = {TINY!r}\n",
+        encoding="utf-8",
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -95,35 +98,43 @@ def _says(line: str, *parts: str) -> None:
 TRAIN = ("train", "recipe.py", "--data", "data", "--out", "out")
 
 
-@pytest.mark.parametrize("words", [
-    ("train", "recipe.py", "--data", "nowhere", "--out", "out"),
-    ("train", "nowhere.py", "--data", "data", "--out", "out"),
-    ("check", "nowhere"),
-    ("evaluate", "nowhere.safetensors", "--data", "data", "--out", "out/metrics.json"),
-    ("evaluate", "best.safetensors", "--data", "nowhere", "--out", "out/metrics.json"),
-    ("predict", "nowhere.safetensors", "photo.png", "--out", "out"),
-    ("predict", "best.safetensors", "nowhere.png", "--out", "out"),
-    ("score", "--format", "coco", "--truth", "nowhere.json", "--results", "none.json", "--out", "out/m.json"),
-    ("convert", "nowhere.pth", "out/new.safetensors"),
-    ("convert-data", "nowhere", "out/new", "--to", "coco"),
-    ("config", "nowhere.py"),
-], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "recipe.py", "--data", "nowhere", "--out", "out"),
+        ("train", "nowhere.py", "--data", "data", "--out", "out"),
+        ("check", "nowhere"),
+        ("evaluate", "nowhere.safetensors", "--data", "data", "--out", "out/metrics.json"),
+        ("evaluate", "best.safetensors", "--data", "nowhere", "--out", "out/metrics.json"),
+        ("predict", "nowhere.safetensors", "photo.png", "--out", "out"),
+        ("predict", "best.safetensors", "nowhere.png", "--out", "out"),
+        ("score", "--format", "coco", "--truth", "nowhere.json", "--results", "none.json", "--out", "out/m.json"),
+        ("convert", "nowhere.pth", "out/new.safetensors"),
+        ("convert-data", "nowhere", "out/new", "--to", "coco"),
+        ("config", "nowhere.py"),
+    ],
+    ids=" ".join,
+)
 def test_what_is_not_there_is_named(words: tuple[str, ...], refused: Callable[..., str]) -> None:
     _says(refused(*words), "nowhere")
 
 
-@pytest.mark.parametrize("words", [
-    ("train", "recipe.py", "--data", "empty", "--out", "out"),
-    ("check", "empty"),
-    ("evaluate", "best.safetensors", "--data", "empty"),
-    ("predict", "best.safetensors", "empty", "--out", "out"),
-    ("predict", "empty", "photo.png", "--out", "out"),
-    ("train", "empty", "--data", "data", "--out", "out"),
-    ("convert-data", "empty", "out/new", "--to", "coco"),
-    ("score", "--format", "voc", "--truth", "empty", "--results", "empty"),
-    ("score", "--format", "kitti", "--truth", "empty", "--results", "empty"),
-    ("score", "--format", "widerface", "--truth", "empty", "--results", "empty"),
-], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "recipe.py", "--data", "empty", "--out", "out"),
+        ("check", "empty"),
+        ("evaluate", "best.safetensors", "--data", "empty"),
+        ("predict", "best.safetensors", "empty", "--out", "out"),
+        ("predict", "empty", "photo.png", "--out", "out"),
+        ("train", "empty", "--data", "data", "--out", "out"),
+        ("convert-data", "empty", "out/new", "--to", "coco"),
+        ("score", "--format", "voc", "--truth", "empty", "--results", "empty"),
+        ("score", "--format", "kitti", "--truth", "empty", "--results", "empty"),
+        ("score", "--format", "widerface", "--truth", "empty", "--results", "empty"),
+    ],
+    ids=" ".join,
+)
 def test_an_empty_folder_is_named(words: tuple[str, ...], refused: Callable[..., str]) -> None:
     _says(refused(*words), "empty")
 
@@ -148,9 +159,17 @@ def test_wrong_json_is_in_the_report_of_check(text: str, place: Path, capsys: py
     assert path.name in capsys.readouterr().out.replace("\n", "")
 
 
-@pytest.mark.parametrize("text", ["", "{}", "earlier work", '[{"image_id": 1}]', '[{"image_id": 1, "category_id": 1, '
-                                  '"bbox": [0, 0, "x", 1], "score": 1}]', '[{"image_id": 1, "category_id": 1, "bbox": '
-                                  '[0, 0, 1], "score": 1}]'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "earlier work",
+        '[{"image_id": 1}]',
+        '[{"image_id": 1, "category_id": 1, "bbox": [0, 0, "x", 1], "score": 1}]',
+        '[{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1], "score": 1}]',
+    ],
+)
 def test_wrong_results_name_the_file(text: str, place: Path, refused: Callable[..., str]) -> None:
     (place / "results.json").write_text(text, encoding="utf-8")
     truth = str(_annotations(place))
@@ -180,8 +199,9 @@ def test_a_box_that_is_none_names_file_and_annotation(box: Any, place: Path, ref
     _says(refused(*TRAIN), path.name)
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(50)],
-                         ids=["empty", "text", "header only"])
+@pytest.mark.parametrize(
+    "content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(50)], ids=["empty", "text", "header only"]
+)
 def test_a_corrupted_image_is_named_and_earlier_predictions_stay(
     content: bytes, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,12 +220,15 @@ def test_a_data_set_of_corrupted_images_does_not_train(place: Path, refused: Cal
     _says(refused(*TRAIN), "data")
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (("--train.epochz", "3"), ("--train.epochz", "did you mean --train.epochs")),
-    (("--train.epochs", "many"), ("--train.epochs", "many", "a whole number")),
-    (("--model.stage-ious", "1.5"), ("model.stage_ious", "1.5")),
-    (("--data.train", "trian"), ("trian", "train")),
-])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--train.epochz", "3"), ("--train.epochz", "did you mean --train.epochs")),
+        (("--train.epochs", "many"), ("--train.epochs", "many", "a whole number")),
+        (("--model.stage-ious", "1.5"), ("model.stage_ious", "1.5")),
+        (("--data.train", "trian"), ("trian", "train")),
+    ],
+)
 def test_a_wrong_override_names_option_and_value(
     words: tuple[str, ...], said: tuple[str, ...], refused: Callable[..., str]
 ) -> None:

@@ -43,9 +43,13 @@ class Oracle(nn.Module):
     def detect(self, images: ImageBatch) -> RawDetections:
         rows = 12
         batch = len(images)
-        raw = RawDetections(torch.zeros(batch, rows, 4), torch.zeros(batch, rows),
-                            torch.zeros(batch, rows, dtype=torch.int64), torch.zeros(batch, rows, dtype=torch.bool),
-                            torch.ones(batch, rows, 4, 4) if self.masks else None)
+        raw = RawDetections(
+            torch.zeros(batch, rows, 4),
+            torch.zeros(batch, rows),
+            torch.zeros(batch, rows, dtype=torch.int64),
+            torch.zeros(batch, rows, dtype=torch.bool),
+            torch.ones(batch, rows, 4, 4) if self.masks else None,
+        )
         for b, image_id in enumerate(images.image_ids):
             record = self.records[image_id]
             kept = ~record.ignore
@@ -74,14 +78,28 @@ def make_split(root: Path, *, images: int = 7, masks: bool = False) -> DataSplit
         if index == 3:
             ignore[0] = True
         areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        records.append(ImageRecord(path, path.name, f"image {index}", height, width, boxes,
-                                   random.integers(0, 3, count), ignore, areas, polygons if masks else None))
+        records.append(
+            ImageRecord(
+                path,
+                path.name,
+                f"image {index}",
+                height,
+                width,
+                boxes,
+                random.integers(0, 3, count),
+                ignore,
+                areas,
+                polygons if masks else None,
+            )
+        )
     return DataSplit("coco", "val", root, records, NAMES, (11, 5, 8), has_masks=masks)
 
 
 def make_config(*, masks: bool = False) -> Config:
-    return Config(model=ModelConfig(masks="last" if masks else "none"),
-                  data=DataConfig(short_side=(70,), long_side=120, workers=0))
+    return Config(
+        model=ModelConfig(masks="last" if masks else "none"),
+        data=DataConfig(short_side=(70,), long_side=120, workers=0),
+    )
 
 
 @pytest.mark.parametrize("masks", [False, True])
@@ -172,8 +190,14 @@ def save_untrained(path: Path, names: tuple[str, ...], *, root: Path | None = No
 def test_the_command_writes_metrics_and_coco_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     split = open_split(small_data(), "val")
     checkpoint = save_untrained(tmp_path / "best.safetensors", split.class_names)
-    metrics = run_evaluate(checkpoint, data=small_data(), out=tmp_path / "metrics.json", submission=tmp_path / "sub",
-                           device="cpu", inference=Inference(batch_size=2))
+    metrics = run_evaluate(
+        checkpoint,
+        data=small_data(),
+        out=tmp_path / "metrics.json",
+        submission=tmp_path / "sub",
+        device="cpu",
+        inference=Inference(batch_size=2),
+    )
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written == metrics and {"bbox/AP", "segm/AP", "bbox/AP@0.75", "bbox/AP/star"} <= set(written)
     results = json.loads((tmp_path / "sub" / "results.json").read_text())
@@ -186,8 +210,15 @@ def test_the_first_stages_alone_are_evaluated_on_request(tmp_path: Path) -> None
     split = open_split(small_data(), "val")
     checkpoint = save_untrained(tmp_path / "best.safetensors", split.class_names, masks="none")
     every, first, last = (
-        run_evaluate(checkpoint, data=small_data(), device="cpu", submission=tmp_path / str(stages),
-                     inference=Inference(stages=stages)) for stages in (None, 1, 3))
+        run_evaluate(
+            checkpoint,
+            data=small_data(),
+            device="cpu",
+            submission=tmp_path / str(stages),
+            inference=Inference(stages=stages),
+        )
+        for stages in (None, 1, 3)
+    )
     assert every == last
     written = [json.loads((tmp_path / str(stages) / "results.json").read_text()) for stages in (1, 3)]
     assert first.keys() == last.keys() and written[0] != written[1]
@@ -213,9 +244,11 @@ def write_voc(root: Path) -> Path:
         (root / "JPEGImages").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (64, 48), (90, 120, 60)).save(root / "JPEGImages" / f"{name}.jpg")
         box = f"<xmin>11</xmin><ymin>{name}</ymin><xmax>30</xmax><ymax>25</ymax>"
-        write_text(root / "Annotations" / f"{name}.xml",
-                   f"<annotation><filename>{name}.jpg</filename><size><width>64</width><height>48</height></size>"
-                   f"<object><name>cat</name><difficult>0</difficult><bndbox>{box}</bndbox></object></annotation>")
+        write_text(
+            root / "Annotations" / f"{name}.xml",
+            f"<annotation><filename>{name}.jpg</filename><size><width>64</width><height>48</height></size>"
+            f"<object><name>cat</name><difficult>0</difficult><bndbox>{box}</bndbox></object></annotation>",
+        )
     write_text(root / "ImageSets" / "Main" / "val.txt", "1\n2\n")
     return root
 
@@ -233,11 +266,18 @@ def test_a_voc_data_set_is_scored_by_its_own_protocol_too(tmp_path: Path, monkey
 
 
 def test_a_split_without_annotations_gives_a_submission_only(tmp_path: Path) -> None:
-    root = write_coco(tmp_path / "data", {
-        "images": [{"id": 1, "file_name": "a.png", "height": 48, "width": 64}],
-        "categories": [{"id": 3, "name": "Pedestrian"}], "annotations": []}, split="test")
+    root = write_coco(
+        tmp_path / "data",
+        {
+            "images": [{"id": 1, "file_name": "a.png", "height": 48, "width": 64}],
+            "categories": [{"id": 3, "name": "Pedestrian"}],
+            "annotations": [],
+        },
+        split="test",
+    )
     checkpoint = save_untrained(tmp_path / "p.safetensors", ("Pedestrian",))
-    metrics = run_evaluate(checkpoint, data=root, split="test", device="cpu", out=tmp_path / "m.json",
-                           submission=tmp_path / "sub")
+    metrics = run_evaluate(
+        checkpoint, data=root, split="test", device="cpu", out=tmp_path / "m.json", submission=tmp_path / "sub"
+    )
     assert metrics == {} and not (tmp_path / "m.json").exists()
     assert isinstance(json.loads((tmp_path / "sub" / "results.json").read_text()), list)

@@ -23,8 +23,15 @@ from cascade_rcnn.evaluation.citypersons import (
 
 CASES = Path(__file__).parent / "data" / "metrics" / "citypersons"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-NAMES = ("edge_all_ignored", "edge_no_heavy", "edge_no_pedestrian_detections", "edge_perfect", "edge_range_limits",
-         "edge_small_set", "edge_top_false_positive")
+NAMES = (
+    "edge_all_ignored",
+    "edge_no_heavy",
+    "edge_no_pedestrian_detections",
+    "edge_perfect",
+    "edge_range_limits",
+    "edge_small_set",
+    "edge_top_false_positive",
+)
 OURS = {"Reasonable": "Reasonable", "Reasonable_small": "Small", "Reasonable_occ=heavy": "Heavy", "All": "All"}
 
 
@@ -32,8 +39,9 @@ def _check_all(truth: Path, results: Path, expected: dict[str, Any]) -> None:
     metrics = evaluate_citypersons(truth, results)
     assert set(metrics) == {f"citypersons/MR/{name}" for name in OURS.values()}
     people = read_truth(truth)
-    table = read_results.parse_results(read_results.read_json(results), name="results", images=people.image_ids,
-                                categories=people.categories)
+    table = read_results.parse_results(
+        read_results.read_json(results), name="results", images=people.image_ids, categories=people.categories
+    )
     candidates = candidates_of(people, table)
     for theirs, name in OURS.items():
         numbers = expected["setups"][theirs]
@@ -131,13 +139,30 @@ def test_equals_plain_loops_in_crowds_with_ties(seed: int, tmp_path: Path) -> No
         return [*rng.integers(0, 60, 2).tolist(), int(rng.integers(20, 60)), int(rng.integers(30, 110))]
 
     truth: dict[str, Any] = {
-        "images": [{"id": i} for i in range(1, 41)], "categories": [{"id": 1}, {"id": 2}],
-        "annotations": [{"id": n, "image_id": int(rng.integers(1, 41)), "category_id": 1, "bbox": (b := box()),
-                         "height": b[3], "vis_ratio": float(rng.choice([0.1, 0.2, 0.5, 0.65, 0.9])),
-                         "ignore": int(rng.random() < 0.2)} for n in range(1, 150)],
+        "images": [{"id": i} for i in range(1, 41)],
+        "categories": [{"id": 1}, {"id": 2}],
+        "annotations": [
+            {
+                "id": n,
+                "image_id": int(rng.integers(1, 41)),
+                "category_id": 1,
+                "bbox": (b := box()),
+                "height": b[3],
+                "vis_ratio": float(rng.choice([0.1, 0.2, 0.5, 0.65, 0.9])),
+                "ignore": int(rng.random() < 0.2),
+            }
+            for n in range(1, 150)
+        ],
     }
-    results = [{"image_id": int(rng.integers(1, 41)), "category_id": 1 + int(rng.random() < 0.1), "bbox": box(),
-                "score": int(rng.integers(0, 40)) / 40} for _ in range(400)]
+    results = [
+        {
+            "image_id": int(rng.integers(1, 41)),
+            "category_id": 1 + int(rng.random() < 0.1),
+            "bbox": box(),
+            "score": int(rng.integers(0, 40)) / 40,
+        }
+        for _ in range(400)
+    ]
     (tmp_path / "gt.json").write_text(json.dumps(truth))
     (tmp_path / "dt.json").write_text(json.dumps(results))
     metrics = evaluate_citypersons(tmp_path / "gt.json", tmp_path / "dt.json")
@@ -147,8 +172,12 @@ def test_equals_plain_loops_in_crowds_with_ties(seed: int, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("truth", "message"),
-    [("{}", "not the layout of val_gt.json"), ("[1", "line 1: not JSON"), ("", "not JSON"),
-     ('{"images": [{"id": 1}], "categories": [], "annotations": [{"category_id": 1}]}', "not the layout")],
+    [
+        ("{}", "not the layout of val_gt.json"),
+        ("[1", "line 1: not JSON"),
+        ("", "not JSON"),
+        ('{"images": [{"id": 1}], "categories": [], "annotations": [{"category_id": 1}]}', "not the layout"),
+    ],
 )
 def test_bad_ground_truth_is_named(truth: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "gt.json").write_text(truth)

@@ -97,11 +97,14 @@ def _scene(objects: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     truth = {
         "images": [{"id": "street/1", "height": 400, "width": 400}],
         "categories": [{"id": 7, "name": "bean"}],
-        "annotations": [{"id": g, "image_id": "street/1", "category_id": 7, "bbox": box, "area": 64.0, "iscrowd": 0}
-                        for g, box in enumerate(boxes)],
+        "annotations": [
+            {"id": g, "image_id": "street/1", "category_id": 7, "bbox": box, "area": 64.0, "iscrowd": 0}
+            for g, box in enumerate(boxes)
+        ],
     }
-    results = [{"image_id": "street/1", "category_id": 7, "bbox": box, "score": 1 - g / 1000}
-               for g, box in enumerate(boxes)]
+    results = [
+        {"image_id": "street/1", "category_id": 7, "bbox": box, "score": 1 - g / 1000} for g, box in enumerate(boxes)
+    ]
     return truth, results
 
 
@@ -153,9 +156,19 @@ def test_results_with_box_and_mask_give_both_and_take_the_masks_area() -> None:
 def test_uncompressed_masks_count_like_compressed_ones() -> None:
     mask = {"size": [4, 5], "counts": [5, 2, 2, 2, 9]}  # two columns of two pixels
     truth = {
-        "images": [{"id": 1, "height": 4, "width": 5}], "categories": [{"id": 1, "name": "a"}],
-        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 2, 2], "area": 4, "iscrowd": 0,
-                         "segmentation": [[1, 1, 3, 1, 3, 3, 1, 3]]}],
+        "images": [{"id": 1, "height": 4, "width": 5}],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [
+            {
+                "id": 1,
+                "image_id": 1,
+                "category_id": 1,
+                "bbox": [1, 1, 2, 2],
+                "area": 4,
+                "iscrowd": 0,
+                "segmentation": [[1, 1, 3, 1, 3, 3, 1, 3]],
+            }
+        ],
     }
     results = [{"image_id": 1, "category_id": 1, "score": 0.5, "segmentation": mask}]
     assert evaluate_coco(truth, results, iou_type="segm")["segm/AP"] == pytest.approx(1)
@@ -164,9 +177,18 @@ def test_uncompressed_masks_count_like_compressed_ones() -> None:
 @pytest.mark.parametrize("counts", ["garbage~~~", "", "PPPPPP", "ooooooooooo", [1, 2, 3], [-5, 25], None, 7])
 def test_masks_that_would_hang_the_library_are_refused(counts: Any) -> None:
     truth = {
-        "images": [{"id": 1, "height": 4, "width": 5}], "categories": [{"id": 1, "name": "a"}],
-        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 2, 2], "area": 4,
-                         "segmentation": [[1, 1, 3, 1, 3, 3]]}],
+        "images": [{"id": 1, "height": 4, "width": 5}],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [
+            {
+                "id": 1,
+                "image_id": 1,
+                "category_id": 1,
+                "bbox": [1, 1, 2, 2],
+                "area": 4,
+                "segmentation": [[1, 1, 3, 1, 3, 3]],
+            }
+        ],
     }
     results = [{"image_id": 1, "category_id": 1, "score": 0.5, "segmentation": {"size": [4, 5], "counts": counts}}]
     with pytest.raises(DataError, match="detection 0"):
@@ -177,8 +199,18 @@ def _split() -> DataSplit:
     def record(name: str, boxes: list[list[float]], ignore: list[bool], **attributes: Any) -> ImageRecord:
         table = np.array(boxes, np.float64).reshape(-1, 4)
         areas = (table[:, 2] - table[:, 0]) * (table[:, 3] - table[:, 1])
-        return ImageRecord(Path(name), name, name, 100, 100, table, np.zeros(len(table), np.int64),
-                           np.array(ignore, np.bool_), areas, attributes=attributes)
+        return ImageRecord(
+            Path(name),
+            name,
+            name,
+            100,
+            100,
+            table,
+            np.zeros(len(table), np.int64),
+            np.array(ignore, np.bool_),
+            areas,
+            attributes=attributes,
+        )
 
     records = [
         record("a.jpg", [[10, 10, 30, 40], [50, 50, 90, 90]], [False, True]),
@@ -194,8 +226,11 @@ def test_truth_from_records_keeps_ids_boxes_and_ignored_objects() -> None:
     assert truth["annotations"][0]["bbox"] == [10, 10, 20, 30]
     assert [one["iscrowd"] for one in truth["annotations"]] == [0, 1, 0, 0]  # the attribute wins over the flag
     assert truth["categories"] == [{"id": 3, "name": "cat"}]
-    results = [{"image_id": one["image_id"], "category_id": 3, "bbox": one["bbox"], "score": 0.9}
-               for one in truth["annotations"] if not one["iscrowd"]]
+    results = [
+        {"image_id": one["image_id"], "category_id": 3, "bbox": one["bbox"], "score": 0.9}
+        for one in truth["annotations"]
+        if not one["iscrowd"]
+    ]
     assert evaluate_coco(truth, results, iou_type="bbox")["bbox/AP"] == pytest.approx(1)
     inside_crowd = [{"image_id": "a.jpg", "category_id": 3, "bbox": [55.0, 55.0, 10.0, 10.0], "score": 0.99}]
     assert evaluate_coco(truth, results + inside_crowd, iou_type="bbox")["bbox/AP"] == pytest.approx(1)
@@ -224,8 +259,14 @@ def test_bad_detections_are_named(change: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("images", None), ("annotations", {}), ("categories", [{}]), ("annotations", [3]),
-     ("annotations", [{"image_id": 5, "category_id": 7}]), ("images", [{"id": []}])],
+    [
+        ("images", None),
+        ("annotations", {}),
+        ("categories", [{}]),
+        ("annotations", [3]),
+        ("annotations", [{"image_id": 5, "category_id": 7}]),
+        ("images", [{"id": []}]),
+    ],
 )
 def test_bad_ground_truth_is_named(key: str, value: Any) -> None:
     truth, results = _scene(2)

@@ -14,8 +14,16 @@ from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation.kitti import Boxes, evaluate_kitti, precision_curves, read_kitti_files
 
 CASES = Path(__file__).parent / "data" / "metrics" / "kitti"
-NAMES = ("edge_all_ignored", "edge_class_absent", "edge_class_never_detected", "edge_few_objects",
-         "edge_height_on_boundary", "edge_no_detections", "edge_perfect", "main")
+NAMES = (
+    "edge_all_ignored",
+    "edge_class_absent",
+    "edge_class_never_detected",
+    "edge_few_objects",
+    "edge_height_on_boundary",
+    "edge_no_detections",
+    "edge_perfect",
+    "main",
+)
 LEVELS = ("easy", "moderate", "hard")
 
 
@@ -41,7 +49,8 @@ def test_equals_the_official_program(case: str, tmp_path: Path) -> None:
                 assert metrics[f"kitti/{name}/{level}/{points}"] == wanted, (name, level, points)
             if curves is not None:
                 assert curves[level].tolist() == pytest.approx(
-                    numbers["precision_at_41_recall_positions"][level], abs=1e-9)
+                    numbers["precision_at_41_recall_positions"][level], abs=1e-9
+                )
     assert len(metrics) == 3 * 3 * 2
 
 
@@ -146,13 +155,20 @@ def test_equals_plain_loops_in_crowds_with_ties(seed: int) -> None:
         return np.array(names)[rng.integers(0, len(names), n)]
 
     truth = boxes(60)
-    labels = Boxes(np.sort(rng.integers(0, 6, 60)), pick(["pedestrian"] * 2 + ["person_sitting", "dontcare"], 60),
-                   truth, np.c_[rng.choice([0, 0.2, 0.4], 60), rng.integers(0, 3, 60), np.zeros(60), truth,
-                                np.zeros((60, 7))])
+    labels = Boxes(
+        np.sort(rng.integers(0, 6, 60)),
+        pick(["pedestrian"] * 2 + ["person_sitting", "dontcare"], 60),
+        truth,
+        np.c_[rng.choice([0, 0.2, 0.4], 60), rng.integers(0, 3, 60), np.zeros(60), truth, np.zeros((60, 7))],
+    )
     found = boxes(250)
     scores = rng.integers(1, 30, 250) / 30
-    detections = Boxes(np.sort(rng.integers(0, 6, 250)), pick(["pedestrian", "pedestrian", "car"], 250), found,
-                       np.c_[np.zeros((250, 3)), found, np.zeros((250, 7)), scores])
+    detections = Boxes(
+        np.sort(rng.integers(0, 6, 250)),
+        pick(["pedestrian", "pedestrian", "car"], 250),
+        found,
+        np.c_[np.zeros((250, 3)), found, np.zeros((250, 7)), scores],
+    )
     curves = precision_curves(labels, detections, "Pedestrian")
     assert curves is not None
     limits = {"easy": (40, 0, 0.15), "moderate": (25, 1, 0.3), "hard": (25, 2, 0.5)}
@@ -165,10 +181,17 @@ def test_equals_plain_loops_in_crowds_with_ties(seed: int) -> None:
                 row = labels.numbers[i]
                 beyond = row[1] > occlusion or row[0] > truncation or truth[i, 3] - truth[i, 1] <= height
                 objects.append((truth[i], bool(beyond) or labels.types[i] != "pedestrian"))
-            flags = [1 if int(found[j, 3] - found[j, 1]) < height else 0 if detections.types[j] == "pedestrian" else -1
-                     for j in d]
-            frames.append({"objects": objects, "boxes": [(found[j], scores[j], flag) for j, flag in zip(d, flags)],
-                           "dontcare": truth[g[labels.types[g] == "dontcare"]]})
+            flags = [
+                1 if int(found[j, 3] - found[j, 1]) < height else 0 if detections.types[j] == "pedestrian" else -1
+                for j in d
+            ]
+            frames.append(
+                {
+                    "objects": objects,
+                    "boxes": [(found[j], scores[j], flag) for j, flag in zip(d, flags)],
+                    "dontcare": truth[g[labels.types[g] == "dontcare"]],
+                }
+            )
         assert curves[level].tolist() == pytest.approx(_naive_curve(frames, 0.5), abs=1e-12), level
 
 

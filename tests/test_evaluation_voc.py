@@ -14,8 +14,17 @@ from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation.voc import ClassObjects, class_average_precision, evaluate_voc
 
 CASES = Path(__file__).parent / "data" / "metrics" / "voc"
-NAMES = ("edge_all_difficult", "edge_class_absent", "edge_iou_equals_threshold", "edge_no_detections", "edge_perfect",
-         "edge_recall_on_grid", "edge_score_ties", "edge_top_is_difficult", "main")
+NAMES = (
+    "edge_all_difficult",
+    "edge_class_absent",
+    "edge_iou_equals_threshold",
+    "edge_no_detections",
+    "edge_perfect",
+    "edge_recall_on_grid",
+    "edge_score_ties",
+    "edge_top_is_difficult",
+    "main",
+)
 
 
 def _unpack(case: str, folder: Path) -> dict[str, Any]:

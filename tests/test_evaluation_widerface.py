@@ -15,8 +15,16 @@ from cascade_rcnn.evaluation.widerface import SETTINGS, evaluate_widerface, read
 
 CASES = Path(__file__).parent / "data" / "metrics" / "widerface"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-NAMES = ("edge_all_ignored", "edge_negative_scores", "edge_no_detections", "edge_perfect", "edge_perfect_equal_scores",
-         "edge_scores_not_in_01", "edge_unsorted_predictions", "main")
+NAMES = (
+    "edge_all_ignored",
+    "edge_negative_scores",
+    "edge_no_detections",
+    "edge_perfect",
+    "edge_perfect_equal_scores",
+    "edge_scores_not_in_01",
+    "edge_unsorted_predictions",
+    "main",
+)
 
 
 def _unpack(archive: Path, folder: Path) -> dict[str, Any]:

@@ -18,10 +18,24 @@ SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.sh"
 def measure(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     if shutil.which("bash") is None or shutil.which("timeout") is None:
         pytest.skip("a script for bash with GNU timeout")
-    variables = {"DEVICE": "cpu", "SIZE": "64 96", "BATCHES": "1", "TRAIN_BATCH": "1", "COMPILE": "", "LIMIT": "250",
-                 "ROUNDS": "1", "PYTHON": sys.executable, **environment}
-    return subprocess.run(["bash", str(SCRIPT), str(tmp_path / "out")], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, **variables})
+    variables = {
+        "DEVICE": "cpu",
+        "SIZE": "64 96",
+        "BATCHES": "1",
+        "TRAIN_BATCH": "1",
+        "COMPILE": "",
+        "LIMIT": "250",
+        "ROUNDS": "1",
+        "PYTHON": sys.executable,
+        **environment,
+    }
+    return subprocess.run(
+        ["bash", str(SCRIPT), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **variables},
+    )
 
 
 def test_a_part_that_fails_stops_no_other_and_the_table_has_the_rest(tmp_path: Path) -> None:

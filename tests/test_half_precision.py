@@ -19,14 +19,33 @@ from cascade_rcnn.models.mask_head import mask_targets
 
 # Where a function is looked up, and its name.
 ARITHMETIC = [
-    (rpn, "decode_boxes"), (rpn, "encode_boxes"), (rpn, "clip_boxes"), (rpn, "nms_keep"), (rpn, "smooth_l1"),
-    (cascade, "decode_boxes"), (cascade, "encode_boxes"), (cascade, "clip_boxes"), (cascade, "smooth_l1"),
-    (cascade, "select_detections"), (matching, "pairwise_iou"), (matching, "pairwise_iof"),
-    (postprocess, "batched_nms"), (torch.nn.functional, "cross_entropy"),
-    (torch.nn.functional, "binary_cross_entropy_with_logits"), (boxes, "box_area"), (cascade, "mask_targets"),
+    (rpn, "decode_boxes"),
+    (rpn, "encode_boxes"),
+    (rpn, "clip_boxes"),
+    (rpn, "nms_keep"),
+    (rpn, "smooth_l1"),
+    (cascade, "decode_boxes"),
+    (cascade, "encode_boxes"),
+    (cascade, "clip_boxes"),
+    (cascade, "smooth_l1"),
+    (cascade, "select_detections"),
+    (matching, "pairwise_iou"),
+    (matching, "pairwise_iof"),
+    (postprocess, "batched_nms"),
+    (torch.nn.functional, "cross_entropy"),
+    (torch.nn.functional, "binary_cross_entropy_with_logits"),
+    (boxes, "box_area"),
+    (cascade, "mask_targets"),
 ]
-AT_TEST = {"rpn.decode_boxes", "rpn.clip_boxes", "rpn.nms_keep", "cascade.decode_boxes", "cascade.clip_boxes",
-           "cascade.select_detections", "postprocess.batched_nms"}
+AT_TEST = {
+    "rpn.decode_boxes",
+    "rpn.clip_boxes",
+    "rpn.nms_keep",
+    "cascade.decode_boxes",
+    "cascade.clip_boxes",
+    "cascade.select_detections",
+    "postprocess.batched_nms",
+}
 
 
 @pytest.fixture

@@ -94,8 +94,16 @@ def _broken_png(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("spoil", [_truncated_jpeg, _broken_png, lambda path: path.write_bytes(b""),
-                                   lambda path: path.write_bytes(b"not a picture"), lambda path: path.mkdir()])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _truncated_jpeg,
+        _broken_png,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"not a picture"),
+        lambda path: path.mkdir(),
+    ],
+)
 def test_damaged_file_is_one_line_with_its_name(tmp_path: Path, spoil) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path / "damaged.img"
     spoil(path)

@@ -74,8 +74,9 @@ def _wait_then_stop(config: Config, out: Path, ready: Path, number: int = signal
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_a_signal_saves_and_exits_with_its_code(tmp_path: Path, number: int, code: int,
-                                                capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_saves_and_exits_with_its_code(
+    tmp_path: Path, number: int, code: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     config = small_config(epochs=200, milestones=(150,), data={"workers": 1}, log_every=1)
     assert _wait_then_stop(config, tmp_path, tmp_path / "log.jsonl", number)[0] == code
     said = capfd.readouterr()
@@ -130,8 +131,9 @@ def test_a_signal_while_loader_processes_are_busy(tmp_path: Path, monkeypatch: p
 
 def test_a_signal_during_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(evaluate_every=1, ema=0.9)
-    monkeypatch.setattr("cascade_rcnn.training.run.evaluate_model",
-                        lambda *arguments, **keywords: _touch_and_sleep(tmp_path / "ready"))
+    monkeypatch.setattr(
+        "cascade_rcnn.training.run.evaluate_model", lambda *arguments, **keywords: _touch_and_sleep(tmp_path / "ready")
+    )
     code, seconds = _wait_then_stop(config, tmp_path / "run", tmp_path / "ready")
     assert code == 143 and seconds < SECONDS_TO_EXIT and _steps(tmp_path / "run") == 6
     monkeypatch.setattr("cascade_rcnn.training.run.evaluate_model", lambda *arguments, **keywords: {"bbox/AP": 0.5})
@@ -198,17 +200,20 @@ def test_one_process_of_two_is_told_to_stop_and_both_save(tmp_path: Path) -> Non
     config = small_config(batch_size=1, epochs=200, milestones=(150,), log_every=1)
     port = free_port()
     started: list[tuple[ForkProcess, Connection]] = [
-        start_process(_train, config, tmp_path / "run", environment=rank_environment(rank, 2, port)) for rank in (0, 1)]
+        start_process(_train, config, tmp_path / "run", environment=rank_environment(rank, 2, port)) for rank in (0, 1)
+    ]
     wait_for((tmp_path / "run" / "log.jsonl").exists, seconds=120, what="a step")
     code, seconds = _stop(started[1][0])
     started[0][0].join(timeout=SECONDS_TO_EXIT)
     assert [code, started[0][0].exitcode] == [143, 143] and seconds < SECONDS_TO_EXIT
     reached = _steps(tmp_path / "run")
     assert reached > 0
-    run_ranks(2, _train, small_config(batch_size=1, epochs=200, milestones=(150,), max_steps=reached + 2),
-              tmp_path / "run")
-    run_ranks(2, _train, small_config(batch_size=1, epochs=200, milestones=(150,), max_steps=reached + 2),
-              tmp_path / "whole")
+    run_ranks(
+        2, _train, small_config(batch_size=1, epochs=200, milestones=(150,), max_steps=reached + 2), tmp_path / "run"
+    )
+    run_ranks(
+        2, _train, small_config(batch_size=1, epochs=200, milestones=(150,), max_steps=reached + 2), tmp_path / "whole"
+    )
     assert _same(tmp_path / "run", tmp_path / "whole")
 
 

@@ -40,9 +40,17 @@ def _record(folder: Path, index: int, *, objects: int = 2, size: tuple[int, int]
     path = folder / f"{index:03d}.png"
     Image.fromarray(pixels).save(path)
     polygons = [[[x1, y1, x2, y1, x2, y2, x1, y2]] for x1, y1, x2, y2 in boxes.tolist()]
-    return ImageRecord(path, path.name, index if index % 2 else f"name{index}", *size, boxes,
-                       np.arange(objects, dtype=np.int64) % 3, np.zeros(objects, dtype=bool),
-                       np.prod(boxes[:, 2:] - boxes[:, :2], axis=1), polygons)  # type: ignore[arg-type]
+    return ImageRecord(
+        path,
+        path.name,
+        index if index % 2 else f"name{index}",
+        *size,
+        boxes,
+        np.arange(objects, dtype=np.int64) % 3,
+        np.zeros(objects, dtype=bool),
+        np.prod(boxes[:, 2:] - boxes[:, :2], axis=1),
+        polygons,
+    )  # type: ignore[arg-type]
 
 
 def _split(folder: Path, records: list[ImageRecord]) -> DataSplit:
@@ -97,10 +105,10 @@ def test_masks_lie_where_the_objects_are(split: DataSplit) -> None:
         for b, g in targets.valid.nonzero().tolist():
             (top, left), (height, width) = masks.origins[b, g].tolist(), masks.sizes[b, g].tolist()
             start = int(masks.offsets[b, g])
-            crop = masks.pixels[start:start + height * width].reshape(height, width).bool()
+            crop = masks.pixels[start : start + height * width].reshape(height, width).bool()
             box = torch.tensor([left, top, left + width, top + height])
             assert (box - targets.boxes[b, g]).abs().max() <= 1.51  # a pixel of the original
-            part = images.pixels[b, 0, top:top + height, left:left + width]
+            part = images.pixels[b, 0, top : top + height, left : left + width]
             assert crop.all() and (part[2:-2, 2:-2] > 200).all()  # the blocks are white
             checked += 1
     assert checked == 28
@@ -169,8 +177,10 @@ def test_images_without_objects_stay_unless_unwanted(split: DataSplit) -> None:
 
 def test_jitter_pads_to_its_square(split: DataSplit) -> None:
     config = dataclasses.replace(CONFIG, long_side=64, large_scale_jitter=(0.2, 2.0))
-    shapes = {tuple(images.pixels.shape)
-              for images, _ in train_loader(DetectionDataset(split, config, training=True), batch_size=2)}
+    shapes = {
+        tuple(images.pixels.shape)
+        for images, _ in train_loader(DetectionDataset(split, config, training=True), batch_size=2)
+    }
     assert shapes == {(2, 3, 64, 64)}
 
 
@@ -229,8 +239,21 @@ def test_annotations_cost_their_bytes_once(tmp_path: Path) -> None:
     low = rng.uniform(0, 300, (200, 2))
     boxes = np.concatenate([low, low + 50], axis=1)
     none = np.zeros(200)
-    records = [ImageRecord(tmp_path / f"{i}.jpg", f"{i}.jpg", i, 480, 640, boxes, none.astype(np.int64),
-                           none.astype(bool), none, [[[1.0, 2, 30, 2, 30, 20]]] * 200) for i in range(1000)]
+    records = [
+        ImageRecord(
+            tmp_path / f"{i}.jpg",
+            f"{i}.jpg",
+            i,
+            480,
+            640,
+            boxes,
+            none.astype(np.int64),
+            none.astype(bool),
+            none,
+            [[[1.0, 2, 30, 2, 30, 20]]] * 200,
+        )
+        for i in range(1000)
+    ]
     dataset = DetectionDataset(_split(tmp_path, records), CONFIG, training=True, masks=True)
     assert len(dataset.packed.boxes) == 200_000
     size = len(pickle.dumps(dataset))
@@ -239,6 +262,7 @@ def test_annotations_cost_their_bytes_once(tmp_path: Path) -> None:
     assert held == [] and not any(value is records for value in vars(dataset).values())
     dataset.packed.share()
     from multiprocessing.reduction import ForkingPickler
+
     assert len(ForkingPickler.dumps(dataset)) < 20_000
 
 
@@ -277,8 +301,13 @@ PROGRAM = """
 
 def _start(tmp_path: Path, then: str) -> tuple[subprocess.Popen[str], list[int]]:
     program = textwrap.dedent(PROGRAM).format(tests=str(Path(__file__).parent), folder=str(tmp_path), then=then)
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True,
-                               cwd=Path(__file__).parents[1], start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        start_new_session=True,
+    )
     assert process.stdout is not None
     pids = [int(word) for word in process.stdout.readline().split()]
     assert len(pids) == 2
@@ -302,9 +331,11 @@ def _gone(pids: list[int], seconds: float) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_workers_outlive_signals_to_the_group_until_the_main_process_ends(tmp_path: Path) -> None:
     """The main process notices them, still takes every batch, and leaves no worker behind."""
-    then = ("import signal; noted = []; [signal.signal(n, lambda n, _: noted.append(n)) for n in (2, 15)]; "
-            "print('ready', flush=True); [None for _ in iter(lambda: time.sleep(0.05) or len(noted), 2)]; "
-            "print(len(list(batches)), flush=True)")
+    then = (
+        "import signal; noted = []; [signal.signal(n, lambda n, _: noted.append(n)) for n in (2, 15)]; "
+        "print('ready', flush=True); [None for _ in iter(lambda: time.sleep(0.05) or len(noted), 2)]; "
+        "print(len(list(batches)), flush=True)"
+    )
     process, pids = _start(tmp_path, then)
     with process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"

@@ -35,10 +35,10 @@ def test_a_window_gives_means_over_steps_and_passes() -> None:
 def test_bad_steps_are_named_at_once_and_kept_out_of_the_means() -> None:
     window = LossWindow(max_bad=5)
     assert _step(window, 0, 1.0, 1.0) == []
-    assert _step(window, 1, 1.0, float("inf"), norm=NAN) == [
-        "not finite, skipped: step 1: s0.box inf; images 1.jpg"]
+    assert _step(window, 1, 1.0, float("inf"), norm=NAN) == ["not finite, skipped: step 1: s0.box inf; images 1.jpg"]
     assert _step(window, 2, 9.0, 9.0, norm=float("inf")) == [
-        "not finite, skipped: step 2: gradient norm inf; images 2.jpg"]
+        "not finite, skipped: step 2: gradient norm inf; images 2.jpg"
+    ]
     assert window.bad_in_a_row == 2
     assert _step(window, 3, 3.0, 1.0) == [] and window.bad_in_a_row == 0
     assert window.read() == ({"loss": 3.0, "s0.cls": 2.0, "s0.box": 1.0, "grad_norm": 1.0}, [])
@@ -110,8 +110,9 @@ def test_lines_beyond_the_step_to_go_on_from_are_dropped(tmp_path: Path) -> None
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 2}\n'
 
 
-def test_a_terminal_gets_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_terminal_gets_a_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "200")
     with RunLog(tmp_path, active=True) as log:

@@ -27,10 +27,11 @@ def inputs(rois_per_image: int) -> tuple[Tensor, MaskCrops, Tensor, Tensor, Tens
     masks = torch.stack([blobs(4, HEIGHT, WIDTH), blobs(4, HEIGHT, WIDTH).flip(-1)])
     first, second = (crops_of(one) for one in masks)
     crops = MaskCrops(
-        torch.cat([first.pixels, second.pixels]), torch.cat([first.offsets, second.offsets + len(first.pixels)]),
+        torch.cat([first.pixels, second.pixels]),
+        torch.cat([first.offsets, second.offsets + len(first.pixels)]),
         *(torch.cat([getattr(first, name), getattr(second, name)]) for name in ("origins", "sizes")),
         max_size=(HEIGHT, WIDTH),
-    )  # fmt: skip
+    )
     crops.sizes[:, 3] = 0
     masks[:, 3] = False
     rois = torch.stack([rois_around(rois_per_image, HEIGHT, WIDTH) for _ in range(2)])
@@ -101,8 +102,9 @@ def test_kernel_compiles_for_gpus(capability: int, tmp_path: Path, monkeypatch: 
     types = {"pixels": "*u8", "rois": "*fp32", "targets": "*fp32", "count": "i32", "objects": "i32"}
     signature = {name: "constexpr" if name in constants else types.get(name, "*i64") for name in names}
     source = ASTSource(_mask_targets, signature, {(names.index(key),): value for key, value in constants.items()}, {})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32),
-                              options={"num_warps": 4, "enable_fp_fusion": False})
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4, "enable_fp_fusion": False}
+    )
     assert "st.global" in compiled.asm["ptx"]
 
 

@@ -24,7 +24,7 @@ def _pasted(found, size=SIZE):  # type: ignore[no-untyped-def]
     whole = np.zeros(size, dtype=np.uint8)
     if found is not None:
         window, top, left = found
-        whole[top:top + window.shape[0], left:left + window.shape[1]] = window
+        whole[top : top + window.shape[0], left : left + window.shape[1]] = window
     return whole
 
 
@@ -36,7 +36,7 @@ def _whole(segmentation):  # type: ignore[no-untyped-def]
 
 # Coordinates with one decimal hit the ties of the rasteriser's grid of fifths; some lie outside the image.
 coordinate = st.integers(-100, 700).map(lambda tenths: tenths / 10)
-polygon = st.lists(coordinate, min_size=6, max_size=16).map(lambda values: values[:len(values) // 2 * 2])
+polygon = st.lists(coordinate, min_size=6, max_size=16).map(lambda values: values[: len(values) // 2 * 2])
 
 
 @settings(deadline=None, max_examples=200)
@@ -77,8 +77,13 @@ def test_no_polygon_of_three_points_is_no_mask(nothing: object) -> None:
 
 
 def test_objects_packed_together_equal_objects_packed_alone() -> None:
-    objects = [[[1.0, 2, 30, 2, 30, 20]], None, rle_api.encode(np.asfortranarray(_blob(2))), [[5.0, 5]],
-               [[0.1, 0.3, 9, 9, 3.3, 20, 7], [30.0, 1, 40, 1, 40, 9]]]
+    objects = [
+        [[1.0, 2, 30, 2, 30, 20]],
+        None,
+        rle_api.encode(np.asfortranarray(_blob(2))),
+        [[5.0, 5]],
+        [[0.1, 0.3, 9, 9, 3.3, 20, 7], [30.0, 1, 40, 1, 40, 9]],
+    ]
     assert pack_segmentations(objects) == [pack_segmentation(one) for one in objects]  # type: ignore[arg-type]
 
 
@@ -88,13 +93,16 @@ def test_empty_and_outside_masks_are_none() -> None:
     assert decode_window(pack_segmentation([[60.0, 1, 70, 1, 70, 9]]), SIZE) is None
 
 
-@pytest.mark.parametrize("wrong, message", [
-    ({"size": [37], "counts": "abc"}, "RLE without a size"),
-    ({"counts": [1, 2]}, "RLE without a size"),
-    ({"size": [37, 52], "counts": [5, 5]}, "do not fill its size"),
-    ({"size": [37, 52], "counts": "zzz~"}, "foreign characters"),
-    ([[1.0, 2, float("nan"), 4, 5, 6]], "not a number"),
-])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"size": [37], "counts": "abc"}, "RLE without a size"),
+        ({"counts": [1, 2]}, "RLE without a size"),
+        ({"size": [37, 52], "counts": [5, 5]}, "do not fill its size"),
+        ({"size": [37, 52], "counts": "zzz~"}, "foreign characters"),
+        ([[1.0, 2, float("nan"), 4, 5, 6]], "not a number"),
+    ],
+)
 def test_unusable_segmentation_names_its_source(wrong: object, message: str) -> None:
     with pytest.raises(DataError, match=rf"truth\.json: .*{message}"):
         pack_segmentation(wrong, source="truth.json")  # type: ignore[arg-type]
@@ -125,15 +133,22 @@ def test_nearest_indices_follow_opencv() -> None:
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.integers(0, 1000), st.integers(5, 90), st.integers(5, 90), st.integers(0, 30), st.integers(0, 30),
-       st.booleans(), st.booleans())
+@given(
+    st.integers(0, 1000),
+    st.integers(5, 90),
+    st.integers(5, 90),
+    st.integers(0, 30),
+    st.integers(0, 30),
+    st.booleans(),
+    st.booleans(),
+)
 def test_a_moved_window_equals_the_moved_image(
     seed: int, height: int, width: int, top: int, left: int, mirror: bool, turn: bool
 ) -> None:
     """Resize, crop and flip of the whole mask against the same index maps applied to the object's window."""
     mask = _blob(seed)
-    rows = nearest_indices(SIZE[0], height)[top:top + 40][::-1 if turn else 1]
-    cols = nearest_indices(SIZE[1], width)[left:left + 40][::-1 if mirror else 1]
+    rows = nearest_indices(SIZE[0], height)[top : top + 40][:: -1 if turn else 1]
+    cols = nearest_indices(SIZE[1], width)[left : left + 40][:: -1 if mirror else 1]
     expected = mask[rows][:, cols]
     window = decode_window(pack_segmentation(rle_api.encode(np.asfortranarray(mask))), SIZE)
     assert window is not None

@@ -37,8 +37,15 @@ def test_roles_follow_the_thresholds() -> None:
 def test_an_objects_best_boxes_are_positive_whatever_their_overlap(rematch: bool) -> None:
     truth = torch.tensor([[0.0, 0, 10, 10], [0, 0, 40, 10]])
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 20, 10], [30, 0, 50, 10]])
-    found = match(boxes[None], usable(boxes), targets_of(truth), positive_iou=0.7, negative_iou=0.3,
-                  best_box_iou=0.3, rematch_best=rematch)
+    found = match(
+        boxes[None],
+        usable(boxes),
+        targets_of(truth),
+        positive_iou=0.7,
+        negative_iou=0.3,
+        best_box_iou=0.3,
+        rematch_best=rematch,
+    )
     # The second box is the best for the wide object (IoU 0.5) and equally good for the narrow one.
     assert found.positive[0].tolist() == [True, True, False]
     assert found.index[0, 1].item() == (1 if rematch else 0)
@@ -80,8 +87,9 @@ def test_a_gpus_way_of_all_images_at_once_finds_the_same(
 def test_negatives_inside_an_ignored_region_take_no_part() -> None:
     boxes = torch.tensor([[100.0, 100, 120, 120], [300, 300, 320, 320]])
     region = torch.tensor([[90.0, 90, 130, 130]])
-    found = match(boxes[None], usable(boxes), targets_of(torch.zeros(0, 4), ignore=region), positive_iou=0.5,
-                  negative_iou=0.5)
+    found = match(
+        boxes[None], usable(boxes), targets_of(torch.zeros(0, 4), ignore=region), positive_iou=0.5, negative_iou=0.5
+    )
     assert found.negative[0].tolist() == [False, True]
 
 
@@ -107,7 +115,7 @@ def roles(positives: int, negatives: int, others: int) -> Matches:
 @pytest.mark.parametrize(
     ("positives", "negatives", "others", "expected"),
     [(500, 500, 0, (16, 48)), (3, 500, 7, (3, 61)), (0, 20, 40, (0, 20)), (100, 0, 0, (16, 0)), (0, 0, 70, (0, 0))],
-)  # fmt: skip
+)
 def test_samples_hold_at_most_a_quarter_positives(
     positives: int, negatives: int, others: int, expected: tuple[int, int]
 ) -> None:

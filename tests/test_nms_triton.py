@@ -48,8 +48,15 @@ def in_runs(case: Case, lengths: tuple[int, ...]) -> Case:
     order = case.scores.sort(dim=1, descending=True, stable=True).indices
     order = order.gather(1, group.gather(1, order).sort(dim=1, stable=True).indices)
     boxes = case.boxes.gather(1, order[..., None].expand(-1, -1, 4))
-    return Case(case.name, boxes, case.scores.gather(1, order), group.contiguous(), case.valid.gather(1, order),
-                case.iou, lengths)
+    return Case(
+        case.name,
+        boxes,
+        case.scores.gather(1, order),
+        group.contiguous(),
+        case.valid.gather(1, order),
+        case.iou,
+        lengths,
+    )
 
 
 def cases(*, more: int = 1) -> list[Case]:
@@ -73,8 +80,15 @@ def cases(*, more: int = 1) -> list[Case]:
         Case("all the same box", torch.ones_like(boxes).cumsum(2), scores, groups, torch.ones_like(valid)),
         Case("nothing valid", boxes, scores, groups, torch.zeros_like(valid)),
         Case("one valid", boxes, scores, groups, torch.zeros_like(valid).index_fill(1, torch.tensor([70]), True)),
-        Case("valid first", boxes, scores.sort(dim=1, descending=True).values, groups,
-             torch.arange(count).expand_as(valid) < 100, 0.5, (count,)),
+        Case(
+            "valid first",
+            boxes,
+            scores.sort(dim=1, descending=True).values,
+            groups,
+            torch.arange(count).expand_as(valid) < 100,
+            0.5,
+            (count,),
+        ),
         Case("empty boxes", boxes * torch.tensor([1.0, 1, 0, 0]), scores, groups, valid),
         Case("no boxes", boxes[:, :0], scores[:, :0], groups[:, :0], valid[:, :0]),
         Case("no images", boxes[:0], scores[:0], groups[:0], valid[:0]),
@@ -107,8 +121,9 @@ def ends_early() -> Case:
     """Four blocks of boxes in order, of which the fifth one that stays lies in the first."""
     boxes, scores = crowded(1, 256, seed=9)
     everything = torch.ones(1, 256, dtype=torch.bool)
-    return Case("ends early", boxes, scores.sort(dim=1, descending=True).values, everything.long(), everything, 0.5,
-                (256,), 5)
+    return Case(
+        "ends early", boxes, scores.sort(dim=1, descending=True).values, everything.long(), everything, 0.5, (256,), 5
+    )
 
 
 def interpret(out: Path) -> None:
@@ -178,15 +193,17 @@ def test_kernels_compile_for_gpus(
 
     function: Any = getattr(nms_triton, kernel)
     names = function.arg_names
-    constants = {name: value for name, value in {"RUNS": 5, "BLOCK": 64, "WIDTH": 32, "UNROLL": 32}.items()
-                 if name in names}
+    constants = {
+        name: value for name, value in {"RUNS": 5, "BLOCK": 64, "WIDTH": 32, "UNROLL": 32}.items() if name in names
+    }
     types = {"boxes": "*fp32", "groups": "*i64", "valid": "*u8", "words": "*i64", "keep": "*u8", "limit": "fp32"}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(function, signature, {(names.index(key),): value for key, value in constants.items()}, aligned)
     warps = {"_compare": 4, "_walk": 1}[kernel]
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32),
-                              options={"num_warps": warps, "enable_fp_fusion": False})
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "enable_fp_fusion": False}
+    )
     assert "ld.global" in compiled.asm["ptx"] and "st.global" in compiled.asm["ptx"]
     if kernel == "_compare":
         assert re.search(r"\bdiv\.rn\.f32", compiled.asm["ptx"])

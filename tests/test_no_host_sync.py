@@ -87,7 +87,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mixed precision and loss scaling as on a GPU, without asking for one."""
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: True)
-    monkeypatch.setattr("cascade_rcnn.models.ops.capabilities.triton_problem", lambda: "")  # no C compiler is needed here
+    monkeypatch.setattr(
+        "cascade_rcnn.models.ops.capabilities.triton_problem", lambda: ""
+    )  # no C compiler is needed here
     monkeypatch.setattr(Tensor, "backward", backward_without_streams)
 
 
@@ -200,10 +202,18 @@ def test_detecting_never_waits(pretend: None, semantics: str, masks: str) -> Non
         assert (found.masks is None) == (masks == "none")
 
 
-@pytest.mark.parametrize("changes", [
-    {"nms": "soft"}, {"nms": "agnostic"}, {"class_agnostic_boxes": False}, {"max_detections": 1000},
-    {"box_head": "4conv1fc_gn"}, {"stop_after_stage": 2, "masks": "every"},
-], ids=lambda changes: "-".join(map(str, changes)))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"nms": "soft"},
+        {"nms": "agnostic"},
+        {"class_agnostic_boxes": False},
+        {"max_detections": 1000},
+        {"box_head": "4conv1fc_gn"},
+        {"stop_after_stage": 2, "masks": "every"},
+    ],
+    ids=lambda changes: "-".join(map(str, changes)),
+)
 def test_detecting_never_waits_with_other_settings(pretend: None, changes: dict[str, Any]) -> None:
     with fake_gpu(tiny_model(**changes).optimize_for_inference(), *squares()) as (network, images, _):
         network.detect(images.to("cuda", non_blocking=True))
@@ -231,8 +241,12 @@ def test_launching_the_kernels_never_waits(monkeypatch: pytest.MonkeyPatch, dtyp
     """The host's side of the operators that the tests above answer with a shape only."""
     from cascade_rcnn.models.ops import mask_targets_triton, nms_triton, roi_align_triton
 
-    kernels = {"_roi_align": roi_align_triton, "_compare": nms_triton, "_walk": nms_triton,
-               "_mask_targets": mask_targets_triton}
+    kernels = {
+        "_roi_align": roi_align_triton,
+        "_compare": nms_triton,
+        "_walk": nms_triton,
+        "_mask_targets": mask_targets_triton,
+    }
     for name, module in kernels.items():
         monkeypatch.setattr(module, name, _Kernel())
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
@@ -263,12 +277,25 @@ def _torchvision_nms(x: Tensor) -> object:
 
 
 @pytest.mark.filterwarnings("ignore:.*create_unbacked_symint:FutureWarning")  # torchvision's own
-@pytest.mark.parametrize("waits", [
-    lambda x: x.sum().item(), lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x.cpu(), lambda x: bool(x.any()),
-    lambda x: x[x.argmax()], lambda x: x.to("cpu", non_blocking=True), lambda x: x.unique(),
-    lambda x: x + torch.ones(3).to("cuda"), lambda x: x.copy_(torch.ones(3)), _torchvision_nms,
-    lambda x: torch.ones(3).copy_(x), lambda x: x.tolist(), lambda x: torch.repeat_interleave(x, x.long()),
-])
+@pytest.mark.parametrize(
+    "waits",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.cpu(),
+        lambda x: bool(x.any()),
+        lambda x: x[x.argmax()],
+        lambda x: x.to("cpu", non_blocking=True),
+        lambda x: x.unique(),
+        lambda x: x + torch.ones(3).to("cuda"),
+        lambda x: x.copy_(torch.ones(3)),
+        _torchvision_nms,
+        lambda x: torch.ones(3).copy_(x),
+        lambda x: x.tolist(),
+        lambda x: torch.repeat_interleave(x, x.long()),
+    ],
+)
 def test_what_waits_is_noticed(waits: Callable[[Tensor], object]) -> None:
     from torch._subclasses.fake_tensor import DataDependentOutputException
 

@@ -29,8 +29,10 @@ CPU = torch.device("cpu")
 def test_the_multistep_schedule_of_1x() -> None:
     """Warm-up over 500 steps from 0.001, a tenth after epochs 8 and 11 of 12: 7,330 steps each for COCO on 8 GPUs."""
     train = TrainConfig(epochs=12, milestones=(8, 11), warmup_steps=500, warmup_factor=0.001)
-    factors = {step: lr_factor(train, step, steps_per_epoch=7330)
-               for step in (0, 250, 500, 8 * 7330 - 1, 8 * 7330, 11 * 7330 - 1, 11 * 7330, 12 * 7330 - 1)}
+    factors = {
+        step: lr_factor(train, step, steps_per_epoch=7330)
+        for step in (0, 250, 500, 8 * 7330 - 1, 8 * 7330, 11 * 7330 - 1, 11 * 7330, 12 * 7330 - 1)
+    }
     expected = [0.001, 0.5005, 1, 1, 0.1, 0.1, 0.01, 0.01]
     assert list(factors.values()) == pytest.approx(expected)
 
@@ -54,9 +56,18 @@ def test_the_rate_is_linear_in_the_images_of_a_step() -> None:
     assert "this run has 16 in 8 passes, so it stays" in scaled_lr(train, 16, passes=8)[1]
 
 
-@pytest.mark.parametrize(("accumulate", "batch", "world", "passes"), [
-    (1, 2, 1, 1), (3, 2, 1, 3), (0, 2, 1, 8), (0, 2, 8, 1), (0, 2, 3, 3), (0, 4, 16, 1), (0, 1, 1, 16),
-])
+@pytest.mark.parametrize(
+    ("accumulate", "batch", "world", "passes"),
+    [
+        (1, 2, 1, 1),
+        (3, 2, 1, 3),
+        (0, 2, 1, 8),
+        (0, 2, 8, 1),
+        (0, 2, 3, 3),
+        (0, 4, 16, 1),
+        (0, 1, 1, 16),
+    ],
+)
 def test_accumulation_brings_the_step_to_its_images(accumulate: int, batch: int, world: int, passes: int) -> None:
     train = TrainConfig(accumulate=accumulate, batch_size=batch, images_per_step=16)
     assert passes_per_step(train, world) == passes
@@ -134,8 +145,9 @@ def test_clipping_limits_the_change_but_reports_the_whole_norm() -> None:
     assert norm > 0.01 and change == pytest.approx(0.1 * 0.01, rel=1e-3)
 
 
-@pytest.mark.parametrize("settings", [
-    {"optimizer": "sgd"}, {"optimizer": "adamw"}, {"optimizer": "adamw", "precision": "fp16"}])
+@pytest.mark.parametrize(
+    "settings", [{"optimizer": "sgd"}, {"optimizer": "adamw"}, {"optimizer": "adamw", "precision": "fp16"}]
+)
 def test_a_restored_optimizer_goes_on_exactly(settings: dict[str, Any]) -> None:
     whole = _model()
     updater = _updater(whole, **settings)

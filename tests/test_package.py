@@ -21,8 +21,20 @@ HEAVY = ("torch", "torchvision", "timm", "numpy", "scipy", "PIL", "rich", "tyro"
 
 def test_public_names_are_these() -> None:
     assert set(cascade_rcnn.__all__) == {
-        "CheckpointError", "Config", "ConfigError", "DataConfig", "DataError", "Detections", "Detector", "ModelConfig",
-        "TrainConfig", "UserError", "__version__", "load", "load_config"}
+        "CheckpointError",
+        "Config",
+        "ConfigError",
+        "DataConfig",
+        "DataError",
+        "Detections",
+        "Detector",
+        "ModelConfig",
+        "TrainConfig",
+        "UserError",
+        "__version__",
+        "load",
+        "load_config",
+    }
     assert dir(cascade_rcnn) == sorted(cascade_rcnn.__all__)
 
 
@@ -37,9 +49,11 @@ def test_an_unknown_name_is_an_attribute_error_that_lists_the_names() -> None:
 
 
 def test_import_loads_nothing_heavy() -> None:
-    code = ("import sys, cascade_rcnn, cascade_rcnn.cli, cascade_rcnn.recipes\n"
-            "cascade_rcnn.load_config, cascade_rcnn.Config, cascade_rcnn.UserError\n"
-            f"print([name for name in {HEAVY!r} if name in sys.modules])")
+    code = (
+        "import sys, cascade_rcnn, cascade_rcnn.cli, cascade_rcnn.recipes\n"
+        "cascade_rcnn.load_config, cascade_rcnn.Config, cascade_rcnn.UserError\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, cwd=PACKAGE.parent, timeout=60)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
@@ -47,8 +61,12 @@ def test_import_loads_nothing_heavy() -> None:
 def test_the_type_checker_sees_the_same_names_as_python() -> None:
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     guarded = [node for node in tree.body if isinstance(node, ast.If)]
-    imported = {(node.names[0].asname, node.module) for block in guarded for node in block.body
-                if isinstance(node, ast.ImportFrom)}
+    imported = {
+        (node.names[0].asname, node.module)
+        for block in guarded
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+    }
     assert imported == {(name, f"cascade_rcnn.{module}") for name, module in cascade_rcnn._MODULE_OF.items()}
 
 
@@ -64,8 +82,9 @@ def test_the_distribution_carries_version_types_licence_and_recipes() -> None:
     assert {"cascade_rcnn_r50_fpn_1x_coco", "finetune"} <= set(config_names())
 
 
-@pytest.mark.parametrize("page", sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")]),
-                         ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")]), ids=lambda page: page.name
+)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text) + re.findall(r'(?:src|href)="([^"#]+)"', text)
@@ -85,7 +104,13 @@ def test_the_commands_of_the_field_find_their_files_and_refuse_a_mistake() -> No
     (single,) = re.findall(r"^python3 (tools/\S+) (configs/\S+)$", readme, re.MULTILINE)
     (several,) = re.findall(r"^bash (tools/\S+) (configs/\S+) 8$", readme, re.MULTILINE)
     assert [name for name in {*single, *several} if not (REPOSITORY / name).is_file()] == []
-    done = subprocess.run([sys.executable, *single, "--train.epochz", "3"], cwd=REPOSITORY, capture_output=True,
-                          text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)})
+    done = subprocess.run(
+        [sys.executable, *single, "--train.epochz", "3"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
+    )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "--train.epochz: no such setting (did you mean --train.epochs" in done.stderr

@@ -34,9 +34,16 @@ from cascade_rcnn.structures import ImageBatch
 DATA = DataConfig(short_side=(120,), long_side=160, workers=0)
 SIZES = ((75, 94), (55, 100))  # become 120 x 150 (150.4 rounded) and, limited by the longer side, 88 x 160
 OBJECTS = (  # boxes as annotations have them: x2 - x1 is the width
-    Objects(np.array([[10, 12, 48.5, 50], [50, 30, 92, 70.3], [2, 3, 14, 9], [12, 14, 45, 46]], dtype=np.float64),
-            np.array([0, 2, 1, 1]), [[10, 12, 48.5, 20, 40, 50, 15, 44], [50, 30, 92, 35, 90, 70.3, 60, 66],
-                                     [2, 3, 14, 3, 14, 9, 2, 9], [12, 14, 45, 14, 40, 46, 12, 40]]),
+    Objects(
+        np.array([[10, 12, 48.5, 50], [50, 30, 92, 70.3], [2, 3, 14, 9], [12, 14, 45, 46]], dtype=np.float64),
+        np.array([0, 2, 1, 1]),
+        [
+            [10, 12, 48.5, 20, 40, 50, 15, 44],
+            [50, 30, 92, 35, 90, 70.3, 60, 66],
+            [2, 3, 14, 3, 14, 9, 2, 9],
+            [12, 14, 45, 14, 40, 46, 12, 40],
+        ],
+    ),
     Objects(np.array([[20, 8, 70, 46]], dtype=np.float64), np.array([1]), [[20, 30, 45, 8, 70, 40, 50, 46]]),
 )
 
@@ -84,10 +91,19 @@ def assert_same_boxes(ours: Array, expected: Array, tolerance: float = 1e-4) -> 
 
 def test_anchors_are_the_published_ones() -> None:
     """The nine of Faster R-CNN's first release, stride 16, which counted pixels from 1."""
-    published = np.array([
-        [-83, -39, 100, 56], [-175, -87, 192, 104], [-359, -183, 376, 200], [-55, -55, 72, 72], [-119, -119, 136, 136],
-        [-247, -247, 264, 264], [-35, -79, 52, 96], [-79, -167, 96, 184], [-167, -343, 184, 360],
-    ])  # fmt: skip
+    published = np.array(
+        [
+            [-83, -39, 100, 56],
+            [-175, -87, 192, 104],
+            [-359, -183, 376, 200],
+            [-55, -55, 72, 72],
+            [-119, -119, 136, 136],
+            [-247, -247, 264, 264],
+            [-35, -79, 52, 96],
+            [-79, -167, 96, 184],
+            [-167, -343, 184, 360],
+        ]
+    )
     scales, ratios = (8.0, 16.0, 32.0), (0.5, 1.0, 2.0)
     assert (rules.cell_anchors(16, scales, ratios) + 1 == published).all()
     ours = AnchorGenerator((16,), scales=scales, ratios=ratios, whole_pixels=True)
@@ -98,10 +114,17 @@ def test_anchors_are_the_published_ones() -> None:
         assert (last_pixels(made) == rules.anchors(stride, 8.0, (7, 5))).all()
 
 
-@pytest.mark.parametrize("size, scale, expected", [
-    ((75, 94), 1.6, (120, 150)), ((70, 100), 1.6, (112, 160)), ((120, 160), 1.0, (120, 160)),
-    ((480, 640), 0.25, (120, 160)), ((481, 641), 120 / 481, (120, 160)), ((90, 120.375), 4 / 3, (120, 160)),
-])
+@pytest.mark.parametrize(
+    "size, scale, expected",
+    [
+        ((75, 94), 1.6, (120, 150)),
+        ((70, 100), 1.6, (112, 160)),
+        ((120, 160), 1.0, (120, 160)),
+        ((480, 640), 0.25, (120, 160)),
+        ((481, 641), 120 / 481, (120, 160)),
+        ((90, 120.375), 4 / 3, (120, 160)),
+    ],
+)
 def test_one_factor_scales_both_sides(size: tuple[int, int], scale: float, expected: tuple[int, int]) -> None:
     """The longer side may exceed its limit by less than half a pixel (the last case); sizes round half to even."""
     assert detectron_scale(size, 120, 160) == pytest.approx(scale, abs=1e-12)
@@ -144,8 +167,9 @@ def test_detection_follows_detectron(b: int, monkeypatch: pytest.MonkeyPatch) ->
     with torch.no_grad():
         pyramid = model.pyramid(ImageBatch(pixels, torch.tensor([[h, w]]), torch.tensor([SIZES[b]])))
         logits, deltas = model.rpn(pyramid)
-    rois, scores = rules.propose(per_level(logits, 0), per_level(deltas, 0), shapes_of(pyramid), frame, scale=8.0,
-                                 keep=1000)
+    rois, scores = rules.propose(
+        per_level(logits, 0), per_level(deltas, 0), shapes_of(pyramid), frame, scale=8.0, keep=1000
+    )
     rois = rois[np.argsort(-scores, kind="stable")[:1000]]
     assert rois[:, 3].max() > h - 1
     maps = [level[0] for level in pyramid]
@@ -175,9 +199,19 @@ def training_batch(tmp_path: Path, flip: float) -> tuple[ImageBatch, Any]:
     for b, objects in enumerate(OBJECTS):
         path = tmp_path / f"{b}.png"
         Image.fromarray(picture(b)).save(path)
-        records.append(ImageRecord(path, path.name, b, *SIZES[b], objects.boxes, objects.labels,
-                                   np.zeros(len(objects.labels), bool), np.full(len(objects.labels), 100.0),
-                                   [[polygon] for polygon in objects.polygons]))
+        records.append(
+            ImageRecord(
+                path,
+                path.name,
+                b,
+                *SIZES[b],
+                objects.boxes,
+                objects.labels,
+                np.zeros(len(objects.labels), bool),
+                np.full(len(objects.labels), 100.0),
+                [[polygon] for polygon in objects.polygons],
+            )
+        )
     split = DataSplit("coco", "train", tmp_path, records, ("a", "b", "c"), (1, 2, 3), has_masks=True)
     config = dataclasses.replace(DATA, flip=flip)
     dataset = DetectionDataset(split, config, training=True, masks=True, semantics="paper")
@@ -208,8 +242,10 @@ def expected_losses(model: CascadeRCNN, images: ImageBatch, objects: list[Object
     losses: dict[str, float] = {}
     losses["rpn_cls"], losses["rpn_box"] = rules.rpn_losses(*flat, places, frames, truth, samples=10**6)
 
-    proposed = [rules.propose(per_level(logits, b), per_level(deltas, b), shapes, frames[b], scale=8.0, keep=keep)
-                for b in range(2)]
+    proposed = [
+        rules.propose(per_level(logits, b), per_level(deltas, b), shapes, frames[b], scale=8.0, keep=keep)
+        for b in range(2)
+    ]
     limit = np.sort(np.concatenate([scores for _, scores in proposed]))[-keep]  # of both images together
     rois = [boxes[scores >= limit] for boxes, scores in proposed]
     assert sum(map(len, rois)) == keep and min(map(len, rois)) > 0
@@ -312,8 +348,9 @@ def test_masks_are_pasted_as_detectron_does() -> None:
 def test_objects_of_one_pixel_are_left_out(tmp_path: Path) -> None:
     Image.fromarray(picture(0)).save(tmp_path / "0.png")
     boxes = np.array([[5, 5, 6, 30], [5, 5, 6.5, 30], [93.5, 5, 94, 30]])
-    record = ImageRecord(tmp_path / "0.png", "0.png", 0, *SIZES[0], boxes, np.zeros(3, np.int64), np.zeros(3, bool),
-                         np.ones(3))
+    record = ImageRecord(
+        tmp_path / "0.png", "0.png", 0, *SIZES[0], boxes, np.zeros(3, np.int64), np.zeros(3, bool), np.ones(3)
+    )
     split = DataSplit("coco", "train", tmp_path, [record], ("a",), (1,))
     item = DetectionDataset(split, dataclasses.replace(DATA, flip=0.0), training=True, semantics="paper")[0]
     np.testing.assert_allclose(item.boxes, [[8, 8, 1 + 5.5 * 1.6, 1 + 29 * 1.6]], atol=1e-4)

@@ -146,10 +146,17 @@ def write_coco(folder: Path) -> Path:
     (folder / "train").mkdir()
     (folder / "train" / "synthetic.png").write_bytes((DATA / "synthetic.png").read_bytes())
     annotations = [
-        {"id": i + 1, "image_id": 1, "category_id": label + 1, "bbox": box, "area": box[2] * box[3], "iscrowd": 0,
-         "segmentation": mask}
+        {
+            "id": i + 1,
+            "image_id": 1,
+            "category_id": label + 1,
+            "bbox": box,
+            "area": box[2] * box[3],
+            "iscrowd": 0,
+            "segmentation": mask,
+        }
         for i, (box, label, mask) in enumerate(zip(truth["bbox"], truth["label"], truth["masks"]))
-    ]  # fmt: skip
+    ]
     content = {
         "images": [{"id": 1, "file_name": "synthetic.png", "width": truth["width"], "height": truth["height"]}],
         "categories": [{"id": i + 1, "name": f"class {i}"} for i in range(80)],
@@ -180,9 +187,12 @@ def training_step(case: Case, folder: Path) -> tuple[dict[str, torch.Tensor], Ca
     config = load_checkpoint(case.checkpoint).config
     data = dataclasses.replace(config.data, short_side=(case.train["short_side"],), flip=0.0, workers=0)
     dataset = DetectionDataset(
-        open_split(write_coco(folder / "coco"), "train"), data, training=True, masks="mask" in case.name,
+        open_split(write_coco(folder / "coco"), "train"),
+        data,
+        training=True,
+        masks="mask" in case.name,
         semantics=config.model.semantics,
-    )  # fmt: skip
+    )
     images, targets = next(iter(train_loader(dataset, batch_size=1, seed=0, workers=0)))
     exact = ImageBatch(network_pixels(case, images), images.sizes, images.original_sizes)
     losses = model.loss(exact, targets)

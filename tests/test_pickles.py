@@ -61,10 +61,21 @@ def torch_zip(path: Path, program: bytes, records: dict[str, bytes] | None = Non
 def test_reads_what_torch_saved(tmp_path: Path, as_zip: bool) -> None:
     base = torch.arange(24.0)
     half = torch.tensor([1.5, -2]).to(torch.bfloat16)
-    content = {"state_dict": collections.OrderedDict(
-        whole=base.reshape(4, 6), view=base.reshape(4, 6)[1:3, ::2], transposed=base.reshape(4, 6).t(),
-        parameter=torch.nn.Parameter(torch.ones(2, 2)), count=torch.tensor(7), half=half, empty=torch.zeros(0, 4),
-        flags=torch.tensor([True, False])), "epoch": 12, "names": ("a", "b"), "labels": {1, 2}}
+    content = {
+        "state_dict": collections.OrderedDict(
+            whole=base.reshape(4, 6),
+            view=base.reshape(4, 6)[1:3, ::2],
+            transposed=base.reshape(4, 6).t(),
+            parameter=torch.nn.Parameter(torch.ones(2, 2)),
+            count=torch.tensor(7),
+            half=half,
+            empty=torch.zeros(0, 4),
+            flags=torch.tensor([True, False]),
+        ),
+        "epoch": 12,
+        "names": ("a", "b"),
+        "labels": {1, 2},
+    }
     path = tmp_path / "a.pth"
     torch.save(content, path, _use_new_zipfile_serialization=as_zip)
     read: Any = read_pickled(path)
@@ -82,9 +93,18 @@ def test_unknown_classes_become_placeholders(tmp_path: Path, as_zip: bool, monke
     for name in ("mmengine", "mmengine.made_up"):
         monkeypatch.setitem(sys.modules, name, sys.modules[__name__])
     path = tmp_path / "a.pth"
-    torch.save({"state_dict": {"w": torch.ones(2)}, "hub": {"loss": HistoryBuffer()}, "cfg": ConfigDict(a=1),
-                "args": argparse.Namespace(lr=0.1), "lr": np.float64(0.02), "out": Path("x")}, path,
-               _use_new_zipfile_serialization=as_zip)
+    torch.save(
+        {
+            "state_dict": {"w": torch.ones(2)},
+            "hub": {"loss": HistoryBuffer()},
+            "cfg": ConfigDict(a=1),
+            "args": argparse.Namespace(lr=0.1),
+            "lr": np.float64(0.02),
+            "out": Path("x"),
+        },
+        path,
+        _use_new_zipfile_serialization=as_zip,
+    )
     read: Any = read_pickled(path)
     assert isinstance(read["hub"]["loss"], Placeholder) and str(read["cfg"].kind) == "mmengine.made_up.ConfigDict"
     assert read["lr"] == 0.02
@@ -93,9 +113,14 @@ def test_unknown_classes_become_placeholders(tmp_path: Path, as_zip: bool, monke
 
 @pytest.mark.parametrize("protocol", range(2, 6))
 def test_reads_numpy_pickles_of_every_protocol(tmp_path: Path, protocol: int) -> None:
-    blobs = {"a_w": np.arange(6, dtype=np.float32).reshape(2, 3), "f": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
-             "big": np.arange(3, dtype=">f4"), "objects": np.array([None, {}], dtype=object), "scalar": np.float32(3),
-             "counts": np.arange(4, dtype=np.int64)}
+    blobs = {
+        "a_w": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "f": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "big": np.arange(3, dtype=">f4"),
+        "objects": np.array([None, {}], dtype=object),
+        "scalar": np.float32(3),
+        "counts": np.arange(4, dtype=np.int64),
+    }
     path = tmp_path / "model.pkl"
     path.write_bytes(pickle.dumps({"blobs": blobs, "cfg": "MODEL: {}\n"}, protocol=protocol))
     read: Any = read_pickled(path)
@@ -109,9 +134,13 @@ def test_reads_arrays_written_by_python_2(tmp_path: Path) -> None:
     array = np.arange(3, dtype="<f4")
     raw = array.tobytes()
     # As Python 2 writes: byte strings (opcode U), the module names of its time, protocol 2.
-    program = (b"\x80\x02}U\x01wcnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01"
-               b"K\x03\x85cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U"
-               + bytes([len(raw)]) + raw + b"tbs.")
+    program = (
+        b"\x80\x02}U\x01wcnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01"
+        b"K\x03\x85cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U"
+        + bytes([len(raw)])
+        + raw
+        + b"tbs."
+    )
     path = tmp_path / "old.pkl"
     path.write_bytes(program)
     found: Any = read_pickled(path)
@@ -224,9 +253,16 @@ def test_false_lengths_cost_no_memory(tmp_path: Path, opcode: bytes) -> None:
 
 def storage_program(numel: int, *, size: str = "K\x02", stride: str = "K\x01") -> bytes:
     number = b"\x8a\x08" + struct.pack("<q", numel)
-    return (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((U\x07storagectorch\nFloatStorage\nU\x010U\x03cpu" + number
-            + b"tQK\x00" + size.encode("latin1") + b"\x85" + stride.encode("latin1") + b"\x85"
-            + b"\x89ccollections\nOrderedDict\n)RtR.")
+    return (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((U\x07storagectorch\nFloatStorage\nU\x010U\x03cpu"
+        + number
+        + b"tQK\x00"
+        + size.encode("latin1")
+        + b"\x85"
+        + stride.encode("latin1")
+        + b"\x85"
+        + b"\x89ccollections\nOrderedDict\n)RtR."
+    )
 
 
 def test_a_storage_must_be_as_long_as_its_tensors_claim(tmp_path: Path) -> None:
@@ -237,20 +273,30 @@ def test_a_storage_must_be_as_long_as_its_tensors_claim(tmp_path: Path) -> None:
             read_pickled(torch_zip(tmp_path / "bad.pth", storage_program(numel), {"data/0": b"\0" * 8}))
     for size, stride in (("K\x03", "K\x01"), ("K\x02", "K\x09"), ("J\xff\xff\xff\x7f", "K\x00")):
         with pytest.raises(CheckpointError):
-            read_pickled(torch_zip(tmp_path / "bad.pth", storage_program(2, size=size, stride=stride),
-                                   {"data/0": b"\0" * 8}))
+            read_pickled(
+                torch_zip(tmp_path / "bad.pth", storage_program(2, size=size, stride=stride), {"data/0": b"\0" * 8})
+            )
 
 
 SHARED = b"K\x01\x85" + b"2\x86" * 60  # a tuple of the same tuple twice, 60 times: 2 ** 60 leaves
 
 
-@pytest.mark.parametrize("program", [
-    b"}" + SHARED + b"K\x01s.", b"(" + SHARED + b"K\x01d.", b"}(" + SHARED + b"K\x01u.", b"\x8f(" + SHARED + b"\x90.",
-    b"(" + SHARED + b"\x91.", b"cbuiltins\nset\n]" + SHARED + b"a\x85R.",
-    b"ccollections\nOrderedDict\n]" + SHARED + b"K\x01\x86a\x85R.", b"cnumpy\ndtype\n" + SHARED + b"\x85R.",
-    b"ctorch._tensor\n_rebuild_from_type_v2\n(" + SHARED + b"K\x01)NtR.",
-    b"(U\x07storagectorch\nFloatStorage\n" + SHARED + b"U\x03cpuK\x01tQ.",
-], ids=range(10))
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"}" + SHARED + b"K\x01s.",
+        b"(" + SHARED + b"K\x01d.",
+        b"}(" + SHARED + b"K\x01u.",
+        b"\x8f(" + SHARED + b"\x90.",
+        b"(" + SHARED + b"\x91.",
+        b"cbuiltins\nset\n]" + SHARED + b"a\x85R.",
+        b"ccollections\nOrderedDict\n]" + SHARED + b"K\x01\x86a\x85R.",
+        b"cnumpy\ndtype\n" + SHARED + b"\x85R.",
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(" + SHARED + b"K\x01)NtR.",
+        b"(U\x07storagectorch\nFloatStorage\n" + SHARED + b"U\x03cpuK\x01tQ.",
+    ],
+    ids=range(10),
+)
 def test_structures_that_share_themselves_take_no_time(tmp_path: Path, program: bytes) -> None:
     with pytest.raises(CheckpointError, match=r"refused|not read"):
         read_pickled(torch_zip(tmp_path / "shared.pth", b"\x80\x04" + program))

@@ -28,8 +28,9 @@ def test_spreading_groups_keeps_them_apart() -> None:
     boxes = random_boxes(60)[None]
     scores, groups = torch.rand(1, 60), torch.randint(0, 3, (1, 60))
     everything = torch.ones(1, 60, dtype=torch.bool)
-    assert torch.equal(nms_keep(boxes, scores, groups, everything, 0.5),
-                       nms_keep(boxes, scores, groups, everything, 0.5, spread=True))
+    assert torch.equal(
+        nms_keep(boxes, scores, groups, everything, 0.5), nms_keep(boxes, scores, groups, everything, 0.5, spread=True)
+    )
 
 
 def two_overlapping_of_two_classes() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -58,8 +59,9 @@ def test_soft_nms_lowers_scores_by_the_formula() -> None:
 
 def test_at_most_max_detections_sorted_by_score() -> None:
     boxes = random_boxes(300)[None]
-    found = select_detections(torch.rand(1, 300, 4), boxes, torch.ones(1, 300, dtype=torch.bool),
-                              **(OPTIONS | {"max_detections": 17}))
+    found = select_detections(
+        torch.rand(1, 300, 4), boxes, torch.ones(1, 300, dtype=torch.bool), **(OPTIONS | {"max_detections": 17})
+    )
     assert found.scores.shape == (1, 17)
     assert (found.scores[0, :-1] >= found.scores[0, 1:]).all()
 

@@ -35,8 +35,12 @@ class FindsBright(nn.Module):
 
     def detect(self, images: ImageBatch) -> RawDetections:
         batch = len(images)
-        raw = RawDetections(torch.zeros(batch, 3, 4), torch.zeros(batch, 3), torch.zeros(batch, 3, dtype=torch.int64),
-                            torch.zeros(batch, 3, dtype=torch.bool))
+        raw = RawDetections(
+            torch.zeros(batch, 3, 4),
+            torch.zeros(batch, 3),
+            torch.zeros(batch, 3, dtype=torch.int64),
+            torch.zeros(batch, 3, dtype=torch.bool),
+        )
         for b in range(batch):
             bright = images.pixels[b].float().mean(dim=0) > 128
             ys, xs = bright.nonzero(as_tuple=True)
@@ -109,12 +113,16 @@ def test_boxes_come_back_by_each_sides_own_factor() -> None:
 
 def test_a_file_is_turned_upright_by_its_exif_orientation(tmp_path: Path) -> None:
     upright = Image.fromarray(picture())
-    for orientation, stored in ((1, upright), (6, upright.rotate(90, expand=True)), (3, upright.rotate(180)),
-                                (8, upright.rotate(-90, expand=True)),
-                                (2, upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
-                                (4, upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM)),
-                                (5, upright.transpose(Image.Transpose.TRANSPOSE)),
-                                (7, upright.transpose(Image.Transpose.TRANSVERSE))):
+    for orientation, stored in (
+        (1, upright),
+        (6, upright.rotate(90, expand=True)),
+        (3, upright.rotate(180)),
+        (8, upright.rotate(-90, expand=True)),
+        (2, upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
+        (4, upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM)),
+        (5, upright.transpose(Image.Transpose.TRANSPOSE)),
+        (7, upright.transpose(Image.Transpose.TRANSVERSE)),
+    ):
         exif = Image.Exif()
         exif[0x0112] = orientation
         path = tmp_path / f"{orientation}.png"
@@ -125,18 +133,21 @@ def test_a_file_is_turned_upright_by_its_exif_orientation(tmp_path: Path) -> Non
         assert found.draw().size == (100, 48)
 
 
-@pytest.mark.parametrize(("image", "words"), [
-    (np.zeros((8, 8, 3), np.float32), "uint8"),
-    (np.zeros((3, 8, 9), np.uint8), "channels first"),
-    (np.zeros((8, 8, 4), np.uint8), r"\[8, 8, 4\]"),
-    (np.zeros((0, 8, 3), np.uint8), "8x0"),
-    (torch.zeros(3, 8, 8), "uint8"),
-    (torch.zeros(8, 8, 3, dtype=torch.uint8), "channels last"),
-    (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "list of images"),
-    (Image.new("F", (8, 8)), "mode F"),
-    (17, "cannot predict on int"),
-    ("nowhere.jpg", "no such file"),
-])
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (np.zeros((8, 8, 3), np.float32), "uint8"),
+        (np.zeros((3, 8, 9), np.uint8), "channels first"),
+        (np.zeros((8, 8, 4), np.uint8), r"\[8, 8, 4\]"),
+        (np.zeros((0, 8, 3), np.uint8), "8x0"),
+        (torch.zeros(3, 8, 8), "uint8"),
+        (torch.zeros(8, 8, 3, dtype=torch.uint8), "channels last"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "list of images"),
+        (Image.new("F", (8, 8)), "mode F"),
+        (17, "cannot predict on int"),
+        ("nowhere.jpg", "no such file"),
+    ],
+)
 def test_what_cannot_be_used_is_told_in_one_line(image: Any, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         make_detector().predict(image)
@@ -229,8 +240,9 @@ def write_inputs(root: Path) -> Path:
     return root
 
 
-def test_the_command_walks_folders_and_keeps_names_apart(tmp_path: Path, checkpoint: Path,
-                                                         capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_walks_folders_and_keeps_names_apart(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root, out = write_inputs(tmp_path / "photos"), tmp_path / "out"
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     summary = run_predict(checkpoint, [root], out=out, device="cpu", inference=Inference(batch_size=2), score=0.0)
@@ -313,8 +325,12 @@ def test_inputs_that_cannot_be_used(tmp_path: Path, checkpoint: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
     out = tmp_path / "out"
-    for name, words in (("none", "no such file or folder"), ("empty", "no image or video"),
-                        ("photos/notes.txt", "no known kind"), ("photos/b/broken.jpg", "none of the 1 files")):
+    for name, words in (
+        ("none", "no such file or folder"),
+        ("empty", "no image or video"),
+        ("photos/notes.txt", "no known kind"),
+        ("photos/b/broken.jpg", "none of the 1 files"),
+    ):
         with pytest.raises(DataError, match=words):
             run_predict(checkpoint, [tmp_path / name], out=out, device="cpu")
     with pytest.raises(UserError, match="is a file"):
@@ -373,8 +389,9 @@ def test_the_generated_shapes_can_be_predicted(tmp_path: Path, checkpoint: Path)
     assert run_predict(checkpoint, [small_data() / "val"], out=tmp_path / "out", device="cpu", draw=False).images == 4
 
 
-def test_what_was_chosen_for_the_device_is_told(checkpoint: Path, tmp_path: Path,
-                                                capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_chosen_for_the_device_is_told(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert load(checkpoint, device="cpu").choices().startswith("cpu: float32, channels-last")
     Image.fromarray(picture()).save(tmp_path / "one.png")
     inference = Inference(precision="bf16")

@@ -71,8 +71,11 @@ def test_nothing_is_registered_and_no_string_names_a_class() -> None:
     classes = {node.name for _, tree in _trees() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     found = []
     for name, tree in _trees():
-        type_variables = [node for node in ast.walk(tree) if isinstance(node, ast.Call)
-                          and isinstance(node.func, ast.Name) and node.func.id == "TypeVar"]
+        type_variables = [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "TypeVar"
+        ]
         allowed = {inner for node in type_variables for inner in ast.walk(node)}
         for node in ast.walk(tree):
             words = [getattr(node, field, "") for field in ("id", "attr", "name", "arg")]
@@ -87,8 +90,11 @@ def test_nothing_is_registered_and_no_string_names_a_class() -> None:
 @pytest.mark.parametrize("path", recipes._recipe_files().values(), ids=lambda path: path.stem)
 def test_a_recipe_is_understood_from_itself_and_config_py(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    imported = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
-                for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.Import, ast.ImportFrom))}
+    imported = {
+        node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    }
     assert imported == {"cascade_rcnn.config"}
     assert len(text.splitlines()) <= 60 and (ast.get_docstring(ast.parse(text)) or "") != ""
 
@@ -116,8 +122,17 @@ class _Files:
 
 def _tiny_config(data: Path, masks: Literal["none", "every"]) -> Config:
     return Config(
-        model=ModelConfig(backbone="resnet18", pretrained=False, fpn_channels=16, head_channels=16, mask_channels=8,
-                          masks=masks, norm="batch", frozen_stages=-1, test_proposals=50),
+        model=ModelConfig(
+            backbone="resnet18",
+            pretrained=False,
+            fpn_channels=16,
+            head_channels=16,
+            mask_channels=8,
+            masks=masks,
+            norm="batch",
+            frozen_stages=-1,
+            test_proposals=50,
+        ),
         data=DataConfig(root=str(data), short_side=(64,), long_side=96, workers=0),
         train=TrainConfig(epochs=1, milestones=(), batch_size=2, images_per_step=2, warmup_steps=1, max_steps=2),
     )

@@ -20,8 +20,12 @@ from cascade_rcnn.recipes import (
 )
 
 UNUSUAL = Config(
-    model=ModelConfig(stage_ious=(0.5, 0.6), stage_loss_weights=(1.0, 0.5), masks="last",
-                      stage_stds=((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1))),
+    model=ModelConfig(
+        stage_ious=(0.5, 0.6),
+        stage_loss_weights=(1.0, 0.5),
+        masks="last",
+        stage_stds=((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1)),
+    ),
     data=DataConfig(short_side=(480, 800), short_side_mode="range", large_scale_jitter=(0.1, 2.0), antialias=True),
     train=TrainConfig(milestones=(), ema=0.999),
     published="somebody's table",
@@ -56,14 +60,16 @@ def test_there_are_recipes_and_their_names_are_unique() -> None:
     assert len(files) == len(config_names()) > 0
 
 
-@pytest.mark.parametrize("spelling", ["cascade_rcnn_r50_fpn_1x_coco", "cascade-rcnn_r50_fpn_1x_coco",
-                                      "cascade_rcnn_r50_fpn_1x_coco.py"])
+@pytest.mark.parametrize(
+    "spelling", ["cascade_rcnn_r50_fpn_1x_coco", "cascade-rcnn_r50_fpn_1x_coco", "cascade_rcnn_r50_fpn_1x_coco.py"]
+)
 def test_bare_names_take_dashes_and_the_suffix(spelling: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = _write(tmp_path, config_to_python(UNUSUAL))
     monkeypatch.setattr(recipes, "_recipe_files", lambda: {"cascade_rcnn_r50_fpn_1x_coco": path})
     if spelling.endswith(".py"):
         assert "no such config file (did you mean cascade_rcnn_r50_fpn_1x_coco?)" in _message(
-            lambda: load_config(spelling))
+            lambda: load_config(spelling)
+        )
     else:
         assert load_config(spelling) == UNUSUAL
 
@@ -88,16 +94,26 @@ def test_a_folder_without_config_and_a_strange_file_are_refused(tmp_path: Path) 
     assert str(path) in _message(lambda: load_config(path))
 
 
-@pytest.mark.parametrize(("text", "line", "said"), [
-    ("config = Config(\n", 1, "never closed"),
-    ("x = 1\nconfig = Confg()\n", 2, "NameError: name 'Confg'"),
-    ("import nowhere_at_all\n", 1, "No module named 'nowhere_at_all'"),
-    ("from cascade_rcnn.config import *\n\nconfig = Config(\n    train=TrainConfig(epochz=3))\n", 4,
-     "unknown setting epochz (did you mean epochs"),
-    ("from cascade_rcnn.config import *\nconfig = Config(dota=3)\n", 2, "unknown setting dota (did you mean data?)"),
-    ("from cascade_rcnn.config import *\nconfig = Config(data=DataConfig(flip=3))\n", 2, "data.flip 3"),
-    ("from cascade_rcnn.config import *\nconfig = Config(data=DataConfig(flip='x'))\n", 2, "TypeError"),
-])
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("config = Config(\n", 1, "never closed"),
+        ("x = 1\nconfig = Confg()\n", 2, "NameError: name 'Confg'"),
+        ("import nowhere_at_all\n", 1, "No module named 'nowhere_at_all'"),
+        (
+            "from cascade_rcnn.config import *\n\nconfig = Config(\n    train=TrainConfig(epochz=3))\n",
+            4,
+            "unknown setting epochz (did you mean epochs",
+        ),
+        (
+            "from cascade_rcnn.config import *\nconfig = Config(dota=3)\n",
+            2,
+            "unknown setting dota (did you mean data?)",
+        ),
+        ("from cascade_rcnn.config import *\nconfig = Config(data=DataConfig(flip=3))\n", 2, "data.flip 3"),
+        ("from cascade_rcnn.config import *\nconfig = Config(data=DataConfig(flip='x'))\n", 2, "TypeError"),
+    ],
+)
 def test_errors_in_a_file_name_its_line(text: str, line: int, said: str, tmp_path: Path) -> None:
     path = _write(tmp_path, text)
     message = _message(lambda: load_config(path))
@@ -133,23 +149,26 @@ def test_a_config_survives_json_and_python(config: Config, tmp_path: Path) -> No
     assert load_config(_write(tmp_path, config_to_python(config))) == config
 
 
-@pytest.mark.parametrize(("values", "said"), [
-    ({"model": {"backbon": "x"}}, "unknown setting model.backbon (did you mean backbone"),
-    ({"modell": {}}, "unknown setting modell (did you mean model?)"),
-    ({"model": 3}, "model is 3, expected an object"),
-    ([], "is [], expected an object"),
-    ({"train": {"epochs": "3"}}, 'train.epochs is "3", expected a whole number'),
-    ({"train": {"epochs": 3.5}}, "train.epochs is 3.5, expected a whole number"),
-    ({"train": {"epochs": True}}, "train.epochs is true, expected a whole number"),
-    ({"train": {"lr": True}}, "train.lr is true, expected a number"),
-    ({"train": {"lr": float("nan")}}, "train.lr is NaN, expected a number"),
-    ({"train": {"milestones": 8}}, "train.milestones is 8, expected numbers"),
-    ({"train": {"deterministic": 1}}, "train.deterministic is 1, expected true or false"),
-    ({"model": {"stage_ious": [0.5, "x"]}}, 'model.stage_ious is "x", expected a number'),
-    ({"model": {"stage_stds": [[1, 2]]}}, "model.stage_stds is [1, 2], expected 4 numbers"),
-    ({"data": {"root": None}}, "data.root is null, expected a text"),
-    ({"data": {"flip": 7}}, "data.flip 7.0: a probability"),
-])
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"model": {"backbon": "x"}}, "unknown setting model.backbon (did you mean backbone"),
+        ({"modell": {}}, "unknown setting modell (did you mean model?)"),
+        ({"model": 3}, "model is 3, expected an object"),
+        ([], "is [], expected an object"),
+        ({"train": {"epochs": "3"}}, 'train.epochs is "3", expected a whole number'),
+        ({"train": {"epochs": 3.5}}, "train.epochs is 3.5, expected a whole number"),
+        ({"train": {"epochs": True}}, "train.epochs is true, expected a whole number"),
+        ({"train": {"lr": True}}, "train.lr is true, expected a number"),
+        ({"train": {"lr": float("nan")}}, "train.lr is NaN, expected a number"),
+        ({"train": {"milestones": 8}}, "train.milestones is 8, expected numbers"),
+        ({"train": {"deterministic": 1}}, "train.deterministic is 1, expected true or false"),
+        ({"model": {"stage_ious": [0.5, "x"]}}, 'model.stage_ious is "x", expected a number'),
+        ({"model": {"stage_stds": [[1, 2]]}}, "model.stage_stds is [1, 2], expected 4 numbers"),
+        ({"data": {"root": None}}, "data.root is null, expected a text"),
+        ({"data": {"flip": 7}}, "data.flip 7.0: a probability"),
+    ],
+)
 def test_a_dictionary_that_does_not_fit_names_source_key_and_value(values: object, said: str) -> None:
     message = _message(lambda: config_from_dict(values, source="run/config.json"))  # type: ignore[arg-type]
     assert message.startswith("run/config.json") and said in message
@@ -171,10 +190,30 @@ def test_keys_of_older_versions_are_moved_or_dropped(monkeypatch: pytest.MonkeyP
 
 
 def test_overrides_take_dashes_underscores_equals_lists_and_switches() -> None:
-    config = apply_overrides(Config(), [
-        "--train.epochs", "3", "--model.stage-ious", "0.5", "0.6", "--data.flip=0", "--train.batch_size=4",
-        "--train.deterministic", "--model.no-pretrained", "--train.ema", "1e-3", "--data.root", "a b",
-        "--model.frozen-stages", "-1", "--data.antialias", "true", "--published", "mine"])
+    config = apply_overrides(
+        Config(),
+        [
+            "--train.epochs",
+            "3",
+            "--model.stage-ious",
+            "0.5",
+            "0.6",
+            "--data.flip=0",
+            "--train.batch_size=4",
+            "--train.deterministic",
+            "--model.no-pretrained",
+            "--train.ema",
+            "1e-3",
+            "--data.root",
+            "a b",
+            "--model.frozen-stages",
+            "-1",
+            "--data.antialias",
+            "true",
+            "--published",
+            "mine",
+        ],
+    )
     assert (config.train.epochs, config.train.batch_size, config.train.ema) == (3, 4, 1e-3)
     assert config.model.stage_ious == (0.5, 0.6) and config.model.frozen_stages == -1
     assert config.data.flip == 0.0 and config.data.root == "a b" and config.data.antialias is True
@@ -198,24 +237,27 @@ def test_no_override_changes_nothing() -> None:
     assert apply_overrides(UNUSUAL, []) == UNUSUAL
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    ("--train.epochz 3", "--train.epochz: no such setting (did you mean --train.epochs"),
-    ("--epochs 3", "--epochs: no such setting (did you mean --train.epochs?)"),
-    ("--batch-size 3", "did you mean --train.batch-size?"),
-    ("--train.epochs x", '--train.epochs is "x", expected a whole number'),
-    ("--train.epochs 2.5", '--train.epochs is "2.5", expected a whole number'),
-    ("--train.epochs", "--train.epochs takes one value, a whole number, and got no value"),
-    ("--train.epochs 1 2", "got several: 1 2"),
-    ("--train.deterministic maybe", '--train.deterministic is "maybe", expected true or false'),
-    ("--train.lr nan", "--train.lr is NaN, expected a number"),
-    ("--train.schedule cos", '--train.schedule is "cos", expected one of multistep, cosine'),
-    ("--model.stage-ious 1.5", "model.stage_ious (1.5,): each in (0, 1)"),
-    ("--model.stage-ious 0.5 y", '--model.stage-ious is "y", expected a number'),
-    ("--model.stage-ious", "--model.stage-ious got 0 values, expected numbers"),
-    ("--model.stage-stds 1 2 3", "--model.stage-stds got 3 numbers, expected rows of 4 numbers"),
-    ("--data.large-scale-jitter 1", "--data.large-scale-jitter got 1 values, expected 2 numbers"),
-    ("x", "unexpected 'x'"),
-])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--train.epochz 3", "--train.epochz: no such setting (did you mean --train.epochs"),
+        ("--epochs 3", "--epochs: no such setting (did you mean --train.epochs?)"),
+        ("--batch-size 3", "did you mean --train.batch-size?"),
+        ("--train.epochs x", '--train.epochs is "x", expected a whole number'),
+        ("--train.epochs 2.5", '--train.epochs is "2.5", expected a whole number'),
+        ("--train.epochs", "--train.epochs takes one value, a whole number, and got no value"),
+        ("--train.epochs 1 2", "got several: 1 2"),
+        ("--train.deterministic maybe", '--train.deterministic is "maybe", expected true or false'),
+        ("--train.lr nan", "--train.lr is NaN, expected a number"),
+        ("--train.schedule cos", '--train.schedule is "cos", expected one of multistep, cosine'),
+        ("--model.stage-ious 1.5", "model.stage_ious (1.5,): each in (0, 1)"),
+        ("--model.stage-ious 0.5 y", '--model.stage-ious is "y", expected a number'),
+        ("--model.stage-ious", "--model.stage-ious got 0 values, expected numbers"),
+        ("--model.stage-stds 1 2 3", "--model.stage-stds got 3 numbers, expected rows of 4 numbers"),
+        ("--data.large-scale-jitter 1", "--data.large-scale-jitter got 1 values, expected 2 numbers"),
+        ("x", "unexpected 'x'"),
+    ],
+)
 def test_a_wrong_override_names_option_value_and_what_fits(words: str, said: str) -> None:
     assert said in _message(lambda: apply_overrides(Config(), words.split()))
 

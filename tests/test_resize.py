@@ -57,7 +57,7 @@ def test_mmdetections_own_input_bit_for_bit() -> None:
     sample = np.load(reference_file)["input_sample"]
     sample = sample.reshape(3, *sample.shape[-2:])
     resized = resize_like_opencv(read_image(SHARED / "parity" / "images" / "synthetic.png"), (800, 1080))
-    ours = resized.numpy()[:, ::97, ::89][:, :sample.shape[1], :sample.shape[2]]
+    ours = resized.numpy()[:, ::97, ::89][:, : sample.shape[1], : sample.shape[2]]
     mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
-    theirs = (sample * std[:, None, None] + mean[:, None, None])[:, :ours.shape[1], :ours.shape[2]]
+    theirs = (sample * std[:, None, None] + mean[:, None, None])[:, : ours.shape[1], : ours.shape[2]]
     np.testing.assert_allclose(ours, theirs, atol=1e-3)

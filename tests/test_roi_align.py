@@ -12,8 +12,9 @@ from cascade_rcnn.models.ops.roi_align import assign_levels, roi_align, roi_alig
 STRIDES = (4, 8, 16, 32)
 
 
-def pyramid(*, batch: int = 2, channels: int = 5, height: int = 96, width: int = 160,
-            dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def pyramid(
+    *, batch: int = 2, channels: int = 5, height: int = 96, width: int = 160, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(batch, channels, height // s, width // s, generator=generator).to(dtype) for s in STRIDES]
 
@@ -33,8 +34,15 @@ def some_boxes(*, batch: int = 2, count: int = 60, height: int = 96, width: int 
     return boxes
 
 
-def expected(features: list[Tensor], boxes: Tensor, *, output_size: int, valid: Tensor | None = None,
-             sampling_ratio: int = 0, aligned: bool = True) -> Tensor:
+def expected(
+    features: list[Tensor],
+    boxes: Tensor,
+    *,
+    output_size: int,
+    valid: Tensor | None = None,
+    sampling_ratio: int = 0,
+    aligned: bool = True,
+) -> Tensor:
     levels = assign_levels(boxes, len(features))
     result = features[0].new_zeros(*boxes.shape[:2], features[0].shape[1], output_size, output_size)
     for image in range(boxes.shape[0]):
@@ -42,8 +50,14 @@ def expected(features: list[Tensor], boxes: Tensor, *, output_size: int, valid: 
             chosen = levels[image] == level
             if valid is not None:
                 chosen &= valid[image]
-            pooled = torchvision_roi_align(feature[image : image + 1], [boxes[image][chosen].to(feature.dtype)],
-                                           output_size, 1 / stride, sampling_ratio, aligned)
+            pooled = torchvision_roi_align(
+                feature[image : image + 1],
+                [boxes[image][chosen].to(feature.dtype)],
+                output_size,
+                1 / stride,
+                sampling_ratio,
+                aligned,
+            )
             result[image] = result[image].index_put((chosen.nonzero().squeeze(1),), pooled)
     return result
 
@@ -74,8 +88,9 @@ def test_whole_pixels_choose_the_level_by_the_box_and_read_up_to_its_last_pixel(
     everything = torch.zeros(*boxes.shape[:2], 5, 7, 7)
     for b in range(2):
         for n, level in enumerate(levels[b].tolist()):
-            everything[b, n] = torchvision_roi_align(features[level][b : b + 1], [legacy[b, n : n + 1]], 7,
-                                                     1 / STRIDES[level], 2, False)[0]
+            everything[b, n] = torchvision_roi_align(
+                features[level][b : b + 1], [legacy[b, n : n + 1]], 7, 1 / STRIDES[level], 2, False
+            )[0]
     ours = roi_align(features, boxes, output_size=7, strides=STRIDES, sampling_ratio=2, whole_pixels=True)
     torch.testing.assert_close(ours, everything, rtol=1e-5, atol=1e-5)
 
@@ -91,8 +106,10 @@ def test_gradient_equals_torchvision(sampling_ratio: int) -> None:
     boxes = some_boxes()
     valid = torch.arange(boxes.shape[1]).expand(boxes.shape[:2]) % 5 != 0
     found = []
-    for function in (lambda f, **options: roi_align(f, boxes, strides=STRIDES, **options),
-                     lambda f, **options: expected(f, boxes, **options)):
+    for function in (
+        lambda f, **options: roi_align(f, boxes, strides=STRIDES, **options),
+        lambda f, **options: expected(f, boxes, **options),
+    ):
         features = [feature.requires_grad_() for feature in pyramid()]
         pooled = function(features, output_size=7, valid=valid, sampling_ratio=sampling_ratio)
         pooled.backward(torch.randn(pooled.shape, generator=torch.Generator().manual_seed(2)))
@@ -102,8 +119,9 @@ def test_gradient_equals_torchvision(sampling_ratio: int) -> None:
 
 
 def test_gradient_is_the_derivative() -> None:
-    features = [feature.requires_grad_() for feature in pyramid(batch=1, channels=1, height=32, width=64,
-                                                                dtype=torch.float64)]
+    features = [
+        feature.requires_grad_() for feature in pyramid(batch=1, channels=1, height=32, width=64, dtype=torch.float64)
+    ]
     boxes = some_boxes(batch=1, count=8, height=32, width=64)
     assert torch.autograd.gradcheck(lambda *f: roi_align_rows(f, boxes, output_size=2, strides=STRIDES), features)
 
@@ -159,8 +177,12 @@ def test_export_uses_torchvision_with_the_same_numbers() -> None:
     names = {str(node.target) for node in program.graph.nodes}
     assert any("torchvision.roi_align" in name for name in names)
     assert not any("cascade_rcnn" in name for name in names)
-    torch.testing.assert_close(program.module()(features, boxes, valid),
-                               expected(features, boxes, output_size=7, valid=valid), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        program.module()(features, boxes, valid),
+        expected(features, boxes, output_size=7, valid=valid),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
@@ -188,8 +210,9 @@ def test_head_weights_reordered_for_rows_give_the_same_product() -> None:
     weight = torch.randn(11, 5 * 49, generator=torch.Generator().manual_seed(4))
     pooled = roi_align(features, boxes, output_size=7, strides=STRIDES)
     rows = roi_align_rows(features, boxes, output_size=7, strides=STRIDES)
-    torch.testing.assert_close(rows.flatten(2) @ rows_weight(weight, 49).T, pooled.flatten(2) @ weight.T,
-                               rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        rows.flatten(2) @ rows_weight(weight, 49).T, pooled.flatten(2) @ weight.T, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_wrong_number_of_strides_is_refused() -> None:

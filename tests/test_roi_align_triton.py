@@ -22,10 +22,12 @@ def inputs(dtype: str, *, channels: int = 6) -> tuple[list[Tensor], Tensor, Tens
     generator = torch.Generator().manual_seed(0)
     features = [torch.randn(2, channels, 64 // s, 96 // s, generator=generator).to(DTYPES[dtype]) for s in STRIDES]
     nan = float("nan")
-    boxes = torch.tensor([
-        [[3.3, 5.1, 20.7, 17.9], [-9, -7, 9, 13], [80, 50, 100, 70], [-20, -10, 96, 104], [20, 20, 20, 40]],
-        [[-90, -90, -70, -70], [nan, 0, 9, 9], [60, 10, 61, 12], [8, 8, 26, 26], [-120, -120, 106, 106]],
-    ])  # fmt: skip
+    boxes = torch.tensor(
+        [
+            [[3.3, 5.1, 20.7, 17.9], [-9, -7, 9, 13], [80, 50, 100, 70], [-20, -10, 96, 104], [20, 20, 20, 40]],
+            [[-90, -90, -70, -70], [nan, 0, 9, 9], [60, 10, 61, 12], [8, 8, 26, 26], [-120, -120, 106, 106]],
+        ]
+    )
     valid = torch.ones(2, 5, dtype=torch.bool)
     valid[1, 3] = False
     return features, boxes, valid
@@ -69,8 +71,9 @@ def test_kernel_equals_the_plain_path_forward_and_backward(
     assert rows.dtype == expected.dtype
     torch.testing.assert_close(rows, expected, rtol=tolerance, atol=tolerance)
     shapes = [feature.shape for feature in features]
-    for ours, plain in zip(gradients, _plain_backward(gradient_for(rows), boxes, valid, shapes, 2, STRIDES, ratio,
-                                                      frame)):
+    for ours, plain in zip(
+        gradients, _plain_backward(gradient_for(rows), boxes, valid, shapes, 2, STRIDES, ratio, frame)
+    ):
         assert ours.any()
         torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
 
@@ -96,14 +99,30 @@ def test_kernel_compiles_for_gpus_with_vector_accesses(
 
     from cascade_rcnn.models.ops.roi_align_triton import _roi_align
 
-    constants = {"LEVELS": 4, "SIZE": 7, "RATIO": 0, "ALIGNED": True, "WHOLE_PIXELS": False, "HAS_VALID": True,
-                 "BACKWARD": backward, "BLOCK": 256}
+    constants = {
+        "LEVELS": 4,
+        "SIZE": 7,
+        "RATIO": 0,
+        "ALIGNED": True,
+        "WHOLE_PIXELS": False,
+        "HAS_VALID": True,
+        "BACKWARD": backward,
+        "BLOCK": 256,
+    }
     names = _roi_align.arg_names
-    types = {"map": "*fp32" if backward else f"*{dtype}", "scale": "fp32", "boxes": "*fp32", "valid": "*u8",
-             "rows": f"*{dtype}"}
+    types = {
+        "map": "*fp32" if backward else f"*{dtype}",
+        "scale": "fp32",
+        "boxes": "*fp32",
+        "valid": "*u8",
+        "rows": f"*{dtype}",
+    }
     signature = {name: "constexpr" if name in constants else types.get(name.rstrip("01234"), "i32") for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
-               if signature[name].startswith("*") or name == "channels"}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name == "channels"
+    }
     source = ASTSource(_roi_align, signature, {(names.index(key),): value for key, value in constants.items()}, aligned)
     assembly = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1}).asm["ptx"]
     assert "ld.global.v4" in assembly
@@ -123,8 +142,9 @@ def test_on_the_device_at_full_size(dtype: str) -> None:
     upstream = torch.randn(2, 1000, 49, 256, generator=generator)
     found = []
     for device in ("cpu", "cuda"):
-        maps = [f.to(device, DTYPES[dtype]).contiguous(memory_format=torch.channels_last).requires_grad_()
-                for f in features]
+        maps = [
+            f.to(device, DTYPES[dtype]).contiguous(memory_format=torch.channels_last).requires_grad_() for f in features
+        ]
         arguments = (boxes.to(device), upstream.to(device, DTYPES[dtype]))
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")

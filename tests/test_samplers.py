@@ -19,16 +19,20 @@ def _wide(count: int, seed: int = 0) -> np.ndarray:
 def test_all_ranks_have_equally_many_full_batches_and_lose_no_image(
     count: int, batch_size: int, world_size: int, repeat: int
 ) -> None:
-    ranks = [list(TrainSampler(_wide(count), batch_size=batch_size, rank=rank, world_size=world_size, repeat=repeat))
-             for rank in range(world_size)]
+    ranks = [
+        list(TrainSampler(_wide(count), batch_size=batch_size, rank=rank, world_size=world_size, repeat=repeat))
+        for rank in range(world_size)
+    ]
     assert len({len(batches) for batches in ranks}) == 1
     assert all(len(batch) == batch_size for batches in ranks for batch in batches)
     seen = np.bincount([key.image for batches in ranks for batch in batches for key in batch], minlength=count)
     padding = len(ranks[0]) * batch_size * world_size - count * repeat
     assert seen.min() >= repeat and seen.sum() == count * repeat + padding
     assert padding < batch_size * world_size
-    assert len(ranks[0]) == TrainSampler(_wide(count), batch_size=batch_size, world_size=world_size,
-                                         repeat=repeat).steps_per_epoch
+    assert (
+        len(ranks[0])
+        == TrainSampler(_wide(count), batch_size=batch_size, world_size=world_size, repeat=repeat).steps_per_epoch
+    )
 
 
 def test_batches_hold_one_orientation_but_for_the_last_images() -> None:
@@ -71,8 +75,9 @@ def test_epochs_and_seeds_differ_and_positions_give_each_sample_its_own_seed() -
 @pytest.mark.parametrize("count, batch_size, world_size", [(10, 1, 1), (11, 4, 3), (2, 4, 3), (0, 2, 2)])
 def test_evaluation_sees_every_image_once(count: int, batch_size: int, world_size: int) -> None:
     shapes = np.random.default_rng(0).uniform(0.5, 2, count)
-    samplers = [EvalSampler(shapes, batch_size=batch_size, rank=rank, world_size=world_size)
-                for rank in range(world_size)]
+    samplers = [
+        EvalSampler(shapes, batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
     batches = [list(sampler) for sampler in samplers]
     seen = [key.image for rank in batches for batch in rank for key in batch]
     assert sorted(seen) == list(range(count))

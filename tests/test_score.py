@@ -53,9 +53,13 @@ def test_prints_a_table_and_writes_strict_json(name: str, tmp_path: Path, capsys
     assert [path.name for path in out.parent.iterdir()] == ["metrics.json"]  # nothing half-written stays
     assert all(value is None or 0 <= value <= 1 + 1e-12 for value in metrics.values())
     printed = capsys.readouterr().out
-    wanted = {"coco": ("AP75", "0.95", "chair", "undefined"), "voc": ("11-point", "sofa", "n/a", "cow, person"),
-              "kitti": ("moderate", "Car R40", "n/a", "no detection of this class"),
-              "citypersons": ("Reasonable", "lower is better", "n/a", "nobody"), "widerface": ("easy", "hard")}[name]
+    wanted = {
+        "coco": ("AP75", "0.95", "chair", "undefined"),
+        "voc": ("11-point", "sofa", "n/a", "cow, person"),
+        "kitti": ("moderate", "Car R40", "n/a", "no detection of this class"),
+        "citypersons": ("Reasonable", "lower is better", "n/a", "nobody"),
+        "widerface": ("easy", "hard"),
+    }[name]
     for word in wanted:
         assert word in printed, word
     first = next(value for value in metrics.values() if value is not None)
@@ -112,7 +116,9 @@ def test_damaged_files_raise_nothing_but_data_errors(name: str, side: str, tmp_p
         for _ in range(rng.randint(1, 3)):
             at = rng.randrange(len(damaged) + 1)
             cut = len(damaged) if path.suffix == ".mat" else rng.choice((0, 1, 5, 1000))
-            damaged[at:at + cut] = b"" if path.suffix == ".mat" else rng.choice(words)  # scipy crashes on changed bytes
+            damaged[at : at + cut] = (
+                b"" if path.suffix == ".mat" else rng.choice(words)
+            )  # scipy crashes on changed bytes
         path.write_bytes(damaged)
         try:
             score(format=name, truth=truth, results=results, notes=[])
@@ -126,8 +132,12 @@ def test_damaged_files_raise_nothing_but_data_errors(name: str, side: str, tmp_p
 
 def _split(name: str, records: list[tuple[str | int, str]], classes: tuple[str, ...], truth: Path) -> DataSplit:
     none = np.zeros(0)
-    made = [ImageRecord(Path(file), file, key, 500, 500, np.zeros((0, 4)), none.astype(np.int64), none.astype(np.bool_),
-                        none) for key, file in records]
+    made = [
+        ImageRecord(
+            Path(file), file, key, 500, 500, np.zeros((0, 4)), none.astype(np.int64), none.astype(np.bool_), none
+        )
+        for key, file in records
+    ]
     return DataSplit(name, "test", truth, made, classes, tuple(range(1, len(classes) + 1)), truth=truth)
 
 
@@ -149,8 +159,14 @@ def _from_voc(truth: Path, results: Path) -> tuple[DataSplit, list[dict[str, Any
         for line in path.read_text().splitlines():
             name, value, *sides = line.split()
             x1, y1, x2, y2 = map(float, sides)
-            found.append({"image_id": name, "category_id": category, "score": float(value),
-                          "bbox": [x1 - 1, y1 - 1, x2 - (x1 - 1), y2 - (y1 - 1)]})
+            found.append(
+                {
+                    "image_id": name,
+                    "category_id": category,
+                    "score": float(value),
+                    "bbox": [x1 - 1, y1 - 1, x2 - (x1 - 1), y2 - (y1 - 1)],
+                }
+            )
     return split, found
 
 
@@ -162,8 +178,14 @@ def _from_kitti(truth: Path, results: Path) -> tuple[DataSplit, list[dict[str, A
     for path in paths:
         for row in map(str.split, path.read_text().splitlines()):
             x1, y1, x2, y2 = map(float, row[4:8])
-            found.append({"image_id": path.stem, "category_id": classes.index(row[0]) + 1, "score": float(row[15]),
-                          "bbox": [x1, y1, x2 - x1, y2 - y1]})
+            found.append(
+                {
+                    "image_id": path.stem,
+                    "category_id": classes.index(row[0]) + 1,
+                    "score": float(row[15]),
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                }
+            )
     return split, found
 
 
@@ -179,7 +201,11 @@ def _from_widerface(truth: Path, results: Path) -> tuple[DataSplit, list[dict[st
 
 
 _READ: dict[str, Callable[[Path, Path], tuple[DataSplit, list[dict[str, Any]]]]] = {
-    "coco": _from_coco, "citypersons": _from_coco, "voc": _from_voc, "kitti": _from_kitti, "widerface": _from_widerface,
+    "coco": _from_coco,
+    "citypersons": _from_coco,
+    "voc": _from_voc,
+    "kitti": _from_kitti,
+    "widerface": _from_widerface,
 }
 
 

@@ -86,7 +86,7 @@ def test_colour_says_nothing_about_the_class_and_all_classes_and_sizes_come() ->
             hues[label].append(float(pixels[mask].mean(axis=0)[0] - pixels[mask].mean(axis=0)[2]))
             areas.append(mask.sum())
         shifted = [np.roll(mask, 1, axis=1) for mask in masks]
-        touching += sum(bool((a & b).any()) for i, a in enumerate(masks) for b in shifted[i + 1:])
+        touching += sum(bool((a & b).any()) for i, a in enumerate(masks) for b in shifted[i + 1 :])
     assert min(len(values) for values in hues.values()) > 25
     assert max(abs(np.mean(values)) for values in hues.values()) < 40  # red minus blue, of -255..255
     assert min(areas) < 150 and max(areas) > 2000  # of 16,384 pixels

@@ -59,8 +59,9 @@ def test_a_run_leaves_everything_that_is_promised(tmp_path: Path, capsys: pytest
         assert all(record[key] >= 0 for record in log), key
     assert [record["step"] for record in _log(run, "metrics.jsonl")] == [6, 12]
     pictures = sorted(path.name for path in (run / "images").iterdir())
-    assert pictures == [f"train_batch{b}_{i}.jpg" for b in (1, 2) for i in (1, 2)] + \
-        [f"validation_{i}.jpg" for i in (1, 2, 3, 4)]
+    assert pictures == [f"train_batch{b}_{i}.jpg" for b in (1, 2) for i in (1, 2)] + [
+        f"validation_{i}.jpg" for i in (1, 2, 3, 4)
+    ]
     said = capsys.readouterr().out
     assert "learning rate 0.01 is for 2 images per step; this run has 2, so it stays" in said
     assert "12 images to learn from, 4 to evaluate on; classes: circle" in said
@@ -70,16 +71,24 @@ def test_a_run_leaves_everything_that_is_promised(tmp_path: Path, capsys: pytest
 def _in_pieces(config: Config, out: Path, stops: tuple[int, ...]) -> None:
     """Each piece ends after so many steps of the run, and the next goes on from what was saved."""
     for last_step in (*stops, 0):
-        train(dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=last_step)), out=out,
-              resume=True)
+        train(
+            dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=last_step)),
+            out=out,
+            resume=True,
+        )
 
 
-@pytest.mark.parametrize(("stops", "workers", "changes"), [
-    ((4, 6, 9), 0, {"evaluate_every": 1}),
-    ((1, 3), 1, {"ema": 0.9, "optimizer": "adamw", "schedule": "cosine", "accumulate": 4, "clip_grad_norm": 1.0}),
-], ids=["sgd, evaluated", "adamw, averaged, accumulated, clipped, loader processes"])
-def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, stops: tuple[int, ...], workers: int,
-                                             changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("stops", "workers", "changes"),
+    [
+        ((4, 6, 9), 0, {"evaluate_every": 1}),
+        ((1, 3), 1, {"ema": 0.9, "optimizer": "adamw", "schedule": "cosine", "accumulate": 4, "clip_grad_norm": 1.0}),
+    ],
+    ids=["sgd, evaluated", "adamw, averaged, accumulated, clipped, loader processes"],
+)
+def test_a_resumed_run_ends_in_the_same_bits(
+    tmp_path: Path, stops: tuple[int, ...], workers: int, changes: dict[str, Any]
+) -> None:
     config = small_config(data={"workers": workers}, **changes)
     run_alone(_train_to, config, tmp_path / "whole")
     run_alone(_in_pieces, config, tmp_path / "pieces", stops)
@@ -140,8 +149,9 @@ def _with_other_classes(folder: Path) -> Path:
     return folder
 
 
-def test_the_learning_rate_follows_the_real_number_of_images(tmp_path: Path,
-                                                             capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_learning_rate_follows_the_real_number_of_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(small_config(lr=0.02, images_per_step=16, warmup_steps=0, max_steps=2), out=tmp_path / "a")
     assert "learning rate 0.02 is for 16 images per step; this run has 2, so 0.0025" in capsys.readouterr().out
     assert _log(tmp_path / "a")[0]["lr"] == pytest.approx(0.0025)
@@ -206,7 +216,8 @@ def _poison(monkeypatch: pytest.MonkeyPatch, bad_calls: set[int]) -> None:
 
 
 def test_a_loss_that_is_not_finite_names_its_images_and_changes_nothing(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     _poison(monkeypatch, {3})
     train(small_config(max_steps=3, momentum=0.9), out=tmp_path)
     before, _ = load_training(tmp_path)
@@ -233,15 +244,17 @@ def test_masks_cannot_be_learnt_from_boxes(tmp_path: Path) -> None:
     shutil.copytree(small_data(), data)
     for path in (data / "annotations").glob("*.json"):
         content = json.loads(path.read_text())
-        content["annotations"] = [{key: value for key, value in one.items() if key != "segmentation"}
-                                  for one in content["annotations"]]
+        content["annotations"] = [
+            {key: value for key, value in one.items() if key != "segmentation"} for one in content["annotations"]
+        ]
         path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"has no masks; .*--model.masks none"):
         train(small_config(model={"masks": "last"}, data={"root": str(data)}), out=tmp_path / "run")
 
 
-def test_another_number_of_processes_goes_on_after_the_images_seen(tmp_path: Path,
-                                                                   capfd: pytest.CaptureFixture[str]) -> None:
+def test_another_number_of_processes_goes_on_after_the_images_seen(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     run_alone(_train_to, small_config(max_steps=8), tmp_path)  # an epoch and 4 of 12 images
     run_ranks(2, _resume, small_config(batch_size=1, epochs=3, images_per_step=4), tmp_path)
     said = capfd.readouterr().out

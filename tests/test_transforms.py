@@ -20,13 +20,13 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def _scene(height: int = 60, width: int = 80, box: tuple[int, int, int, int] = (20, 12, 50, 40)) -> Sample:
     """A white block on black: pixels, box and mask can each be compared with the other two."""
     image = torch.zeros(3, height, width, dtype=torch.uint8)
-    image[:, box[1]:box[3], box[0]:box[2]] = 255
+    image[:, box[1] : box[3], box[0] : box[2]] = 255
     return Sample.of(image, np.array([box], dtype=np.float32))
 
 
 def _mask(sample: Sample, height: int = 60, width: int = 80, box: tuple[int, ...] = (20, 12, 50, 40)) -> np.ndarray:
     whole = np.zeros((height, width), dtype=bool)
-    whole[box[1]:box[3], box[0]:box[2]] = True
+    whole[box[1] : box[3], box[0] : box[2]] = True
     return whole[sample.rows][:, sample.cols]
 
 
@@ -64,16 +64,19 @@ def test_flipping_twice_changes_nothing(flip) -> None:  # type: ignore[no-untype
         np.testing.assert_array_equal(getattr(again, name), getattr(sample, name))
 
 
-@pytest.mark.parametrize("size, short, long, expected", [
-    ((474, 640), 800, 1333, (800, 1080)),
-    ((474, 640), 480, 1333, (480, 648)),
-    ((480, 640), 800, 1333, (800, 1067)),
-    ((427, 640), 800, 1333, (800, 1199)),
-    ((640, 427), 800, 1333, (1199, 800)),
-    ((300, 1000), 800, 1333, (400, 1333)),  # the longer side is the limit
-    ((800, 1333), 800, 1333, (800, 1333)),
-    ((1, 5000), 800, 1333, (1, 1333)),  # never below a pixel
-])
+@pytest.mark.parametrize(
+    "size, short, long, expected",
+    [
+        ((474, 640), 800, 1333, (800, 1080)),
+        ((474, 640), 480, 1333, (480, 648)),
+        ((480, 640), 800, 1333, (800, 1067)),
+        ((427, 640), 800, 1333, (800, 1199)),
+        ((640, 427), 800, 1333, (1199, 800)),
+        ((300, 1000), 800, 1333, (400, 1333)),  # the longer side is the limit
+        ((800, 1333), 800, 1333, (800, 1333)),
+        ((1, 5000), 800, 1333, (1, 1333)),  # never below a pixel
+    ],
+)
 def test_sizes_keep_the_ratio_as_mmdetection_does(
     size: tuple[int, int], short: int, long: int, expected: tuple[int, int]
 ) -> None:
@@ -112,8 +115,8 @@ def test_network_input_equals_mmdetections() -> None:
     mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
     normalised = (image.numpy() - mean[:, None, None]) / std[:, None, None]
     sample = reference["input_sample"].reshape(3, *reference["input_sample"].shape[-2:])
-    ours = normalised[:, ::97, ::89][:, :sample.shape[1], :sample.shape[2]]
-    inside = sample[:, :ours.shape[1], :ours.shape[2]]  # the rest is padding
+    ours = normalised[:, ::97, ::89][:, : sample.shape[1], : sample.shape[2]]
+    inside = sample[:, : ours.shape[1], : ours.shape[2]]  # the rest is padding
     assert np.abs((ours - inside) * std[:, None, None]).max() < 0.001
 
 
@@ -123,8 +126,9 @@ def test_bilinear_follows_the_source_of_the_recipe() -> None:
     image[:, :, 32] = 255
     config = DataConfig(short_side=(32,), long_side=32)
     plain, _ = T.resize_for_test(image, DataConfig(short_side=(32,), test_short_side=16, long_side=32))
-    smooth, scale = T.resize_for_test(image, DataConfig(short_side=(32,), test_short_side=16, long_side=32),
-                                      semantics="detectron2")
+    smooth, scale = T.resize_for_test(
+        image, DataConfig(short_side=(32,), test_short_side=16, long_side=32), semantics="detectron2"
+    )
     assert plain.shape == smooth.shape == (3, 16, 16) and scale == (0.25, 0.25)
     assert plain.sum() == 0 and 0 < smooth.max() < 255
     assert T.interpolation(config, training=False) == "opencv"
@@ -156,8 +160,10 @@ def test_jitter_crops_large_and_leaves_small() -> None:
 
 
 def test_short_sides_are_chosen_or_ranged() -> None:
-    chosen = {T.train_transform(_scene(), DataConfig(short_side=(60, 90)), np.random.default_rng(seed)).size[0]
-              for seed in range(20)}
+    chosen = {
+        T.train_transform(_scene(), DataConfig(short_side=(60, 90)), np.random.default_rng(seed)).size[0]
+        for seed in range(20)
+    }
     assert chosen == {60, 90}
     config = DataConfig(short_side=(60, 64), short_side_mode="range")
     ranged = {T.train_transform(_scene(), config, np.random.default_rng(seed)).size[0] for seed in range(60)}

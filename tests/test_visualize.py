@@ -35,8 +35,14 @@ def plain(height: int, width: int) -> NDArray[np.uint8]:
 
 def detections(boxes: list[list[float]], size: tuple[int, int], *, masks: bool = False) -> Detections:
     count = len(boxes)
-    return Detections(torch.tensor(boxes).reshape(-1, 4), torch.linspace(0.9, 0.5, count),
-                      torch.arange(count) % 2, size, NAMES, mask_probs=torch.ones(count, 28, 28) if masks else None)
+    return Detections(
+        torch.tensor(boxes).reshape(-1, 4),
+        torch.linspace(0.9, 0.5, count),
+        torch.arange(count) % 2,
+        size,
+        NAMES,
+        mask_probs=torch.ones(count, 28, 28) if masks else None,
+    )
 
 
 def changed(picture: Image.Image) -> NDArray[np.bool_]:
@@ -135,8 +141,18 @@ def record(tmp_path: Path) -> ImageRecord:
     Image.fromarray(plain(60, 80)).save(path)
     boxes = np.array([[10, 10, 30, 40], [50, 20, 70, 50]], dtype=np.float64)
     square = [[10.0, 10, 30, 10, 30, 40, 10, 40]]
-    return ImageRecord(path, path.name, 1, 60, 80, boxes, np.array([1, 0]), np.array([False, True]),
-                       np.array([600.0, 600]), [square, None])
+    return ImageRecord(
+        path,
+        path.name,
+        1,
+        60,
+        80,
+        boxes,
+        np.array([1, 0]),
+        np.array([False, True]),
+        np.array([600.0, 600]),
+        [square, None],
+    )
 
 
 def test_annotations_show_masks_and_hatch_ignored_regions(tmp_path: Path) -> None:
@@ -167,9 +183,13 @@ def test_a_batch_shows_objects_ignored_regions_and_padding() -> None:
     targets.valid[0, 0] = targets.ignore[0, 1] = True
     crop = torch.zeros(20, 30, dtype=torch.uint8)
     crop[5:15, 5:25] = 1
-    targets.masks = MaskCrops(crop.flatten(), torch.zeros(2, 2, dtype=torch.int64),
-                              torch.tensor([[[25, 10], [0, 0]], [[0, 0], [0, 0]]]),
-                              torch.tensor([[[20, 30], [0, 0]], [[0, 0], [0, 0]]]), max_size=(20, 30))
+    targets.masks = MaskCrops(
+        crop.flatten(),
+        torch.zeros(2, 2, dtype=torch.int64),
+        torch.tensor([[[25, 10], [0, 0]], [[0, 0], [0, 0]]]),
+        torch.tensor([[[20, 30], [0, 0]], [[0, 0], [0, 0]]]),
+        max_size=(20, 30),
+    )
     first, second = (changed(picture) for picture in draw_batch(images, targets, NAMES))
     assert first[35, 25] and not first[27, 12] and not first[60, 5]  # the mask, not its crop, and nothing else
     assert first[35, 60:90].any()

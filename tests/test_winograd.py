@@ -63,7 +63,7 @@ def test_only_wide_plain_convolutions_are_replaced() -> None:
         nn.Conv2d(256, 192, 1),
         nn.Conv2d(192, 64, 3, padding=1),
         nn.Conv2d(192, 192, 3, padding=1, groups=2),
-    ).requires_grad_(False)  # fmt: skip
+    ).requires_grad_(False)
     x = torch.randn(1, 192, 9, 9)
     expected = model[1](model[0](x))
     assert use_winograd(model) == 2

@@ -13,9 +13,18 @@ from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.structures import ImageBatch, MaskCrops, Targets
 
 TINY = ModelConfig(
-    backbone="test_resnet.r160_in1k", pretrained=False, norm="group", frozen_stages=-1, fpn_channels=32,
-    head_channels=64, mask_channels=32, masks="last", anchor_scales=(4.0,), rpn_samples=64, roi_samples=64,
-)  # fmt: skip
+    backbone="test_resnet.r160_in1k",
+    pretrained=False,
+    norm="group",
+    frozen_stages=-1,
+    fpn_channels=32,
+    head_channels=64,
+    mask_channels=32,
+    masks="last",
+    anchor_scales=(4.0,),
+    rpn_samples=64,
+    roi_samples=64,
+)
 
 
 def tiny_model(classes: int = 3, **changes: Any) -> CascadeRCNN:
@@ -30,8 +39,13 @@ def squares(*, images: int = 2, side: int = 128, empty: bool = False) -> tuple[I
     targets = Targets.empty(images, rows=4)
     crops, offset = [], 0
     shape = (images, 4, 2)
-    masks = MaskCrops(torch.zeros(0, dtype=torch.uint8), torch.zeros(images, 4, dtype=torch.int64),
-                      torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64), (64, 64))
+    masks = MaskCrops(
+        torch.zeros(0, dtype=torch.uint8),
+        torch.zeros(images, 4, dtype=torch.int64),
+        torch.zeros(shape, dtype=torch.int64),
+        torch.zeros(shape, dtype=torch.int64),
+        (64, 64),
+    )
     for b in range(images if not empty else 0):
         for g, (x, y, size) in enumerate(((10 + 5 * b, 12, 40), (70 - 7 * b, 66, 48))):
             pixels[b, g, y : y + size, x : x + size] = 230

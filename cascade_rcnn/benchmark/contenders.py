@@ -133,8 +133,9 @@ def _targets(setting: Setting) -> Targets:
         areas = extents.prod(-1).flatten()
         offsets = (areas.cumsum(0) - areas).view(setting.batch, OBJECTS)
         largest = extents.flatten(0, 1).amax(0).tolist()
-        masks = MaskCrops(torch.ones(int(areas.sum()), dtype=torch.uint8), offsets, origins, extents,
-                          (largest[0], largest[1]))  # fmt: skip
+        masks = MaskCrops(
+            torch.ones(int(areas.sum()), dtype=torch.uint8), offsets, origins, extents, (largest[0], largest[1])
+        )
     return Targets(boxes, labels, valid, ~valid, masks).to(setting.device)
 
 
@@ -158,9 +159,14 @@ def _training_step(
 def peer_options(setting: Setting) -> dict[str, Any]:
     """For torchvision's models: our numbers of boxes, and images as they are in evaluation too."""
     ours = setting.config.model
-    return {"num_classes": CLASSES + 1, "rpn_post_nms_top_n_test": ours.test_proposals,
-            "min_size": min(setting.size), "max_size": max(setting.size),
-            "box_batch_size_per_image": ours.roi_samples, "box_detections_per_img": ours.max_detections}  # fmt: skip
+    return {
+        "num_classes": CLASSES + 1,
+        "rpn_post_nms_top_n_test": ours.test_proposals,
+        "min_size": min(setting.size),
+        "max_size": max(setting.size),
+        "box_batch_size_per_image": ours.roi_samples,
+        "box_detections_per_img": ours.max_detections,
+    }
 
 
 def peer_contender(setting: Setting) -> Contender:
@@ -174,8 +180,11 @@ def peer_contender(setting: Setting) -> Contender:
     if setting.train:
         height, width = setting.size
         mask = torch.ones(OBJECTS, height, width, dtype=torch.uint8, device=setting.device)
-        targets = [{"boxes": boxes.to(setting.device), "labels": torch.arange(1, OBJECTS + 1, device=setting.device)}
-                   | ({"masks": mask} if setting.masks else {}) for boxes in _boxes(setting)]  # fmt: skip
+        targets = [
+            {"boxes": boxes.to(setting.device), "labels": torch.arange(1, OBJECTS + 1, device=setting.device)}
+            | ({"masks": mask} if setting.masks else {})
+            for boxes in _boxes(setting)
+        ]
         return Contender(name, _training_step(model, setting, lambda: model(images, targets)), setting.batch)
 
     def run() -> Any:
@@ -220,7 +229,9 @@ def watched(model: CascadeRCNN, watch: stopwatch.Stopwatch) -> Iterator[None]:
             function()
 
 
-def count_multiply_adds(model: CascadeRCNN, setting: Setting, images: ImageBatch, watch: stopwatch.Stopwatch) -> dict[str, float]:
+def count_multiply_adds(
+    model: CascadeRCNN, setting: Setting, images: ImageBatch, watch: stopwatch.Stopwatch
+) -> dict[str, float]:
     """Multiply-adds of each part of a forward pass. Backward has twice as many, fewer in frozen layers (left out)."""
     with FlopCounterMode(display=False) as counter, torch.no_grad(), watched(model, watch):
         watch.counter = counter

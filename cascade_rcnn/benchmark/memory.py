@@ -33,9 +33,15 @@ def measure_memory(setting: Setting, config: str, *, repeats: int) -> dict[str, 
     found: dict[str, dict[str, list[int]]] = {who: {"peak": [], "before": []} for who in ("ours", "peer")}
     with tempfile.TemporaryDirectory() as folder:
         _save_contenders(setting, Path(folder))
-        call = {"folder": folder, "config": config, "size": setting.size, "batch": setting.batch,
-                "train": setting.train, "masks": setting.masks,
-                "options": peer_options(setting)}  # fmt: skip
+        call = {
+            "folder": folder,
+            "config": config,
+            "size": setting.size,
+            "batch": setting.batch,
+            "train": setting.train,
+            "masks": setting.masks,
+            "options": peer_options(setting),
+        }
         for _ in range(repeats):
             for who, numbers in found.items():
                 for key, value in _in_own_process(who, call).items():
@@ -66,8 +72,9 @@ def _save_contenders(setting: Setting, folder: Path) -> None:
 
 def _in_own_process(who: str, call: dict[str, Any]) -> dict[str, int]:
     code = "import sys; from cascade_rcnn.benchmark.memory import report_memory; report_memory(*sys.argv[1:])"
-    done = subprocess.run([sys.executable, "-c", code, who, json.dumps(call)], capture_output=True, text=True,
-                          check=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, who, json.dumps(call)], capture_output=True, text=True, check=True
+    )
     return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
 
 
@@ -126,8 +133,9 @@ def _prepare_training(who: str, wanted: dict[str, Any]) -> tuple[Callable[[], An
     from cascade_rcnn.recipes import load_config
 
     before = _resident("VmRSS")
-    setting = Setting(load_config(wanted["config"]), tuple(wanted["size"]), wanted["batch"],
-                      torch.device("cpu"), train=True)
+    setting = Setting(
+        load_config(wanted["config"]), tuple(wanted["size"]), wanted["batch"], torch.device("cpu"), train=True
+    )
     run = contender(setting, who).run
     stopwatch.reset_peak_memory(setting.device)
     return run, before

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-
     from cascade_rcnn.benchmark.contenders import Setting
 
 ROIS = 1000
@@ -34,8 +33,10 @@ def measure_roi_align(setting: Setting, *, rounds: int, compiled: bool) -> dict[
 
     strides, device = (4, 8, 16, 32), setting.device
     generator = torch.Generator().manual_seed(0)
-    maps = [torch.randn(1, 256, *(side // stride for side in setting.size), generator=generator).to(device)
-            for stride in strides]  # fmt: skip
+    maps = [
+        torch.randn(1, 256, *(side // stride for side in setting.size), generator=generator).to(device)
+        for stride in strides
+    ]
     ours = [x.contiguous(memory_format=torch.channels_last) for x in maps]
     # As proposals are: areas of 16^2 pixels to the image's, evenly in the logarithm, and ratios of 1/2 to 2.
     frame = torch.tensor([setting.size[1], setting.size[0]], dtype=torch.float32)
@@ -85,8 +86,13 @@ def measure_file(setting: Setting, *, rounds: int = 5) -> dict[str, float]:
     from cascade_rcnn.data.transforms import resize_for_test
 
     height, width = (round(side * 0.6) for side in setting.size)
-    data = replace(setting.config.data, test_short_side=min(setting.size), long_side=max(setting.size),
-                   short_side=(min(setting.size),), short_side_mode="choice")  # fmt: skip
+    data = replace(
+        setting.config.data,
+        test_short_side=min(setting.size),
+        long_side=max(setting.size),
+        short_side=(min(setting.size),),
+        short_side_mode="choice",
+    )
     decode, resize = [], []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image.jpg"
@@ -112,14 +118,21 @@ def measure_reading(setting: Setting, root: Path) -> dict[str, float]:
     from cascade_rcnn.data.loader import measure_loading
 
     config = replace(setting.config.data, root=str(root))
-    dataset = DetectionDataset(open_split(root, config.train), config, training=True, masks=setting.masks,
-                               semantics=setting.config.model.semantics)  # fmt: skip
+    dataset = DetectionDataset(
+        open_split(root, config.train),
+        config,
+        training=True,
+        masks=setting.masks,
+        semantics=setting.config.model.semantics,
+    )
     paths = [dataset.packed.path(index) for index in range(min(len(dataset), 100))]
     start = time.perf_counter()
     for path in paths:
         read_image(path, max_pixels=config.max_pixels)
-    numbers = {"decode_seconds": (time.perf_counter() - start) / len(paths),
-               "images_per_second": measure_loading(dataset, workers=0)}  # fmt: skip
+    numbers = {
+        "decode_seconds": (time.perf_counter() - start) / len(paths),
+        "images_per_second": measure_loading(dataset, workers=0),
+    }
     if config.workers:
         numbers |= {"workers": config.workers, "with_workers": measure_loading(dataset, workers=config.workers)}
     return numbers

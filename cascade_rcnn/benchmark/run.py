@@ -22,10 +22,17 @@ from cascade_rcnn.recipes import load_config
 
 
 def run_benchmark(
-    *, config: str = "cascade_rcnn_r50_fpn_1x_coco", size: tuple[int, int] = (800, 1088), batch: int = 1,
-    device: str = "auto", train: bool = False, compile: bool = False, rounds: int = 0, data: Path | None = None,
+    *,
+    config: str = "cascade_rcnn_r50_fpn_1x_coco",
+    size: tuple[int, int] = (800, 1088),
+    batch: int = 1,
+    device: str = "auto",
+    train: bool = False,
+    compile: bool = False,
+    rounds: int = 0,
+    data: Path | None = None,
     out: Path | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Measure ``config`` on synthetic images of ``size`` (height, width); print a table, return (and write) numbers.
 
     ``rounds`` 0 takes 5 on a CPU and 20 on a GPU. ``data`` also measures how fast that data set can be read. Both
@@ -105,23 +112,38 @@ def _report(
     for contender in contenders:
         seconds = statistics.median(contender.seconds)
         entry: dict[str, Any] = {
-            "name": contender.name, "seconds": seconds, "fastest": min(contender.seconds),
-            "images_per_second": contender.images / seconds, "warm_up_seconds": contender.warm_up,
+            "name": contender.name,
+            "seconds": seconds,
+            "fastest": min(contender.seconds),
+            "images_per_second": contender.images / seconds,
+            "warm_up_seconds": contender.warm_up,
             "ratio_to_peer": statistics.median(a / b for a, b in zip(contender.seconds, peer.seconds)),
             "core_seconds": statistics.median(contender.core_seconds),
             "core_ratio_to_peer": statistics.median(a / b for a, b in zip(contender.core_seconds, peer.core_seconds)),
             "peak_memory_bytes": contender.peak_memory,
-        }  # fmt: skip
+        }
         if contender is not peer:
             entry |= {"macs": macs, "share_of_limit": macs / rate / seconds}
         if contender.parts:
             parts = {name: statistics.median(values) for name, values in contender.parts.items()}
             parts[BACKWARD if setting.train else "the rest"] = seconds - sum(parts.values())
-            entry["parts"] = [{"name": name, "seconds": value, "macs": contender.macs.get(name, 0.0)}
-                              for name, value in parts.items()]  # fmt: skip
+            entry["parts"] = [
+                {"name": name, "seconds": value, "macs": contender.macs.get(name, 0.0)} for name, value in parts.items()
+            ]
         models.append(entry)
-    chosen = (f"{setting.dtype}".removeprefix("torch.") + ", channels-last"
-              + ("" if setting.train else ", batch norms folded"))  # fmt: skip
-    return {"config": config, "size": list(setting.size), "batch": setting.batch, "train": setting.train,
-            "rounds": rounds, "chosen": chosen, "machine": stopwatch.describe_machine(setting.device), "limits": limits,
-            "models": models}  # fmt: skip
+    chosen = (
+        f"{setting.dtype}".removeprefix("torch.")
+        + ", channels-last"
+        + ("" if setting.train else ", batch norms folded")
+    )
+    return {
+        "config": config,
+        "size": list(setting.size),
+        "batch": setting.batch,
+        "train": setting.train,
+        "rounds": rounds,
+        "chosen": chosen,
+        "machine": stopwatch.describe_machine(setting.device),
+        "limits": limits,
+        "models": models,
+    }

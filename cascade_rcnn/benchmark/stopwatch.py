@@ -17,9 +17,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 # Gains that make random heads behave like trained ones: confident classes, boxes that move little. A model of zeros
 # would have no detections, one with torch's own initialisation no confident ones: both are faster than any real one.
-_GAINS = (("fpn.", 0.7), ("objectness", 1.5), ("cls_logits", 1.5), ("rpn.deltas", 0.15), ("rpn.head.bbox_pred", 0.15),
-          ("classifier", 3.0), ("cls_score", 3.0), ("deltas", 0.6), ("bbox_pred", 0.6), ("mask_fcn_logits", 2.0),
-          ("logits", 2.0))  # fmt: skip
+_GAINS = (
+    ("fpn.", 0.7),
+    ("objectness", 1.5),
+    ("cls_logits", 1.5),
+    ("rpn.deltas", 0.15),
+    ("rpn.head.bbox_pred", 0.15),
+    ("classifier", 3.0),
+    ("cls_score", 3.0),
+    ("deltas", 0.6),
+    ("bbox_pred", 0.6),
+    ("mask_fcn_logits", 2.0),
+    ("logits", 2.0),
+)
 
 
 @torch.no_grad()
@@ -187,8 +197,14 @@ def peak_memory(device: torch.device) -> int | None:
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"device": str(device), "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "python": platform.python_version(), "cpu": torch.backends.cpu.get_cpu_capability()}  # fmt: skip
+    return {
+        "device": str(device),
+        "name": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 def _processor() -> str:

@@ -26,21 +26,37 @@ def print_report(report: dict[str, Any]) -> None:
     for model in report["models"]:
         for part in model.get("parts", []):
             macs = part["macs"]
-            table.add_row("  " + part["name"], f"{part['seconds'] * 1e3:.1f}", f"{macs / 1e9:.1f}" if macs else "",
-                          share(macs, part["seconds"]))  # fmt: skip
+            table.add_row(
+                "  " + part["name"],
+                f"{part['seconds'] * 1e3:.1f}",
+                f"{macs / 1e9:.1f}" if macs else "",
+                share(macs, part["seconds"]),
+            )
         macs, memory = model.get("macs", 0.0), model["peak_memory_bytes"]
-        table.add_row(model["name"], f"{model['seconds'] * 1e3:.1f}", f"{macs / 1e9:.1f}" if macs else "",
-                      share(macs, model["seconds"]), f"{model['images_per_second']:.2f}",
-                      f"{memory / 1e6:.0f}" if memory else "", f"{model['ratio_to_peer']:.2f}",
-                      end_section=True, style="bold")  # fmt: skip
+        table.add_row(
+            model["name"],
+            f"{model['seconds'] * 1e3:.1f}",
+            f"{macs / 1e9:.1f}" if macs else "",
+            share(macs, model["seconds"]),
+            f"{model['images_per_second']:.2f}",
+            f"{memory / 1e6:.0f}" if memory else "",
+            f"{model['ratio_to_peer']:.2f}",
+            end_section=True,
+            style="bold",
+        )
     console.print(table)
-    console.print(f"{machine['name']}, {machine['threads']} threads, torch {machine['torch']}; "
-                  f"ours: {report['chosen']}")  # fmt: skip
-    console.print(f"limit: matrix product {rate / 1e9:.0f} G multiply-adds/s, "
-                  f"memory copy {limits['bytes_per_second'] / 1e9:.1f} GB/s")  # fmt: skip
+    console.print(
+        f"{machine['name']}, {machine['threads']} threads, torch {machine['torch']}; ours: {report['chosen']}"
+    )
+    console.print(
+        f"limit: matrix product {rate / 1e9:.0f} G multiply-adds/s, "
+        f"memory copy {limits['bytes_per_second'] / 1e9:.1f} GB/s"
+    )
     if machine["device"] == "cpu":
-        times = (f"{model['name']} {model['core_seconds']:.2f} s ({model['core_ratio_to_peer']:.2f})"
-                 for model in report["models"])  # fmt: skip
+        times = (
+            f"{model['name']} {model['core_seconds']:.2f} s ({model['core_ratio_to_peer']:.2f})"
+            for model in report["models"]
+        )
         console.print(f"time of all cores, which other programs disturb less: {'; '.join(times)}")
     for model in report["models"]:
         if "compiled" in model["name"]:
@@ -53,8 +69,9 @@ def print_report(report: dict[str, Any]) -> None:
         times = (f"{name} {seconds * 1e3:.0f} ms ({seconds / peer:.2f})" for name, seconds in roi_align.items())
         console.print(f"RoIAlign of 1,000 boxes on four levels: {', '.join(times)}")
     if file := report.get("file"):
-        console.print(f"a JPEG file: decode {file['decode_seconds'] * 1e3:.1f} ms, "
-                      f"resize {file['resize_seconds'] * 1e3:.1f} ms")  # fmt: skip
+        console.print(
+            f"a JPEG file: decode {file['decode_seconds'] * 1e3:.1f} ms, resize {file['resize_seconds'] * 1e3:.1f} ms"
+        )
     if loading := report.get("loading"):
         _print_loading(console, loading, report)
 
@@ -72,14 +89,18 @@ def _print_masks(console: Any, ours: dict[str, Any], rate: float) -> None:
     parts = [part for part in ours.get("parts", []) if part["name"].startswith("masks")]
     if parts:
         seconds, macs = (sum(part[key] for part in parts) for key in ("seconds", "macs"))
-        console.print(f"masks: {seconds * 1e3:.0f} ms for {macs / 1e9:.1f} G multiply-adds, "
-                      f"which take {macs / rate * 1e3:.0f} ms at the limit")  # fmt: skip
+        console.print(
+            f"masks: {seconds * 1e3:.0f} ms for {macs / 1e9:.1f} G multiply-adds, "
+            f"which take {macs / rate * 1e3:.0f} ms at the limit"
+        )
 
 
 def _print_loading(console: Any, loading: dict[str, float], report: dict[str, Any]) -> None:
     best = loading.get("with_workers", loading["images_per_second"])
-    line = (f"reading: {loading['images_per_second']:.0f} images/s in one process (the decoder alone: "
-            f"{1 / loading['decode_seconds']:.0f})")  # fmt: skip
+    line = (
+        f"reading: {loading['images_per_second']:.0f} images/s in one process (the decoder alone: "
+        f"{1 / loading['decode_seconds']:.0f})"
+    )
     if "with_workers" in loading:
         line += f", {loading['with_workers']:.0f} with {loading['workers']:.0f} workers"
     model = report["models"][0]["images_per_second"]

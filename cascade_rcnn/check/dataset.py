@@ -26,8 +26,9 @@ _VERSION = 1  # of the cache; raise it when a check changes
 _WATCHED = IMAGE_SUFFIXES | {".json", ".xml", ".txt", ".mat", ".yaml", ".yml", ".names"}
 
 
-def check_dataset(root: Path | str, *, split: str | None = None, data: DataConfig | None = None,
-                  model: ModelConfig | None = None) -> Report:
+def check_dataset(
+    root: Path | str, *, split: str | None = None, data: DataConfig | None = None, model: ModelConfig | None = None
+) -> Report:
     """Checks all splits of a data set, or one (or several, with commas between them, the training split first).
 
     ``data`` and ``model`` give the input scale, the pixel limit and the anchors that objects are measured against.
@@ -71,8 +72,9 @@ def check_before_training(config: Config) -> Report:
     Raises ``DataError`` where a problem would ruin the training.
     """
     root = Path(config.data.root)
-    names = list(dict.fromkeys([config.data.train, config.data.val] if config.train.evaluate_every else
-                               [config.data.train]))
+    names = list(
+        dict.fromkeys([config.data.train, config.data.val] if config.train.evaluate_every else [config.data.train])
+    )
     if not root.exists():
         open_split(root, names[0])  # says so; looking for changes would walk through whatever folder is above
     cache = _cache_file(root, repr((_VERSION, config.data, config.model)))
@@ -125,8 +127,9 @@ def _save(path: Path, report: Report) -> None:
         pass
 
 
-def run_check(data: Path, *, fix: Path | None = None, draw: int = 0, out: Path | None = None,
-              recipe: Config | None = None) -> int:
+def run_check(
+    data: Path, *, fix: Path | None = None, draw: int = 0, out: Path | None = None, recipe: Config | None = None
+) -> int:
     """The command. Prints the report; ``fix`` writes a repaired copy, ``draw`` a sheet of samples.
 
     ``out`` is the folder for ``report.json`` and ``samples.png`` (the current one where only ``draw`` is given);
@@ -153,7 +156,9 @@ def run_check(data: Path, *, fix: Path | None = None, draw: int = 0, out: Path |
             print(f"changed: {printable(change)}")
         if len(changes) > 20:
             print(f"and {len(changes) - 20:,} more")
-        print(f"{len(changes):,} changes, all listed in {printable(fix / 'changes.txt')}; "
-              f"train with --data {printable(fix)}")
+        print(
+            f"{len(changes):,} changes, all listed in {printable(fix / 'changes.txt')}; "
+            f"train with --data {printable(fix)}"
+        )
         return 0
     return int(report.has("error"))

@@ -42,8 +42,11 @@ def fix_dataset(splits: Sequence[DataSplit], out: Path) -> list[str]:
 
 def fix_split(split: DataSplit) -> tuple[DataSplit, list[str]]:
     """A repaired split and the list of changes: recoded, clipped, merged and dropped boxes, sizes, dropped images."""
-    changes = [f"{problem.where}: left out ({problem.kind}: {problem.message})" for problem in split.problems
-               if problem.kind != "made-split"]
+    changes = [
+        f"{problem.where}: left out ({problem.kind}: {problem.message})"
+        for problem in split.problems
+        if problem.kind != "made-split"
+    ]
     suspects, total = boxes_are_corners(split)
     corners = split.format == "coco" and total >= 3 and suspects >= 0.25 * total
     learnable = any((~record.ignore).any() for record in split.records)
@@ -53,8 +56,10 @@ def fix_split(split: DataSplit) -> tuple[DataSplit, list[str]]:
     have_images = any(files.is_file(record.path) for record in split.records)  # none at all: not downloaded yet
     for record in split.records:
         if have_images and (reason := _unusable(record)):
-            changes.append(f"{record.source}: image {shown(record.file_name)} dropped with its "
-                           f"{len(record.boxes)} objects ({reason})")
+            changes.append(
+                f"{record.source}: image {shown(record.file_name)} dropped with its "
+                f"{len(record.boxes)} objects ({reason})"
+            )
             continue
         record = _copy(record)
         if corners:
@@ -88,8 +93,13 @@ def _unusable(record: ImageRecord) -> str:
 
 
 def _copy(record: ImageRecord) -> ImageRecord:
-    return replace(record, boxes=record.boxes.copy(), ignore=record.ignore.copy(), areas=record.areas.copy(),
-                   attributes=dict(record.attributes))
+    return replace(
+        record,
+        boxes=record.boxes.copy(),
+        ignore=record.ignore.copy(),
+        areas=record.areas.copy(),
+        attributes=dict(record.attributes),
+    )
 
 
 def _areas(record: ImageRecord) -> NDArray[np.float64]:
@@ -103,8 +113,9 @@ def _fix_size(record: ImageRecord) -> list[str]:
     header = read_header(record.path)
     if (record.height, record.width) == (header.height, header.width):
         return []
-    change = (f"{record.source}: size {record.width} x {record.height} set to the file's {header.width} x "
-              f"{header.height}")
+    change = (
+        f"{record.source}: size {record.width} x {record.height} set to the file's {header.width} x {header.height}"
+    )
     record.height, record.width = header.height, header.width
     return [change]
 
@@ -114,8 +125,9 @@ def _fix_objects(record: ImageRecord, changes: list[str]) -> ImageRecord:
     keep = np.ones(len(record.boxes), dtype=np.bool_)
     seen: set[tuple[Any, ...]] = set()
     for row in range(len(record.boxes)):
-        place = f"{record.source}, " + (f"annotation id {record.attributes['ids'][row]}"
-                                        if "ids" in record.attributes else f"object {row + 1}")
+        place = f"{record.source}, " + (
+            f"annotation id {record.attributes['ids'][row]}" if "ids" in record.attributes else f"object {row + 1}"
+        )
         box, old = record.boxes[row], np.round(record.boxes[row], 2).tolist()
         around = segmentation_box(record.segmentations[row]) if record.segmentations is not None else None
         if around is not None and mask_is_off(box, around, record):
@@ -132,7 +144,12 @@ def _fix_objects(record: ImageRecord, changes: list[str]) -> ImageRecord:
             keep[row] = False
         seen.add(key)
     masks = record.segmentations
-    return replace(record, boxes=record.boxes[keep], labels=record.labels[keep], ignore=record.ignore[keep],
-                   areas=record.areas[keep],
-                   segmentations=[mask for mask, kept in zip(masks, keep) if kept] if masks is not None else None,
-                   attributes={name: values[keep] for name, values in record.attributes.items()})
+    return replace(
+        record,
+        boxes=record.boxes[keep],
+        labels=record.labels[keep],
+        ignore=record.ignore[keep],
+        areas=record.areas[keep],
+        segmentations=[mask for mask, kept in zip(masks, keep) if kept] if masks is not None else None,
+        attributes={name: values[keep] for name, values in record.attributes.items()},
+    )

@@ -67,8 +67,11 @@ def check_images(split: DataSplit, problems: Problems, *, max_pixels: int) -> No
     """Adds missing, unreadable, truncated, huge, turned images, and sizes that differ from the annotation's."""
     missing = [record for record in split.records if not is_file(record.path)]
     if len(missing) == len(split) and missing:
-        problems.add("no-images", f"{split.root} {split.name}", f"none of the {len(split):,} image files is there; the "
-                     f"first is looked for at {printable(missing[0].path)}")
+        problems.add(
+            "no-images",
+            f"{split.root} {split.name}",
+            f"none of the {len(split):,} image files is there; the first is looked for at {printable(missing[0].path)}",
+        )
         return
     absent = set(map(id, missing))
     for record in split.records:
@@ -85,25 +88,32 @@ def _check_image(record: ImageRecord, problems: Problems, max_pixels: int) -> No
         problems.add("unreadable-image", where, f"{name}: {header.error}")
         return
     if header.height * header.width > max_pixels:
-        problems.add("huge-image", where, f"{name} has {header.width} x {header.height} pixels, data.max_pixels is "
-                     f"{max_pixels:,}")
+        problems.add(
+            "huge-image",
+            where,
+            f"{name} has {header.width} x {header.height} pixels, data.max_pixels is {max_pixels:,}",
+        )
     elif torn := truncation(record.path):
         problems.add("truncated-image", where, f"{name}: {torn}")
     turned = header.orientation in (5, 6, 7, 8)
     differs = record.height and (record.height, record.width) != (header.height, header.width)
     if differs:
         as_viewed = turned and (record.height, record.width) == (header.width, header.height)
-        problems.add("size-mismatch", where, f"{name} is {header.width} x {header.height}, the annotation says "
-                     f"{record.width} x {record.height}"
-                     + (": labelled in a viewer that turned it" if as_viewed else ""))
+        problems.add(
+            "size-mismatch",
+            where,
+            f"{name} is {header.width} x {header.height}, the annotation says "
+            f"{record.width} x {record.height}" + (": labelled in a viewer that turned it" if as_viewed else ""),
+        )
     if header.orientation not in (0, 1):
         problems.add("rotated-image", where, f"{name} has EXIF orientation {header.orientation}")
 
 
 def check_same_images(splits: list[DataSplit], problems: Problems) -> None:
     """Adds image files of equal content in two splits, or twice in one; contents are compared, names are not."""
-    files = [(number, record) for number, split in enumerate(splits) for record in split.records
-             if is_file(record.path)]
+    files = [
+        (number, record) for number, split in enumerate(splits) for record in split.records if is_file(record.path)
+    ]
     groups: Iterable[list[tuple[int, ImageRecord]]] = [files]
     for key in (_size, _first_bytes, _content):  # each only where the one before leaves a doubt
         groups = [group for old in groups for group in _grouped(old, key)]
@@ -111,8 +121,12 @@ def check_same_images(splits: list[DataSplit], problems: Problems) -> None:
         number, first = group[0]
         for other, record in group[1:]:
             kind = "same-image-twice" if other == number else "same-image-in-splits"
-            problems.add(kind, record.source, f"{shown(record.file_name)} of {splits[other].name!r} is "
-                         f"{shown(first.file_name)} of {splits[number].name!r}")
+            problems.add(
+                kind,
+                record.source,
+                f"{shown(record.file_name)} of {splits[other].name!r} is "
+                f"{shown(first.file_name)} of {splits[number].name!r}",
+            )
 
 
 def _grouped(members: list[tuple[int, ImageRecord]], key: Any) -> list[list[tuple[int, ImageRecord]]]:

@@ -38,8 +38,10 @@ def _table(split: DataSplit) -> _Table:
     image = np.repeat(np.arange(len(counts)), counts)
     sizes = np.array([(record.width, record.height) for record in split.records], dtype=np.float64).reshape(-1, 2)
     return _Table(
-        image, np.concatenate([np.arange(count) for count in counts] or [np.zeros(0, np.int64)]),
-        np.concatenate([record.boxes for record in split.records] or [np.zeros((0, 4))]), sizes[image],
+        image,
+        np.concatenate([np.arange(count) for count in counts] or [np.zeros(0, np.int64)]),
+        np.concatenate([record.boxes for record in split.records] or [np.zeros((0, 4))]),
+        sizes[image],
         np.concatenate([record.labels for record in split.records] or [np.zeros(0, np.int64)]),
         np.concatenate([record.ignore for record in split.records] or [np.zeros(0, np.bool_)]),
     )
@@ -52,12 +54,16 @@ def check_objects(split: DataSplit, problems: Problems, *, data: DataConfig, mod
         if not len(record.boxes):
             problems.add("image-without-objects", record.source, f"{shown(record.file_name)} has no object")
         elif (learnt := int((~record.ignore).sum())) > model.max_detections:
-            problems.add("too-many-objects", record.source, f"{shown(record.file_name)} has {learnt} objects and "
-                         f"model.max_detections is {model.max_detections}")
+            problems.add(
+                "too-many-objects",
+                record.source,
+                f"{shown(record.file_name)} has {learnt} objects and model.max_detections is {model.max_detections}",
+            )
     where = f"{split.root} {split.name}"
     if not (~table.ignore).any():
-        crowds = sum(int(record.attributes["iscrowd"].sum()) for record in split.records
-                     if "iscrowd" in record.attributes)
+        crowds = sum(
+            int(record.attributes["iscrowd"].sum()) for record in split.records if "iscrowd" in record.attributes
+        )
         kind = "all-crowd" if crowds and crowds == len(table.boxes) else "no-learnable-objects"
         problems.add(kind, where, f"{len(table.boxes)} objects in {len(split)} images, none of which is to be learnt")
     misread = _check_coding(split, table, where, problems)
@@ -100,10 +106,14 @@ def _check_coding(split: DataSplit, table: _Table, where: str, problems: Problem
             first = int(np.flatnonzero(leaves & known)[0])
             record = split.records[table.image[first]]
             box = table.boxes[first]
-            problems.add("xyxy-as-xywh", where, f"{int((leaves & known).sum())} of {total} boxes leave their image "
-                         f"when read as x, y, width, height, all fit as corners; e.g. [{box[0]:g}, {box[1]:g}, "
-                         f"{box[2] - box[0]:g}, {box[3] - box[1]:g}] in {shown(record.file_name)} "
-                         f"({record.width} x {record.height})")
+            problems.add(
+                "xyxy-as-xywh",
+                where,
+                f"{int((leaves & known).sum())} of {total} boxes leave their image "
+                f"when read as x, y, width, height, all fit as corners; e.g. [{box[0]:g}, {box[1]:g}, "
+                f"{box[2] - box[0]:g}, {box[3] - box[1]:g}] in {shown(record.file_name)} "
+                f"({record.width} x {record.height})",
+            )
             return True
     if (table.boxes[known] <= 1.5).all() and (table.sizes[known] > 16).all():
         problems.add("relative-boxes", where, f"all {total} boxes lie between 0 and 1.5 pixels")
@@ -124,8 +134,12 @@ def _check_edges(split: DataSplit, table: _Table, problems: Problems) -> None:
     beyond = np.maximum(-table.boxes[:, :2], table.boxes[:, 2:] - table.sizes).max(axis=1, initial=0.0)
     for index in np.flatnonzero(known & (beyond > _SLACK)).tolist():
         where, name = _name(split, table, index)
-        problems.add("beyond-image", where, f"box {np.round(table.boxes[index], 1).tolist()} leaves {name} "
-                     f"({table.sizes[index, 0]:.0f} x {table.sizes[index, 1]:.0f}) by {beyond[index]:.1f} pixels")
+        problems.add(
+            "beyond-image",
+            where,
+            f"box {np.round(table.boxes[index], 1).tolist()} leaves {name} "
+            f"({table.sizes[index, 0]:.0f} x {table.sizes[index, 1]:.0f}) by {beyond[index]:.1f} pixels",
+        )
 
 
 def _check_doubles(split: DataSplit, table: _Table, problems: Problems) -> None:
@@ -165,8 +179,9 @@ def mask_is_off(box: NDArray[np.float64], around: NDArray[np.float64], record: I
     return bool(shared < 0.7 * ((box[2:] - box[:2]).prod() + (around[2:] - around[:2]).prod() - shared))
 
 
-def best_anchor_iou(boxes: NDArray[np.float64], *, scales: tuple[float, ...],
-                    ratios: tuple[float, ...]) -> NDArray[np.float64]:
+def best_anchor_iou(
+    boxes: NDArray[np.float64], *, scales: tuple[float, ...], ratios: tuple[float, ...]
+) -> NDArray[np.float64]:
     """Highest IoU [G] of each box (xyxy, input pixels) with any anchor of the pyramid's grids, borders aside.
 
     An anchor of side ``scale * stride`` and any ``ratio`` (height over width) stands at each multiple of the stride.
@@ -180,14 +195,16 @@ def best_anchor_iou(boxes: NDArray[np.float64], *, scales: tuple[float, ...],
             for ratio in ratios:
                 high, wide = scale * stride * ratio**0.5, scale * stride / ratio**0.5
                 shared = np.clip(np.minimum(np.minimum(width, wide), (width + wide) / 2 - offset[:, 0]), 0, None)
-                shared = shared * np.clip(np.minimum(np.minimum(height, high), (height + high) / 2 - offset[:, 1]), 0,
-                                          None)
+                shared = shared * np.clip(
+                    np.minimum(np.minimum(height, high), (height + high) / 2 - offset[:, 1]), 0, None
+                )
                 best = np.maximum(best, shared / (width * height + wide * high - shared))
     return best
 
 
-def _check_anchors(split: DataSplit, table: _Table, problems: Problems, *, data: DataConfig,
-                   model: ModelConfig) -> None:
+def _check_anchors(
+    split: DataSplit, table: _Table, problems: Problems, *, data: DataConfig, model: ModelConfig
+) -> None:
     """Objects at the size in which the network sees them at test time, against its anchors."""
     learnt = ~table.ignore & (table.sizes > 0).all(axis=1)
     if not learnt.any():
@@ -201,12 +218,20 @@ def _check_anchors(split: DataSplit, table: _Table, problems: Problems, *, data:
     lost, tiny = best < 0.5, sides.min(axis=1) < _TINY
     total, where = len(best), f"{split.root} {split.name}"
     if lost.mean() > 0.05:
-        problems.add("no-anchor" if lost.mean() > 0.25 else "some-without-anchor", where, f"{int(lost.sum()):,} of "
-                     f"{total:,} objects ({lost.mean():.1%}) meet no anchor with IoU 0.5 at the input's size: "
-                     + _why_lost(sides[lost], model))
+        problems.add(
+            "no-anchor" if lost.mean() > 0.25 else "some-without-anchor",
+            where,
+            f"{int(lost.sum()):,} of "
+            f"{total:,} objects ({lost.mean():.1%}) meet no anchor with IoU 0.5 at the input's size: "
+            + _why_lost(sides[lost], model),
+        )
     if tiny.mean() > 0.01:
-        problems.add("tiny-object", where, f"{int(tiny.sum()):,} of {total:,} objects ({tiny.mean():.1%}) have a side "
-                     f"below {_TINY:.0f} pixels when images are scaled by {np.median(scale):.2f}")
+        problems.add(
+            "tiny-object",
+            where,
+            f"{int(tiny.sum()):,} of {total:,} objects ({tiny.mean():.1%}) have a side "
+            f"below {_TINY:.0f} pixels when images are scaled by {np.median(scale):.2f}",
+        )
 
 
 def _why_lost(sides: NDArray[np.float64], model: ModelConfig) -> str:
@@ -216,11 +241,17 @@ def _why_lost(sides: NDArray[np.float64], model: ModelConfig) -> str:
     small, large = side < 0.8 * smallest, side > 1.25 * largest
     long = ~small & ~large & ((aspect < min(model.anchor_ratios) / 1.4) | (aspect > max(model.anchor_ratios) * 1.4))
     parts = [
-        (small, f"smaller than the smallest anchor ({smallest:g} pixels; median {np.median(side):.0f}): a larger "
-                "data.short_side or smaller model.anchor_scales"),
+        (
+            small,
+            f"smaller than the smallest anchor ({smallest:g} pixels; median {np.median(side):.0f}): a larger "
+            "data.short_side or smaller model.anchor_scales",
+        ),
         (large, f"larger than the largest anchor ({largest:g} pixels): larger model.anchor_scales"),
-        (long, f"longer than model.anchor_ratios {', '.join(f'{ratio:g}' for ratio in model.anchor_ratios)} "
-               f"(height over width {np.percentile(aspect, 10):.2f} to {np.percentile(aspect, 90):.2f}): more ratios"),
+        (
+            long,
+            f"longer than model.anchor_ratios {', '.join(f'{ratio:g}' for ratio in model.anchor_ratios)} "
+            f"(height over width {np.percentile(aspect, 10):.2f} to {np.percentile(aspect, 90):.2f}): more ratios",
+        ),
     ]
     named = [f"{int(mask.sum()):,} {text}" for mask, text in parts if mask.mean() > 0.05]
     return "; ".join(named) or "they fall between sizes and positions"
@@ -236,27 +267,40 @@ def check_classes(splits: list[DataSplit], problems: Problems) -> None:
     for split in splits[1:]:
         if (split.class_names, split.category_ids) != (first.class_names, first.category_ids):
             only = sorted(set(split.class_names) ^ set(first.class_names)) or ["the order or the ids"]
-            problems.add("different-classes", f"{split.root} {split.name}", f"classes differ from those of "
-                         f"{first.name!r}: {', '.join(map(shown, only[:6]))}")
+            problems.add(
+                "different-classes",
+                f"{split.root} {split.name}",
+                f"classes differ from those of {first.name!r}: {', '.join(map(shown, only[:6]))}",
+            )
     table = _table(first)
     counts = np.bincount(table.labels[~table.ignore], minlength=len(first.class_names))
     names = dict(enumerate(first.class_names))
     none = [names[label] for label in np.flatnonzero(counts == 0).tolist()]
     if none and counts.any():
-        problems.add("class-without-objects", where, f"{len(none)} of {len(names)}: {', '.join(map(shown, none[:8]))}"
-                     f"{', ...' if len(none) > 8 else ''}")
+        problems.add(
+            "class-without-objects",
+            where,
+            f"{len(none)} of {len(names)}: {', '.join(map(shown, none[:8]))}{', ...' if len(none) > 8 else ''}",
+        )
     present = counts[counts > 0]
     middle = float(np.median(present)) if len(present) else 0.0
     stray = np.flatnonzero((counts > 0) & (counts <= max(2, 0.01 * middle)) & (middle >= 20)).tolist()
     for label in stray:
-        problems.add("stray-class", where, f"{shown(names[label])} has {counts[label]} object"
-                     f"{'s' * int(counts[label] != 1)}, the others {middle:,.0f} in the middle: "
-                     f"{_places(first, label)}")
+        problems.add(
+            "stray-class",
+            where,
+            f"{shown(names[label])} has {counts[label]} object"
+            f"{'s' * int(counts[label] != 1)}, the others {middle:,.0f} in the middle: "
+            f"{_places(first, label)}",
+        )
     usual = {label: int(number) for label, number in enumerate(counts) if number and label not in stray}
     if usual and max(usual.values()) > 100 * min(usual.values()):
         most, least = max(usual, key=lambda label: usual[label]), min(usual, key=lambda label: usual[label])
-        problems.add("class-imbalance", where, f"{shown(names[most])} has {usual[most]:,} objects, "
-                     f"{shown(names[least])} {usual[least]:,}")
+        problems.add(
+            "class-imbalance",
+            where,
+            f"{shown(names[most])} has {usual[most]:,} objects, {shown(names[least])} {usual[least]:,}",
+        )
 
 
 def _places(split: DataSplit, label: int) -> str:

@@ -50,8 +50,9 @@ class Report:
     def summary(self) -> str:
         """One line: how many kinds of errors, warnings and notes."""
         found = [KINDS[kind].severity for kind in self.counts]
-        parts = [f"{found.count(word)} kind{'s' * (found.count(word) != 1)} of {word}s" for word in _ORDER
-                 if word in found]
+        parts = [
+            f"{found.count(word)} kind{'s' * (found.count(word) != 1)} of {word}s" for word in _ORDER if word in found
+        ]
         return f"{self.root}: " + (", ".join(parts) if parts else "nothing wrong found")
 
     def show(self, console: Console | None = None, *, least: str = "note") -> None:
@@ -76,18 +77,32 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """For JSON: description, counts per kind with severity and advice, every problem."""
         return {
-            "root": self.root, "format": self.format, "splits": self.splits,
-            "counts": {kind: {"count": number, "severity": KINDS[kind].severity, "title": KINDS[kind].title,
-                              "advice": KINDS[kind].advice} for kind, number in self.counts.items()},
-            "problems": [{key: printable(value) for key, value in asdict(problem).items()}
-                         for problem in self.problems],
+            "root": self.root,
+            "format": self.format,
+            "splits": self.splits,
+            "counts": {
+                kind: {
+                    "count": number,
+                    "severity": KINDS[kind].severity,
+                    "title": KINDS[kind].title,
+                    "advice": KINDS[kind].advice,
+                }
+                for kind, number in self.counts.items()
+            },
+            "problems": [
+                {key: printable(value) for key, value in asdict(problem).items()} for problem in self.problems
+            ],
         }
 
     @staticmethod
     def from_dict(content: dict[str, Any]) -> Report:
         """The inverse of ``to_dict``."""
-        return Report(content["root"], content["format"], list(content["splits"]),
-                      [Problem(**problem) for problem in content["problems"]])
+        return Report(
+            content["root"],
+            content["format"],
+            list(content["splits"]),
+            [Problem(**problem) for problem in content["problems"]],
+        )
 
 
 def new_report(root: Path, format_name: str) -> Report:

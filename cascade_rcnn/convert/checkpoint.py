@@ -90,8 +90,14 @@ def run_convert(source: Path, dest: Path, *, config: str | None = None, overwrit
             made, names = _decide(state, kind, found, source, config)
             model = _fitted(state, made.model, len(names), left_over)
             ids = COCO_IDS if names == COCO_NAMES else tuple(range(1, len(names) + 1))
-            save_checkpoint(dest, model, config=made, class_names=names, category_ids=ids,
-                            extra={"converted_from": origin | {"format": kind}})
+            save_checkpoint(
+                dest,
+                model,
+                config=made,
+                class_names=names,
+                category_ids=ids,
+                extra={"converted_from": origin | {"format": kind}},
+            )
     except CheckpointError as error:
         text = str(error)
         raise CheckpointError(text if text.startswith(str(dest)) else f"{source}: {text}") from None
@@ -185,8 +191,10 @@ def _decide(
     notes = found.notes
     notes.append(f"format: {kind} (its keys)")
     stages = f"{seen.stages} stage{'s' if seen.stages > 1 else ''}"
-    notes.append(f"network: {seen.backbone}, {stages}, {seen.classes} classes, masks: {seen.model['masks']}, "
-                 f"one box per {'RoI' if seen.model['class_agnostic_boxes'] else 'class'} (keys and shapes)")
+    notes.append(
+        f"network: {seen.backbone}, {stages}, {seen.classes} classes, masks: {seen.model['masks']}, "
+        f"one box per {'RoI' if seen.model['class_agnostic_boxes'] else 'class'} (keys and shapes)"
+    )
     hints = read_config_text(found.config_text) if found.config_text else Hints()
     if name is not None:
         from cascade_rcnn.recipes import load_config
@@ -197,8 +205,10 @@ def _decide(
         config = _config_without_recipe(seen, kind, hints, source, notes)
     anchors = len(config.model.anchor_scales) * len(config.model.anchor_ratios)
     if anchors_per_cell(state) != anchors:
-        raise CheckpointError(f"its RPN has {anchors_per_cell(state)} anchors at each position, the configuration "
-                              f"{anchors}: name a recipe with its model.anchor_scales and anchor_ratios in --config")
+        raise CheckpointError(
+            f"its RPN has {anchors_per_cell(state)} anchors at each position, the configuration "
+            f"{anchors}: name a recipe with its model.anchor_scales and anchor_ratios in --config"
+        )
     _match_preprocessing(state, kind, seen, config.model, hints, found)
     return config, _class_names(found, seen.classes, notes)
 
@@ -208,15 +218,20 @@ def _config_without_recipe(seen: Structure, kind: Format, hints: Hints, source: 
     data: dict[str, Any] = {}
     caffe = seen.groups == 1 and seen.depth >= 50 and seen.group_width == 64
     if kind == "mmdetection":
-        reason = (f"not visible in the weights, {'not in its' if hints.found else 'no'} config text: mmdetection's "
-                  "default; --config NAME for another")
+        reason = (
+            f"not visible in the weights, {'not in its' if hints.found else 'no'} config text: mmdetection's "
+            "default; --config NAME for another"
+        )
         style = "pytorch"
         if "caffe" in source.name and caffe:
             style, reason = "caffe", "the file's name"
         if "style" in hints.model:
             style, reason = hints.model["style"], "its config text"
-        model |= {"semantics": "mmdetection", "style": style,
-                  "norm": "frozen" if style == "caffe" or seen.group_width == 8 else "frozen_statistics"}
+        model |= {
+            "semantics": "mmdetection",
+            "style": style,
+            "norm": "frozen" if style == "caffe" or seen.group_width == 8 else "frozen_statistics",
+        }
     else:
         semantics = {"detectron2": "detectron2", "torchvision": "torchvision", "detectron": "paper"}[kind]
         caffe = caffe and seen.model.get("norm") != "group"  # such ResNets were trained anew, not in Caffe
@@ -260,12 +275,15 @@ def _match_preprocessing(
         theirs = Preprocessing(False, *_IMAGENET) if kind == "torchvision" else Preprocessing(True, *_DETECTRON)
     theirs = hints.preprocessing or theirs
     our_mean, our_std, our_bgr = normalization(model)
-    changed = absorb_preprocessing(state, bgr=theirs.bgr, mean=theirs.mean, std=theirs.std,
-                                   our_bgr=our_bgr, our_mean=our_mean, our_std=our_std)
+    changed = absorb_preprocessing(
+        state, bgr=theirs.bgr, mean=theirs.mean, std=theirs.std, our_bgr=our_bgr, our_mean=our_mean, our_std=our_std
+    )
     if changed:
         order = "BGR" if theirs.bgr else "RGB"
-        found.notes.append(f"its images were {order} with mean {_short(theirs.mean)} and std {_short(theirs.std)}: "
-                           "the difference was moved into the first convolution")
+        found.notes.append(
+            f"its images were {order} with mean {_short(theirs.mean)} and std {_short(theirs.std)}: "
+            "the difference was moved into the first convolution"
+        )
 
 
 def _short(values: tuple[float, ...]) -> str:
@@ -309,18 +327,26 @@ def _compare(state: dict[str, Tensor], wanted: Mapping[str, torch.Size], left_ov
     problems = {
         "missing": [key for key in wanted if key not in fitted],
         "left over": [*left_over, *(key for key in fitted if key not in wanted)],
-        "of another shape": [f"{key} {tuple(fitted[key].shape)} instead of {tuple(wanted[key])}" for key in wanted
-                             if key in fitted and fitted[key].shape != wanted[key]],
+        "of another shape": [
+            f"{key} {tuple(fitted[key].shape)} instead of {tuple(wanted[key])}"
+            for key in wanted
+            if key in fitted and fitted[key].shape != wanted[key]
+        ],
     }
-    listed = [f"{len(keys)} {what}: {', '.join(keys[:_LISTED])}{', ...' if len(keys) > _LISTED else ''}"
-              for what, keys in problems.items() if keys]
+    listed = [
+        f"{len(keys)} {what}: {', '.join(keys[:_LISTED])}{', ...' if len(keys) > _LISTED else ''}"
+        for what, keys in problems.items()
+        if keys
+    ]
     if listed:
-        raise CheckpointError(f"its keys do not fit the network; {'; '.join(listed)}; if another recipe describes it, "
-                              "name it in --config")
+        raise CheckpointError(
+            f"its keys do not fit the network; {'; '.join(listed)}; if another recipe describes it, name it in --config"
+        )
     broken = [key for key, value in fitted.items() if not bool(torch.isfinite(value).all())]
     if broken:
-        raise CheckpointError(f"{len(broken)} of its weights are not finite ({', '.join(broken[:3])}): take an earlier "
-                              "checkpoint")
+        raise CheckpointError(
+            f"{len(broken)} of its weights are not finite ({', '.join(broken[:3])}): take an earlier checkpoint"
+        )
     return {key: fitted[key] for key in wanted}
 
 
@@ -338,6 +364,8 @@ def _write_backbone(
             wanted = timm.create_model(name, pretrained=False, features_only=True).state_dict()
         body = _compare(body, {key: value.shape for key, value in wanted.items()}, left_over)
     notes.append(f"format: a backbone alone, {name} (its keys)")
-    notes.append(f"use it with --model.backbone {name} --model.backbone-weights {dest}; with --model.style caffe if it "
-                 "was trained in Caffe or comes from detectron2 (BGR, stride in the 1x1)")
+    notes.append(
+        f"use it with --model.backbone {name} --model.backbone-weights {dest}; with --model.style caffe if it "
+        "was trained in Caffe or comes from detectron2 (BGR, stride in the 1x1)"
+    )
     write_tensors(dest, body, {"kind": "backbone", "extra": json.dumps({"converted_from": dict(origin)})})

@@ -18,16 +18,25 @@ from cascade_rcnn.errors import CheckpointError
 
 _MAX_TEXT = 2_000_000
 _BLOCKS: dict[tuple[str, tuple[int, ...]], int] = {
-    ("basic", (2, 2, 2, 2)): 18, ("basic", (3, 4, 6, 3)): 34, ("bottleneck", (3, 4, 6, 3)): 50,
-    ("bottleneck", (3, 4, 23, 3)): 101, ("bottleneck", (3, 8, 36, 3)): 152,
+    ("basic", (2, 2, 2, 2)): 18,
+    ("basic", (3, 4, 6, 3)): 34,
+    ("bottleneck", (3, 4, 6, 3)): 50,
+    ("bottleneck", (3, 4, 23, 3)): 101,
+    ("bottleneck", (3, 8, 36, 3)): 152,
 }
 # (depth, groups, channels per group in the first stage's 3x3) to timm's name, with weights of the kind that was used.
 _TIMM = {
-    (18, 1, 64): "resnet18.tv_in1k", (34, 1, 64): "resnet34.tv_in1k", (50, 1, 64): "resnet50.tv_in1k",
-    (101, 1, 64): "resnet101.tv_in1k", (152, 1, 64): "resnet152.tv_in1k",
-    (50, 32, 4): "resnext50_32x4d.tv_in1k", (101, 32, 4): "resnext101_32x4d.gluon_in1k",
-    (101, 32, 8): "resnext101_32x8d.tv_in1k", (101, 64, 4): "resnext101_64x4d.tv_in1k",
-    (50, 1, 128): "wide_resnet50_2.tv_in1k", (101, 1, 128): "wide_resnet101_2.tv_in1k",
+    (18, 1, 64): "resnet18.tv_in1k",
+    (34, 1, 64): "resnet34.tv_in1k",
+    (50, 1, 64): "resnet50.tv_in1k",
+    (101, 1, 64): "resnet101.tv_in1k",
+    (152, 1, 64): "resnet152.tv_in1k",
+    (50, 32, 4): "resnext50_32x4d.tv_in1k",
+    (101, 32, 4): "resnext101_32x4d.gluon_in1k",
+    (101, 32, 8): "resnext101_32x8d.tv_in1k",
+    (101, 64, 4): "resnext101_64x4d.tv_in1k",
+    (50, 1, 128): "wide_resnet50_2.tv_in1k",
+    (101, 1, 128): "wide_resnet101_2.tv_in1k",
 }
 
 
@@ -74,14 +83,17 @@ def backbone_of(state: Mapping[str, Tensor]) -> tuple[str, int, int, int]:
     depth = _BLOCKS.get((kind, tuple(counts)))
     conv = keys.get("layer1.0.conv2.weight")
     if depth is None or conv is None:
-        raise CheckpointError(f"its backbone has {counts} {kind} blocks, which is no ResNet or ResNeXt known here; "
-                              "only those can be converted")
+        raise CheckpointError(
+            f"its backbone has {counts} {kind} blocks, which is no ResNet or ResNeXt known here; "
+            "only those can be converted"
+        )
     per_group = int(conv.shape[1])
     groups = int(conv.shape[0]) // per_group
     name = _TIMM.get((depth, groups, per_group))
     if name is None:
-        raise CheckpointError(f"its backbone is a ResNet-{depth} with {groups} groups of {per_group} channels, which "
-                              "timm does not have")
+        raise CheckpointError(
+            f"its backbone is a ResNet-{depth} with {groups} groups of {per_group} channels, which timm does not have"
+        )
     return name, depth, groups, per_group
 
 
@@ -90,8 +102,13 @@ def structure_of(state: Mapping[str, Tensor], source: Format) -> Structure:
     name, depth, groups, per_group = backbone_of(state)
     stages = _count(state, r"cascade\.box_heads\.(\d)\.classifier\.weight")
     mask_heads = _count(state, r"cascade\.mask_heads\.(\d)\.logits\.weight")
-    required = ("fpn.lateral.0.weight", "rpn.objectness.weight", "cascade.box_heads.0.classifier.weight",
-                "cascade.box_heads.0.fc1.weight", "cascade.box_heads.0.deltas.weight")
+    required = (
+        "fpn.lateral.0.weight",
+        "rpn.objectness.weight",
+        "cascade.box_heads.0.classifier.weight",
+        "cascade.box_heads.0.fc1.weight",
+        "cascade.box_heads.0.deltas.weight",
+    )
     for key in required:
         if key not in state:
             raise CheckpointError(f"it has nothing for {key}: not a two-stage detector with an FPN and linear heads")
@@ -195,8 +212,12 @@ def _test_settings(test: dict[str, Any]) -> dict[str, Any]:
     rcnn, rpn = _dict(test.get("rcnn")), _dict(test.get("rpn"))
     nms = _dict(rcnn.get("nms"))
     settings: dict[str, Any] = {}
-    found = {"score_threshold": rcnn.get("score_thr"), "nms_iou": nms.get("iou_threshold", nms.get("iou_thr")),
-             "max_detections": rcnn.get("max_per_img"), "test_proposals": rpn.get("max_per_img", rpn.get("max_num"))}
+    found = {
+        "score_threshold": rcnn.get("score_thr"),
+        "nms_iou": nms.get("iou_threshold", nms.get("iou_thr")),
+        "max_detections": rcnn.get("max_per_img"),
+        "test_proposals": rpn.get("max_per_img", rpn.get("max_num")),
+    }
     for name, value in found.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
             settings[name] = float(value) if name in ("score_threshold", "nms_iou") else int(value)
@@ -259,8 +280,11 @@ def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
         value = _value(node.operand, names)
         return -value if isinstance(value, (int, float)) else None
     if isinstance(node, ast.Dict):
-        return {key.value: _value(value, names) for key, value in zip(node.keys, node.values)
-                if isinstance(key, ast.Constant) and isinstance(key.value, str)}
+        return {
+            key.value: _value(value, names)
+            for key, value in zip(node.keys, node.values)
+            if isinstance(key, ast.Constant) and isinstance(key.value, str)
+        }
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
         return {word.arg: _value(word.value, names) for word in node.keywords if word.arg is not None}
     return None

@@ -45,22 +45,30 @@ MMDETECTION: Table = [
     (r"rpn_head\.rpn_conv\.(.*)", r"rpn.conv.\1"),
     (r"rpn_head\.rpn_cls\.(.*)", r"rpn.objectness.\1"),
     (r"rpn_head\.rpn_reg\.(.*)", r"rpn.deltas.\1"),
-    *[row for name, k in ((r"roi_head\.bbox_head\.", "0"), (r"roi_head\.bbox_head\.(?P<k>\d)\.", r"\g<k>")) for row in (
-        (name + r"shared_convs\.(?P<i>\d)\.conv\.(?P<p>.*)", rf"{_BOX}{k}.convs.\g<i>.0.\g<p>"),
-        (name + r"shared_convs\.(?P<i>\d)\.gn\.(?P<p>.*)", rf"{_BOX}{k}.convs.\g<i>.1.\g<p>"),
-        (name + r"shared_convs\.(?P<i>\d)\.bn\.(?P<p>.*)", rf"{_BOX}{k}.convs.\g<i>.0.bn.\g<p>"),
-        (name + r"shared_fcs\.0\.(?P<p>.*)", rf"{_BOX}{k}.fc1.\g<p>"),
-        (name + r"shared_fcs\.1\.(?P<p>.*)", rf"{_BOX}{k}.fc2.\g<p>"),
-        (name + r"fc_cls\.(?P<p>.*)", rf"{_BOX}{k}.classifier.\g<p>"),
-        (name + r"fc_reg\.(?P<p>.*)", rf"{_BOX}{k}.deltas.\g<p>"),
-    )],
-    *[row for name, k in ((r"roi_head\.mask_head\.", "0"), (r"roi_head\.mask_head\.(?P<k>\d)\.", r"\g<k>")) for row in (
-        (name + r"convs\.(?P<i>\d)\.conv\.(?P<p>.*)", rf"{_MASK}{k}.convs.\g<i>.\g<p>"),
-        (name + r"convs\.(?P<i>\d)\.gn\.(?P<p>.*)", rf"{_MASK}{k}.norms.\g<i>.\g<p>"),
-        (name + r"convs\.(?P<i>\d)\.bn\.(?P<p>.*)", rf"{_MASK}{k}.convs.\g<i>.bn.\g<p>"),
-        (name + r"upsample\.(?P<p>.*)", rf"{_MASK}{k}.upsample.\g<p>"),
-        (name + r"conv_logits\.(?P<p>.*)", rf"{_MASK}{k}.logits.\g<p>"),
-    )],
+    *[
+        row
+        for name, k in ((r"roi_head\.bbox_head\.", "0"), (r"roi_head\.bbox_head\.(?P<k>\d)\.", r"\g<k>"))
+        for row in (
+            (name + r"shared_convs\.(?P<i>\d)\.conv\.(?P<p>.*)", rf"{_BOX}{k}.convs.\g<i>.0.\g<p>"),
+            (name + r"shared_convs\.(?P<i>\d)\.gn\.(?P<p>.*)", rf"{_BOX}{k}.convs.\g<i>.1.\g<p>"),
+            (name + r"shared_convs\.(?P<i>\d)\.bn\.(?P<p>.*)", rf"{_BOX}{k}.convs.\g<i>.0.bn.\g<p>"),
+            (name + r"shared_fcs\.0\.(?P<p>.*)", rf"{_BOX}{k}.fc1.\g<p>"),
+            (name + r"shared_fcs\.1\.(?P<p>.*)", rf"{_BOX}{k}.fc2.\g<p>"),
+            (name + r"fc_cls\.(?P<p>.*)", rf"{_BOX}{k}.classifier.\g<p>"),
+            (name + r"fc_reg\.(?P<p>.*)", rf"{_BOX}{k}.deltas.\g<p>"),
+        )
+    ],
+    *[
+        row
+        for name, k in ((r"roi_head\.mask_head\.", "0"), (r"roi_head\.mask_head\.(?P<k>\d)\.", r"\g<k>"))
+        for row in (
+            (name + r"convs\.(?P<i>\d)\.conv\.(?P<p>.*)", rf"{_MASK}{k}.convs.\g<i>.\g<p>"),
+            (name + r"convs\.(?P<i>\d)\.gn\.(?P<p>.*)", rf"{_MASK}{k}.norms.\g<i>.\g<p>"),
+            (name + r"convs\.(?P<i>\d)\.bn\.(?P<p>.*)", rf"{_MASK}{k}.convs.\g<i>.bn.\g<p>"),
+            (name + r"upsample\.(?P<p>.*)", rf"{_MASK}{k}.upsample.\g<p>"),
+            (name + r"conv_logits\.(?P<p>.*)", rf"{_MASK}{k}.logits.\g<p>"),
+        )
+    ],
 ]
 
 # detectron2's ResNet, within a detector (backbone.bottom_up.) or alone (R-50.pkl).
@@ -69,37 +77,56 @@ DETECTRON2_BACKBONE: Table = [
     (_D2 + r"stem\.conv1\.norm\.(.*)", _BODY + r"bn1.\1"),
     (_D2 + r"stem\.conv1\.(.*)", _BODY + r"conv1.\1"),
     (r"(?:stem\.)?fc\.(?:.*)", ""),
-    *[row for n in (2, 3, 4, 5) for row in (
-        (_D2 + rf"res{n}\.(\d+)\.shortcut\.norm\.(.*)", rf"{_BODY}layer{n - 1}.\1.downsample.1.\2"),
-        (_D2 + rf"res{n}\.(\d+)\.shortcut\.(.*)", rf"{_BODY}layer{n - 1}.\1.downsample.0.\2"),
-        (_D2 + rf"res{n}\.(\d+)\.conv(\d)\.norm\.(.*)", rf"{_BODY}layer{n - 1}.\1.bn\2.\3"),
-        (_D2 + rf"res{n}\.(\d+)\.conv(\d)\.(.*)", rf"{_BODY}layer{n - 1}.\1.conv\2.\3"),
-    )],
+    *[
+        row
+        for n in (2, 3, 4, 5)
+        for row in (
+            (_D2 + rf"res{n}\.(\d+)\.shortcut\.norm\.(.*)", rf"{_BODY}layer{n - 1}.\1.downsample.1.\2"),
+            (_D2 + rf"res{n}\.(\d+)\.shortcut\.(.*)", rf"{_BODY}layer{n - 1}.\1.downsample.0.\2"),
+            (_D2 + rf"res{n}\.(\d+)\.conv(\d)\.norm\.(.*)", rf"{_BODY}layer{n - 1}.\1.bn\2.\3"),
+            (_D2 + rf"res{n}\.(\d+)\.conv(\d)\.(.*)", rf"{_BODY}layer{n - 1}.\1.conv\2.\3"),
+        )
+    ],
 ]
 DETECTRON2: Table = [
     (r"pixel_mean|pixel_std|.*anchor_generator\..*", ""),
     *DETECTRON2_BACKBONE,
-    *[row for n in (2, 3, 4, 5) for row in (
-        (rf"backbone\.fpn_lateral{n}\.norm\.(.*)", rf"fpn.lateral_norm.{n - 2}.\1"),
-        (rf"backbone\.fpn_lateral{n}\.(.*)", rf"fpn.lateral.{n - 2}.\1"),
-        (rf"backbone\.fpn_output{n}\.norm\.(.*)", rf"fpn.output_norm.{n - 2}.\1"),
-        (rf"backbone\.fpn_output{n}\.(.*)", rf"fpn.output.{n - 2}.\1"),
-    )],
+    *[
+        row
+        for n in (2, 3, 4, 5)
+        for row in (
+            (rf"backbone\.fpn_lateral{n}\.norm\.(.*)", rf"fpn.lateral_norm.{n - 2}.\1"),
+            (rf"backbone\.fpn_lateral{n}\.(.*)", rf"fpn.lateral.{n - 2}.\1"),
+            (rf"backbone\.fpn_output{n}\.norm\.(.*)", rf"fpn.output_norm.{n - 2}.\1"),
+            (rf"backbone\.fpn_output{n}\.(.*)", rf"fpn.output.{n - 2}.\1"),
+        )
+    ],
     *[(rf"proposal_generator\.rpn_head\.conv\.conv{i}\.(.*)", rf"rpn.conv.{2 * i}.\1") for i in range(4)],
     (r"proposal_generator\.rpn_head\.conv\.(.*)", r"rpn.conv.\1"),
     (r"proposal_generator\.rpn_head\.objectness_logits\.(.*)", r"rpn.objectness.\1"),
     (r"proposal_generator\.rpn_head\.anchor_deltas\.(.*)", r"rpn.deltas.\1"),
-    *[row for dot, k in ((r"\.", "0"), (r"\.(?P<k>\d)\.", r"\g<k>")) for row in (
-        *[(rf"roi_heads\.box_head{dot}conv{i}\.{norm}(?P<p>.*)", rf"{_BOX}{k}.convs.{i - 1}.{part}.\g<p>")
-          for i in range(1, 5) for norm, part in ((r"norm\.", 1), ("", 0))],
-        (rf"roi_heads\.box_head{dot}fc(?P<i>[12])\.(?P<p>.*)", rf"{_BOX}{k}.fc\g<i>.\g<p>"),
-        (rf"roi_heads\.box_predictor{dot}cls_score\.(?P<p>.*)", rf"{_BOX}{k}.classifier.\g<p>"),
-        (rf"roi_heads\.box_predictor{dot}bbox_pred\.(?P<p>.*)", rf"{_BOX}{k}.deltas.\g<p>"),
-    )],
-    *[row for i in range(1, 5) for row in (
-        (rf"roi_heads\.mask_head\.mask_fcn{i}\.norm\.(.*)", rf"{_MASK}0.norms.{i - 1}.\1"),
-        (rf"roi_heads\.mask_head\.mask_fcn{i}\.(.*)", rf"{_MASK}0.convs.{i - 1}.\1"),
-    )],
+    *[
+        row
+        for dot, k in ((r"\.", "0"), (r"\.(?P<k>\d)\.", r"\g<k>"))
+        for row in (
+            *[
+                (rf"roi_heads\.box_head{dot}conv{i}\.{norm}(?P<p>.*)", rf"{_BOX}{k}.convs.{i - 1}.{part}.\g<p>")
+                for i in range(1, 5)
+                for norm, part in ((r"norm\.", 1), ("", 0))
+            ],
+            (rf"roi_heads\.box_head{dot}fc(?P<i>[12])\.(?P<p>.*)", rf"{_BOX}{k}.fc\g<i>.\g<p>"),
+            (rf"roi_heads\.box_predictor{dot}cls_score\.(?P<p>.*)", rf"{_BOX}{k}.classifier.\g<p>"),
+            (rf"roi_heads\.box_predictor{dot}bbox_pred\.(?P<p>.*)", rf"{_BOX}{k}.deltas.\g<p>"),
+        )
+    ],
+    *[
+        row
+        for i in range(1, 5)
+        for row in (
+            (rf"roi_heads\.mask_head\.mask_fcn{i}\.norm\.(.*)", rf"{_MASK}0.norms.{i - 1}.\1"),
+            (rf"roi_heads\.mask_head\.mask_fcn{i}\.(.*)", rf"{_MASK}0.convs.{i - 1}.\1"),
+        )
+    ],
     (r"roi_heads\.mask_head\.deconv\.(.*)", rf"{_MASK}0.upsample.\1"),
     (r"roi_heads\.mask_head\.predictor\.(.*)", rf"{_MASK}0.logits.\1"),
 ]
@@ -136,35 +163,54 @@ DETECTRON_BACKBONE: Table = [
     (r"conv1\.(.*)", _BODY + r"conv1.\1"),
     (r"(?:res_conv1_bn|conv1_gn)\.(.*)", _BODY + r"bn1.\1"),
     (r"(?:fc1000|pred)\.(?:.*)", ""),
-    *[row for n in (2, 3, 4, 5) for row in (
-        (rf"res{n}_(\d+)_branch1\.(.*)", rf"{_BODY}layer{n - 1}.\1.downsample.0.\2"),
-        (rf"res{n}_(\d+)_branch1_[bg]n\.(.*)", rf"{_BODY}layer{n - 1}.\1.downsample.1.\2"),
-        *[(rf"res{n}_(\d+)_branch2{letter}\.(.*)", rf"{_BODY}layer{n - 1}.\1.conv{i}.\2")
-          for i, letter in ((1, "a"), (2, "b"), (3, "c"))],
-        *[(rf"res{n}_(\d+)_branch2{letter}_[bg]n\.(.*)", rf"{_BODY}layer{n - 1}.\1.bn{i}.\2")
-          for i, letter in ((1, "a"), (2, "b"), (3, "c"))],
-    )],
+    *[
+        row
+        for n in (2, 3, 4, 5)
+        for row in (
+            (rf"res{n}_(\d+)_branch1\.(.*)", rf"{_BODY}layer{n - 1}.\1.downsample.0.\2"),
+            (rf"res{n}_(\d+)_branch1_[bg]n\.(.*)", rf"{_BODY}layer{n - 1}.\1.downsample.1.\2"),
+            *[
+                (rf"res{n}_(\d+)_branch2{letter}\.(.*)", rf"{_BODY}layer{n - 1}.\1.conv{i}.\2")
+                for i, letter in ((1, "a"), (2, "b"), (3, "c"))
+            ],
+            *[
+                (rf"res{n}_(\d+)_branch2{letter}_[bg]n\.(.*)", rf"{_BODY}layer{n - 1}.\1.bn{i}.\2")
+                for i, letter in ((1, "a"), (2, "b"), (3, "c"))
+            ],
+        )
+    ],
 ]
 DETECTRON: Table = [
     (r".*_momentum|lr|weight_order", ""),
     *DETECTRON_BACKBONE,
-    *[row for n in (2, 3, 4, 5) for row in (
-        (rf"fpn_inner_res{n}_\d+_sum(?:_lateral)?\.(.*)", rf"fpn.lateral.{n - 2}.\1"),
-        (rf"fpn_inner_res{n}_\d+_sum(?:_lateral)?_gn\.(.*)", rf"fpn.lateral_norm.{n - 2}.\1"),
-        (rf"fpn_res{n}_\d+_sum\.(.*)", rf"fpn.output.{n - 2}.\1"),
-        (rf"fpn_res{n}_\d+_sum_gn\.(.*)", rf"fpn.output_norm.{n - 2}.\1"),
-    )],
+    *[
+        row
+        for n in (2, 3, 4, 5)
+        for row in (
+            (rf"fpn_inner_res{n}_\d+_sum(?:_lateral)?\.(.*)", rf"fpn.lateral.{n - 2}.\1"),
+            (rf"fpn_inner_res{n}_\d+_sum(?:_lateral)?_gn\.(.*)", rf"fpn.lateral_norm.{n - 2}.\1"),
+            (rf"fpn_res{n}_\d+_sum\.(.*)", rf"fpn.output.{n - 2}.\1"),
+            (rf"fpn_res{n}_\d+_sum_gn\.(.*)", rf"fpn.output_norm.{n - 2}.\1"),
+        )
+    ],
     (r"conv_rpn_fpn2\.(.*)", r"rpn.conv.\1"),
     (r"rpn_cls_logits_fpn2\.(.*)", r"rpn.objectness.\1"),
     (r"rpn_bbox_pred_fpn2\.(.*)", r"rpn.deltas.\1"),
-    *[row for k, stage in _STAGE.items() for row in (
-        (rf"fc6{stage}\.(.*)", rf"{_BOX}{k}.fc1.\1"),
-        (rf"fc7{stage}\.(.*)", rf"{_BOX}{k}.fc2.\1"),
-        (rf"cls_score{stage}\.(.*)", rf"{_BOX}{k}.classifier.\1"),
-        (rf"bbox_pred{stage}\.(.*)", rf"{_BOX}{k}.deltas.\1"),
-        *[(rf"head_conv{i}{stage}{norm}\.(.*)", rf"{_BOX}{k}.convs.{i - 1}.{part}.\1")
-          for i in range(1, 5) for norm, part in (("", 0), ("_gn", 1))],
-    )],
+    *[
+        row
+        for k, stage in _STAGE.items()
+        for row in (
+            (rf"fc6{stage}\.(.*)", rf"{_BOX}{k}.fc1.\1"),
+            (rf"fc7{stage}\.(.*)", rf"{_BOX}{k}.fc2.\1"),
+            (rf"cls_score{stage}\.(.*)", rf"{_BOX}{k}.classifier.\1"),
+            (rf"bbox_pred{stage}\.(.*)", rf"{_BOX}{k}.deltas.\1"),
+            *[
+                (rf"head_conv{i}{stage}{norm}\.(.*)", rf"{_BOX}{k}.convs.{i - 1}.{part}.\1")
+                for i in range(1, 5)
+                for norm, part in (("", 0), ("_gn", 1))
+            ],
+        )
+    ],
     *[(rf"_\[mask\]_fcn{i}\.(.*)", rf"{_MASK}0.convs.{i - 1}.\1") for i in range(1, 5)],
     (r"conv5_mask\.(.*)", rf"{_MASK}0.upsample.\1"),
     (r"mask_fcn_logits\.(.*)", rf"{_MASK}0.logits.\1"),
@@ -177,19 +223,30 @@ BACKBONE: Table = [
     *DETECTRON2_BACKBONE,
     *DETECTRON_BACKBONE,
 ]
-TABLES: dict[Format, Table] = {"mmdetection": MMDETECTION, "detectron2": DETECTRON2, "torchvision": TORCHVISION,
-                               "detectron": DETECTRON, "backbone": BACKBONE}
+TABLES: dict[Format, Table] = {
+    "mmdetection": MMDETECTION,
+    "detectron2": DETECTRON2,
+    "torchvision": TORCHVISION,
+    "detectron": DETECTRON,
+    "backbone": BACKBONE,
+}
 
 # The first key that is found names the format; the second column is the format, or why it cannot be read.
 _SIGNS: list[tuple[str, Format | str]] = [
     (r"roi_head\.bbox_head\..*", "mmdetection"),
-    (r"bbox_head\.(?:\d\.)?fc_cls\.weight", "written by mmdetection 1.x, whose boxes and labels count differently: "
-     "pass it through tools/model_converters/upgrade_model_version.py of mmdetection 2.x first"),
+    (
+        r"bbox_head\.(?:\d\.)?fc_cls\.weight",
+        "written by mmdetection 1.x, whose boxes and labels count differently: "
+        "pass it through tools/model_converters/upgrade_model_version.py of mmdetection 2.x first",
+    ),
     (r"rpn\.head\.cls_logits\.weight", "torchvision"),
     (r"proposal_generator\.rpn_head\.conv\.(?:conv0\.)?weight", "detectron2"),
     (r"conv_rpn_fpn2_w", "detectron"),
-    (r"(?:backbone\.)?layer1\.0\.conv1\.weight|(?:backbone\.(?:bottom_up\.)?)?res2\.0\.conv1\.weight|res2_0_branch2a_w"
-     r"|features\.0\.weight", "backbone"),
+    (
+        r"(?:backbone\.)?layer1\.0\.conv1\.weight|(?:backbone\.(?:bottom_up\.)?)?res2\.0\.conv1\.weight|res2_0_branch2a_w"
+        r"|features\.0\.weight",
+        "backbone",
+    ),
 ]
 _BACKGROUND_FIRST = ("torchvision", "detectron")
 
@@ -202,9 +259,11 @@ def recognise(keys: Iterable[str]) -> Format:
             if answer in TABLES:
                 return answer
             raise CheckpointError(answer)
-    raise CheckpointError(f"none of the formats known (its {len(names)} keys begin with "
-                          f"{', '.join(names[:3]) or 'nothing'}); "
-                          "Faster, Mask and Cascade R-CNN with an FPN and a ResNet or ResNeXt can be converted")
+    raise CheckpointError(
+        f"none of the formats known (its {len(names)} keys begin with "
+        f"{', '.join(names[:3]) or 'nothing'}); "
+        "Faster, Mask and Cascade R-CNN with an FPN and a ResNet or ResNeXt can be converted"
+    )
 
 
 def rename(state: Mapping[str, Tensor], source: Format) -> tuple[dict[str, Tensor], list[str]]:
@@ -253,8 +312,10 @@ def _fold_batch_norms(state: dict[str, Tensor]) -> dict[str, Tensor]:
         names = [f"{conv}.{name}" for name in ("weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")]
         missing = [name for name in names if name not in state]
         if missing or len({state[name].shape[:1] for name in names}) > 1:
-            raise CheckpointError(f"the batch norm behind {conv} is not whole ({', '.join(missing) or 'its sizes'} "
-                                  f"{'missing' if missing else 'differ'}): fetch the file again")
+            raise CheckpointError(
+                f"the batch norm behind {conv} is not whole ({', '.join(missing) or 'its sizes'} "
+                f"{'missing' if missing else 'differ'}): fetch the file again"
+            )
         weight, scale, shift, mean, variance = (state[name].double() for name in names)
         bias = state[f"{conv}.bias"].double() if f"{conv}.bias" in state else torch.zeros_like(mean)
         factor = scale / (variance + _BN_EPS).sqrt()  # [out channels]
@@ -330,7 +391,9 @@ def absorb_preprocessing(
     if shifted:
         mean_key = _BODY + "bn1.running_mean"
         if mean_key not in state:
-            raise CheckpointError(f"its images are normalised with mean {tuple(mean)} before a stem without batch "
-                                  "norm: such a difference cannot be converted exactly")
+            raise CheckpointError(
+                f"its images are normalised with mean {tuple(mean)} before a stem without batch "
+                "norm: such a difference cannot be converted exactly"
+            )
         state[mean_key] = (state[mean_key].double() - shift).float()
     return True

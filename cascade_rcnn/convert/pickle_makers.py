@@ -21,11 +21,35 @@ from torch import Tensor
 from cascade_rcnn.errors import CheckpointError
 
 # Standard-library data classes that harmlessly occur in checkpoints; they become placeholders.
-_INERT_STDLIB = ("argparse.Namespace", "datetime.", "pathlib.", "uuid.", "decimal.", "fractions.", "numpy.random.",
-                 "collections.defaultdict", "collections.deque", "collections.Counter", "torch.Generator")
+_INERT_STDLIB = (
+    "argparse.Namespace",
+    "datetime.",
+    "pathlib.",
+    "uuid.",
+    "decimal.",
+    "fractions.",
+    "numpy.random.",
+    "collections.defaultdict",
+    "collections.deque",
+    "collections.Counter",
+    "torch.Generator",
+)
 _REFUSED_ROOTS = frozenset(sys.stdlib_module_names) | {
-    "torch", "numpy", "torchvision", "cascade_rcnn", "__builtin__", "__builtins__", "copy_reg", "commands",
-    "exceptions", "pip", "setuptools", "pkg_resources", "cloudpickle", "dill", "joblib",
+    "torch",
+    "numpy",
+    "torchvision",
+    "cascade_rcnn",
+    "__builtin__",
+    "__builtins__",
+    "copy_reg",
+    "commands",
+    "exceptions",
+    "pip",
+    "setuptools",
+    "pkg_resources",
+    "cloudpickle",
+    "dill",
+    "joblib",
 } - {"__main__"}
 
 
@@ -78,8 +102,10 @@ def make(kind: Name, args: tuple[Any, ...]) -> object:
     if maker is not None:
         return maker(*args)
     if kind.module.split(".")[0] in _REFUSED_ROOTS and not str(kind).startswith(_INERT_STDLIB):
-        raise CheckpointError(f"wants to call {str(kind)[:80]}, which weights never need: refused (nothing was run); "
-                              "if you trust the file, save its state_dict alone where it was made")
+        raise CheckpointError(
+            f"wants to call {str(kind)[:80]}, which weights never need: refused (nothing was run); "
+            "if you trust the file, save its state_dict alone where it was made"
+        )
     return Placeholder(kind)
 
 
@@ -146,6 +172,7 @@ def _from_type(maker: object, kind: object, args: tuple[Any, ...], state: object
 
 def _listed(kind: Callable[[Any], object]) -> Callable[..., object]:
     """A container from a list in the pickle; anything else (a number asks for memory) is refused."""
+
     def make(items: object = ()) -> object:
         if not isinstance(items, (list, tuple, set, frozenset, dict)):
             raise CheckpointError(f"a container made from a {type(items).__name__}: refused")
@@ -159,7 +186,8 @@ def _listed(kind: Callable[[Any], object]) -> Callable[..., object]:
 
 
 _TENSOR_MAKERS: dict[str, Callable[..., object]] = {
-    "torch._utils._rebuild_tensor": _tensor, "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
 }
@@ -171,13 +199,24 @@ _MAKERS: dict[str, Callable[..., object]] = {
     "torch.device": lambda *_: None,
     "torch.Size": _listed(tuple),
     "collections.OrderedDict": _listed(OrderedDict),
-    **{f"{module}.{kind.__name__}": _listed(kind) for module in ("builtins", "__builtin__")
-       for kind in (set, frozenset, list, dict, tuple)},
-    "builtins.slice": lambda *_: None, "builtins.complex": lambda *_: None,
-    "_codecs.encode": _bytes, "builtins.bytes": _bytes,
+    **{
+        f"{module}.{kind.__name__}": _listed(kind)
+        for module in ("builtins", "__builtin__")
+        for kind in (set, frozenset, list, dict, tuple)
+    },
+    "builtins.slice": lambda *_: None,
+    "builtins.complex": lambda *_: None,
+    "_codecs.encode": _bytes,
+    "builtins.bytes": _bytes,
     **{f"{module}._reconstructor": lambda kind, *_: make(kind, ()) for module in ("copyreg", "copy_reg")},
     "numpy.dtype": lambda code, *_: Dtype(_text(code)),
-    **{f"numpy.{core}.{name}": maker for core in ("core", "_core") for name, maker in (
-        ("multiarray._reconstruct", lambda *_: Array()), ("multiarray.scalar", _scalar),
-        ("numeric._frombuffer", lambda *args: Array(_values(*args))))},
+    **{
+        f"numpy.{core}.{name}": maker
+        for core in ("core", "_core")
+        for name, maker in (
+            ("multiarray._reconstruct", lambda *_: Array()),
+            ("multiarray.scalar", _scalar),
+            ("numeric._frombuffer", lambda *args: Array(_values(*args))),
+        )
+    },
 }

@@ -33,11 +33,20 @@ _MAX_PROGRAM = 256 << 20  # bytes of pickle in a zip, the tensors' data not coun
 _MAX_ENTRIES = 200_000
 
 _STORAGES = {
-    "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
     "UntypedStorage": torch.uint8,
 }
+
+
 def as_tensor(value: object) -> Tensor | None:
     """A tensor from what a checkpoint holds under a key, or None for anything that is not an array of numbers."""
     if isinstance(value, Tensor):
@@ -69,8 +78,10 @@ def read_pickled(path: Path) -> object:
     except Exception as error:  # a damaged program may fail in any way; whichever, the file cannot be used
         reason = " ".join(f"{type(error).__name__} {error}".split())[:120]
         raise CheckpointError(f"{path}: damaged or not a checkpoint ({reason}): fetch the file again") from error
-    raise CheckpointError(f"{path}: neither a torch checkpoint nor a pickle (starts with {start!r}): if a web page was "
-                          "saved instead of the file, fetch it again")
+    raise CheckpointError(
+        f"{path}: neither a torch checkpoint nor a pickle (starts with {start!r}): if a web page was "
+        "saved instead of the file, fetch it again"
+    )
 
 
 def _read_zip(file: IO[bytes], size: int) -> object:

@@ -60,8 +60,13 @@ class DetectionDataset(Dataset[Item]):
     """
 
     def __init__(
-        self, split: DataSplit, config: DataConfig, *, training: bool, masks: bool = False,
-        semantics: Semantics = "mmdetection"
+        self,
+        split: DataSplit,
+        config: DataConfig,
+        *,
+        training: bool,
+        masks: bool = False,
+        semantics: Semantics = "mmdetection",
     ) -> None:
         """``masks``: give instance masks too, where the split has them.
 
@@ -71,8 +76,12 @@ class DetectionDataset(Dataset[Item]):
         self.config, self.training, self.semantics = config, training, semantics
         self.class_names = split.class_names
         self.masks = masks and split.has_masks
-        self.packed = pack_records(split.records, masks=self.masks, keep_ignored=config.ignore_regions,
-                                   keep_empty=config.keep_empty or not training)
+        self.packed = pack_records(
+            split.records,
+            masks=self.masks,
+            keep_ignored=config.ignore_regions,
+            keep_empty=config.keep_empty or not training,
+        )
         if not len(self.packed):
             what = "images" if not split.records else "images with objects to learn (and data.keep_empty is False)"
             raise DataError(f"{split.root}: split {split.name!r} has no {what}")
@@ -120,7 +129,7 @@ class DetectionDataset(Dataset[Item]):
         image = read_image(path, max_pixels=self.config.max_pixels)
         size = (int(image.shape[1]), int(image.shape[2]))
         self._check_size(index, size)
-        start, end = self.packed.offsets[index:index + 2].tolist()
+        start, end = self.packed.offsets[index : index + 2].tolist()
         # mmdetection scales boxes in float32, detectron2 in float64: where overlaps tie, the last bit decides.
         precision = np.float64 if self.semantics == "detectron2" else np.float32
         sample = Sample.of(image, self.packed.boxes[start:end].numpy().astype(precision))
@@ -130,19 +139,25 @@ class DetectionDataset(Dataset[Item]):
             sample = train_transform(sample, self.config, rng, semantics=self.semantics)
         kept = np.flatnonzero(sample.keep & (sample.boxes[:, 2:] > sample.boxes[:, :2]).all(axis=1))
         return Item(
-            image=sample.image, original_size=size, image_id=self.packed.image_id(index), path=path,
+            image=sample.image,
+            original_size=size,
+            image_id=self.packed.image_id(index),
+            path=path,
             boxes=sample.boxes[kept].astype(np.float32),
             labels=self.packed.labels[start:end].numpy()[kept].astype(np.int64),
             ignore=self.packed.ignore[start:end].numpy()[kept],
             masks=[self._mask(index, start + int(row), size, sample) for row in kept] if self.masks else None,
-            scale=sample.scale)
+            scale=sample.scale,
+        )
 
     def _check_size(self, index: int, size: tuple[int, int]) -> None:
         """The annotation counts pixels of an image of its own size; another size means boxes in the wrong place."""
         height, width = self.packed.sizes[index].tolist()
         if height > 0 and width > 0 and (height, width) != size:
-            raise DataError(f"{self.packed.path(index)}: is {size[1]}x{size[0]} (EXIF orientation not applied), the "
-                            f"annotation says {width}x{height}; run cascade-rcnn check on the data")
+            raise DataError(
+                f"{self.packed.path(index)}: is {size[1]}x{size[0]} (EXIF orientation not applied), the "
+                f"annotation says {width}x{height}; run cascade-rcnn check on the data"
+            )
 
     def _mask(self, index: int, row: int, size: tuple[int, int], sample: Sample) -> Window | None:
         try:
@@ -200,9 +215,7 @@ class PackedRecords:
         return np.divide(sizes[:, 1], sizes[:, 0], out=np.ones(len(sizes)), where=known)
 
 
-def pack_records(
-    records: Iterable[ImageRecord], *, masks: bool, keep_ignored: bool, keep_empty: bool
-) -> PackedRecords:
+def pack_records(records: Iterable[ImageRecord], *, masks: bool, keep_ignored: bool, keep_empty: bool) -> PackedRecords:
     """Flatten records, without degenerate boxes (no width or height within the image).
 
     Args:
@@ -232,18 +245,25 @@ def pack_records(
         if masks:
             given = record.segmentations or [None] * len(record.boxes)
             source = record.source or str(record.path)
-            segmentations += pack_segmentations([None if record.ignore[row] else given[row] for row in rows],
-                                                source=source)
+            segmentations += pack_segmentations(
+                [None if record.ignore[row] else given[row] for row in rows], source=source
+            )
     flat_boxes = np.concatenate(boxes) if boxes else np.zeros((0, 4))
     return PackedRecords(
         boxes=torch.from_numpy(flat_boxes),
         labels=torch.from_numpy(np.concatenate(labels) if labels else np.zeros(0, np.int32)),
         ignore=torch.from_numpy(np.concatenate(ignore) if ignore else np.zeros(0, bool)),
-        offsets=_offsets(counts), sizes=torch.tensor(sizes, dtype=torch.int32).reshape(-1, 2),
-        paths=_joined(paths), path_offsets=_offsets(map(len, paths)),
-        ids=_joined(ids), id_offsets=_offsets(map(len, ids)),
-        segmentations=_joined(segmentations), segmentation_offsets=_offsets(map(len, segmentations)),
-        dropped=dropped, ignored=ignored)
+        offsets=_offsets(counts),
+        sizes=torch.tensor(sizes, dtype=torch.int32).reshape(-1, 2),
+        paths=_joined(paths),
+        path_offsets=_offsets(map(len, paths)),
+        ids=_joined(ids),
+        id_offsets=_offsets(map(len, ids)),
+        segmentations=_joined(segmentations),
+        segmentation_offsets=_offsets(map(len, segmentations)),
+        dropped=dropped,
+        ignored=ignored,
+    )
 
 
 def _clipped(record: ImageRecord) -> NDArray[np.float64]:
@@ -262,5 +282,5 @@ def _joined(parts: list[bytes]) -> Tensor:
 
 
 def _text(buffer: Tensor, offsets: Tensor, index: int) -> bytes:
-    start, end = offsets[index:index + 2].tolist()
+    start, end = offsets[index : index + 2].tolist()
     return buffer[start:end].numpy().tobytes()

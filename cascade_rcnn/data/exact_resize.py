@@ -46,14 +46,14 @@ def resize_like_opencv(image: Tensor, size: tuple[int, int]) -> Tensor:
     rows = image.permute(1, 2, 0).contiguous().numpy().reshape(height, width * channels)
     across = np.empty((height, size[1] * channels), dtype=np.int16)  # at most 255 * 2048 >> 4
     for start in range(0, height, _BLOCK):
-        part = rows[start:start + _BLOCK].astype(np.int32)
+        part = rows[start : start + _BLOCK].astype(np.int32)
         sums = part.take(take_left, axis=1)
         sums *= weight_left
         other = part.take(take_right, axis=1)
         other *= weight_right
         sums += other
         sums >>= 4
-        across[start:start + _BLOCK] = sums
+        across[start : start + _BLOCK] = sums
     resized = np.empty((size[0], size[1] * channels), dtype=np.uint8)
     for start in range(0, size[0], _BLOCK):
         block = slice(start, start + _BLOCK)

@@ -128,7 +128,7 @@ def resolve_split(names: Sequence[str], wanted: str, root: Path) -> str:
         for name in names:
             if name.lower() == word.lower():
                 return name
-    with_year = [n for n in names for w in words if n.lower().startswith(w) and n[len(w):].strip("-_").isdigit()]
+    with_year = [n for n in names for w in words if n.lower().startswith(w) and n[len(w) :].strip("-_").isdigit()]
     if len(with_year) == 1:
         return with_year[0]
     if wanted == "all" and len(names) == 1:
@@ -141,5 +141,3 @@ def resolve_split(names: Sequence[str], wanted: str, root: Path) -> str:
         f"{printable(root)}: no split {shown(wanted)} (there are: {have}); name one of them, or hold a part out: "
         f"--data.train {part}:0-90 --data.val {part}:90-100"
     )
-
-

@@ -111,8 +111,10 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
     try:
         with quiet_pillow(), Image.open(path) as picture:
             if picture.width * picture.height > max_pixels:
-                raise DataError(f"{path}: {picture.width}x{picture.height} is more than data.max_pixels "
-                                f"{max_pixels}; raise it or make the image smaller")
+                raise DataError(
+                    f"{path}: {picture.width}x{picture.height} is more than data.max_pixels "
+                    f"{max_pixels}; raise it or make the image smaller"
+                )
             yield picture
     except DataError:
         raise
@@ -120,8 +122,9 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
         raise DataError(f"{path}: no such image file; check the data set's root folder") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...: all mean a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: cannot be read as an image ({reason}); replace it or take it out of the "
-                        "annotations") from error
+        raise DataError(
+            f"{path}: cannot be read as an image ({reason}); replace it or take it out of the annotations"
+        ) from error
 
 
 def _rgb(picture: Image.Image, path: str | Path) -> NDArray[np.uint8]:
@@ -156,15 +159,18 @@ def to_array(image: Any, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray[np.
         return _from_array(image)
     if type(image).__module__.partition(".")[0] == "torch":
         return _from_tensor(image)
-    raise UserError(f"cannot predict on {type(image).__name__}: give a path, a PIL image, a uint8 array [H, W, 3] "
-                    "or a uint8 tensor [3, H, W]")
+    raise UserError(
+        f"cannot predict on {type(image).__name__}: give a path, a PIL image, a uint8 array [H, W, 3] "
+        "or a uint8 tensor [3, H, W]"
+    )
 
 
 def _from_array(image: NDArray[Any]) -> NDArray[np.uint8]:
     shape = tuple(image.shape)
     if image.dtype != np.uint8:
-        raise UserError(f"array of {image.dtype} {list(shape)}: need uint8 0..255; "
-                        "for floats 0..1 use (x * 255).astype('uint8')")
+        raise UserError(
+            f"array of {image.dtype} {list(shape)}: need uint8 0..255; for floats 0..1 use (x * 255).astype('uint8')"
+        )
     if image.ndim == 2:
         return _not_empty(np.repeat(image[:, :, None], 3, axis=2))
     if image.ndim == 3 and shape[2] in (1, 3):

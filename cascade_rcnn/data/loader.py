@@ -46,8 +46,14 @@ class TrainSampler:
     """
 
     def __init__(
-        self, wide: NDArray[np.bool_], *, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0,
-        repeat: int = 1
+        self,
+        wide: NDArray[np.bool_],
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        repeat: int = 1,
     ) -> None:
         """``wide`` [I] says for each image whether its width is at least its height."""
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
@@ -71,8 +77,10 @@ class TrainSampler:
         mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         for step in range(self.start_step, len(chunks)):
             positions = range(step * chunks.shape[1], (step + 1) * chunks.shape[1])[mine]
-            yield [SampleKey(int(index), (self.seed, self.epoch, position))
-                   for index, position in zip(chunks[step, mine], positions)]
+            yield [
+                SampleKey(int(index), (self.seed, self.epoch, position))
+                for index, position in zip(chunks[step, mine], positions)
+            ]
 
     def _chunks(self) -> NDArray[np.int64]:
         """The epoch's image indices, one row per step."""
@@ -109,7 +117,7 @@ class EvalSampler:
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         for start in range(0, len(self.indices), self.batch_size):
-            yield [SampleKey(int(index)) for index in self.indices[start:start + self.batch_size]]
+            yield [SampleKey(int(index)) for index in self.indices[start : start + self.batch_size]]
 
 
 def bucket_sizes(config: DataConfig) -> tuple[tuple[int, int], ...]:
@@ -143,20 +151,26 @@ class Collate:
         if isinstance(items, DataError):
             return items
         sizes = torch.tensor([item.image.shape[1:] for item in items])
-        height, width = (-(-max(int(side), self.fixed_size) // self.pad_multiple) * self.pad_multiple
-                         for side in sizes.amax(dim=0))
-        height, width = next((size for size in self.buckets if size[0] >= height and size[1] >= width),
-                             (height, width))
-        pixels = torch.empty(len(items), 3, height, width, dtype=items[0].image.dtype,
-                             memory_format=torch.channels_last)  # as the images come: ten times faster to fill
+        height, width = (
+            -(-max(int(side), self.fixed_size) // self.pad_multiple) * self.pad_multiple for side in sizes.amax(dim=0)
+        )
+        height, width = next((size for size in self.buckets if size[0] >= height and size[1] >= width), (height, width))
+        pixels = torch.empty(
+            len(items), 3, height, width, dtype=items[0].image.dtype, memory_format=torch.channels_last
+        )  # as the images come: ten times faster to fill
         for row, item in zip(pixels, items):
             h, w = item.image.shape[1:]
             row[:, :h, :w] = item.image
             row[:, h:], row[:, :h, w:] = 0, 0
         images = ImageBatch(
-            pixels=pixels, sizes=sizes, original_sizes=torch.tensor([item.original_size for item in items]),
-            image_ids=tuple(item.image_id for item in items), paths=tuple(item.path for item in items),
-            bad=tuple(entry for item in items for entry in item.bad), scales=_scales(items))
+            pixels=pixels,
+            sizes=sizes,
+            original_sizes=torch.tensor([item.original_size for item in items]),
+            image_ids=tuple(item.image_id for item in items),
+            paths=tuple(item.path for item in items),
+            bad=tuple(entry for item in items for entry in item.bad),
+            scales=_scales(items),
+        )
         return images, _targets(items)
 
 
@@ -222,9 +236,15 @@ class Loader:
         square = config.long_side if dataset.training and config.large_scale_jitter is not None else 0
         collate = Collate(config.pad_multiple, square, bucket_sizes(config))
         self._loader: DataLoader[Any] | None = DataLoader(
-            dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate,
-            pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0, worker_init_fn=_start_worker,
-            multiprocessing_context=method)
+            dataset,
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+            worker_init_fn=_start_worker,
+            multiprocessing_context=method,
+        )
 
     def __len__(self) -> int:
         """Batches that the next iteration gives."""
@@ -287,12 +307,23 @@ def _close(loader: weakref.ref[Loader]) -> None:
 
 
 def train_loader(
-    dataset: DetectionDataset, *, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0,
-    workers: int | None = None
+    dataset: DetectionDataset,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    workers: int | None = None,
 ) -> Loader:
     """Shuffled batches of ``batch_size`` per rank, grouped by orientation, equally many on each rank."""
-    sampler = TrainSampler(dataset.packed.shapes() >= 1, batch_size=batch_size, rank=rank, world_size=world_size,
-                           seed=seed, repeat=dataset.config.repeat)
+    sampler = TrainSampler(
+        dataset.packed.shapes() >= 1,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        repeat=dataset.config.repeat,
+    )
     return Loader(dataset, sampler, workers=dataset.config.workers if workers is None else workers)
 
 

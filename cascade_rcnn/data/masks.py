@@ -35,8 +35,12 @@ def pack_segmentations(segmentations: Sequence[Segmentation | None], *, source: 
     Raises:
         DataError: an RLE without a usable size or counts, a coordinate that is not a number.
     """
-    polygons = [[polygon[:len(polygon) // 2 * 2] for polygon in segmentation if len(polygon) >= 6]
-                if isinstance(segmentation, list) else [] for segmentation in segmentations]
+    polygons = [
+        [polygon[: len(polygon) // 2 * 2] for polygon in segmentation if len(polygon) >= 6]
+        if isinstance(segmentation, list)
+        else []
+        for segmentation in segmentations
+    ]
     values = np.array(list(chain.from_iterable(chain.from_iterable(polygons))), dtype=np.float64)
     if not np.isfinite(values).all():
         raise DataError(f"{source}: a polygon holds a coordinate that is not a number; run cascade-rcnn check --fix")
@@ -105,7 +109,7 @@ def _decode_polygons(
     x, y, w, h = (int(value) for value in rle_api.toBbox(rle))
     if w <= 0 or h <= 0:
         return None
-    return np.asfortranarray(rle_api.decode(rle)[y:y + h, x:x + w]), top + y, left + x
+    return np.asfortranarray(rle_api.decode(rle)[y : y + h, x : x + w]), top + y, left + x
 
 
 def nearest_indices(old: int, new: int) -> NDArray[np.int64]:
@@ -186,5 +190,3 @@ def segmentation_area(segmentation: Segmentation | None) -> float:
         x, y = np.asarray(polygon, dtype=np.float64).reshape(-1, 2).T
         total += 0.5 * abs(float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))))
     return total
-
-

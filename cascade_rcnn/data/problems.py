@@ -37,72 +37,139 @@ KINDS: dict[str, Kind] = {
     # Met by the readers
     "bad-annotation": Kind("error", "annotation that cannot be understood", _FIX, refuses=True),
     "bad-number": Kind("error", "coordinate that is not a finite number", _FIX, refuses=True),
-    "unsafe-path": Kind("error", "image name that leaves the data set's folder", "use names below the folder you name "
-                        "as data", refuses=True),
-    "duplicate-image-id": Kind("error", "image id used twice", "give each image its own id; which objects belong to "
-                               "which image cannot be known", refuses=True),
-    "duplicate-category": Kind("error", "category id or name used twice", "merge them in the annotation file",
-                               refuses=True),
-    "unknown-category": Kind("error", "object of a category that is not listed", "list the category, or drop the "
-                             "objects with `--fix OUT`", refuses=True),
+    "unsafe-path": Kind(
+        "error",
+        "image name that leaves the data set's folder",
+        "use names below the folder you name as data",
+        refuses=True,
+    ),
+    "duplicate-image-id": Kind(
+        "error",
+        "image id used twice",
+        "give each image its own id; which objects belong to which image cannot be known",
+        refuses=True,
+    ),
+    "duplicate-category": Kind(
+        "error", "category id or name used twice", "merge them in the annotation file", refuses=True
+    ),
+    "unknown-category": Kind(
+        "error",
+        "object of a category that is not listed",
+        "list the category, or drop the objects with `--fix OUT`",
+        refuses=True,
+    ),
     "bad-mask": Kind("error", "mask that does not decode to the image's size", _FIX, refuses=True),
     "unknown-image": Kind("warning", "object of an image that is not listed", "it is left out; list the image"),
     "empty-box": Kind("warning", "box without area", "it is left out of training; `--fix OUT` drops it for good"),
-    "outside-box": Kind("warning", "box wholly outside its image", "it is left out of training; compare the image's "
-                        "size with the one it was labelled at"),
+    "outside-box": Kind(
+        "warning",
+        "box wholly outside its image",
+        "it is left out of training; compare the image's size with the one it was labelled at",
+    ),
     "short-polygon": Kind("warning", "polygon with fewer than three points", "it is left out; `--fix OUT` drops it"),
-    "missing-annotation": Kind("warning", "listed image without an annotation file", "it is left out; complete the "
-                               "download, or take it off the list"),
+    "missing-annotation": Kind(
+        "warning",
+        "listed image without an annotation file",
+        "it is left out; complete the download, or take it off the list",
+    ),
     "made-split": Kind("note", "split made by this program", "add the list of the official split to compare results"),
     # Found by check
-    "xyxy-as-xywh": Kind("error", "boxes stored as corners (x1, y1, x2, y2) where x, y, width, height are wanted",
-                         "`--fix OUT` rewrites them", refuses=True),
-    "relative-boxes": Kind("error", "boxes stored as fractions of the image where pixels are wanted",
-                           "`--fix OUT` rewrites them", refuses=True),
-    "all-crowd": Kind("error", "every object marked as crowd", "crowds are never learnt: set iscrowd to 0, or "
-                      "`--fix OUT`", refuses=True),
-    "no-learnable-objects": Kind("error", "split without any object to learn", "look for a wrong split or folder",
-                                 refuses=True),
+    "xyxy-as-xywh": Kind(
+        "error",
+        "boxes stored as corners (x1, y1, x2, y2) where x, y, width, height are wanted",
+        "`--fix OUT` rewrites them",
+        refuses=True,
+    ),
+    "relative-boxes": Kind(
+        "error",
+        "boxes stored as fractions of the image where pixels are wanted",
+        "`--fix OUT` rewrites them",
+        refuses=True,
+    ),
+    "all-crowd": Kind(
+        "error",
+        "every object marked as crowd",
+        "crowds are never learnt: set iscrowd to 0, or `--fix OUT`",
+        refuses=True,
+    ),
+    "no-learnable-objects": Kind(
+        "error", "split without any object to learn", "look for a wrong split or folder", refuses=True
+    ),
     "unreadable-split": Kind("error", "split that cannot be read", "mend the file that is named", refuses=True),
-    "no-images": Kind("error", "split without image files", "put the images where they are looked for, or link them "
-                      "there", refuses=True),
-    "missing-image": Kind("error", "image file that is not there", "complete the download, or drop it with "
-                          "`--fix OUT`"),
+    "no-images": Kind(
+        "error",
+        "split without image files",
+        "put the images where they are looked for, or link them there",
+        refuses=True,
+    ),
+    "missing-image": Kind(
+        "error", "image file that is not there", "complete the download, or drop it with `--fix OUT`"
+    ),
     "unreadable-image": Kind("error", "file that is not an image", "replace it, or drop it with `--fix OUT`"),
-    "truncated-image": Kind("error", "image file that ends too early", "download it again, or drop it with "
-                            "`--fix OUT`"),
-    "huge-image": Kind("error", "image with more pixels than data.max_pixels", "cut it into tiles, or raise "
-                       "data.max_pixels"),
-    "size-mismatch": Kind("error", "image whose size differs from the annotation's", "the boxes may belong to another "
-                          "version of the image; `--fix OUT` takes the file's size over"),
-    "rotated-image": Kind("warning", "image that viewers turn (EXIF orientation)", "training sees the pixels as "
-                          "stored; if it was labelled in a viewer, write the rotation into the pixels"),
+    "truncated-image": Kind(
+        "error", "image file that ends too early", "download it again, or drop it with `--fix OUT`"
+    ),
+    "huge-image": Kind(
+        "error", "image with more pixels than data.max_pixels", "cut it into tiles, or raise data.max_pixels"
+    ),
+    "size-mismatch": Kind(
+        "error",
+        "image whose size differs from the annotation's",
+        "the boxes may belong to another version of the image; `--fix OUT` takes the file's size over",
+    ),
+    "rotated-image": Kind(
+        "warning",
+        "image that viewers turn (EXIF orientation)",
+        "training sees the pixels as stored; if it was labelled in a viewer, write the rotation into the pixels",
+    ),
     "beyond-image": Kind("warning", "box that leaves its image", "it is clipped in training; `--fix OUT` clips it"),
     "duplicate-box": Kind("warning", "same box and class twice in an image", "`--fix OUT` keeps one"),
     "mask-off-box": Kind("warning", "mask that does not fit its box", "`--fix OUT` takes the box from the mask"),
-    "missing-mask": Kind("warning", "object without a mask in a data set with masks", "its box is learnt, its mask "
-                         "is not"),
-    "same-image-in-splits": Kind("error", "same image in two splits", "results on the second are worth nothing: take "
-                                 "it out of one"),
+    "missing-mask": Kind(
+        "warning", "object without a mask in a data set with masks", "its box is learnt, its mask is not"
+    ),
+    "same-image-in-splits": Kind(
+        "error", "same image in two splits", "results on the second are worth nothing: take it out of one"
+    ),
     "same-image-twice": Kind("note", "same image twice in a split", "harmless but for the weight it gets"),
-    "different-classes": Kind("error", "splits with different lists of classes", "write the same categories into "
-                              "every annotation file", refuses=True),
-    "class-without-objects": Kind("warning", "class without objects in the training split", "it cannot be learnt; a "
-                                  "misspelt twin?"),
-    "stray-class": Kind("warning", "class with a handful of objects", "a typing error or a slip of the mouse? rename, "
-                        "drop or label more"),
-    "class-imbalance": Kind("note", "classes of very different frequency", "rare classes are learnt late; look at AP "
-                            "per class"),
-    "image-without-objects": Kind("note", "image without objects", "used as background (data.keep_empty); fine if it "
-                                  "is meant"),
-    "no-anchor": Kind("warning", "more than a quarter of the objects meet no anchor with IoU 0.5", "change what is "
-                      "named; such objects train on their best anchor only"),
-    "some-without-anchor": Kind("note", "objects that no anchor meets with IoU 0.5", "such objects train on their best "
-                                "anchor only; common up to a quarter"),
-    "tiny-object": Kind("warning", "object below 4 pixels at the network's input", "enlarge the input "
-                        "(data.short_side, data.long_side) or cut the images into tiles"),
-    "too-many-objects": Kind("warning", "image with more objects than detections are kept", "raise "
-                             "model.max_detections"),
+    "different-classes": Kind(
+        "error",
+        "splits with different lists of classes",
+        "write the same categories into every annotation file",
+        refuses=True,
+    ),
+    "class-without-objects": Kind(
+        "warning", "class without objects in the training split", "it cannot be learnt; a misspelt twin?"
+    ),
+    "stray-class": Kind(
+        "warning",
+        "class with a handful of objects",
+        "a typing error or a slip of the mouse? rename, drop or label more",
+    ),
+    "class-imbalance": Kind(
+        "note", "classes of very different frequency", "rare classes are learnt late; look at AP per class"
+    ),
+    "image-without-objects": Kind(
+        "note", "image without objects", "used as background (data.keep_empty); fine if it is meant"
+    ),
+    "no-anchor": Kind(
+        "warning",
+        "more than a quarter of the objects meet no anchor with IoU 0.5",
+        "change what is named; such objects train on their best anchor only",
+    ),
+    "some-without-anchor": Kind(
+        "note",
+        "objects that no anchor meets with IoU 0.5",
+        "such objects train on their best anchor only; common up to a quarter",
+    ),
+    "tiny-object": Kind(
+        "warning",
+        "object below 4 pixels at the network's input",
+        "enlarge the input (data.short_side, data.long_side) or cut the images into tiles",
+    ),
+    "too-many-objects": Kind(
+        "warning", "image with more objects than detections are kept", "raise model.max_detections"
+    ),
 }
 
 

@@ -60,5 +60,3 @@ class DataSplit:
 #
 # Readers leave out what cannot be learnt from (an empty box) and count it; what would silently change the data set (an
 # unknown category, a repeated image id) refuses the training. ``check`` reads without refusing and reports everything.
-
-

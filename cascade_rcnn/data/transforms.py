@@ -41,8 +41,9 @@ class Sample:
     def of(image: Tensor, boxes: NDArray[np.floating[Any]]) -> Sample:
         """A sample before any transform."""
         height, width = image.shape[-2:]
-        return Sample(image, boxes.copy(), np.ones(len(boxes), dtype=bool), np.arange(height), np.arange(width),
-                      (height, width))
+        return Sample(
+            image, boxes.copy(), np.ones(len(boxes), dtype=bool), np.arange(height), np.arange(width), (height, width)
+        )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -139,8 +140,15 @@ def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample
     limit = np.array([right - left, bottom - top] * 2, dtype=sample.boxes.dtype)
     boxes = np.clip(sample.boxes - origin, 0, limit)
     visible = (boxes[:, 2:] - boxes[:, :2] >= SMALLEST_CROPPED_BOX).all(axis=1)
-    return Sample(sample.image[:, top:bottom, left:right], boxes, sample.keep & visible, sample.rows[top:bottom],
-                  sample.cols[left:right], sample.canvas, sample.scale)
+    return Sample(
+        sample.image[:, top:bottom, left:right],
+        boxes,
+        sample.keep & visible,
+        sample.rows[top:bottom],
+        sample.cols[left:right],
+        sample.canvas,
+        sample.scale,
+    )
 
 
 def flip_horizontal(sample: Sample) -> Sample:
@@ -174,8 +182,11 @@ def _fitted(sample: Sample, short_side: int, long_side: int, how: Interpolation,
 
 
 def large_scale_jitter(
-    sample: Sample, config: DataConfig, rng: np.random.Generator, how: Interpolation,
-    semantics: Semantics = "mmdetection"
+    sample: Sample,
+    config: DataConfig,
+    rng: np.random.Generator,
+    how: Interpolation,
+    semantics: Semantics = "mmdetection",
 ) -> Sample:
     """Fit the image into a square of ``long_side`` times a random factor, then crop to the square at random.
 

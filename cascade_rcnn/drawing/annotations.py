@@ -35,8 +35,20 @@ _DENSE = 0.22  # share of the picture that labels may cover before the legend re
 
 # Told apart with the common kinds of colour blindness: Okabe and Ito's set, then the clearest of Paul Tol's "muted".
 _PALETTE: tuple[Color, ...] = (
-    (230, 159, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (240, 228, 66),
-    (136, 34, 85), (153, 153, 51), (51, 34, 136), (68, 170, 153), (204, 102, 119), (17, 119, 51), (170, 68, 153),
+    (230, 159, 0),
+    (0, 114, 178),
+    (0, 158, 115),
+    (204, 121, 167),
+    (86, 180, 233),
+    (213, 94, 0),
+    (240, 228, 66),
+    (136, 34, 85),
+    (153, 153, 51),
+    (51, 34, 136),
+    (68, 170, 153),
+    (204, 102, 119),
+    (17, 119, 51),
+    (170, 68, 153),
 )
 
 
@@ -101,9 +113,16 @@ class Drawable(Protocol):
     def mask_crops(self) -> Iterator[MaskCrop]: ...
 
 
-def draw_detections(image: str | Path | Image.Image | NDArray[np.uint8] | Tensor, detections: Drawable, *,
-                    score_threshold: float = 0.0, show_scores: bool = True, labels: bool = True,
-                    mask_alpha: float = 0.4, scale: int = 1) -> Image.Image:
+def draw_detections(
+    image: str | Path | Image.Image | NDArray[np.uint8] | Tensor,
+    detections: Drawable,
+    *,
+    score_threshold: float = 0.0,
+    show_scores: bool = True,
+    labels: bool = True,
+    mask_alpha: float = 0.4,
+    scale: int = 1,
+) -> Image.Image:
     """A new picture of the image's size (times ``scale``) with boxes, masks, names and scores.
 
     ``image`` is a file, a picture, uint8 [H, W, 3] RGB or a uint8 tensor [3, H, W], of the size of the detections.
@@ -128,8 +147,14 @@ def draw_detections(image: str | Path | Image.Image | NDArray[np.uint8] | Tensor
     return draw_marks(picture, marks, mask_alpha=mask_alpha, labels=labels)
 
 
-def draw_record(record: ImageRecord, class_names: tuple[str, ...], *, image: Image.Image | None = None,
-                mask_alpha: float = 0.4, scale: int = 1) -> Image.Image:
+def draw_record(
+    record: ImageRecord,
+    class_names: tuple[str, ...],
+    *,
+    image: Image.Image | None = None,
+    mask_alpha: float = 0.4,
+    scale: int = 1,
+) -> Image.Image:
     """A picture (``scale`` times the image's size) of its annotations; regions to ignore are hatched in grey."""
     picture = image if image is not None else Image.fromarray(read_image(record.path).permute(1, 2, 0).numpy())
     marks = []
@@ -165,8 +190,9 @@ def draw_targets(picture: Image.Image, targets: Targets, index: int, class_names
     return draw_marks(picture, marks)
 
 
-def side_by_side(truth: Image.Image, prediction: Image.Image, *,
-                 titles: tuple[str, str] = ("ground truth", "prediction")) -> Image.Image:
+def side_by_side(
+    truth: Image.Image, prediction: Image.Image, *, titles: tuple[str, str] = ("ground truth", "prediction")
+) -> Image.Image:
     """Two pictures beside each other under a line of title each; the second is scaled to the first one's height."""
     if prediction.height != truth.height:
         width = max(1, round(prediction.width * truth.height / prediction.height))
@@ -224,8 +250,14 @@ def _mark_padding(pixels: NDArray[np.uint8], height: int, width: int) -> None:
     pixels[outside] = stripes[outside][:, None]
 
 
-def draw_marks(picture: Image.Image, marks: Sequence[Mark], *, style: Style | None = None, mask_alpha: float = 0.4,
-               labels: bool = True) -> Image.Image:
+def draw_marks(
+    picture: Image.Image,
+    marks: Sequence[Mark],
+    *,
+    style: Style | None = None,
+    mask_alpha: float = 0.4,
+    labels: bool = True,
+) -> Image.Image:
     """Draw the objects, most important first in ``marks``; gives a new picture of the same size."""
     style = style or Style.of((picture.height, picture.width), len(marks))
     pixels = np.array(picture.convert("RGB"))  # a copy
@@ -333,14 +365,22 @@ def _draw_labels(picture: Image.Image, marks: Sequence[Mark], style: Style) -> N
         _draw_tag(picture, spot, (width, height), mark, style)
 
 
-def _place(box: Sequence[float], width: int, height: int, size: tuple[int, int], placed: NDArray[np.float64],
-           line: int) -> tuple[int, int] | None:
+def _place(
+    box: Sequence[float], width: int, height: int, size: tuple[int, int], placed: NDArray[np.float64], line: int
+) -> tuple[int, int] | None:
     """Top left corner of a label near its box; None when every place is covered by better labels."""
     x1, y1, x2, y2 = _clip(box, *size)
     right = x2 - width + 1
     spots = [
-        (x1, y1 - height), (x1, y1), (right, y1 - height), (x1, y2 + 1), (right, y1), (right, y2 + 1),
-        (x2 + 1 + line, y1), (x1 - width - line, y1), (x1, y2 - height + 1),
+        (x1, y1 - height),
+        (x1, y1),
+        (right, y1 - height),
+        (x1, y2 + 1),
+        (right, y1),
+        (right, y2 + 1),
+        (x2 + 1 + line, y1),
+        (x1 - width - line, y1),
+        (x1, y2 - height + 1),
     ]
     if y2 - y1 < 2 * height or x2 - x1 < width:  # inside a small box the label would hide the object itself
         spots = [spot for spot in spots if not (y1 <= spot[1] < y2 and x1 <= spot[0] <= x2)]
@@ -374,8 +414,9 @@ def _draw_tag(picture: Image.Image, spot: tuple[int, int], size: tuple[int, int]
     pen.text(middle, mark.text, font=font(style.font), fill=text_color(color), anchor="mm")
 
 
-def rounded_panel(picture: Image.Image, box: tuple[int, int, int, int], color: Color, *, alpha: float,
-                  radius: float) -> None:
+def rounded_panel(
+    picture: Image.Image, box: tuple[int, int, int, int], color: Color, *, alpha: float, radius: float
+) -> None:
     """A filled rectangle with antialiased round corners, in place."""
     many = 4  # supersampling
     width, height = box[2] - box[0], box[3] - box[1]

@@ -14,8 +14,9 @@ _FAINT: Color = (222, 225, 230)
 _SOFT: Color = (110, 116, 126)
 
 
-def contact_sheet(images: Sequence[Image.Image], *, columns: int | None = None, cell: int = 320,
-                  titles: Sequence[str] = ()) -> Image.Image:
+def contact_sheet(
+    images: Sequence[Image.Image], *, columns: int | None = None, cell: int = 320, titles: Sequence[str] = ()
+) -> Image.Image:
     """Many pictures in a grid, each fitted into a cell of ``cell`` pixels' width; rows are as high as their highest."""
     if not images:
         return Image.new("RGB", (cell, cell), PAPER)
@@ -45,8 +46,12 @@ def _fit(image: Image.Image, cell: int) -> Image.Image:
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
-def ap_by_iou_chart(curves: Mapping[str, Sequence[tuple[float, float | None]]], *, title: str = "AP by IoU threshold",
-                    size: tuple[int, int] = (960, 600)) -> Image.Image:
+def ap_by_iou_chart(
+    curves: Mapping[str, Sequence[tuple[float, float | None]]],
+    *,
+    title: str = "AP by IoU threshold",
+    size: tuple[int, int] = (960, 600),
+) -> Image.Image:
     """A chart of AP (0..1) against the IoU that a detection must reach, one line per name; None leaves a gap.
 
     The paper's own way to look: a curve that stays high to the right means tight boxes.
@@ -93,8 +98,9 @@ def _nice_top(value: float) -> float:
     return min(1.0, max(0.1, math.ceil(value * 10 + 1e-9) / 10))
 
 
-def _draw_curve(pen: ImageDraw.ImageDraw, places: Sequence[tuple[float, float] | None], color: Color, unit: float, *,
-                shape: int) -> None:
+def _draw_curve(
+    pen: ImageDraw.ImageDraw, places: Sequence[tuple[float, float] | None], color: Color, unit: float, *, shape: int
+) -> None:
     """A line through the points with markers; their shape tells curves apart without colour."""
     for start, end in pairwise(places):
         if start is not None and end is not None:
@@ -123,8 +129,13 @@ def _draw_key(sheet: Image.Image, names: Sequence[str], frame: tuple[float, floa
     width = max(letters.getlength(name) for name in names) + 11 * unit
     left, top = frame[2] - width, frame[1] + unit
     pen = ImageDraw.Draw(sheet)
-    pen.rounded_rectangle((left, top, frame[2] - unit, top + row * len(names) + 2 * unit), radius=unit, fill=PAPER,
-                          outline=_FAINT, width=max(1, round(0.25 * unit)))
+    pen.rounded_rectangle(
+        (left, top, frame[2] - unit, top + row * len(names) + 2 * unit),
+        radius=unit,
+        fill=PAPER,
+        outline=_FAINT,
+        width=max(1, round(0.25 * unit)),
+    )
     for index, name in enumerate(names):
         middle = top + unit + row * (index + 0.5)
         pen.line((left + 1.5 * unit, middle, left + 7 * unit, middle), fill=class_color(index), width=round(0.8 * unit))

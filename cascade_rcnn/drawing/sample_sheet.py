@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 _LABELLED = 24  # pixels on the sheet: a smaller object would be hidden by its own name
 
 
-def draw_samples(splits: Sequence[DataSplit], count: int, *, marked: set[str] | None = None,
-                 cell: int = 560) -> Image:
+def draw_samples(splits: Sequence[DataSplit], count: int, *, marked: set[str] | None = None, cell: int = 560) -> Image:
     """A picture of ``count`` images with their objects, spread evenly over the splits; ignore regions are hatched.
 
     Up to half of them are images that ``marked`` names by their records' source. Raises ``DataError`` where no image
@@ -74,8 +73,9 @@ def _draw(record: ImageRecord, class_names: tuple[str, ...], cell: int) -> Image
     original = (record.width, record.height) if record.width else picture.size
     picture = picture.resize((max(1, round(original[0] * scale)), max(1, round(original[1] * scale))))
     marks = []
-    for row, (box, label, ignore) in enumerate(zip((record.boxes * scale).tolist(), record.labels.tolist(),
-                                                    record.ignore.tolist())):
+    for row, (box, label, ignore) in enumerate(
+        zip((record.boxes * scale).tolist(), record.labels.tolist(), record.ignore.tolist())
+    ):
         mask = record.segmentations[row] if record.segmentations is not None else None
         name = "ignored" if ignore else class_names[label]
         mark = Mark(tuple(box), class_color(label), text=name, name=name, ignore=ignore)

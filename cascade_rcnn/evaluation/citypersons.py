@@ -184,8 +184,9 @@ def read_truth(path: Path) -> People:
             ignore=np.array([one.get("ignore", 0) for one in found]).astype(np.bool_),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path}: not the layout of val_gt.json ({type(error).__name__}: {error}): give val_gt.json or "
-                        "anno_val.mat") from error
+        raise DataError(
+            f"{path}: not the layout of val_gt.json ({type(error).__name__}: {error}): give val_gt.json or anno_val.mat"
+        ) from error
     return _by_image(people)
 
 
@@ -209,5 +210,12 @@ def _read_mat(path: Path) -> People:
 
 def _by_image(people: People) -> People:
     order = np.argsort(people.rows, kind="stable")
-    return People(people.image_ids, people.categories, people.rows[order], people.boxes[order], people.heights[order],
-                  people.visible[order], people.ignore[order])
+    return People(
+        people.image_ids,
+        people.categories,
+        people.rows[order],
+        people.boxes[order],
+        people.heights[order],
+        people.visible[order],
+        people.ignore[order],
+    )

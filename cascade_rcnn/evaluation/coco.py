@@ -64,8 +64,13 @@ class CocoTable:
 
 
 def evaluate_coco(
-    truth: Path | dict[str, Any], results: Path | list[dict[str, Any]], *, iou_type: IouType,
-    class_names: Sequence[str] | None = None, max_detections: int = 100, notes: list[str] | None = None,
+    truth: Path | dict[str, Any],
+    results: Path | list[dict[str, Any]],
+    *,
+    iou_type: IouType,
+    class_names: Sequence[str] | None = None,
+    max_detections: int = 100,
+    notes: list[str] | None = None,
 ) -> dict[str, float | None]:
     """COCO metrics of a results list against ``instances.json``, both from files or from memory (left unchanged).
 
@@ -79,9 +84,7 @@ def evaluate_coco(
     return _metrics(table, iou_type, notes)
 
 
-def evaluate_coco_files(
-    truth: Path, results: Path, *, notes: list[str] | None = None
-) -> dict[str, float | None]:
+def evaluate_coco_files(truth: Path, results: Path, *, notes: list[str] | None = None) -> dict[str, float | None]:
     """``evaluate_coco`` for boxes and, where the results have masks, for masks, reading each file once."""
     notes = [] if notes is None else notes
     dataset, found = read_results.read_json(truth), read_results.read_json(results)
@@ -118,30 +121,43 @@ def _metrics(table: CocoTable, iou_type: str, notes: list[str] | None) -> dict[s
     if notes is not None:
         absent = [name for name in table.class_names if metrics[f"AP/{name}"] is None]
         if absent:
-            notes.append(f"{iou_type}/AP/CLASS is undefined for classes without objects (other than crowds): "
-                         f"{read_results.names_of(absent)}; means leave them out")
+            notes.append(
+                f"{iou_type}/AP/CLASS is undefined for classes without objects (other than crowds): "
+                f"{read_results.names_of(absent)}; means leave them out"
+            )
         bare = [key for key, value in metrics.items() if value is None and "/" not in key]
         if metrics["AP"] is None:
             notes.append(f"{iou_type}/*: the ground truth has no object that counts (none at all, or only crowds)")
         elif bare:
-            notes.append(f"{iou_type}: no object of this size in the ground truth: {read_results.names_of(bare)} undefined")
+            notes.append(
+                f"{iou_type}: no object of this size in the ground truth: {read_results.names_of(bare)} undefined"
+            )
     return {f"{iou_type}/{key}": value for key, value in metrics.items()}
 
 
 def coco_table(
-    truth: Path | dict[str, Any], results: Path | list[dict[str, Any]], *, iou_type: IouType,
-    class_names: Sequence[str] | None = None, max_detections: int = 100,
+    truth: Path | dict[str, Any],
+    results: Path | list[dict[str, Any]],
+    *,
+    iou_type: IouType,
+    class_names: Sequence[str] | None = None,
+    max_detections: int = 100,
 ) -> CocoTable:
     """The arrays behind ``evaluate_coco``; same arguments, same errors."""
     if max_detections < 1:
         raise DataError(f"max_detections {max_detections}: at least 1")
     named_truth = (read_results.read_json(truth), str(truth)) if isinstance(truth, Path) else (truth, "ground truth")
-    named_results = (read_results.read_json(results), str(results)) if isinstance(results, Path) else (results, "results")
+    named_results = (
+        (read_results.read_json(results), str(results)) if isinstance(results, Path) else (results, "results")
+    )
     return _table(named_truth, named_results, iou_type, class_names, max_detections)
 
 
 def _table(
-    truth: tuple[Any, str], results: tuple[Any, str], iou_type: IouType, class_names: Sequence[str] | None,
+    truth: tuple[Any, str],
+    results: tuple[Any, str],
+    iou_type: IouType,
+    class_names: Sequence[str] | None,
     max_detections: int,
 ) -> CocoTable:
     from faster_coco_eval import COCO, COCOeval_faster  # slow to import
@@ -171,9 +187,7 @@ def _mean(values: NDArray[np.float64]) -> float | None:
     return float(np.mean(known)) if known.size else None
 
 
-def _own_truth(
-    truth: Any, where: str, iou_type: IouType
-) -> tuple[dict[str, Any], dict[Hashable, int]]:
+def _own_truth(truth: Any, where: str, iou_type: IouType) -> tuple[dict[str, Any], dict[Hashable, int]]:
     """A checked copy with images numbered 1.. in the order of their ids and annotations numbered from 1 (the official
     matching takes an annotation id 0 for "not matched"), and the new number of each image id."""
     if not isinstance(truth, dict) or not all(isinstance(truth.get(key), list) for key in ("images", "categories")):
@@ -195,12 +209,20 @@ def _own_truth(
         if problem:
             raise DataError(f"{where}: annotation {index}: {problem}")
         box = [float(side) for side in one["bbox"]] if "bbox" in one else [0.0, 0.0, 0.0, 0.0]
-        copy = {"id": index + 1, "image_id": rows[one["image_id"]], "category_id": one["category_id"], "bbox": box,
-                "area": float(one["area"] if "area" in one else box[2] * box[3]), "iscrowd": int(one.get("iscrowd", 0))}
+        copy = {
+            "id": index + 1,
+            "image_id": rows[one["image_id"]],
+            "category_id": one["category_id"],
+            "bbox": box,
+            "area": float(one["area"] if "area" in one else box[2] * box[3]),
+            "iscrowd": int(one.get("iscrowd", 0)),
+        }
         annotations.append(copy)
     try:
-        sizes = [{"id": row, "height": int(images[key].get("height", 0)), "width": int(images[key].get("width", 0))}
-                 for key, row in rows.items()]
+        sizes = [
+            {"id": row, "height": int(images[key].get("height", 0)), "width": int(images[key].get("width", 0))}
+            for key, row in rows.items()
+        ]
     except (TypeError, ValueError) as error:
         raise DataError(f"{where}: an image whose height or width is not a number ({error}): correct it") from error
     if iou_type == "segm":
@@ -249,8 +271,10 @@ def _annotation_problem(
 
 def _class_names(categories: list[dict[str, Any]], class_names: Sequence[str] | None) -> tuple[str, ...]:
     if class_names is not None and len(class_names) != len(categories):
-        raise DataError(f"{len(class_names)} class names for {len(categories)} categories of the ground truth: "
-                        "give one for each, in the order of their ids")
+        raise DataError(
+            f"{len(class_names)} class names for {len(categories)} categories of the ground truth: "
+            "give one for each, in the order of their ids"
+        )
     names = [one["name"] for one in categories] if class_names is None else list(class_names)
     return tuple(name if names.count(name) == 1 else f"{name} ({one['id']})" for name, one in zip(names, categories))
 
@@ -323,15 +347,22 @@ def coco_truth(split: DataSplit) -> dict[str, Any]:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for record in split.records:
-        images.append({"id": record.image_id, "file_name": record.file_name, "height": record.height,
-                       "width": record.width})
+        images.append(
+            {"id": record.image_id, "file_name": record.file_name, "height": record.height, "width": record.width}
+        )
         crowd = record.attributes.get("iscrowd", record.ignore)
         masks: Sequence[Segmentation | None] = record.segmentations or [None] * len(record.boxes)
         corners = record.boxes.astype(np.float64)
         boxes = np.c_[corners[:, :2], corners[:, 2:] - corners[:, :2]].tolist()
         for g, (box, label, mask) in enumerate(zip(boxes, record.labels.tolist(), masks)):
-            one = {"id": len(annotations) + 1, "image_id": record.image_id, "category_id": split.category_ids[label],
-                   "bbox": box, "area": float(record.areas[g]), "iscrowd": int(crowd[g])}
+            one = {
+                "id": len(annotations) + 1,
+                "image_id": record.image_id,
+                "category_id": split.category_ids[label],
+                "bbox": box,
+                "area": float(record.areas[g]),
+                "iscrowd": int(crowd[g]),
+            }
             annotations.append(one | ({"segmentation": mask} if mask is not None else {}))
     categories = [{"id": key, "name": name} for key, name in zip(split.category_ids, split.class_names)]
     return {"images": images, "annotations": annotations, "categories": categories}

@@ -25,8 +25,15 @@ from cascade_rcnn.progress import progress_bar
 
 
 def evaluate_model(
-    model: CascadeRCNN, config: Config, split: DataSplit, *, device: torch.device | None = None, progress: bool = True,
-    batch_size: int = 1, class_map: Sequence[int] | None = None, workers: int | None = None,
+    model: CascadeRCNN,
+    config: Config,
+    split: DataSplit,
+    *,
+    device: torch.device | None = None,
+    progress: bool = True,
+    batch_size: int = 1,
+    class_map: Sequence[int] | None = None,
+    workers: int | None = None,
     look: Callable[[Detections], None] | None = None,
 ) -> Metrics:
     """COCO metrics of a model on a split: ``bbox/AP``, ``bbox/AP@0.50``, ``bbox/AP/CLASS``, ... and ``segm/...``.
@@ -41,16 +48,24 @@ def evaluate_model(
     """
     if device is not None:
         model = model.to(device)
-    results = detect_split(model, config, split, progress=progress, batch_size=batch_size,
-                           class_map=class_map, workers=workers, look=look)
+    results = detect_split(
+        model, config, split, progress=progress, batch_size=batch_size, class_map=class_map, workers=workers, look=look
+    )
     metrics = evaluate_results(results, config, split) if distributed.rank() == 0 else {}
     return distributed.broadcast(metrics)
 
 
 def detect_split(
-    model: CascadeRCNN, config: Config, split: DataSplit, *, progress: bool = True,
-    batch_size: int = 1, class_map: Sequence[int] | None = None, workers: int | None = None,
-    look: Callable[[Detections], None] | None = None, precision: Precision = "auto",
+    model: CascadeRCNN,
+    config: Config,
+    split: DataSplit,
+    *,
+    progress: bool = True,
+    batch_size: int = 1,
+    class_map: Sequence[int] | None = None,
+    workers: int | None = None,
+    look: Callable[[Detections], None] | None = None,
+    precision: Precision = "auto",
 ) -> list[dict[str, Any]]:
     """COCO results of a model on all images of a split: on rank 0 those of all processes, elsewhere an empty list."""
     dataset = DetectionDataset(split, config.data, training=False, semantics=config.model.semantics)
@@ -89,8 +104,9 @@ def _as_split(split: DataSplit, class_map: Sequence[int] | None) -> tuple[tuple[
     return names, tuple(split.category_ids[label] if label >= 0 else _NOT_IN_SPLIT for label in class_map)
 
 
-def evaluate_results(results: list[dict[str, Any]], config: Config, split: DataSplit, *,
-                     notes: list[str] | None = None) -> Metrics:
+def evaluate_results(
+    results: list[dict[str, Any]], config: Config, split: DataSplit, *, notes: list[str] | None = None
+) -> Metrics:
     """COCO metrics of what ``detect_split`` gave; ``model.max_detections`` above 100 (dense scenes) counts here too."""
     truth = coco_truth(split)
     limit = max(100, config.model.max_detections)
@@ -115,8 +131,11 @@ def match_classes(known: Sequence[str], split: DataSplit, checkpoint: str | Path
             "in the annotations, or train on this data set (cascade-rcnn train finetune --data ...)"
         )
     if not quiet and len(known) > len(split.class_names):
-        print(f"the checkpoint knows {len(known)} classes ({_listed(known)}), the data have {len(split.class_names)} "
-              f"of them ({_listed(split.class_names)}): the others are left out", file=sys.stderr)
+        print(
+            f"the checkpoint knows {len(known)} classes ({_listed(known)}), the data have {len(split.class_names)} "
+            f"of them ({_listed(split.class_names)}): the others are left out",
+            file=sys.stderr,
+        )
     return [split.class_names.index(name) if name in split.class_names else -1 for name in known]
 
 

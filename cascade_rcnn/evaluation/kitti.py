@@ -61,8 +61,10 @@ def evaluate_kitti(truth: Path, results: Path, *, notes: list[str] | None = None
     notes = [] if notes is None else notes
     labels, detections, left_out = read_kitti_files(truth, results)
     if left_out:
-        notes.append(f"{len(left_out)} frames of {truth} have no results file ({min(left_out)}.txt first) and are left "
-                     "out, as officially; write an empty file for an image without detections")
+        notes.append(
+            f"{len(left_out)} frames of {truth} have no results file ({min(left_out)}.txt first) and are left "
+            "out, as officially; write an empty file for an image without detections"
+        )
     metrics: dict[str, float | None] = {}
     for name in CLASSES:
         curves = precision_curves(labels, detections, name)
@@ -166,8 +168,13 @@ def _thresholds(scores: NDArray[np.float64], valid: int) -> list[float]:
 
 
 def _assign(
-    labels: Boxes, pairs: _Pairs, preference: NDArray[np.float64], scores: NDArray[np.float64],
-    thresholds: list[float] | NDArray[np.float64], valid: NDArray[np.bool_], regular: NDArray[np.bool_],
+    labels: Boxes,
+    pairs: _Pairs,
+    preference: NDArray[np.float64],
+    scores: NDArray[np.float64],
+    thresholds: list[float] | NDArray[np.float64],
+    valid: NDArray[np.bool_],
+    regular: NDArray[np.bool_],
 ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
     """Gives each object in turn the free detection that it prefers (first of equals), for T thresholds at once.
 

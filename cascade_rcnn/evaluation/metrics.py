@@ -51,10 +51,17 @@ def _tables(metrics: Metrics) -> list[_Table]:
     if "kitti" in kinds:
         names = list(dict.fromkeys(key.split("/")[1] for key in metrics if key.startswith("kitti/")))
         levels = ("easy", "moderate", "hard")
-        tables.append(("class", list(levels), {
-            f"{name} {points}": [f"kitti/{name}/{level}/{points}" for level in levels]
-            for points in ("R40", "R11") for name in names
-        }))
+        tables.append(
+            (
+                "class",
+                list(levels),
+                {
+                    f"{name} {points}": [f"kitti/{name}/{level}/{points}" for level in levels]
+                    for points in ("R40", "R11")
+                    for name in names
+                },
+            )
+        )
     for kind, head in (("citypersons", "miss rate (lower is better)"), ("widerface", "AP")):
         if kind in kinds:
             tables.append((head, [kind], {key.split("/")[-1]: [key] for key in metrics if key.startswith(f"{kind}/")}))

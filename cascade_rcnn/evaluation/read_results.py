@@ -53,15 +53,14 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(read_text(path), parse_constant=refuse)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}: line {error.lineno}: not JSON ({error.msg}): give the JSON file of this "
-                        "format, whole") from error
+        raise DataError(
+            f"{path}: line {error.lineno}: not JSON ({error.msg}): give the JSON file of this format, whole"
+        ) from error
     except RecursionError as error:
         raise DataError(f"{path}: JSON nested too deeply: not a file of this format") from error
 
 
-def read_table(
-    path: Path, *, columns: str, names: int = 1, skip: int = 0
-) -> tuple[list[str], NDArray[np.float64]]:
+def read_table(path: Path, *, columns: str, names: int = 1, skip: int = 0) -> tuple[list[str], NDArray[np.float64]]:
     """Rows of a text file of ``columns`` (names separated by blanks); the first ``names`` (0 or 1) of them are words.
 
     The first ``skip`` lines are left out, empty lines too. Returns the words [N] and the numbers [N, columns - names].
@@ -84,12 +83,14 @@ def _first_bad_line(path: Path, lines: list[str], columns: str, names: int, skip
     for number, line in enumerate(lines, start=1 + skip):
         row = line.split()
         if row and len(row) != expected:
-            return DataError(f"{path}: line {number} has {len(row)} columns, not the {expected} of '{columns}': "
-                             f"{_short(line)}")
+            return DataError(
+                f"{path}: line {number} has {len(row)} columns, not the {expected} of '{columns}': {_short(line)}"
+            )
         for value in row[names:]:
             if not _finite(value):
-                return DataError(f"{path}: line {number}: {_short(value)} is not a finite number: "
-                                 f"each line is '{columns}'")
+                return DataError(
+                    f"{path}: line {number}: {_short(value)} is not a finite number: each line is '{columns}'"
+                )
     return DataError(f"{path}: cannot be read as lines of '{columns}'")  # numbers that only NumPy refuses
 
 
@@ -102,8 +103,10 @@ def parse_results(
     boxes of the table are zero.
     """
     if not isinstance(found, list):
-        raise DataError(f"{name}: holds {_kind(found)}, not a list of detections: "
-                        'give [{"image_id", "category_id", "bbox": [x, y, width, height], "score"}, ...]')
+        raise DataError(
+            f"{name}: holds {_kind(found)}, not a list of detections: "
+            'give [{"image_id", "category_id", "bbox": [x, y, width, height], "score"}, ...]'
+        )
     for index, entry in enumerate(found):
         problem = _entry_problem(entry, images, categories, need_box)
         if problem:

@@ -106,14 +106,17 @@ def _write_widerface(split: DataSplit, _: list[dict[str, Any]], table: read_resu
         place = PurePosixPath(record.file_name)
         if len(place.parts) != 2 or ".." in place.parts:
             raise DataError(f"image {record.file_name!r} is not EVENT/IMAGE.jpg: WIDER FACE submissions need that name")
-        lines = [_line(*table.boxes[one], table.scores[one]) for one in order[ends[row]:ends[row + 1]]]
+        lines = [_line(*table.boxes[one], table.scores[one]) for one in order[ends[row] : ends[row + 1]]]
         wanted[out / place.parts[0] / f"{place.stem}.txt"] = [place.stem, str(len(lines)), *lines]
     return _write_files(out, wanted, pattern="*/*.txt")
 
 
 _Writer = Callable[[DataSplit, list[dict[str, Any]], read_results.ResultTable, Path], Path]
 _WRITERS: Mapping[str, _Writer] = {
-    "coco": _write_coco, "voc": _write_voc, "kitti": _write_kitti, "citypersons": _write_citypersons,
+    "coco": _write_coco,
+    "voc": _write_voc,
+    "kitti": _write_kitti,
+    "citypersons": _write_citypersons,
     "widerface": _write_widerface,
 }
 
@@ -173,10 +176,17 @@ def submit_predictions(
     nothing = np.zeros(0)
     records = [
         ImageRecord(
-            path=Path(name), file_name=name, image_id=ids[name], height=0, width=0, boxes=nothing.reshape(0, 4),
-            labels=nothing.astype(np.int64), ignore=nothing.astype(bool), areas=nothing,
+            path=Path(name),
+            file_name=name,
+            image_id=ids[name],
+            height=0,
+            width=0,
+            boxes=nothing.reshape(0, 4),
+            labels=nothing.astype(np.int64),
+            ignore=nothing.astype(bool),
+            areas=nothing,
         )
         for name in ordered
-    ]  # fmt: skip
+    ]
     split = DataSplit(format, "test", Path(), records, tuple(classes[0]), tuple(classes[1]))
     return write_submission(format, split, detections, out)

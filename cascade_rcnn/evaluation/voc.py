@@ -19,8 +19,26 @@ from cascade_rcnn.evaluation import read_results
 from cascade_rcnn.evaluation.pairwise import best_of_each, ious, pair_up
 
 CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
-    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
 )
 _RECALL_STEPS = np.arange(0.0, 1.1, 0.1)  # 3 * 0.1 > 3 / 10: a recall of exactly 3/10 misses its step, as officially
 
@@ -90,9 +108,7 @@ def area_under(recall: NDArray[np.float64], precision: NDArray[np.float64]) -> f
     return float(np.sum(np.diff(recall) * best[1:]))
 
 
-def _match(
-    objects: ClassObjects, detections: ClassObjects, iou: float
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def _match(objects: ClassObjects, detections: ClassObjects, iou: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """True and false positives [D] in the order of falling score.
 
     A detection looks only at the object that it overlaps most: difficult, it counts as neither; taken, as false.
@@ -200,28 +216,39 @@ def _check_classes(
         if not strange:
             return
     name = min(strange)
-    raise DataError(f"{results}/comp4_det_{split}_{name}.txt: class {name!r} is in no annotation, "
-                    f"which have {read_results.names_of(objects)}: rename or remove the file")
+    raise DataError(
+        f"{results}/comp4_det_{split}_{name}.txt: class {name!r} is in no annotation, "
+        f"which have {read_results.names_of(objects)}: rename or remove the file"
+    )
 
 
 def _explain(
-    objects: dict[str, ClassObjects], detections: dict[str, ClassObjects], area: dict[str, float | None], split: str,
+    objects: dict[str, ClassObjects],
+    detections: dict[str, ClassObjects],
+    area: dict[str, float | None],
+    split: str,
     notes: list[str],
 ) -> None:
     missing = sorted(set(objects) - set(detections))
     if missing:
-        notes.append(f"no file comp4_det_{split}_CLASS.txt for {read_results.names_of(missing)}: undefined, and so are the "
-                     "means; write an empty file for a class that was never detected")
+        notes.append(
+            f"no file comp4_det_{split}_CLASS.txt for {read_results.names_of(missing)}: undefined, and so are the "
+            "means; write an empty file for a class that was never detected"
+        )
     undefined = [name for name, value in area.items() if value is None and name in detections]
     if undefined:
         defined = [value for value in area.values() if value is not None]
         rest = f"; the mean over the other {len(defined)} is {np.mean(defined):.4f}" if defined else ""
-        notes.append(f"voc/AP is undefined for {read_results.names_of(undefined)} (detections, but no object that counts), "
-                     f"and so is voc/mAP, the plain mean{rest}")
+        notes.append(
+            f"voc/AP is undefined for {read_results.names_of(undefined)} (detections, but no object that counts), "
+            f"and so is voc/mAP, the plain mean{rest}"
+        )
     zero = [name for name in detections if name not in objects or bool(np.all(objects[name].difficult))]
     if zero:
-        notes.append(f"without objects that count: {read_results.names_of(zero)}; the official 11-point AP of such a class is "
-                     "0 and enters voc/mAP07")
+        notes.append(
+            f"without objects that count: {read_results.names_of(zero)}; the official 11-point AP of such a class is "
+            "0 and enters voc/mAP07"
+        )
 
 
 def _mean(values: dict[str, float | None]) -> float | None:

@@ -99,7 +99,9 @@ def _normalised(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def read_truth(root: Path) -> Faces:
     """The four official ``.mat`` files of a folder."""
-    read_results.folder(root, "the folder of wider_face_val.mat, wider_easy_val.mat, wider_medium_val.mat, wider_hard_val.mat")
+    read_results.folder(
+        root, "the folder of wider_face_val.mat, wider_easy_val.mat, wider_medium_val.mat, wider_hard_val.mat"
+    )
     path = root / "wider_face_val.mat"
     table = _load(path, ("event_list", "file_list", "face_bbx_list"))
     lists = {name: _load(root / f"wider_{name}_val.mat", ("gt_list",))["gt_list"] for name in SETTINGS}
@@ -158,8 +160,10 @@ def read_submission(
         raise DataError(f"{results}: no EVENT/IMAGE.txt in it: give the folder that holds the event folders")
     if len(seen) < len(images):
         event, name = next(key for key in images if key not in seen)
-        notes.append(f"{len(images) - len(seen)} of {len(images)} images have no file ({event}/{name}.txt first): they "
-                     "count as without detections")
+        notes.append(
+            f"{len(images) - len(seen)} of {len(images)} images have no file ({event}/{name}.txt first): they "
+            "count as without detections"
+        )
     table = np.concatenate(tables)
     table[:, 2:4] += table[:, :2]
     return np.concatenate(rows), table[:, :4], table[:, 4]
@@ -169,5 +173,7 @@ def _check_count(path: Path, found: int) -> None:
     lines = read_results.read_text(path).splitlines()
     if len(lines) < 2 or lines[1].strip() != str(found):
         count = lines[1].strip() if len(lines) > 1 else ""
-        raise DataError(f"{path}: line 2 says {count!r} detections and {found} lines follow: "
-                        "write image name, count, then one line for each")
+        raise DataError(
+            f"{path}: line 2 says {count!r} detections and {found} lines follow: "
+            "write image name, count, then one line for each"
+        )

@@ -60,8 +60,10 @@ def check_compiler(device: torch.device) -> None:
     usual = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
     name = os.environ.get("CXX") or usual
     if shutil.which(name) is None:
-        raise UserError(f"--compile needs a C++ compiler, and {name!r} is not there: install one (Debian, Ubuntu: apt "
-                        "install g++) or name it in the variable CXX, or leave --compile away")
+        raise UserError(
+            f"--compile needs a C++ compiler, and {name!r} is not there: install one (Debian, Ubuntu: apt "
+            "install g++) or name it in the variable CXX, or leave --compile away"
+        )
 
 
 def compile_for_inference(model: CascadeRCNN, *, multiple: int = 32) -> CompiledCascadeRCNN:
@@ -103,8 +105,15 @@ class CompiledCascadeRCNN(CascadeRCNN):
     """A network for inference that makes code for each size of batch when it first meets it, and says so."""
 
     def __init__(self, model: CascadeRCNN, *, multiple: int = 32) -> None:
-        super().__init__(model.backbone, model.fpn, model.rpn, model.cascade, mean=model.mean.flatten().tolist(),
-                         std=model.std.flatten().tolist(), bgr=model.bgr)
+        super().__init__(
+            model.backbone,
+            model.fpn,
+            model.rpn,
+            model.cascade,
+            mean=model.mean.flatten().tolist(),
+            std=model.std.flatten().tolist(),
+            bgr=model.bgr,
+        )
         self.to(model.mean.device).eval()
         _prepare()
         self._gpu = model.mean.device.type == "cuda"
@@ -203,10 +212,14 @@ def _filled(images: ImageBatch, batch: int) -> ImageBatch:
     if not missing:
         return images
     pixels = F.pad(images.pixels, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last)
-    others = {field.name: value for field in fields(images)
-              if field.name != "pixels" and isinstance(value := getattr(images, field.name), Tensor)}
-    longer: dict[str, Any] = {name: torch.cat([value, value.new_ones(missing, *value.shape[1:])])
-                              for name, value in others.items()}
+    others = {
+        field.name: value
+        for field in fields(images)
+        if field.name != "pixels" and isinstance(value := getattr(images, field.name), Tensor)
+    }
+    longer: dict[str, Any] = {
+        name: torch.cat([value, value.new_ones(missing, *value.shape[1:])]) for name, value in others.items()
+    }
     return replace(images, pixels=pixels, **longer)
 
 
@@ -232,5 +245,6 @@ def _announced(what: str) -> Iterator[None]:
 
 def _files() -> int:
     """How many; other processes may take their temporary folders away meanwhile, which ``os.walk`` forgives."""
-    return sum(name.endswith((".so", ".cubin", ".dylib", ".pyd")) for *_, names in os.walk(cache_folder())
-               for name in names)
+    return sum(
+        name.endswith((".so", ".cubin", ".dylib", ".pyd")) for *_, names in os.walk(cache_folder()) for name in names
+    )

@@ -56,8 +56,16 @@ class Detections:
             index = index.long() if index.numel() == 0 and index.dtype != torch.bool else index
         probs = None if self.mask_probs is None else self.mask_probs[index]
         return Detections(
-            self.boxes[index], self.scores[index], self.labels[index], self.size, self.class_names, mask_probs=probs,
-            image=self.image, image_id=self.image_id, category_ids=self.category_ids, whole_pixels=self.whole_pixels,
+            self.boxes[index],
+            self.scores[index],
+            self.labels[index],
+            self.size,
+            self.class_names,
+            mask_probs=probs,
+            image=self.image,
+            image_id=self.image_id,
+            category_ids=self.category_ids,
+            whole_pixels=self.whole_pixels,
         )
 
     def __repr__(self) -> str:
@@ -132,8 +140,9 @@ class Detections:
         from cascade_rcnn.drawing.annotations import draw_detections
 
         if self.image is None:
-            raise UserError("no image to draw on in these detections: "
-                            "use cascade_rcnn.visualize.draw_detections(image, detections)")
+            raise UserError(
+                "no image to draw on in these detections: use cascade_rcnn.visualize.draw_detections(image, detections)"
+            )
         return draw_detections(self.image, self, **options)
 
     def save(self, path: str | Path, **options: Any) -> Path:
@@ -148,5 +157,3 @@ class Detections:
         except ValueError as error:
             raise UserError(f"{path}: unknown picture format {path.suffix!r}; use .jpg or .png") from error
         return path
-
-

@@ -1,4 +1,4 @@
-"""``load`` a checkpoint as a ``Detector``, and ``predict`` images with it: ``load("best.safetensors").predict("a.jpg")``.
+"""``load`` a checkpoint as a ``Detector``, and ``predict`` images with it.
 
 B images of a batch, D detections per image. Images are resized as in evaluation, boxes come back in original pixels by
 each side's own factor.
@@ -48,9 +48,16 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     return usable_device(device)
 
 
-def load(path: str | Path, *, device: str | torch.device = "auto", precision: Precision = "auto", compile: bool = False,
-         score_threshold: float | None = None, max_detections: int | None = None,
-         stop_after_stage: int | None = None) -> Detector:
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    precision: Precision = "auto",
+    compile: bool = False,
+    score_threshold: float | None = None,
+    max_detections: int | None = None,
+    stop_after_stage: int | None = None,
+) -> Detector:
     """A detector from a ``.safetensors`` checkpoint or a run folder (its best, else its last).
 
     ``score_threshold``, ``max_detections`` (raise it for dense scenes) and ``stop_after_stage`` replace the
@@ -67,8 +74,11 @@ def load(path: str | Path, *, device: str | torch.device = "auto", precision: Pr
     chosen = choose_device(device)
     precision = choose_precision(precision, chosen)
     checkpoint = load_checkpoint(path)
-    wanted = {"score_threshold": score_threshold, "max_detections": max_detections,
-              "stop_after_stage": stop_after_stage}
+    wanted = {
+        "score_threshold": score_threshold,
+        "max_detections": max_detections,
+        "stop_after_stage": stop_after_stage,
+    }
     changed: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
     config = dataclasses.replace(checkpoint.config, model=dataclasses.replace(checkpoint.config.model, **changed))
     with NoInitialValues():
@@ -77,8 +87,10 @@ def load(path: str | Path, *, device: str | torch.device = "auto", precision: Pr
         model.load_state_dict(checkpoint.state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{printable(path)}: its weights do not fit its own configuration ({reason}); "
-                              "use another copy of the checkpoint") from error
+        raise CheckpointError(
+            f"{printable(path)}: its weights do not fit its own configuration ({reason}); "
+            "use another copy of the checkpoint"
+        ) from error
     checkpoint.state.clear()  # the file's pages are memory too, and the weights are about to be laid out anew
     model = model.to(chosen).optimize_for_inference()
     if compile:
@@ -95,8 +107,15 @@ def load(path: str | Path, *, device: str | torch.device = "auto", precision: Pr
 class Detector:
     """A network with all that is needed to use it on any picture."""
 
-    def __init__(self, model: CascadeRCNN, config: Config, class_names: Sequence[str], category_ids: Sequence[int] = (),
-                 *, precision: Precision = "auto") -> None:
+    def __init__(
+        self,
+        model: CascadeRCNN,
+        config: Config,
+        class_names: Sequence[str],
+        category_ids: Sequence[int] = (),
+        *,
+        precision: Precision = "auto",
+    ) -> None:
         self.model = model
         self.config = config
         self.class_names = tuple(class_names)
@@ -104,16 +123,19 @@ class Detector:
         self.precision = precision
 
     @classmethod
-    def from_model(cls, model: CascadeRCNN, config: Config, class_names: Sequence[str],
-                   category_ids: Sequence[int] = ()) -> Detector:
+    def from_model(
+        cls, model: CascadeRCNN, config: Config, class_names: Sequence[str], category_ids: Sequence[int] = ()
+    ) -> Detector:
         """A detector around a network in memory, e.g. in the middle of its training; it is left in its own mode."""
         return cls(model, config, class_names, category_ids)
 
     def __repr__(self) -> str:
         model = self.config.model
         stages = model.stop_after_stage or len(model.stage_ious)
-        return (f"Detector({model.backbone}, {stages} stages, masks {model.masks}, {len(self.class_names)} classes: "
-                f"{', '.join(self.class_names[:5])}{', ...' if len(self.class_names) > 5 else ''})")
+        return (
+            f"Detector({model.backbone}, {stages} stages, masks {model.masks}, {len(self.class_names)} classes: "
+            f"{', '.join(self.class_names[:5])}{', ...' if len(self.class_names) > 5 else ''})"
+        )
 
     def choices(self) -> str:
         """One line: the device, and what was chosen for it or forced."""
@@ -138,11 +160,13 @@ class Detector:
     ) -> Detections: ...
 
     @overload
-    def predict(self, image: Sequence[ImageLike], *, batch_size: int = 1,
-                score_threshold: float | None = None) -> list[Detections]: ...
+    def predict(
+        self, image: Sequence[ImageLike], *, batch_size: int = 1, score_threshold: float | None = None
+    ) -> list[Detections]: ...
 
-    def predict(self, image: ImageLike | Sequence[ImageLike], *, batch_size: int = 1,
-                score_threshold: float | None = None) -> Detections | list[Detections]:
+    def predict(
+        self, image: ImageLike | Sequence[ImageLike], *, batch_size: int = 1, score_threshold: float | None = None
+    ) -> Detections | list[Detections]:
         """Objects of one image, or of each image of a list.
 
         Args:
@@ -179,8 +203,19 @@ class Detector:
                 torch.from_numpy(pixels).permute(2, 0, 1), self.config.data, semantics=self.config.model.semantics
             )
             nothing = np.zeros(0, np.int64)
-            items.append(Item(resized, pixels.shape[:2], 0, "", np.zeros((0, 4), np.float32), nothing,
-                              nothing.astype(np.bool_), None, scale=factors[0] if own_scale else None))
+            items.append(
+                Item(
+                    resized,
+                    pixels.shape[:2],
+                    0,
+                    "",
+                    np.zeros((0, 4), np.float32),
+                    nothing,
+                    nothing.astype(np.bool_),
+                    None,
+                    scale=factors[0] if own_scale else None,
+                )
+            )
         data = self.config.data
         collated = Collate(data.pad_multiple, buckets=bucket_sizes(data))(items)
         assert not isinstance(collated, DataError)

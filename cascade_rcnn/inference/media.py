@@ -61,8 +61,10 @@ def collect(inputs: Sequence[Path], *, leave_out: Path | None = None) -> Iterato
         found += 1
         yield InputFile(path, labels[path.parent] + path.name)
     if not found:
-        raise DataError(f"{', '.join(map(printable, inputs)) or 'no input'}: no image or video found; "
-                        f"known suffixes are {' '.join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))}")
+        raise DataError(
+            f"{', '.join(map(printable, inputs)) or 'no input'}: no image or video found; "
+            f"known suffixes are {' '.join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))}"
+        )
 
 
 def _split_inputs(inputs: Sequence[Path]) -> tuple[list[Path], list[Path]]:
@@ -72,8 +74,9 @@ def _split_inputs(inputs: Sequence[Path]) -> tuple[list[Path], list[Path]]:
         if not path.exists():
             raise DataError(f"{printable(path)}: no such file or folder; check the name")
         if path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
-            raise DataError(f"{printable(path)}: {path.suffix or 'a file without suffix'} is no known kind of image "
-                            "or video")
+            raise DataError(
+                f"{printable(path)}: {path.suffix or 'a file without suffix'} is no known kind of image or video"
+            )
         seen.setdefault(path.resolve(), path)
     folders = {real for real, path in seen.items() if path.is_dir()}
     apart = [path for real, path in seen.items() if not any(parent in folders for parent in real.parents)]

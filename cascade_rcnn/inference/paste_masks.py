@@ -20,8 +20,9 @@ def _bilinear_weights(start: float, end: float, first: int, last: int, side: int
     return np.maximum(0.0, 1.0 - distance).astype(np.float32)
 
 
-def paste_mask(probs: NDArray[np.float32], box: NDArray[np.float64], size: tuple[int, int],
-               threshold: float = MASK_THRESHOLD) -> MaskCrop:
+def paste_mask(
+    probs: NDArray[np.float32], box: NDArray[np.float64], size: tuple[int, int], threshold: float = MASK_THRESHOLD
+) -> MaskCrop:
     """Paste the probabilities [m, m] of one object into its box xyxy and threshold them, inside the image only.
 
     The bilinear map is separable, so that it is two small matrix products: rows [h, m] @ probs [m, m] @ columns [m, w].
@@ -38,8 +39,9 @@ def paste_mask(probs: NDArray[np.float32], box: NDArray[np.float64], size: tuple
     return MaskCrop(top, left, (rows @ probs @ columns.T) >= threshold)
 
 
-def paste_in_whole_pixels(probs: NDArray[np.float32], box: NDArray[np.float64], size: tuple[int, int],
-                          threshold: float = MASK_THRESHOLD) -> MaskCrop:
+def paste_in_whole_pixels(
+    probs: NDArray[np.float32], box: NDArray[np.float64], size: tuple[int, int], threshold: float = MASK_THRESHOLD
+) -> MaskCrop:
     """As :func:`paste_mask`, in Detectron's way: its box, which ends with a pixel, is enlarged by a cell of the mask on
     each side and cut to whole pixels (towards zero), and the mask with a border of zeros is resized to those.
     """

@@ -46,8 +46,9 @@ class ResultsFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.partial.open("w", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
-            raise UserError(f"{printable(self.partial)}: cannot be written ({error.strerror}); "
-                            "choose another --out") from error
+            raise UserError(
+                f"{printable(self.partial)}: cannot be written ({error.strerror}); choose another --out"
+            ) from error
         self._file.write("[")
         return self
 
@@ -58,8 +59,9 @@ class ResultsFile:
             self._file.write(("\n" if self.count == 0 else ",\n") + json.dumps(result))
             self.count += 1
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         assert self._file is not None
         self._file.write("\n]\n")
         self._file.flush()

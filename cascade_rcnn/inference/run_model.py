@@ -80,8 +80,9 @@ def detect(model: CascadeRCNN, images: ImageBatch, precision: Precision = "auto"
         model.train(training)
 
 
-def to_detections(raw: RawDetections, images: ImageBatch, class_names: Sequence[str],
-                  category_ids: Sequence[int] = ()) -> list[Detections]:
+def to_detections(
+    raw: RawDetections, images: ImageBatch, class_names: Sequence[str], category_ids: Sequence[int] = ()
+) -> list[Detections]:
     """Take a padded batch apart; boxes go from the network's input to original pixels, by each side's own factor.
 
     Those of Detectron's semantics (``raw.scales``) by one factor, which scales their last pixel.
@@ -98,10 +99,17 @@ def to_detections(raw: RawDetections, images: ImageBatch, class_names: Sequence[
         else:
             boxes = scale_boxes(boxes[None], 1 / raw.scales[index : index + 1].cpu().double())[0]
         boxes = torch.minimum(boxes, limit).clamp(min=0).float()
-        results.append(Detections(
-            boxes, raw.scores[index].cpu().float()[valid], raw.labels[index].cpu()[valid], (size[0], size[1]),
-            tuple(class_names), mask_probs=None if raw.masks is None else raw.masks[index].cpu()[valid],
-            image_id=images.image_ids[index] if images.image_ids else None, category_ids=tuple(category_ids),
-            whole_pixels=raw.scales is not None,
-        ))
+        results.append(
+            Detections(
+                boxes,
+                raw.scores[index].cpu().float()[valid],
+                raw.labels[index].cpu()[valid],
+                (size[0], size[1]),
+                tuple(class_names),
+                mask_probs=None if raw.masks is None else raw.masks[index].cpu()[valid],
+                image_id=images.image_ids[index] if images.image_ids else None,
+                category_ids=tuple(category_ids),
+                whole_pixels=raw.scales is not None,
+            )
+        )
     return results

@@ -17,8 +17,13 @@ class AnchorGenerator(nn.Module):
     """
 
     def __init__(
-        self, strides: Sequence[int], *, scales: Sequence[float], ratios: Sequence[float], rounded: bool = False,
-        whole_pixels: bool = False
+        self,
+        strides: Sequence[int],
+        *,
+        scales: Sequence[float],
+        ratios: Sequence[float],
+        rounded: bool = False,
+        whole_pixels: bool = False,
     ) -> None:
         super().__init__()
         self.strides = tuple(strides)

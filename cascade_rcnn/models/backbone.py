@@ -64,8 +64,9 @@ class Backbone(nn.Module):
         reductions = body.feature_info.reduction()
         missing = [stride for stride in STRIDES if stride not in reductions]
         if missing:
-            raise ConfigError(f"model.backbone {name!r} gives strides {reductions}, not {STRIDES}: "
-                              "choose another network")
+            raise ConfigError(
+                f"model.backbone {name!r} gives strides {reductions}, not {STRIDES}: choose another network"
+            )
         self.selected = [len(reductions) - 1 - reductions[::-1].index(stride) for stride in STRIDES]
         self.channels = [body.feature_info.channels()[i] for i in self.selected]
         self.body = body
@@ -92,8 +93,9 @@ class Backbone(nn.Module):
             return list(self.body.children())
         positions: dict[str, int] | None = getattr(self.body, "return_layers", None)
         if positions is None:
-            raise ConfigError(f"model.backbone {name!r} can only be trained whole (--model.frozen-stages -1) "
-                              "or not at all (4)")
+            raise ConfigError(
+                f"model.backbone {name!r} can only be trained whole (--model.frozen-stages -1) or not at all (4)"
+            )
         order = {child: i for i, child in enumerate(positions)}
         first = self.selected[0]
         # The stem ends with the feature before stride 4, or, without one, has everything before the first stage.
@@ -180,5 +182,3 @@ def _replace_batch_norm(module: nn.Module) -> None:
             setattr(module, name, nn.GroupNorm(math.gcd(32, child.num_features), child.num_features))
         else:
             _replace_batch_norm(child)
-
-

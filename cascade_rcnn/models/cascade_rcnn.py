@@ -1,6 +1,6 @@
 """The whole network: images in, losses or detections out.
 
-    pixels -> normalise -> backbone -> FPN -> RPN -> cascade -> masks -> detections
+pixels -> normalise -> backbone -> FPN -> RPN -> cascade -> masks -> detections
 """
 
 from __future__ import annotations

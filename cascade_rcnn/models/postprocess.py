@@ -112,9 +112,7 @@ def select_detections(
         scores = torch.stack(softened)
         keep = scores > score_threshold
     else:
-        keep = nms_keep(
-            candidates, scores, groups, wanted, nms_iou, runs=[scores.shape[1]], most=max_detections
-        )
+        keep = nms_keep(candidates, scores, groups, wanted, nms_iou, runs=[scores.shape[1]], most=max_detections)
     scores = scores * keep
     best = scores.topk(min(max_detections, scores.shape[1]), dim=1)
     found = best.values > 0

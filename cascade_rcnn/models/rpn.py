@@ -174,9 +174,15 @@ class RPN(nn.Module):
         side = (box[..., 2:] - box[..., :2]).amin(dim=-1)
         real = torch.isfinite(score) & (side >= 1 if details.whole_pixels else side > details.min_size)
         keep = nms_keep(
-            box, score, group, real, details.nms_iou, spread=details.spread_nms,
-            runs=[one.shape[1] for one in scores], most=post_nms,
-        )  # fmt: skip
+            box,
+            score,
+            group,
+            real,
+            details.nms_iou,
+            spread=details.spread_nms,
+            runs=[one.shape[1] for one in scores],
+            most=post_nms,
+        )
         score = score.masked_fill(~keep, -torch.inf)
         if details.post_nms_of_batch and training:
             least = score.flatten().topk(min(post_nms, score.numel())).values[-1]

@@ -67,10 +67,15 @@ class Watchdog:
     def _report(self, seconds: float) -> None:
         frame = sys._current_frames().get(self._main or 0)
         stack = traceback.extract_stack(frame)[-4:] if frame else []
-        places = " < ".join(f"{place.name} ({os.path.basename(place.filename)}:{place.lineno})"  # noqa: PTH119
-                            for place in reversed(stack))
-        print(f"stalled: rank {self._rank} for {seconds / 60:.1f} minutes in {self._what}; at {places}",
-              file=sys.stderr, flush=True)
+        places = " < ".join(
+            f"{place.name} ({os.path.basename(place.filename)}:{place.lineno})"  # noqa: PTH119
+            for place in reversed(stack)
+        )
+        print(
+            f"stalled: rank {self._rank} for {seconds / 60:.1f} minutes in {self._what}; at {places}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class TrainingInterrupted(SystemExit):

@@ -1,9 +1,9 @@
 """What a training says: a bar on a terminal, plain lines elsewhere, and the same numbers as files.
 
-    log.jsonl       one object per logged step: losses, learning rate, gradient norm, speed, memory
-    metrics.jsonl   one object per evaluation
-    images/         what the network saw and found
-    tensorboard/    the same curves, where tensorboard is installed
+log.jsonl       one object per logged step: losses, learning rate, gradient norm, speed, memory
+metrics.jsonl   one object per evaluation
+images/         what the network saw and found
+tensorboard/    the same curves, where tensorboard is installed
 """
 
 from __future__ import annotations
@@ -92,8 +92,10 @@ class LossWindow:
                 self.bad_in_a_row = 0
                 continue
             self.bad_in_a_row += 1
-            names = ", ".join(f"{name} {value:g}" for name, value in zip(self._names, values)
-                              if value - value != 0) or f"gradient norm {norm:g}"  # inf - inf and nan - nan are nan
+            names = (
+                ", ".join(f"{name} {value:g}" for name, value in zip(self._names, values) if value - value != 0)
+                or f"gradient norm {norm:g}"
+            )  # inf - inf and nan - nan are nan
             if here or distributed.world_size() == 1:
                 self._last_bad = f"step {step}: {names}; images {', '.join(paths)}"
                 messages.append(f"not finite, skipped: {self._last_bad}")
@@ -101,7 +103,8 @@ class LossWindow:
                 raise UserError(
                     f"the losses of {self.bad_in_a_row} steps in a row were not finite ({self._last_bad or names}); "
                     "look at these images with 'cascade-rcnn check', or lower train.lr, raise train.warmup_steps, set "
-                    "train.clip_grad_norm to 10, or train.precision to fp32; --resume goes on from the last save")
+                    "train.clip_grad_norm to 10, or train.precision to fp32; --resume goes on from the last save"
+                )
         return messages
 
 
@@ -182,8 +185,14 @@ class RunLog:
         """Log the numbers of a step."""
         speed = self._clock.read()
         seconds_left = round((self._total - step) * speed.pop("step_s"))
-        record: dict[str, Any] = {"step": step, "epoch": round(epoch, 4), **values, **speed, "eta_s": seconds_left,
-                                  "memory_gb": round(_peak_memory(device), 2)}
+        record: dict[str, Any] = {
+            "step": step,
+            "epoch": round(epoch, 4),
+            **values,
+            **speed,
+            "eta_s": seconds_left,
+            "memory_gb": round(_peak_memory(device), 2),
+        }
         if not self._active:
             return
         _append(self._out / "log.jsonl", record)
@@ -229,8 +238,11 @@ class _Clock:
     def read(self) -> dict[str, float]:
         """Images per second of this rank, share of time waiting for data, seconds per step; starts anew."""
         seconds = max(time.perf_counter() - self._since - self._paused, 1e-9)
-        numbers = {"images_per_second": round(self.images * distributed.world_size() / seconds, 3),
-                   "data_share": round(min(self.waited / seconds, 1.0), 4), "step_s": seconds / max(self.steps, 1)}
+        numbers = {
+            "images_per_second": round(self.images * distributed.world_size() / seconds, 3),
+            "data_share": round(min(self.waited / seconds, 1.0), 4),
+            "step_s": seconds / max(self.steps, 1),
+        }
         self.restart()
         return numbers
 
@@ -239,9 +251,11 @@ def _line(record: Mapping[str, Any]) -> str:
     """The numbers of a step for a person: losses by name, then speed."""
     own = ("step", "epoch", "lr", "loss", "grad_norm", "images_per_second", "data_share", "eta_s", "memory_gb")
     parts = " ".join(f"{name} {value:.3f}" for name, value in record.items() if name not in own)
-    return (f"loss {record['loss']:.4f} ({parts})  lr {record['lr']:.3g}  gradient {record['grad_norm']:.3g}  "
-            f"{record['images_per_second']:.2f} images/s  waiting for data {record['data_share']:.0%}  "
-            f"{record['memory_gb']:.1f} GB")
+    return (
+        f"loss {record['loss']:.4f} ({parts})  lr {record['lr']:.3g}  gradient {record['grad_norm']:.3g}  "
+        f"{record['images_per_second']:.2f} images/s  waiting for data {record['data_share']:.0%}  "
+        f"{record['memory_gb']:.1f} GB"
+    )
 
 
 def _duration(seconds: int) -> str:
@@ -269,8 +283,10 @@ def _append(path: Path, record: Mapping[str, Any]) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space or make the folder writable, "
-                        "then go on with --resume") from error
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); free some space or make the folder writable, "
+            "then go on with --resume"
+        ) from error
 
 
 def _drop_beyond(path: Path, step: int) -> None:
@@ -299,5 +315,3 @@ def _tensorboard(folder: Path, step: int) -> Any:
         return None
     writer: Any = SummaryWriter
     return writer(str(folder), purge_step=step)
-
-

@@ -140,11 +140,16 @@ class Updater:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that training changes, by name: ``optimizer.<parameter>/<what>`` and ``scaler/<what>``."""
-        found = {f"optimizer.{self._names[parameter]}/{key}": value
-                 for parameter, values in self.optimizer.state.items()
-                 for key, value in values.items() if isinstance(value, Tensor)}
-        numbers = {f"scaler/{key}": torch.tensor(value, dtype=torch.float64)
-                   for key, value in self._scaler.state_dict().items()}
+        found = {
+            f"optimizer.{self._names[parameter]}/{key}": value
+            for parameter, values in self.optimizer.state.items()
+            for key, value in values.items()
+            if isinstance(value, Tensor)
+        }
+        numbers = {
+            f"scaler/{key}": torch.tensor(value, dtype=torch.float64)
+            for key, value in self._scaler.state_dict().items()
+        }
         return found | numbers
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -156,16 +161,19 @@ class Updater:
             if kind == "scaler" or not kind.startswith("optimizer."):
                 continue
             if name not in parameters:
-                raise CheckpointError(f"the saved optimizer has a state for {name}, the model has no such parameter: "
-                                      "resume with the configuration of the run")
+                raise CheckpointError(
+                    f"the saved optimizer has a state for {name}, the model has no such parameter: "
+                    "resume with the configuration of the run"
+                )
             parameter = parameters[name]
             if what == "step":
                 restored = value.to(parameter.device if self._fused else "cpu")
             else:
                 restored = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
             self.optimizer.state[parameter][what] = restored
-        numbers = {key.removeprefix("scaler/"): value.item() for key, value in tensors.items()
-                   if key.startswith("scaler/")}
+        numbers = {
+            key.removeprefix("scaler/"): value.item() for key, value in tensors.items() if key.startswith("scaler/")
+        }
         if numbers and self._scaler.is_enabled():
             numbers["growth_interval"] = int(numbers["growth_interval"])
             numbers["_growth_tracker"] = int(numbers["_growth_tracker"])

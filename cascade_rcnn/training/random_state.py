@@ -58,8 +58,11 @@ def as_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
 def from_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:
     version, words, gauss = json.loads(tensors["python"].numpy().tobytes())
     kind, numbers, *rest = json.loads(tensors["numpy"].numpy().tobytes())
-    return {**tensors, "python": (version, tuple(words), gauss),
-            "numpy": (kind, np.array(numbers, dtype=np.uint32), *rest)}
+    return {
+        **tensors,
+        "python": (version, tuple(words), gauss),
+        "numpy": (kind, np.array(numbers, dtype=np.uint32), *rest),
+    }
 
 
 @contextmanager

@@ -75,13 +75,15 @@ class Run:
         images = config.data
         if settings.compile and images.pad_buckets is None:
             images = replace(images, pad_buckets=True)
-        dataset = DetectionDataset(self.data, images, training=True, masks=_wants_masks(config, self.data),
-                                   semantics=config.model.semantics)
+        dataset = DetectionDataset(
+            self.data, images, training=True, masks=_wants_masks(config, self.data), semantics=config.model.semantics
+        )
 
         self.passes_per_step = passes_per_step(settings, world.size)
         self._images_per_pass = settings.batch_size * world.size
-        self.loader = train_loader(dataset, batch_size=settings.batch_size, rank=world.rank, world_size=world.size,
-                                   seed=settings.seed)
+        self.loader = train_loader(
+            dataset, batch_size=settings.batch_size, rank=world.rank, world_size=world.size, seed=settings.seed
+        )
         self.loader.set_epoch(0)
         self.passes_per_epoch = len(self.loader)
         self.steps_per_epoch = -(-self.passes_per_epoch // self.passes_per_step)
@@ -95,8 +97,9 @@ class Run:
         if config.model.norm == "sync":
             self.model = distributed.with_synchronised_norm(self.model, world)
         self.model.set_activation_checkpointing(settings.activation_checkpointing)
-        rate, about_rate = scaled_lr(settings, self._images_per_pass * self.passes_per_step,
-                                     passes=self.passes_per_step)
+        rate, about_rate = scaled_lr(
+            settings, self._images_per_pass * self.passes_per_step, passes=self.passes_per_step
+        )
         self.updater = Updater(self.model, settings, lr=rate, device=world.device)
         self.average = MovingAverage(self.model, settings.ema) if settings.ema else None
         self.vote = distributed.Vote(world.device)
@@ -143,7 +146,7 @@ class Run:
         """The number of passes in each step that is left in this epoch; the last step of an epoch may have fewer."""
         left = self.passes_per_epoch - self.progress.passes
         full, rest = divmod(left, self.passes_per_step)
-        return ([self.passes_per_step] * full + [rest] * bool(rest))[:self.total_steps - self.progress.step]
+        return ([self.passes_per_step] * full + [rest] * bool(rest))[: self.total_steps - self.progress.step]
 
     def batches(self) -> Iterator[tuple[ImageBatch, Targets]]:
         """The batches of this epoch from where the run stands.
@@ -189,8 +192,10 @@ class Run:
         limit = self.config.train.max_bad_images
         if len(self.bad_images) > limit:
             path, reason = images.bad[-1]
-            raise DataError(f"more than {limit} images could not be used, the last one {reason}; look at the data with "
-                            "'cascade-rcnn check', or raise train.max_bad_images")
+            raise DataError(
+                f"more than {limit} images could not be used, the last one {reason}; look at the data with "
+                "'cascade-rcnn check', or raise train.max_bad_images"
+            )
 
     def _announce(self, about_rate: str, resuming: bool) -> None:
         settings, progress, log = self.config.train, self.progress, self.log
@@ -204,14 +209,18 @@ class Run:
             length += f" (learning rate / 10 after epoch {' and '.join(map(str, settings.milestones))})"
         length += f", of which train.max_steps takes {self.total_steps}" if self.total_steps < whole else ""
         log.say(f"{parameters / 1e6:.1f} million trainable parameters; {length}; results in {self.out}")
-        log.say(f"{where}: {self.updater.precision}, channels-last; "
-                f"{'compiled' if settings.compile else 'not compiled (--train.compile)'}")
+        log.say(
+            f"{where}: {self.updater.precision}, channels-last; "
+            f"{'compiled' if settings.compile else 'not compiled (--train.compile)'}"
+        )
         log.say(about_rate)
         if (warmup := warmup_steps(settings, self.steps_per_epoch)) < settings.warmup_steps:
             log.say(f"train.warmup_steps {settings.warmup_steps} is over a third of this training: cut to {warmup}")
         if self.config.model.norm.startswith("frozen") and not (self.config.model.pretrained or settings.init):
-            log.say("the network begins with random weights, and its norms are frozen as if it had been trained: add "
-                    "--model.norm batch --model.frozen-stages -1")
+            log.say(
+                "the network begins with random weights, and its norms are frozen as if it had been trained: add "
+                "--model.norm batch --model.frozen-stages -1"
+            )
         if resuming:
             log.say(f"goes on at step {progress.step}, epoch {self.epochs_done():.2f}")
 
@@ -249,8 +258,11 @@ class Run:
         better = value is not None and (progress.best is None or value > progress.best)
         progress.not_better = 0 if better else progress.not_better + 1
         self.log.metrics(progress.step, progress.epoch, metrics)
-        shown = "  ".join(f"{key} {metrics[key]:.4f}" for key in ("bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP")
-                          if metrics.get(key) is not None)
+        shown = "  ".join(
+            f"{key} {metrics[key]:.4f}"
+            for key in ("bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP")
+            if metrics.get(key) is not None
+        )
         if better:
             progress.best, progress.best_step = value, progress.step
             if self.world.is_main:
@@ -269,11 +281,17 @@ class Run:
         if self.world.is_main:
             tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
             tensors |= self.updater.tensors() | (self.average.tensors() if self.average else {})
-            tensors |= {f"rng.{rank}.{name}": value for rank, state in enumerate(generators)
-                        for name, value in state.items()}
-            info = {"progress": asdict(self.progress), "config": self.config.to_dict(), "world_size": self.world.size,
-                    "class_names": list(self.data.class_names), "bad_images": sorted(self.bad_images),
-                    "averaged": self.average.updates if self.average else 0}
+            tensors |= {
+                f"rng.{rank}.{name}": value for rank, state in enumerate(generators) for name, value in state.items()
+            }
+            info = {
+                "progress": asdict(self.progress),
+                "config": self.config.to_dict(),
+                "world_size": self.world.size,
+                "class_names": list(self.data.class_names),
+                "bad_images": sorted(self.bad_images),
+                "averaged": self.average.updates if self.average else 0,
+            }
             with self.log.paused():
                 save_training(self.out, tensors, info)
                 self._save_weights(LAST)
@@ -292,28 +310,39 @@ class Run:
         return result
 
     def _save_weights(self, name: str, metrics: dict[str, float | None] | None = None) -> None:
-        averaged = {key.removeprefix("ema."): value for key, value in self.average.tensors().items()} \
-            if self.average else {}
+        averaged = (
+            {key.removeprefix("ema."): value for key, value in self.average.tensors().items()} if self.average else {}
+        )
         extra: dict[str, Any] = {"step": self.progress.step, "epoch": self.progress.epoch}
         if metrics is not None:
             extra["metrics"] = metrics
-        save_checkpoint(self.out / name, {**self.model.state_dict(), **averaged}, config=self.config,
-                        class_names=self.data.class_names, category_ids=self.data.category_ids, extra=extra)
+        save_checkpoint(
+            self.out / name,
+            {**self.model.state_dict(), **averaged},
+            config=self.config,
+            class_names=self.data.class_names,
+            category_ids=self.data.category_ids,
+            extra=extra,
+        )
 
     def _restore(self) -> None:
         """Take up the saved state: rank 0 reads it, so that only its machine needs the folder."""
         tensors, info = distributed.broadcast(load_training(self.out) if self.world.is_main else ({}, {}))
         if list(info["class_names"]) != list(self.data.class_names):
-            raise UserError(f"{self.out} was trained on other classes: {_shortened(info['class_names'])}; the data "
-                            f"have {_shortened(self.data.class_names)}; give the run's own data, or begin anew "
-                            "with --out")
+            raise UserError(
+                f"{self.out} was trained on other classes: {_shortened(info['class_names'])}; the data "
+                f"have {_shortened(self.data.class_names)}; give the run's own data, or begin anew "
+                "with --out"
+            )
         weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
         try:
             self.model.load_state_dict(weights)
         except RuntimeError as error:
-            raise CheckpointError(f"{self.out / STATE}: the weights do not fit this configuration "
-                                  f"({' '.join(str(error).split())[:150]}); go on with the run's own: "
-                                  f"cascade-rcnn train {self.out} --resume") from error
+            raise CheckpointError(
+                f"{self.out / STATE}: the weights do not fit this configuration "
+                f"({' '.join(str(error).split())[:150]}); go on with the run's own: "
+                f"cascade-rcnn train {self.out} --resume"
+            ) from error
         self.updater.restore(tensors)
         if self.average is not None:
             self.average.restore(tensors, updates=info["averaged"])
@@ -322,12 +351,18 @@ class Run:
         same_world = info["world_size"] == self.world.size
         if same_world:
             prefix = f"rng.{self.world.rank}."
-            set_generators(from_tensors({name.removeprefix(prefix): value for name, value in tensors.items()
-                                           if name.startswith(prefix)}), self.world.device)
+            set_generators(
+                from_tensors(
+                    {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+                ),
+                self.world.device,
+            )
         else:
             seed_generators(self.config.train.seed, self.world.rank, self.progress.step)
-            self.log.say(f"saved by {info['world_size']} processes, goes on with {self.world.size}: the epoch goes on "
-                         "after the images seen so far, with other random numbers")
+            self.log.say(
+                f"saved by {info['world_size']} processes, goes on with {self.world.size}: the epoch goes on "
+                "after the images seen so far, with other random numbers"
+            )
         self._generators = get_generators(self.world.device)
         self._saved = Progress(**asdict(self.progress)) if same_world else Progress()
 
@@ -337,8 +372,16 @@ class Run:
         passes = min(whole_steps * self.passes_per_step, self.passes_per_epoch - 1)
         step = saved.epoch * self.steps_per_epoch + passes // self.passes_per_step
         evaluated = step if saved.evaluated == saved.step else min(saved.evaluated, max(step - 1, 0))
-        self.progress = Progress(saved.epoch, passes, passes * self._images_per_pass, step, evaluated, saved.best,
-                                 saved.best_step, saved.not_better)
+        self.progress = Progress(
+            saved.epoch,
+            passes,
+            passes * self._images_per_pass,
+            step,
+            evaluated,
+            saved.best,
+            saved.best_step,
+            saved.not_better,
+        )
 
 
 def refuse_overwriting(out: Path, *, resume: bool) -> bool:
@@ -348,8 +391,9 @@ def refuse_overwriting(out: Path, *, resume: bool) -> bool:
     """
     found = (out / STATE).is_file()
     if not resume and (found or any((out / name).exists() for name in (LAST, BEST, "log.jsonl"))):
-        raise ConfigError(f"{out}: holds a run already; go on with it with --resume, or choose another folder with "
-                          "--out")
+        raise ConfigError(
+            f"{out}: holds a run already; go on with it with --resume, or choose another folder with --out"
+        )
     if not found and (out / LAST).exists():
         raise ConfigError(f"{out}: its {STATE} is gone, so it cannot go on; begin anew in another folder with --out")
     return found
@@ -373,8 +417,10 @@ def _claim_folder(out: Path, world: distributed.World, log: RunLog, *, resume: b
 
 def _wants_masks(config: Config, data: DataSplit) -> bool:
     if config.model.masks != "none" and not data.has_masks:
-        raise DataError(f"{data.root}: the recipe has mask heads, split {data.name!r} has no masks; use a box recipe "
-                        "such as cascade_rcnn_r50_fpn_1x_coco, or --model.masks none")
+        raise DataError(
+            f"{data.root}: the recipe has mask heads, split {data.name!r} has no masks; use a box recipe "
+            "such as cascade_rcnn_r50_fpn_1x_coco, or --model.masks none"
+        )
     return config.model.masks != "none"
 
 

@@ -15,7 +15,11 @@ from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
 config = Config(
     model=ModelConfig(backbone="resnet50.tv_in1k", style="caffe", norm="frozen", masks="every"),
     data=DataConfig(
-        root="data/coco", short_side=(640, 800), short_side_mode="range", keep_empty=False, repeat=3,
+        root="data/coco",
+        short_side=(640, 800),
+        short_side_mode="range",
+        keep_empty=False,
+        repeat=3,
     ),
     train=TrainConfig(epochs=12, milestones=(9, 11), lr=0.02, images_per_step=16),
     published="44.0 box AP, 38.1 mask AP on COCO val2017 (mmdetection's model zoo)",

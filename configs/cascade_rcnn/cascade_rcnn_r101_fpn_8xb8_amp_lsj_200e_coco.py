@@ -12,10 +12,19 @@ from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
 config = Config(
     model=ModelConfig(backbone="resnet101.tv_in1k"),
     data=DataConfig(
-        root="data/coco", short_side=(1024,), long_side=1024, large_scale_jitter=(0.1, 2.0), repeat=8,
+        root="data/coco",
+        short_side=(1024,),
+        long_side=1024,
+        large_scale_jitter=(0.1, 2.0),
+        repeat=8,
     ),
     train=TrainConfig(
-        epochs=25, milestones=(22, 24), lr=0.08, images_per_step=64, batch_size=8, weight_decay=4e-5,
+        epochs=25,
+        milestones=(22, 24),
+        lr=0.08,
+        images_per_step=64,
+        batch_size=8,
+        weight_decay=4e-5,
     ),
     published="none",
 )

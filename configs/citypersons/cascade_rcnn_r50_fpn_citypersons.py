@@ -17,7 +17,10 @@ from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
 
 config = Config(
     model=ModelConfig(
-        backbone="resnet50.tv_in1k", anchor_scales=(8.0, 11.3), anchor_ratios=(2.44,), score_threshold=0.01,
+        backbone="resnet50.tv_in1k",
+        anchor_scales=(8.0, 11.3),
+        anchor_ratios=(2.44,),
+        score_threshold=0.01,
     ),
     data=DataConfig(root="data/citypersons", short_side=(1331,), long_side=2662, ignore_regions=True),
     train=TrainConfig(epochs=16, milestones=(10, 14), lr=0.01, images_per_step=8, batch_size=1),

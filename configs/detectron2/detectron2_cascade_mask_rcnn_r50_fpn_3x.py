@@ -14,7 +14,11 @@ from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
 
 config = Config(
     model=ModelConfig(
-        backbone="resnet50.tv_in1k", style="caffe", norm="frozen", semantics="detectron2", masks="one",
+        backbone="resnet50.tv_in1k",
+        style="caffe",
+        norm="frozen",
+        semantics="detectron2",
+        masks="one",
     ),
     data=DataConfig(root="data/coco", short_side=(640, 672, 704, 736, 768, 800), keep_empty=False),
     train=TrainConfig(epochs=37, milestones=(29, 34), lr=0.02, images_per_step=16, warmup_steps=1000),

@@ -18,7 +18,11 @@ from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
 config = Config(
     model=ModelConfig(backbone="resnet50.tv_in1k", anchor_ratios=(0.5, 1.0, 2.0), score_threshold=0.01),
     data=DataConfig(
-        root="data/kitti", short_side=(576,), long_side=1920, photometric=True, ignore_regions=True,
+        root="data/kitti",
+        short_side=(576,),
+        long_side=1920,
+        photometric=True,
+        ignore_regions=True,
     ),
     train=TrainConfig(epochs=24, milestones=(16, 22), lr=0.01, images_per_step=8),
     published="none for this network",

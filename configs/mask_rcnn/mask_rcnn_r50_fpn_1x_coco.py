@@ -11,7 +11,10 @@ from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
 
 config = Config(
     model=ModelConfig(
-        backbone="resnet50.tv_in1k", stage_ious=(0.5,), class_agnostic_boxes=False, masks="every",
+        backbone="resnet50.tv_in1k",
+        stage_ious=(0.5,),
+        class_agnostic_boxes=False,
+        masks="every",
     ),
     data=DataConfig(root="data/coco", keep_empty=False),
     train=TrainConfig(epochs=12, milestones=(8, 11), lr=0.02, images_per_step=16),

@@ -19,7 +19,10 @@ from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
 config = Config(
     model=ModelConfig(backbone="vgg16.tv_in1k", frozen_stages=0),
     data=DataConfig(
-        root="data/VOCdevkit", train="2007_trainval+2012_trainval", val="2007_test", short_side=(600,),
+        root="data/VOCdevkit",
+        train="2007_trainval+2012_trainval",
+        val="2007_test",
+        short_side=(600,),
         long_side=1000,
     ),
     train=TrainConfig(epochs=22, milestones=(15, 20), lr=0.001, images_per_step=8),

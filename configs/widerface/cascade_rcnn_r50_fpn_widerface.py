@@ -17,12 +17,20 @@ from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
 
 config = Config(
     model=ModelConfig(
-        backbone="resnet50.tv_in1k", anchor_scales=(4.0, 5.66), anchor_ratios=(1.0, 1.5), score_threshold=0.01,
-        max_detections=750, test_proposals=2000,
+        backbone="resnet50.tv_in1k",
+        anchor_scales=(4.0, 5.66),
+        anchor_ratios=(1.0, 1.5),
+        score_threshold=0.01,
+        max_detections=750,
+        test_proposals=2000,
     ),
     data=DataConfig(
-        root="data/widerface", short_side=(640, 1200), short_side_mode="range", long_side=1600,
-        photometric=True, ignore_regions=True,
+        root="data/widerface",
+        short_side=(640, 1200),
+        short_side_mode="range",
+        long_side=1600,
+        photometric=True,
+        ignore_regions=True,
     ),
     train=TrainConfig(epochs=24, milestones=(16, 22), lr=0.01, images_per_step=8, batch_size=1),
     published="none for this network",

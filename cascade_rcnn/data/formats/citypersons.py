@@ -31,8 +31,11 @@ def citypersons_splits(root: Path) -> list[str]:
 
 def _annotations(root: Path) -> dict[str, Path]:
     for folder in (root / "annotations", root, *(files.subfolders(root) if root.is_dir() else [])):
-        found = {path.stem.removeprefix("anno_"): path for path in files.list_files(folder, {".mat"})
-                 if path.name.startswith("anno_")}
+        found = {
+            path.stem.removeprefix("anno_"): path
+            for path in files.list_files(folder, {".mat"})
+            if path.name.startswith("anno_")
+        }
         if found:
             return found
     return {}
@@ -49,8 +52,7 @@ def read_citypersons(root: Path, split: str, *, problems: Problems | None = None
     path = found[name]
     variables = list(read_mat(path).values())
     if len(variables) != 1 or not isinstance(variables[0], np.ndarray):
-        raise DataError(f"{printable(path)}: {len(variables)} variables where CityPersons has one, "
-                        f"anno_{name}_aligned")
+        raise DataError(f"{printable(path)}: {len(variables)} variables where CityPersons has one, anno_{name}_aligned")
     folder = next((root / base for base in ("leftImg8bit", "images") if (root / base).is_dir()), root / "leftImg8bit")
     records = []
     for number, entry in enumerate(variables[0].reshape(-1)):
@@ -63,8 +65,16 @@ def read_citypersons(root: Path, split: str, *, problems: Problems | None = None
             continue
         records.append(_read_record(file, number + 1, rows, place, problems))
     truth = root / "evaluation" / "val_gt.json"
-    return DataSplit("citypersons", name, root, records, ("pedestrian",), (1,),
-                     truth=truth if name == "val" and files.is_file(truth) else path, problems=problems.items)
+    return DataSplit(
+        "citypersons",
+        name,
+        root,
+        records,
+        ("pedestrian",),
+        (1,),
+        truth=truth if name == "val" and files.is_file(truth) else path,
+        problems=problems.items,
+    )
 
 
 def _fields(entry: Any) -> tuple[str, str, NDArray[np.float64]]:
@@ -108,7 +118,16 @@ def _read_record(path: Path, image_id: int, rows: NDArray[np.float64], place: st
     visible[:, 2:] += visible[:, :2]
     kind = rows[:, 0].astype(np.int64)
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    return ImageRecord(path, path.name, image_id, height, width, boxes, np.zeros(len(rows), dtype=np.int64),
-                       kind != _PEDESTRIAN, areas, attributes={"visible_boxes": visible, "kind": kind}, source=place)
-
-
+    return ImageRecord(
+        path,
+        path.name,
+        image_id,
+        height,
+        width,
+        boxes,
+        np.zeros(len(rows), dtype=np.int64),
+        kind != _PEDESTRIAN,
+        areas,
+        attributes={"visible_boxes": visible, "kind": kind},
+        source=place,
+    )

@@ -97,8 +97,10 @@ def read_coco(root: Path, split: str, *, problems: Problems | None = None) -> Da
     path = found[name]
     data = files.read_json(path)
     if not isinstance(data, dict):
-        raise DataError(f"{printable(path)}: a {type(data).__name__} where COCO's object of images, annotations "
-                        "and categories is wanted; a results file belongs to `score --results`")
+        raise DataError(
+            f"{printable(path)}: a {type(data).__name__} where COCO's object of images, annotations "
+            "and categories is wanted; a results file belongs to `score --results`"
+        )
     lists: dict[str, list[Any]] = {}
     for key in ("images", "annotations", "categories"):
         if not isinstance(data.get(key), list):
@@ -112,8 +114,17 @@ def read_coco(root: Path, split: str, *, problems: Problems | None = None) -> Da
     rows = _read_annotations(lists["annotations"], records, index, labels, where, problems)
     has_masks = any(rows.segmentation)
     _distribute(rows, records, has_masks)
-    return DataSplit("coco", name, root, records, tuple(categories.values()), tuple(categories), truth=path,
-                     has_masks=has_masks, problems=problems.items)
+    return DataSplit(
+        "coco",
+        name,
+        root,
+        records,
+        tuple(categories.values()),
+        tuple(categories),
+        truth=path,
+        has_masks=has_masks,
+        problems=problems.items,
+    )
 
 
 def _read_categories(entries: list[Any], annotations: list[Any], where: str, problems: Problems) -> dict[int, str]:
@@ -131,16 +142,20 @@ def _read_categories(entries: list[Any], annotations: list[Any], where: str, pro
     # Roboflow writes the project's name as category 0, parent of all others, and never uses it
     parents = {entry.get("supercategory") for entry in entries if isinstance(entry, dict) and entry.get("id") != 0}
     first = names.get(0)
-    if first is not None and len(names) > 1 and parents == {first} and not any(
-        isinstance(row, dict) and row.get("category_id") == 0 for row in annotations
+    if (
+        first is not None
+        and len(names) > 1
+        and parents == {first}
+        and not any(isinstance(row, dict) and row.get("category_id") == 0 for row in annotations)
     ):
         del names[0]
     return dict(sorted(names.items()))
 
 
 def _read_images(entries: list[Any], root: Path, path: Path, split: str, problems: Problems) -> list[ImageRecord]:
-    base = root if not files.is_file(root) else (path.parent.parent if path.parent.name == "annotations"
-                                                 else path.parent)
+    base = (
+        root if not files.is_file(root) else (path.parent.parent if path.parent.name == "annotations" else path.parent)
+    )
     names = (entry.get("file_name") for entry in entries[:8] if isinstance(entry, dict))
     folder = _image_folder(base, path, split, [name for name in names if isinstance(name, str)])
     records: list[ImageRecord] = []
@@ -166,8 +181,20 @@ def _read_images(entries: list[Any], root: Path, path: Path, split: str, problem
         if not (height and width):
             height, width = image_size(file) or (0, 0)
         seen.add(image_id)
-        records.append(ImageRecord(file, str(name), image_id, height, width, np.zeros((0, 4)),
-                                   np.zeros(0, np.int64), np.zeros(0, np.bool_), np.zeros(0), source=place))
+        records.append(
+            ImageRecord(
+                file,
+                str(name),
+                image_id,
+                height,
+                width,
+                np.zeros((0, 4)),
+                np.zeros(0, np.int64),
+                np.zeros(0, np.bool_),
+                np.zeros(0),
+                source=place,
+            )
+        )
     return records
 
 
@@ -175,8 +202,11 @@ def _image_folder(base: Path, path: Path, split: str, names: list[str]) -> Path:
     """The folder below ``base`` that holds most of the first images; a likely one where none is there."""
     words = (*files.split_synonyms(split.rstrip("0123456789")), split)
     plain = [base, path.parent] if path.name != _ROBOFLOW else [path.parent]
-    likely = [base / "images" / word for word in words] + [base / word for word in words] + [
-        base / "images", base / "data", base / "JPEGImages", *plain]
+    likely = (
+        [base / "images" / word for word in words]
+        + [base / word for word in words]
+        + [base / "images", base / "data", base / "JPEGImages", *plain]
+    )
     for word in words:
         likely += [base / word / "images"]
     folders = list(dict.fromkeys(folder for folder in likely if folder.is_dir()))
@@ -187,8 +217,14 @@ def _image_folder(base: Path, path: Path, split: str, names: list[str]) -> Path:
     return max(folders, key=hits) if folders else base / "images"
 
 
-def _read_annotations(entries: list[Any], records: list[ImageRecord], index: dict[int | str, int],
-                      labels: dict[int, int], where: str, problems: Problems) -> _Rows:
+def _read_annotations(
+    entries: list[Any],
+    records: list[ImageRecord],
+    index: dict[int | str, int],
+    labels: dict[int, int],
+    where: str,
+    problems: Problems,
+) -> _Rows:
     rows = _Rows()
     for position, entry in enumerate(entries):
         place = f"{where}, annotations[{position}]"
@@ -201,8 +237,12 @@ def _read_annotations(entries: list[Any], records: list[ImageRecord], index: dic
             problems.add("unknown-image", place, f"image_id {shown(image_id)} is not in the list of images")
             continue
         if type(category) is not int or category not in labels:
-            problems.add("unknown-category", place, f"category_id {shown(category)} is not in the list of "
-                         f"categories ({', '.join(map(str, list(labels)[:12]))}{', ...' if len(labels) > 12 else ''})")
+            problems.add(
+                "unknown-category",
+                place,
+                f"category_id {shown(category)} is not in the list of "
+                f"categories ({', '.join(map(str, list(labels)[:12]))}{', ...' if len(labels) > 12 else ''})",
+            )
             continue
         record = records[image]
         box = _read_box(entry.get("bbox"), record, place, problems)
@@ -227,8 +267,9 @@ def _read_annotations(entries: list[Any], records: list[ImageRecord], index: dic
     return rows
 
 
-def _read_box(box: object, record: ImageRecord, place: str,
-              problems: Problems) -> tuple[float, float, float, float] | None:
+def _read_box(
+    box: object, record: ImageRecord, place: str, problems: Problems
+) -> tuple[float, float, float, float] | None:
     """x, y, width, height of a box that can be learnt from."""
     if not isinstance(box, list) or len(box) != 4:
         problems.add("bad-annotation", place, f"bbox {shown(box)} where [x, y, width, height] is wanted")
@@ -242,8 +283,11 @@ def _read_box(box: object, record: ImageRecord, place: str,
         problems.add("empty-box", place, f"bbox {shown(box)} of {shown(record.file_name)} has no area")
         return None
     if record.width and (x >= record.width or y >= record.height or x + width <= 0 or y + height <= 0):
-        problems.add("outside-box", place, f"bbox {shown(box)} lies outside {shown(record.file_name)} "
-                     f"({record.width} x {record.height})")
+        problems.add(
+            "outside-box",
+            place,
+            f"bbox {shown(box)} lies outside {shown(record.file_name)} ({record.width} x {record.height})",
+        )
         return None
     return float(x), float(y), float(width), float(height)
 
@@ -261,8 +305,12 @@ def _read_segmentation(value: object, record: ImageRecord, place: str, problems:
     enough = [polygon_points(polygon) >= 3 for polygon in polygons]
     if all(enough):
         return polygons
-    problems.add("short-polygon", place, f"{enough.count(False)} of {len(enough)} polygons of an object of "
-                 f"{shown(record.file_name)} have fewer than 3 points")
+    problems.add(
+        "short-polygon",
+        place,
+        f"{enough.count(False)} of {len(enough)} polygons of an object of "
+        f"{shown(record.file_name)} have fewer than 3 points",
+    )
     return [polygon for polygon, keep in zip(polygons, enough) if keep] or None
 
 

@@ -85,8 +85,9 @@ def read_kitti(root: Path, split: str, *, problems: Problems | None = None) -> D
             continue
         image = images.get(word, labels.parent / "image_2" / f"{word}.png")
         records.append(_read_record(path, word, image, index, problems))
-    return DataSplit("kitti", name, root, records, classes, tuple(range(1, len(classes) + 1)), truth=labels,
-                     problems=problems.items)
+    return DataSplit(
+        "kitti", name, root, records, classes, tuple(range(1, len(classes) + 1)), truth=labels, problems=problems.items
+    )
 
 
 def _image_names(root: Path, labels: Path, split: str, problems: Problems) -> tuple[list[str], str]:
@@ -143,8 +144,9 @@ def _read_record(path: Path, name: str, image: Path, index: dict[str, int], prob
             problems.add("empty-box", place, f"box {[left, top, right, bottom]} has no area")
             continue
         if width and (left >= width or top >= height or right <= 0 or bottom <= 0):
-            problems.add("outside-box", place, f"box {[left, top, right, bottom]} lies outside the image "
-                         f"({width} x {height})")
+            problems.add(
+                "outside-box", place, f"box {[left, top, right, bottom]} lies outside the image ({width} x {height})"
+            )
             continue
         rows.append((left, top, right, bottom))
         labels.append(label)
@@ -152,8 +154,22 @@ def _read_record(path: Path, name: str, image: Path, index: dict[str, int], prob
     boxes = np.array(rows, dtype=np.float64).reshape(-1, 4)
     facts = np.array(flags, dtype=np.float64).reshape(-1, 3)
     ignore = facts[:, 2] > 0
-    attributes = {"truncated": facts[:, 0], "occluded": facts[:, 1].astype(np.int64),
-                  "dontcare": ignore.astype(np.int64)}
+    attributes = {
+        "truncated": facts[:, 0],
+        "occluded": facts[:, 1].astype(np.int64),
+        "dontcare": ignore.astype(np.int64),
+    }
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    return ImageRecord(image, image.name, name, height, width, boxes, np.array(labels, dtype=np.int64), ignore, areas,
-                       attributes=attributes, source=printable(path))
+    return ImageRecord(
+        image,
+        image.name,
+        name,
+        height,
+        width,
+        boxes,
+        np.array(labels, dtype=np.int64),
+        ignore,
+        areas,
+        attributes=attributes,
+        source=printable(path),
+    )

@@ -57,8 +57,13 @@ class _Trial:
 
     def survives(self, path: Path) -> bool:
         if self._process is None:
-            self._process = subprocess.Popen([sys.executable, "-c", _TRIAL], stdin=subprocess.PIPE,
-                                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _TRIAL],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         overdue = threading.Timer(_TRIAL_SECONDS, process.kill)
@@ -89,8 +94,10 @@ atexit.register(_trial.end)
 
 def _try_elsewhere(path: Path) -> None:
     if not _trial.survives(path):
-        raise DataError(f"{printable(path)}: crashes the reader of MATLAB files, or takes it more than "
-                        f"{_TRIAL_SECONDS} s: it is damaged, fetch it again")
+        raise DataError(
+            f"{printable(path)}: crashes the reader of MATLAB files, or takes it more than "
+            f"{_TRIAL_SECONDS} s: it is damaged, fetch it again"
+        )
 
 
 def unwrap(value: Any) -> Any:

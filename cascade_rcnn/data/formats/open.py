@@ -62,8 +62,11 @@ def disjoint_splits(root: Path | str) -> list[str]:
     """The splits without those that repeat others: no trainval where train and val are there."""
     names = splits(root)
     have = {name.lower() for name in names}
-    return [name for name in names if not (name.lower().endswith("trainval") and
-                                           {name.lower()[:-8] + "train", name.lower()[:-8] + "val"} <= have)]
+    return [
+        name
+        for name in names
+        if not (name.lower().endswith("trainval") and {name.lower()[:-8] + "train", name.lower()[:-8] + "val"} <= have)
+    ]
 
 
 def open_split(root: Path | str, split: str, *, strict: bool = True) -> DataSplit:
@@ -93,14 +96,16 @@ def _share(split: DataSplit, share: str, root: Path) -> DataSplit:
     except ValueError:
         start, end = 0.0, 0.0
     if not dash or not 0 <= start < end <= 100:
-        raise DataError(f"{printable(root)}: part {shown(share)} of split {split.name!r} is not "
-                        "understood; write per cent from and to, e.g. train:0-90")
+        raise DataError(
+            f"{printable(root)}: part {shown(share)} of split {split.name!r} is not "
+            "understood; write per cent from and to, e.g. train:0-90"
+        )
 
     def place(record: ImageRecord) -> bytes:
         return hashlib.sha256(record.file_name.encode("utf-8", "surrogateescape")).digest()
 
     shuffled = sorted(range(len(split)), key=lambda number: place(split.records[number]))
-    chosen = sorted(shuffled[round(len(split) * start / 100): round(len(split) * end / 100)])
+    chosen = sorted(shuffled[round(len(split) * start / 100) : round(len(split) * end / 100)])
     # The truth file speaks of all images: whoever scores a part writes its own (writers.coco_dict)
     return replace(split, name=f"{split.name}:{share}", records=[split.records[n] for n in chosen], truth=None)
 
@@ -109,18 +114,29 @@ def _join(parts: list[DataSplit], name: str) -> DataSplit:
     first = parts[0]
     for part in parts[1:]:
         if (part.class_names, part.category_ids) != (first.class_names, first.category_ids):
-            raise DataError(f"{printable(first.root)}: splits {first.name!r} and {part.name!r} have different "
-                            f"classes ({', '.join(first.class_names)}; {', '.join(part.class_names)}); make them equal")
+            raise DataError(
+                f"{printable(first.root)}: splits {first.name!r} and {part.name!r} have different "
+                f"classes ({', '.join(first.class_names)}; {', '.join(part.class_names)}); make them equal"
+            )
     records = [record for part in parts for record in part.records]
     if len({record.image_id for record in records}) < len(records):
-        records = [replace(record, image_id=f"{part.name}/{record.image_id}") for part in parts
-                   for record in part.records]
+        records = [
+            replace(record, image_id=f"{part.name}/{record.image_id}") for part in parts for record in part.records
+        ]
     has_masks = any(part.has_masks for part in parts)
     if has_masks:
-        records = [record if record.segmentations is not None else
-                   replace(record, segmentations=[None] * len(record.boxes)) for record in records]
-    return replace(first, name=name, records=records, truth=None, has_masks=has_masks,
-                   problems=[problem for part in parts for problem in part.problems])
+        records = [
+            record if record.segmentations is not None else replace(record, segmentations=[None] * len(record.boxes))
+            for record in records
+        ]
+    return replace(
+        first,
+        name=name,
+        records=records,
+        truth=None,
+        has_masks=has_masks,
+        problems=[problem for part in parts for problem in part.problems],
+    )
 
 
 def describe(root: Path | str) -> str:
@@ -157,10 +173,14 @@ def _not_recognised(root: Path) -> str:
             if any(True for _ in find(child)):
                 return f"{printable(root)}: no data set here, but {printable(child)} is {name}: name that"
     if _is_folder_per_class(root):
-        return (f"{printable(root)}: a folder per class holds no boxes and is not supported; draw boxes with a "
-                "labelling tool (CVAT, Label Studio, labelImg) and export COCO, VOC or YOLO")
-    return (f"{printable(root)}: no known data set; looked for {wanted}. There is: {_tree(root)}; "
-            "docs/data.md shows each layout")
+        return (
+            f"{printable(root)}: a folder per class holds no boxes and is not supported; draw boxes with a "
+            "labelling tool (CVAT, Label Studio, labelImg) and export COCO, VOC or YOLO"
+        )
+    return (
+        f"{printable(root)}: no known data set; looked for {wanted}. There is: {_tree(root)}; "
+        "docs/data.md shows each layout"
+    )
 
 
 def _is_folder_per_class(root: Path) -> bool:

@@ -65,8 +65,9 @@ def voc_splits(root: Path) -> list[str]:
 def _lists(root: Path) -> list[_List]:
     found: list[_List] = []
     children = files.subfolders(root) if files.is_dir(root) else []
-    grandchildren = [below for child in children if child.name.startswith("VOCdevkit")
-                     for below in files.subfolders(child)]
+    grandchildren = [
+        below for child in children if child.name.startswith("VOCdevkit") for below in files.subfolders(child)
+    ]
     for folder in [root, *children, *grandchildren]:
         for name in ("Annotations", "annotations", "xmls"):
             if _has_xml(folder / name):
@@ -82,8 +83,9 @@ def _lists(root: Path) -> list[_List]:
 
 
 def _lists_of_folder(folder: Path, annotations: Path) -> Iterator[_List]:
-    images = next((folder / name for name in ("JPEGImages", "images", "Images", "img") if (folder / name).is_dir()),
-                  folder)
+    images = next(
+        (folder / name for name in ("JPEGImages", "images", "Images", "img") if (folder / name).is_dir()), folder
+    )
     prefix = folder.name.removeprefix("VOC")
     wanted = {path.stem: path for path in files.list_files(folder / "ImageSets" / "Main", {".txt"})}
     # aeroplane_train.txt and its like repeat train.txt with a flag per image
@@ -113,15 +115,19 @@ def read_voc(root: Path, split: str, *, problems: Problems | None = None) -> Dat
     if not chosen:
         name = files.resolve_split(list(dict.fromkeys(entry.name for entry in lists)), split, root)
         chosen = [entry for entry in lists if entry.name == name]
-    names = sorted(set().union(*(_class_names(folder, _stamp(folder)) for folder in
-                                 dict.fromkeys(entry.annotations for entry in lists))))
+    names = sorted(
+        set().union(
+            *(_class_names(folder, _stamp(folder)) for folder in dict.fromkeys(entry.annotations for entry in lists))
+        )
+    )
     labels = {name: label for label, name in enumerate(names)}
     records: list[ImageRecord] = []
     for entry in chosen:
         records += _read_list(entry, labels, problems)
     truth = chosen[0].folder if len(chosen) == 1 else None
-    return DataSplit("voc", split, root, records, tuple(names), tuple(range(1, len(names) + 1)), truth=truth,
-                     problems=problems.items)
+    return DataSplit(
+        "voc", split, root, records, tuple(names), tuple(range(1, len(names) + 1)), truth=truth, problems=problems.items
+    )
 
 
 def _stamp(folder: Path) -> int:
@@ -134,8 +140,9 @@ def _class_names(folder: Path, stamp: int) -> frozenset[str]:
     found: set[str] = set()
     for path in files.list_files(folder, {".xml"}):
         try:
-            found.update(name for item in parse_xml(path).iterfind("object")
-                         if (name := (item.findtext("name") or "").strip()))
+            found.update(
+                name for item in parse_xml(path).iterfind("object") if (name := (item.findtext("name") or "").strip())
+            )
         except DataError:
             continue
     return frozenset(found)
@@ -175,8 +182,9 @@ def _list_entry(line: str) -> str:
     return name.strip() if flag in ("1", "-1", "0") and name.strip() else line.strip()
 
 
-def _read_record(tree: ElementTree.Element, name: str, path: Path, image: Path, labels: dict[str, int],
-                 problems: Problems) -> ImageRecord:
+def _read_record(
+    tree: ElementTree.Element, name: str, path: Path, image: Path, labels: dict[str, int], problems: Problems
+) -> ImageRecord:
     where = printable(path)
     width, height = (_number(tree.findtext(f"size/{side}")) for side in ("width", "height"))
     if not (1 <= width < 10**6 and 1 <= height < 10**6):
@@ -195,10 +203,22 @@ def _read_record(tree: ElementTree.Element, name: str, path: Path, image: Path, 
     table = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     marks = np.array(flags, dtype=np.bool_).reshape(-1, 3)
     areas = (table[:, 2] - table[:, 0]) * (table[:, 3] - table[:, 1])
-    attributes = {flag: marks[:, column].astype(np.int64)
-                  for column, flag in enumerate(("difficult", "truncated", "occluded"))}
-    return ImageRecord(image, image.name, name, int(height), int(width), table, np.array(kept, dtype=np.int64),
-                       marks[:, 0].copy(), areas, attributes=attributes, source=where)
+    attributes = {
+        flag: marks[:, column].astype(np.int64) for column, flag in enumerate(("difficult", "truncated", "occluded"))
+    }
+    return ImageRecord(
+        image,
+        image.name,
+        name,
+        int(height),
+        int(width),
+        table,
+        np.array(kept, dtype=np.int64),
+        marks[:, 0].copy(),
+        areas,
+        attributes=attributes,
+        source=where,
+    )
 
 
 def _number(text: str | None, default: float = math.nan) -> float:
@@ -208,8 +228,9 @@ def _number(text: str | None, default: float = math.nan) -> float:
         return default
 
 
-def _read_box(item: ElementTree.Element, height: int, width: int, place: str,
-              problems: Problems) -> tuple[float, float, float, float] | None:
+def _read_box(
+    item: ElementTree.Element, height: int, width: int, place: str, problems: Problems
+) -> tuple[float, float, float, float] | None:
     if item.find("bndbox") is None:
         problems.add("bad-annotation", place, "an object without bndbox")
         return None
@@ -223,7 +244,10 @@ def _read_box(item: ElementTree.Element, height: int, width: int, place: str,
         problems.add("empty-box", place, f"bndbox {shown([left, top, right, bottom])} has no area")
         return None
     if width and (left > width or top > height or right < 1 or bottom < 1):
-        problems.add("outside-box", place, f"bndbox {shown([left, top, right, bottom])} lies outside the image "
-                     f"({width} x {height})")
+        problems.add(
+            "outside-box",
+            place,
+            f"bndbox {shown([left, top, right, bottom])} lies outside the image ({width} x {height})",
+        )
         return None
     return left - 1, top - 1, right, bottom

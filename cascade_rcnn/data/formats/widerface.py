@@ -61,8 +61,16 @@ def read_widerface(root: Path, split: str, *, problems: Problems | None = None) 
             continue
         records.append(_read_record(file, image, rows, place, problems))
     truth = next((root / base for base in ("ground_truth", "eval_tools/ground_truth") if (root / base).is_dir()), None)
-    return DataSplit("widerface", name, root, records, ("face",), (1,), truth=truth if name == "val" else None,
-                     problems=problems.items)
+    return DataSplit(
+        "widerface",
+        name,
+        root,
+        records,
+        ("face",),
+        (1,),
+        truth=truth if name == "val" else None,
+        problems=problems.items,
+    )
 
 
 def _read_text(path: Path, problems: Problems) -> Iterator[_Entry]:
@@ -75,16 +83,22 @@ def _read_text(path: Path, problems: Problems) -> Iterator[_Entry]:
             continue
         word = lines[at].strip() if at < len(lines) else ""
         if not (word.isascii() and word.isdigit() and len(word) < 8):
-            problems.add("bad-annotation", place, f"{shown(name)} is followed by {shown(word)}, where the "
-                         "number of faces is wanted")
+            problems.add(
+                "bad-annotation",
+                place,
+                f"{shown(name)} is followed by {shown(word)}, where the number of faces is wanted",
+            )
             continue
         count, at = int(word), at + 1
         rows: list[list[float]] = []
         for _ in range(count):
             row = _row(lines[at]) if at < len(lines) else None
             if row is None:
-                problems.add("bad-annotation", f"{printed}, line {at + 1}", f"no row of 10 numbers, where {count} "
-                             f"faces of {shown(name)} are announced and {len(rows)} read")
+                problems.add(
+                    "bad-annotation",
+                    f"{printed}, line {at + 1}",
+                    f"no row of 10 numbers, where {count} faces of {shown(name)} are announced and {len(rows)} read",
+                )
                 break
             rows.append(row)
             at += 1
@@ -112,15 +126,24 @@ def _read_matlab(path: Path, problems: Problems) -> Iterator[_Entry]:
     events = content["event_list"].reshape(-1)
     for number, event in enumerate(events):
         try:
-            columns = [_cells(content[f"{column}_label_list"], number) if f"{column}_label_list" in content else None
-                       for column in _COLUMNS]
+            columns = [
+                _cells(content[f"{column}_label_list"], number) if f"{column}_label_list" in content else None
+                for column in _COLUMNS
+            ]
             names, boxes = _cells(content["file_list"], number), _cells(content["face_bbx_list"], number)
             for image, file in enumerate(names):
                 rows = np.asarray(boxes[image], dtype=np.float64).reshape(-1, 4)
-                extra = [np.zeros(len(rows)) if column is None else
-                         np.asarray(column[image], dtype=np.float64).reshape(len(rows)) for column in columns]
-                yield (f"{text(event)}/{text(file)}.jpg", f"{printable(path)}, event {number + 1}, image "
-                       f"{image + 1}", np.concatenate([rows, np.stack(extra, axis=1)], axis=1))
+                extra = [
+                    np.zeros(len(rows))
+                    if column is None
+                    else np.asarray(column[image], dtype=np.float64).reshape(len(rows))
+                    for column in columns
+                ]
+                yield (
+                    f"{text(event)}/{text(file)}.jpg",
+                    f"{printable(path)}, event {number + 1}, image {image + 1}",
+                    np.concatenate([rows, np.stack(extra, axis=1)], axis=1),
+                )
         except (ValueError, TypeError, IndexError) as error:
             problems.add("bad-annotation", f"{printable(path)}, event {number + 1}", f"{error}")
 
@@ -141,8 +164,11 @@ def _read_record(path: Path, name: str, rows: NDArray[np.float64], place: str, p
         elif wide <= 0 or high <= 0:
             problems.add("empty-box", where, f"box {row[:4].tolist()} (x, y, width, height) has no area")
         elif width and (left >= width or top >= height or left + wide <= 0 or top + high <= 0):
-            problems.add("outside-box", where, f"box {row[:4].tolist()} (x, y, width, height) lies outside the image "
-                         f"({width} x {height})")
+            problems.add(
+                "outside-box",
+                where,
+                f"box {row[:4].tolist()} (x, y, width, height) lies outside the image ({width} x {height})",
+            )
         else:
             continue
         keep[number] = False
@@ -151,5 +177,16 @@ def _read_record(path: Path, name: str, rows: NDArray[np.float64], place: str, p
     boxes[:, 2:] += boxes[:, :2]
     attributes = {column: rows[:, 4 + number].astype(np.int64) for number, column in enumerate(_COLUMNS)}
     areas = rows[:, 2] * rows[:, 3]
-    return ImageRecord(path, name, name.rsplit(".", 1)[0], height, width, boxes, np.zeros(len(rows), dtype=np.int64),
-                       attributes["invalid"] > 0, areas, attributes=attributes, source=place)
+    return ImageRecord(
+        path,
+        name,
+        name.rsplit(".", 1)[0],
+        height,
+        width,
+        boxes,
+        np.zeros(len(rows), dtype=np.int64),
+        attributes["invalid"] > 0,
+        areas,
+        attributes=attributes,
+        source=place,
+    )

@@ -39,8 +39,14 @@ def coco_dict(split: DataSplit, *, names: Sequence[str] | None = None) -> dict[s
     used = Counter(number for record in split.records for number in record.attributes.get("ids", ()))
     keep_ids = bool(used) and max(used.values()) == 1 and all("ids" in record.attributes for record in split.records)
     for place, (record, image_id) in enumerate(zip(split.records, coco_image_ids(split))):
-        images.append({"id": image_id, "file_name": names[place] if names else record.file_name,
-                       "height": record.height, "width": record.width})
+        images.append(
+            {
+                "id": image_id,
+                "file_name": names[place] if names else record.file_name,
+                "height": record.height,
+                "width": record.width,
+            }
+        )
         crowd = record.attributes.get("iscrowd", record.ignore)
         for row, box in enumerate(record.boxes.tolist()):
             entry: dict[str, Any] = {
@@ -57,8 +63,12 @@ def coco_dict(split: DataSplit, *, names: Sequence[str] | None = None) -> dict[s
                 entry["segmentation"] = record.segmentations[row]
             annotations.append(entry)
     categories = [{"id": number, "name": name} for number, name in zip(split.category_ids, split.class_names)]
-    return {"info": {"description": f"{split.format} {split.name}"}, "images": images, "annotations": annotations,
-            "categories": categories}
+    return {
+        "info": {"description": f"{split.format} {split.name}"},
+        "images": images,
+        "annotations": annotations,
+        "categories": categories,
+    }
 
 
 def write_coco(split: DataSplit, out: Path) -> Counter[str]:
@@ -74,8 +84,10 @@ def write_voc(split: DataSplit, out: Path) -> Counter[str]:
     """Writes ``Annotations/NAME.xml``, ``JPEGImages/`` and ``ImageSets/Main/SPLIT.txt``; ignore means difficult."""
     names = [name.replace("/", "_") for name in _new_names(split)]
     # all splits share one folder: a name that another split's picture has taken gets the split's name in front
-    names = [f"{_word(split)}_{name}" if _is_taken(out / "JPEGImages" / name, record) else name
-             for name, record in zip(names, split.records)]
+    names = [
+        f"{_word(split)}_{name}" if _is_taken(out / "JPEGImages" / name, record) else name
+        for name, record in zip(names, split.records)
+    ]
     stems = [Path(name).stem for name in names]
     counts = _place_images(split.records, [out / "JPEGImages" / name for name in names])
     for record, name, stem in zip(split.records, names, stems):
@@ -97,8 +109,9 @@ def write_voc(split: DataSplit, out: Path) -> Counter[str]:
         ElementTree.indent(root)
         _write(out / "Annotations" / f"{stem}.xml", ElementTree.tostring(root, encoding="unicode") + "\n")
     _write(out / "ImageSets" / "Main" / f"{_word(split)}.txt", "".join(f"{stem}\n" for stem in stems))
-    counts["masks that VOC's boxes cannot hold"] = sum(1 for record in split.records for mask in
-                                                       record.segmentations or () if mask)
+    counts["masks that VOC's boxes cannot hold"] = sum(
+        1 for record in split.records for mask in record.segmentations or () if mask
+    )
     return counts
 
 
@@ -108,8 +121,10 @@ def write_yolo(split: DataSplit, out: Path) -> Counter[str]:
     counts = _place_images(split.records, [out / "images" / _word(split) / name for name in names])
     for record, name in zip(split.records, names):
         if not (record.height and record.width):
-            raise DataError(f"{printable(record.path)}: no readable image and no size in the annotation; YOLO's "
-                            "fractions need it: complete the images first")
+            raise DataError(
+                f"{printable(record.path)}: no readable image and no size in the annotation; YOLO's "
+                "fractions need it: complete the images first"
+            )
         lines = []
         for row, box in enumerate(record.boxes.tolist()):
             if record.ignore[row]:

@@ -93,8 +93,15 @@ def _read_yaml(path: Path) -> _Layout:
     if isinstance(content.get("path"), str) and files.is_dir(base / content["path"]):
         base = base / content["path"]
     splits = {}
-    others = [key for key, value in content.items() if key not in (*_SPLITS, "path") and isinstance(key, str)
-              and isinstance(value, str) and value and files.is_dir(base / value)]
+    others = [
+        key
+        for key, value in content.items()
+        if key not in (*_SPLITS, "path")
+        and isinstance(key, str)
+        and isinstance(value, str)
+        and value
+        and files.is_dir(base / value)
+    ]
     for name in (*_SPLITS, *others):
         value = content.get(name)
         entries = value if isinstance(value, list) else [value]
@@ -125,22 +132,34 @@ def read_yolo(root: Path, split: str, *, problems: Problems | None = None) -> Da
     for image in dict.fromkeys(image for place in layout.splits[name] for image in _images(base, place, problems)):
         size = image_size(image)
         if size is None:
-            problems.add("unreadable-image", printable(image), "no readable image, and YOLO's boxes need its "
-                         "size; it is left out")
+            problems.add(
+                "unreadable-image",
+                printable(image),
+                "no readable image, and YOLO's boxes need its size; it is left out",
+            )
             continue
         records.append(_read_record(image, base, size, layout.names, problems))
     has_masks = any(record.segmentations and any(record.segmentations) for record in records)
     if not has_masks:
         for record in records:
             record.segmentations = None
-    return DataSplit("yolo", name, base, records, layout.names, tuple(range(len(layout.names))), has_masks=has_masks,
-                     problems=problems.items)
+    return DataSplit(
+        "yolo",
+        name,
+        base,
+        records,
+        layout.names,
+        tuple(range(len(layout.names))),
+        has_masks=has_masks,
+        problems=problems.items,
+    )
 
 
 def _images(root: Path, place: Path, problems: Problems) -> list[Path]:
     if files.is_dir(place):
-        return files.list_files(place) or [image for below in files.subfolders(place)
-                                           for image in files.list_files(below)]
+        return files.list_files(place) or [
+            image for below in files.subfolders(place) for image in files.list_files(below)
+        ]
     if place.suffix != ".txt":
         raise DataError(f"{printable(place)}: no such folder of images; mend data.yaml")
     images = []
@@ -158,12 +177,13 @@ def _label_file(image: Path) -> Path:
     parts = list(image.parts)
     for number in range(len(parts) - 2, -1, -1):
         if parts[number] == "images":
-            return Path(*parts[:number], "labels", *parts[number + 1:]).with_suffix(".txt")
+            return Path(*parts[:number], "labels", *parts[number + 1 :]).with_suffix(".txt")
     return image.with_suffix(".txt")
 
 
-def _read_record(image: Path, root: Path, size: tuple[int, int], names: tuple[str, ...],
-                 problems: Problems) -> ImageRecord:
+def _read_record(
+    image: Path, root: Path, size: tuple[int, int], names: tuple[str, ...], problems: Problems
+) -> ImageRecord:
     path = _label_file(image)
     boxes: list[tuple[float, float, float, float]] = []
     labels: list[int] = []
@@ -189,8 +209,19 @@ def _read_record(image: Path, root: Path, size: tuple[int, int], names: tuple[st
     table = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     areas = (table[:, 2] - table[:, 0]) * (table[:, 3] - table[:, 1])
     name = os.path.relpath(image, root)
-    return ImageRecord(image, name, name.rsplit(".", 1)[0], size[0], size[1], table, np.array(labels, dtype=np.int64),
-                       np.zeros(len(table), dtype=np.bool_), areas, masks, source=printable(path))
+    return ImageRecord(
+        image,
+        name,
+        name.rsplit(".", 1)[0],
+        size[0],
+        size[1],
+        table,
+        np.array(labels, dtype=np.int64),
+        np.zeros(len(table), dtype=np.bool_),
+        areas,
+        masks,
+        source=printable(path),
+    )
 
 
 def _read_row(words: list[str], classes: int, place: str, problems: Problems) -> tuple[int, list[float]] | None:
@@ -205,15 +236,15 @@ def _read_row(words: list[str], classes: int, place: str, problems: Problems) ->
     elif values[0] != int(values[0]) or not 0 <= values[0] < classes:
         problems.add("unknown-category", place, f"class {shown(words[0])} of {classes} named classes")
     elif max(map(abs, values[1:])) > 2:
-        problems.add("bad-number", place, f"{shown(' '.join(words))}: pixels, where fractions of the image are "
-                     "wanted")
+        problems.add("bad-number", place, f"{shown(' '.join(words))}: pixels, where fractions of the image are wanted")
     else:
         return int(values[0]), values[1:]
     return None
 
 
-def _scale(values: list[float], size: tuple[int, int]) -> tuple[tuple[float, float, float, float],
-                                                                  list[list[float]] | None]:
+def _scale(
+    values: list[float], size: tuple[int, int]
+) -> tuple[tuple[float, float, float, float], list[list[float]] | None]:
     """Box in pixels, and polygon where the row is one."""
     height, width = size
     if len(values) == 4:

@@ -46,9 +46,19 @@ def _pixel(pixels, row, column, height, width):
 
 @triton.jit(do_not_specialize=["count", "objects"])
 def _mask_targets(
-    pixels, offsets, origins, extents, rois, index, images, targets, count, objects,
-    BINS: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+    pixels,
+    offsets,
+    origins,
+    extents,
+    rois,
+    index,
+    images,
+    targets,
+    count,
+    objects,
+    BINS: tl.constexpr,
+    LANES: tl.constexpr,
+):
     roi = tl.program_id(0)
     image = roi // count
     entry = image * objects + tl.load(index + roi).to(tl.int32)
@@ -70,10 +80,12 @@ def _mask_targets(
             for sample_x in range(many_x.to(tl.int32)):
                 column, share_x, counts_x = _place(start_x + across * side_x + (sample_x + 0.5) * apart_x, right)
                 column -= left
-                above = (1.0 - share_x) * _pixel(crop, row, column, height, width) \
-                    + share_x * _pixel(crop, row, column + 1, height, width)
-                below = (1.0 - share_x) * _pixel(crop, row + 1, column, height, width) \
-                    + share_x * _pixel(crop, row + 1, column + 1, height, width)
+                above = (1.0 - share_x) * _pixel(crop, row, column, height, width) + share_x * _pixel(
+                    crop, row, column + 1, height, width
+                )
+                below = (1.0 - share_x) * _pixel(crop, row + 1, column, height, width) + share_x * _pixel(
+                    crop, row + 1, column + 1, height, width
+                )
                 total += ((1.0 - share_y) * above + share_y * below) * (counts_y * counts_x)
         total = total / (many_y * many_x)
     place = (roi.to(tl.int64) * BINS + down) * BINS + across
@@ -81,9 +93,15 @@ def _mask_targets(
 
 
 def _launch(
-    pixels: Tensor, offsets: Tensor, origins: Tensor, extents: Tensor, rois: Tensor, index: Tensor, sizes: Tensor,
+    pixels: Tensor,
+    offsets: Tensor,
+    origins: Tensor,
+    extents: Tensor,
+    rois: Tensor,
+    index: Tensor,
+    sizes: Tensor,
     bins: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     batch, count = index.shape
     targets = torch.empty(batch, count, bins, bins, device=rois.device)
     if targets.numel() == 0:
@@ -91,25 +109,43 @@ def _launch(
     tensors = (pixels, offsets, origins, extents, rois.float(), index, sizes)
     with torch.cuda.device_of(rois):  # kernels run on the current device
         _mask_targets[(batch * count,)](
-            *(tensor.contiguous() for tensor in tensors), targets, count, offsets.shape[1], BINS=bins,
-            LANES=triton.next_power_of_2(bins), num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+            *(tensor.contiguous() for tensor in tensors),
+            targets,
+            count,
+            offsets.shape[1],
+            BINS=bins,
+            LANES=triton.next_power_of_2(bins),
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
     return targets
 
 
 @torch.library.custom_op("cascade_rcnn::mask_targets", mutates_args=())
 def _operator(
-    pixels: Tensor, offsets: Tensor, origins: Tensor, extents: Tensor, rois: Tensor, index: Tensor, sizes: Tensor,
+    pixels: Tensor,
+    offsets: Tensor,
+    origins: Tensor,
+    extents: Tensor,
+    rois: Tensor,
+    index: Tensor,
+    sizes: Tensor,
     bins: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     return _launch(pixels, offsets, origins, extents, rois, index, sizes, bins)
 
 
 @_operator.register_fake
 def _shape(
-    pixels: Tensor, offsets: Tensor, origins: Tensor, extents: Tensor, rois: Tensor, index: Tensor, sizes: Tensor,
+    pixels: Tensor,
+    offsets: Tensor,
+    origins: Tensor,
+    extents: Tensor,
+    rois: Tensor,
+    index: Tensor,
+    sizes: Tensor,
     bins: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     return rois.new_empty(*index.shape, bins, bins, dtype=torch.float32)
 
 

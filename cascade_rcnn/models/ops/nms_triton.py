@@ -54,9 +54,24 @@ def _bounds(run, end0, end1, end2, end3, end4, end5, end6, end7):
 
 @triton.jit(do_not_specialize=[*_ENDS, "count", "width"])
 def _compare(
-    boxes, groups, valid, words, end0, end1, end2, end3, end4, end5, end6, end7, count, width, limit,
-    RUNS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    boxes,
+    groups,
+    valid,
+    words,
+    end0,
+    end1,
+    end2,
+    end3,
+    end4,
+    end5,
+    end6,
+    end7,
+    count,
+    width,
+    limit,
+    RUNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Bit c of ``words[image, row, d]``: ``row`` removes box c of the block that lies d blocks behind its own."""
     row_block = tl.program_id(0)
     column_block = tl.program_id(1)
@@ -80,8 +95,10 @@ def _compare(
             shared = tl.maximum(across, 0.0) * tl.maximum(down, 0.0)
             areas = ((x2 - x1) * (y2 - y1))[:, None] + ((right - left) * (bottom - top))[None, :]
             removes = tl.div_rn(shared, areas - shared) > limit
-            same = tl.load(groups + base + rows, mask=row_used, other=-1)[:, None] \
+            same = (
+                tl.load(groups + base + rows, mask=row_used, other=-1)[:, None]
                 == tl.load(groups + base + columns, mask=column_used, other=-2)[None, :]
+            )
             removes = removes & same & (rows[:, None] < columns[None, :])
             bits = removes.to(tl.int64) << tl.arange(0, BLOCK).to(tl.int64)[None, :]
             tl.store(words + (base + rows) * width + column_block - row_block, tl.sum(bits, axis=1), mask=row_used)
@@ -89,9 +106,25 @@ def _compare(
 
 @triton.jit(do_not_specialize=[*_ENDS, "count", "width", "most"])
 def _walk(
-    valid, words, keep, end0, end1, end2, end3, end4, end5, end6, end7, count, width, most,
-    RUNS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
+    valid,
+    words,
+    keep,
+    end0,
+    end1,
+    end2,
+    end3,
+    end4,
+    end5,
+    end6,
+    end7,
+    count,
+    width,
+    most,
+    RUNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     """Sets ``keep`` for what stays of one run of one image; ends after the block with the ``most``-th box that does."""
     start, end = _bounds(tl.program_id(0) % RUNS, end0, end1, end2, end3, end4, end5, end6, end7)
     base = (tl.program_id(0) // RUNS).to(tl.int64) * count
@@ -134,9 +167,7 @@ def _limit(iou: float) -> float:
     return float(nearest if float(nearest) <= iou else np.nextafter(nearest, np.float32(-1)))
 
 
-def _launch(
-    boxes: Tensor, groups: Tensor, valid: Tensor, lengths: Sequence[int], limit: float, most: int
-) -> Tensor:
+def _launch(boxes: Tensor, groups: Tensor, valid: Tensor, lengths: Sequence[int], limit: float, most: int) -> Tensor:
     batch, count = valid.shape
     if len(lengths) > MAX_RUNS or sum(lengths) != count:
         raise ValueError(f"{len(lengths)} runs of {sum(lengths)} boxes; at most {MAX_RUNS} that make up {count}")
@@ -151,13 +182,33 @@ def _launch(
     width = triton.next_power_of_2(blocks)
     with torch.cuda.device_of(boxes):  # kernels run on the current device
         _compare[(blocks, blocks, batch * runs)](
-            boxes.contiguous(), groups.contiguous(), flags, words, *ends, count, blocks, limit, RUNS=runs,
-            BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+            boxes.contiguous(),
+            groups.contiguous(),
+            flags,
+            words,
+            *ends,
+            count,
+            blocks,
+            limit,
+            RUNS=runs,
+            BLOCK=_BLOCK,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
         _walk[(batch * runs,)](
-            flags, words, keep.view(torch.uint8), *ends, count, blocks, most, RUNS=runs, BLOCK=_BLOCK, WIDTH=width,
-            UNROLL=32, num_warps=min(max(width // 32, 1), 4),
-        )  # fmt: skip
+            flags,
+            words,
+            keep.view(torch.uint8),
+            *ends,
+            count,
+            blocks,
+            most,
+            RUNS=runs,
+            BLOCK=_BLOCK,
+            WIDTH=width,
+            UNROLL=32,
+            num_warps=min(max(width // 32, 1), 4),
+        )
     return keep
 
 

@@ -55,8 +55,16 @@ def roi_align(
 
     Arguments as in :func:`roi_align_rows`, which a head should prefer: it needs no copy to be flattened.
     """
-    rows = roi_align_rows(features, boxes, output_size=output_size, strides=strides, valid=valid,
-                          sampling_ratio=sampling_ratio, aligned=aligned, whole_pixels=whole_pixels)  # fmt: skip
+    rows = roi_align_rows(
+        features,
+        boxes,
+        output_size=output_size,
+        strides=strides,
+        valid=valid,
+        sampling_ratio=sampling_ratio,
+        aligned=aligned,
+        whole_pixels=whole_pixels,
+    )
     grid = rows.view(*boxes.shape[:2], output_size, output_size, features[0].shape[1])
     return grid.permute(0, 1, 4, 2, 3)  # [B, N, C, S, S]
 
@@ -105,9 +113,14 @@ def _portable(feature: Tensor) -> bool:
 
 
 def _portable_rows(
-    features: Sequence[Tensor], boxes: Tensor, valid: Tensor | None, size: int, strides: Sequence[int], ratio: int,
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    valid: Tensor | None,
+    size: int,
+    strides: Sequence[int],
+    ratio: int,
     frame: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Every box on every level, emptied where it belongs elsewhere: no samples, no cost, static shapes."""
     batch, count = boxes.shape[:2]
     image = torch.arange(batch, device=boxes.device, dtype=boxes.dtype)[:, None, None].expand(batch, count, 1)
@@ -171,9 +184,14 @@ def _taps(start: Tensor, extent: Tensor, samples: Tensor, taps: Tensor, limit: T
 
 
 def _bags(
-    boxes: Tensor, valid: Tensor | None, shapes: Sequence[Sequence[int]], size: int, strides: Sequence[int], ratio: int,
+    boxes: Tensor,
+    valid: Tensor | None,
+    shapes: Sequence[Sequence[int]],
+    size: int,
+    strides: Sequence[int],
+    ratio: int,
     frame: int,
-) -> Iterator[_Bags]:  # fmt: skip
+) -> Iterator[_Bags]:
     """Boxes sorted into groups of equal shape, then cut into chunks; all of it on the CPU, whatever the device."""
     count = boxes.shape[1]
     boxes = boxes.flatten(0, 1).cpu()
@@ -198,8 +216,12 @@ def _bags(
     order = torch.nonzero(wanted).squeeze(1)
     key, sorted_ = key[order].sort(stable=True)
     order = order[sorted_]
-    axes = [_taps(start[order, a], extent[order, a], samples[order, a].long(), taps[order, a], limits[levels[order], a],
-                  size) for a in (0, 1)]  # fmt: skip
+    axes = [
+        _taps(
+            start[order, a], extent[order, a], samples[order, a].long(), taps[order, a], limits[levels[order], a], size
+        )
+        for a in (0, 1)
+    ]
     (top, down), (left, across) = axes
     done, used_down, used_across = 0, 0, 0
     keys, amounts = torch.unique_consecutive(key, return_counts=True)
@@ -228,17 +250,23 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _plain_forward(
-    features: Sequence[Tensor], boxes: Tensor, valid: Tensor | None, size: int, strides: Sequence[int], ratio: int,
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    valid: Tensor | None,
+    size: int,
+    strides: Sequence[int],
+    ratio: int,
     frame: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     channels, dtype = features[0].shape[1], _wide(features[0].dtype)
     device = features[0].device
     levels = [feature.permute(0, 2, 3, 1).reshape(-1, channels).to(dtype) for feature in features]  # [B * H * W, C]
     result = torch.empty(boxes.shape[0] * boxes.shape[1], size * size, channels, dtype=dtype, device=device)
     missing = torch.ones(len(result), dtype=torch.bool)
     for bags in _bags(boxes, valid, [feature.shape for feature in features], size, strides, ratio, frame):
-        rows = F.embedding_bag(bags.pixels.to(device), levels[bags.level], mode="sum",
-                               per_sample_weights=bags.weights.to(device, dtype))  # fmt: skip
+        rows = F.embedding_bag(
+            bags.pixels.to(device), levels[bags.level], mode="sum", per_sample_weights=bags.weights.to(device, dtype)
+        )
         result.index_copy_(0, bags.boxes.to(device), rows.view(len(bags.boxes), size * size, channels))
         missing[bags.boxes] = False
     result[missing.to(device)] = 0
@@ -246,9 +274,15 @@ def _plain_forward(
 
 
 def _plain_backward(
-    gradient: Tensor, boxes: Tensor, valid: Tensor | None, shapes: Sequence[Sequence[int]], size: int,
-    strides: Sequence[int], ratio: int, frame: int,
-) -> list[Tensor]:  # fmt: skip
+    gradient: Tensor,
+    boxes: Tensor,
+    valid: Tensor | None,
+    shapes: Sequence[Sequence[int]],
+    size: int,
+    strides: Sequence[int],
+    ratio: int,
+    frame: int,
+) -> list[Tensor]:
     """For each pixel the weighted sum of the bins that read it: the forward's table, sorted by pixel."""
     device, dtype = gradient.device, _wide(gradient.dtype)
     rows = gradient.reshape(-1, gradient.shape[-1]).to(dtype)  # [B * N * S * S, C]
@@ -265,8 +299,13 @@ def _plain_backward(
         pixels, bins, weights = (torch.cat(column) for column in zip(*table))
         pixels, order = pixels.sort(stable=True)
         begin = torch.searchsorted(pixels, torch.arange(batch * height * width))
-        summed = F.embedding_bag(bins[order].to(device), rows, begin.to(device), mode="sum",
-                                 per_sample_weights=weights[order].to(device, dtype))  # fmt: skip
+        summed = F.embedding_bag(
+            bins[order].to(device),
+            rows,
+            begin.to(device),
+            mode="sum",
+            per_sample_weights=weights[order].to(device, dtype),
+        )
         summed = summed.to(gradient.dtype).view(batch, height, width, channels)
         gradients.append(summed.permute(0, 3, 1, 2))
     return gradients
@@ -278,9 +317,14 @@ def _fused(tensor: Tensor) -> bool:
 
 @torch.library.custom_op("cascade_rcnn::roi_align_rows", mutates_args=())
 def _rows(
-    features: Sequence[Tensor], boxes: Tensor, valid: Tensor | None, size: int, strides: Sequence[int], ratio: int,
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    valid: Tensor | None,
+    size: int,
+    strides: Sequence[int],
+    ratio: int,
     frame: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """An operator, so that torch.compile takes it whole and autograd keeps the boxes only."""
     if _fused(boxes):
         from cascade_rcnn.models.ops.roi_align_triton import fused_forward
@@ -296,9 +340,16 @@ def _rows_shape(features: Sequence[Tensor], boxes: Tensor, valid: Any, size: int
 
 @torch.library.custom_op("cascade_rcnn::roi_align_rows_backward", mutates_args=())
 def _rows_backward(
-    gradient: Tensor, boxes: Tensor, valid: Tensor | None, heights: Sequence[int], widths: Sequence[int], size: int,
-    strides: Sequence[int], ratio: int, frame: int,
-) -> list[Tensor]:  # fmt: skip
+    gradient: Tensor,
+    boxes: Tensor,
+    valid: Tensor | None,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    size: int,
+    strides: Sequence[int],
+    ratio: int,
+    frame: int,
+) -> list[Tensor]:
     shapes = [(boxes.shape[0], gradient.shape[-1], height, width) for height, width in zip(heights, widths)]
     if _fused(boxes):
         from cascade_rcnn.models.ops.roi_align_triton import fused_backward
@@ -312,8 +363,9 @@ def _rows_backward_shapes(
     gradient: Tensor, boxes: Tensor, valid: Any, heights: Sequence[int], widths: Sequence[int], *_: Any
 ) -> list[Tensor]:
     batch, channels = boxes.shape[0], gradient.shape[-1]
-    return [gradient.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
-            for height, width in zip(heights, widths)]  # fmt: skip
+    return [
+        gradient.new_empty(batch, height, width, channels).permute(0, 3, 1, 2) for height, width in zip(heights, widths)
+    ]
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

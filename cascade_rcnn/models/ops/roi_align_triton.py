@@ -66,11 +66,40 @@ def _axis(begin, end, scale, SIZE: tl.constexpr, RATIO: tl.constexpr, ALIGNED: t
 
 @triton.jit
 def _roi_align(
-    map0, map1, map2, map3, map4, height0, height1, height2, height3, height4, width0, width1, width2, width3, width4,
-    scale0, scale1, scale2, scale3, scale4, boxes, valid, rows, count, channels,
-    LEVELS: tl.constexpr, SIZE: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr,
-    WHOLE_PIXELS: tl.constexpr, HAS_VALID: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    map0,
+    map1,
+    map2,
+    map3,
+    map4,
+    height0,
+    height1,
+    height2,
+    height3,
+    height4,
+    width0,
+    width1,
+    width2,
+    width3,
+    width4,
+    scale0,
+    scale1,
+    scale2,
+    scale3,
+    scale4,
+    boxes,
+    valid,
+    rows,
+    count,
+    channels,
+    LEVELS: tl.constexpr,
+    SIZE: tl.constexpr,
+    RATIO: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WHOLE_PIXELS: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Forward: maps -> rows ``[R, S * S, C]``. Backward: rows hold the gradient, the maps (float32) receive theirs."""
     bin_ = tl.program_id(0)
     box = bin_ // (SIZE * SIZE)
@@ -128,9 +157,17 @@ def _roi_align(
 
 
 def _launch(
-    maps: Sequence[Tensor], boxes: Tensor, valid: Tensor | None, rows: Tensor, strides: Sequence[int], *, size: int,
-    ratio: int, frame: int, backward: bool,
-) -> None:  # fmt: skip
+    maps: Sequence[Tensor],
+    boxes: Tensor,
+    valid: Tensor | None,
+    rows: Tensor,
+    strides: Sequence[int],
+    *,
+    size: int,
+    ratio: int,
+    frame: int,
+    backward: bool,
+) -> None:
     """``maps`` are L contiguous ``[B, H_l, W_l, C]``, ``rows`` is contiguous ``[B, N, S * S, C]``."""
     levels, channels = len(maps), maps[0].shape[3]
     if levels > MAX_LEVELS:
@@ -147,17 +184,37 @@ def _launch(
     grid = (boxes.shape[0] * boxes.shape[1] * size * size, triton.cdiv(channels, block))
     with torch.cuda.device_of(boxes):  # kernels run on the current device
         _roi_align[grid](
-            *padded, *heights, *widths, *scales, boxes, flags, rows, boxes.shape[1], channels, LEVELS=levels, SIZE=size,
-            RATIO=max(ratio, 0), ALIGNED=frame == 1, WHOLE_PIXELS=frame == 2, HAS_VALID=valid is not None,
-            BACKWARD=backward, BLOCK=block, num_warps=1 if block <= 256 and rows.element_size() == 2 else 2,
-        )  # fmt: skip
+            *padded,
+            *heights,
+            *widths,
+            *scales,
+            boxes,
+            flags,
+            rows,
+            boxes.shape[1],
+            channels,
+            LEVELS=levels,
+            SIZE=size,
+            RATIO=max(ratio, 0),
+            ALIGNED=frame == 1,
+            WHOLE_PIXELS=frame == 2,
+            HAS_VALID=valid is not None,
+            BACKWARD=backward,
+            BLOCK=block,
+            num_warps=1 if block <= 256 and rows.element_size() == 2 else 2,
+        )
 
 
 def fused_forward(
-    features: Sequence[Tensor], boxes: Tensor, valid: Tensor | None, size: int, strides: Sequence[int], ratio: int,
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    valid: Tensor | None,
+    size: int,
+    strides: Sequence[int],
+    ratio: int,
     frame: int,
-) -> Tensor:  # fmt: skip
-    """``[B, N, S * S, C]`` of the features' type; arguments as :func:`cascade_rcnn.models.ops.roi_align.roi_align_rows`."""
+) -> Tensor:
+    """``[B, N, S * S, C]`` of the features' type; arguments as ``roi_align.roi_align_rows``."""
     maps = [feature.permute(0, 2, 3, 1).contiguous() for feature in features]  # no copy where channels-last
     rows = maps[0].new_empty(*boxes.shape[:2], size * size, maps[0].shape[3])
     _launch(maps, boxes, valid, rows, strides, size=size, ratio=ratio, frame=frame, backward=False)
@@ -165,9 +222,15 @@ def fused_forward(
 
 
 def fused_backward(
-    gradient: Tensor, boxes: Tensor, valid: Tensor | None, shapes: Sequence[Sequence[int]], size: int,
-    strides: Sequence[int], ratio: int, frame: int,
-) -> list[Tensor]:  # fmt: skip
+    gradient: Tensor,
+    boxes: Tensor,
+    valid: Tensor | None,
+    shapes: Sequence[Sequence[int]],
+    size: int,
+    strides: Sequence[int],
+    ratio: int,
+    frame: int,
+) -> list[Tensor]:
     """Gradients of the features, of the type of ``gradient [B, N, S * S, C]``, summed in float32."""
     maps = [torch.zeros(b, h, w, c, dtype=torch.float32, device=gradient.device) for b, c, h, w in shapes]
     _launch(maps, boxes, valid, gradient.contiguous(), strides, size=size, ratio=ratio, frame=frame, backward=True)

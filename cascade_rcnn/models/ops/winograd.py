@@ -56,8 +56,9 @@ class WinogradConv2d(nn.Module):
         weight = conv.weight.new_empty(PATCH * PATCH, conv.in_channels, conv.out_channels)
         for first in range(0, conv.in_channels, _WEIGHT_ROWS):  # in float64, but not all of it at once
             part = conv.weight.detach()[:, first : first + _WEIGHT_ROWS].double()
-            weight[:, first : first + _WEIGHT_ROWS] = torch.einsum("ar,oirs,bs->abio", filters, part, filters
-                                                                   ).flatten(0, 1)  # fmt: skip
+            weight[:, first : first + _WEIGHT_ROWS] = torch.einsum("ar,oirs,bs->abio", filters, part, filters).flatten(
+                0, 1
+            )
         self.register_buffer("weight", weight)  # [36, in, out]
         self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().clone())
         self.register_buffer("to_basis", inputs.float().contiguous(), persistent=False)  # [6, 6]
@@ -71,11 +72,17 @@ class WinogradConv2d(nn.Module):
     def fits(conv: nn.Module) -> bool:
         """Whether a layer is such a convolution and wide enough to gain."""
         return (
-            type(conv) is nn.Conv2d and conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.padding == (1, 1)
-            and conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
-            and min(conv.in_channels, conv.out_channels) >= _MIN_CHANNELS and conv.weight.dtype == torch.float32
+            type(conv) is nn.Conv2d
+            and conv.kernel_size == (3, 3)
+            and conv.stride == (1, 1)
+            and conv.padding == (1, 1)
+            and conv.dilation == (1, 1)
+            and conv.groups == 1
+            and conv.padding_mode == "zeros"
+            and min(conv.in_channels, conv.out_channels) >= _MIN_CHANNELS
+            and conv.weight.dtype == torch.float32
             and conv.weight.device.type == "cpu"
-        )  # fmt: skip
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, out, H, W]."""
