@@ -26,11 +26,11 @@ _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_ROOT), str(_ROOT / "tests")]  # the checkout, and the small training of its tests
 
 import torch  # noqa: E402
-from small_training import children_of, is_running, run_alone, small_config, start_process  # noqa: E402
 
 from cascade_rcnn.checkpoint import LAST, STATE, load_checkpoint, load_training  # noqa: E402
 from cascade_rcnn.config import Config  # noqa: E402
 from cascade_rcnn.train import train  # noqa: E402
+from small_training import children_of, is_running, run_alone, small_config, start_process  # noqa: E402
 
 SAVE_EVERY = 2
 

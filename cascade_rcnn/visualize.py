@@ -1,7 +1,6 @@
 """The drawing functions under their documented name; they live in ``cascade_rcnn.drawing``."""
 
 from cascade_rcnn.drawing.annotations import (
-    Mark,
     draw_batch,
     draw_detections,
     draw_marks,
@@ -12,7 +11,6 @@ from cascade_rcnn.drawing.annotations import (
 from cascade_rcnn.drawing.charts import ap_by_iou_chart, contact_sheet
 
 __all__ = [
-    "Mark",
     "ap_by_iou_chart",
     "contact_sheet",
     "draw_batch",

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import locations
 from cascade_rcnn import checkpoint
 from cascade_rcnn.atomic_files import replace_file
 from cascade_rcnn.checkpoint import load_checkpoint, save_checkpoint
@@ -212,7 +213,7 @@ def test_a_file_that_grows_beyond_the_limit_of_the_disk(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         timeout=60,
-        cwd=Path(__file__).parents[1],
+        cwd=locations.REPOSITORY,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -18,13 +18,14 @@ from typing import Any
 
 import pytest
 
+import locations
 from cascade_rcnn import cli, errors
 from cascade_rcnn.checkpoint import save_checkpoint
 from cascade_rcnn.cli import COMMANDS, main
 from cascade_rcnn.config import Config
 from cascade_rcnn.recipes import config_names, load_config
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = locations.REPOSITORY
 FUNCTION_OF = {
     "demo": "demo.run_demo",
     "train": "train.run_train",

@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 
+import locations
 from cascade_rcnn.config import DataConfig, ModelConfig, TrainConfig
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.recipes import config_names, load_config
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = locations.REPOSITORY
 FILES = sorted((ROOT / "configs").rglob("*.py"))
 ZOO: dict[str, dict[str, Any]] = {
     entry["config"].removesuffix(".py").replace("-", "_"): entry
-    for entry in json.loads((ROOT / "tests/data/parity/mmdet_zoo.json").read_text(encoding="utf-8"))
+    for entry in json.loads((ROOT / "tests/fixtures/parity/mmdet_zoo.json").read_text(encoding="utf-8"))
 }
 
 

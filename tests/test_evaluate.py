@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scenes import write_coco, write_text
-from small_training import run_ranks, small_config, small_data
 from torch import nn
 
 from cascade_rcnn import distributed, evaluate
@@ -27,6 +25,8 @@ from cascade_rcnn.evaluation.evaluate_model import evaluate_model, match_classes
 from cascade_rcnn.inference.run_model import Inference
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.structures import ImageBatch, RawDetections
+from scenes import write_coco, write_text
+from small_training import run_ranks, small_config, small_data
 
 NAMES = ("box", "crate", "tin")
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 import cascade_rcnn
+import locations
 from cascade_rcnn.recipes import config_names
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = locations.REPOSITORY
 PACKAGE = Path(cascade_rcnn.__file__).resolve().parent
 HEAVY = ("torch", "torchvision", "timm", "numpy", "scipy", "PIL", "rich", "tyro", "faster_coco_eval")
 

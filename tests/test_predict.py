@@ -13,7 +13,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from small_training import small_config, small_data
 from torch import nn
 
 from cascade_rcnn import load
@@ -28,6 +27,7 @@ from cascade_rcnn.inference.run_model import Inference
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.predict import run_predict
 from cascade_rcnn.structures import ImageBatch, RawDetections
+from small_training import small_config, small_data
 
 
 class FindsBright(nn.Module):

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+import locations
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation.submission import voc_list_name, write_submission
 from cascade_rcnn.score import FORMATS, run_score, score
 
-CASES = Path(__file__).parent / "data" / "metrics"
+CASES = locations.FIXTURES / "metrics"
 # format -> case, truth and results below the unpacked case
 PLACES = {
     "coco": ("edge_class_absent", "gt.json", "bbox_results.json"),

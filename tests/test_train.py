@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_training import run_alone, run_ranks, small_config, small_data
 from torch import Tensor
 
 from cascade_rcnn.checkpoint import LAST, STATE, load_checkpoint, load_training
@@ -20,6 +19,7 @@ from cascade_rcnn.errors import CheckpointError, DataError, UserError
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.structures import ImageBatch, Targets
 from cascade_rcnn.train import train
+from small_training import run_alone, run_ranks, small_config, small_data
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,60 @@
+"""Arithmetic of boxes."""
+
+import math
+
+import pytest
+import torch
+from torchvision.ops import box_iou
+
+from cascade_rcnn.models.boxes import clip_boxes, decode_boxes, encode_boxes, pairwise_iof, pairwise_iou
+from random_boxes import random_boxes
+
+
+def test_iou_equals_torchvisions() -> None:
+    a, b = random_boxes(40), random_boxes(30, seed=5)
+    torch.testing.assert_close(pairwise_iou(a, b), box_iou(a, b))
+
+
+def test_iou_of_empty_boxes_is_zero() -> None:
+    assert pairwise_iou(torch.zeros(1, 4), torch.zeros(1, 4)).item() == 0
+
+
+def test_share_inside_a_region_is_of_the_boxs_own_area() -> None:
+    box, region = torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([[5.0, 0, 100, 100]])
+    assert pairwise_iof(box, region).item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("limit_shrinking", [True, False])
+def test_decoding_undoes_encoding(limit_shrinking: bool) -> None:
+    boxes, targets, stds = random_boxes(50), random_boxes(50, seed=9), torch.tensor([0.1, 0.1, 0.2, 0.2])
+    deltas = encode_boxes(boxes, targets, stds)
+    back = decode_boxes(deltas, boxes, stds, limit_shrinking=limit_shrinking)
+    torch.testing.assert_close(back, targets, rtol=1e-4, atol=1e-3)
+
+
+def test_growth_in_one_step_is_limited() -> None:
+    box = torch.tensor([[0.0, 0, 10, 10]])
+    grown = decode_boxes(torch.full((1, 4), 100.0), box, torch.ones(4))
+    assert (grown[0, 2] - grown[0, 0]).item() == pytest.approx(10 * 1000 / 16, rel=1e-5)
+
+
+def test_padding_rows_encode_to_finite_values() -> None:
+    assert torch.isfinite(encode_boxes(torch.zeros(3, 4), torch.zeros(3, 4), torch.ones(4))).all()
+
+
+def test_boxes_are_clipped_to_each_image_of_a_batch() -> None:
+    boxes = torch.tensor([[[-5.0, -5, 500, 500]], [[-5.0, -5, 500, 500]]])
+    clipped = clip_boxes(boxes, torch.tensor([[100, 200], [30, 40]]))
+    assert clipped[:, 0].tolist() == [[0, 0, 200, 100], [0, 0, 40, 30]]
+
+
+def test_the_limit_is_that_of_the_published_code() -> None:
+    assert math.isclose(
+        math.exp(
+            encode_boxes(torch.tensor([[0.0, 0, 16, 16]]), torch.tensor([[0.0, 0, 1000, 1000]]), torch.ones(4))[
+                0, 2
+            ].item()
+        ),
+        62.5,
+        rel_tol=1e-5,
+    )

@@ -1,0 +1,47 @@
+"""Starting from a checkpoint with other classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cascade_rcnn.checkpoint import save_checkpoint
+from cascade_rcnn.config import Config
+from cascade_rcnn.errors import CheckpointError
+from cascade_rcnn.training.init_weights import start_from
+from tiny import TINY, tiny_model
+
+
+@pytest.mark.parametrize("agnostic", [True, False])
+def test_known_classes_keep_their_rows_and_new_ones_begin_anew(tmp_path: Path, agnostic: bool) -> None:
+    source = tiny_model(3, class_agnostic_boxes=agnostic)
+    for parameter in source.parameters():
+        torch.nn.init.normal_(parameter)
+    path = tmp_path / "source.safetensors"
+    save_checkpoint(path, source.state_dict(), config=Config(model=TINY), class_names=("cat", "dog", "cow"))
+    model = tiny_model(4, class_agnostic_boxes=agnostic)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    said = start_from(model, path, ("cow", "bird", "cat", "fish"))
+    assert "cow, cat" in said
+    ours, theirs = model.cascade.box_heads[1], source.cascade.box_heads[1]
+    assert torch.equal(ours.fc1.weight, theirs.fc1.weight)
+    assert torch.equal(model.backbone.body.layer3[0].conv1.weight, source.backbone.body.layer3[0].conv1.weight)
+    assert torch.equal(ours.classifier.weight[[0, 2, 4]], theirs.classifier.weight[[2, 0, 3]])  # with the background
+    assert torch.equal(ours.classifier.weight[1], before["cascade.box_heads.1.classifier.weight"][1])
+    masks, their_masks = model.cascade.mask_heads[0].logits, source.cascade.mask_heads[0].logits
+    assert torch.equal(masks.bias[[0, 2]], their_masks.bias[[2, 0]])
+    if agnostic:
+        assert torch.equal(ours.deltas.weight, theirs.deltas.weight)
+    else:
+        assert torch.equal(ours.deltas.weight[8:12], theirs.deltas.weight[:4])
+
+
+def test_another_network_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "source.safetensors"
+    save_checkpoint(path, tiny_model(3).state_dict(), config=Config(model=TINY), class_names=("a", "b", "c"))
+    with pytest.raises(CheckpointError, match=r"source.safetensors: another network.*cascade-rcnn config"):
+        start_from(tiny_model(3, fpn_channels=64), path, ("a", "b", "c"))
+    with pytest.raises(CheckpointError, match=r"source.safetensors: another network"):  # in layers with rows per class
+        start_from(tiny_model(2, head_channels=8), path, ("a", "b"))
