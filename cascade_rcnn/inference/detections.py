@@ -18,10 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cascade_rcnn.data.rle import encode_crop
+from cascade_rcnn.data.rle import MaskCrop, encode_crop
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.inference.paste_masks import paste_in_whole_pixels, paste_mask
-from cascade_rcnn.structures import MaskCrop
 
 if TYPE_CHECKING:
     pass
