@@ -32,6 +32,7 @@ from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN, NoInitialValues
 from cascade_rcnn.models.ops.capabilities import triton_problem
 from cascade_rcnn.models.ops.winograd import WinogradConv2d
+from cascade_rcnn.zoo.store import resolve
 
 _PRECISIONS = {"fp32": "float32", "tf32": "float32 with products in TF32", "bf16": "bfloat16"}
 ImageLike = str | Path | Image.Image | NDArray[np.uint8] | Tensor
@@ -58,7 +59,10 @@ def load(
     max_detections: int | None = None,
     stop_after_stage: int | None = None,
 ) -> Detector:
-    """A detector from a ``.safetensors`` checkpoint or a run folder (its best, else its last).
+    """A detector from a ``.safetensors`` checkpoint, a run folder (its best, else its last), or the name of published
+    weights.
+
+    Published weights (``cascade-rcnn models`` lists them) are downloaded, converted and kept when first used.
 
     ``score_threshold``, ``max_detections`` (raise it for dense scenes) and ``stop_after_stage`` replace the
     checkpoint's own test-time settings. ``precision`` auto is float32, on recent NVIDIA GPUs with TF32 products.
@@ -67,12 +71,13 @@ def load(
     that takes a minute and is told on stderr; what it finds is the same (docs/speed.md).
 
     Raises:
-        CheckpointError: no such file, or one that is damaged or of another kind.
+        CheckpointError: no such file or name, or one that is damaged or of another kind, or cannot be fetched.
         ConfigError: a setting out of its range.
         UserError: a device or precision that is not there, or no compiler.
     """
     chosen = choose_device(device)
     precision = choose_precision(precision, chosen)
+    path = resolve(path)
     checkpoint = load_checkpoint(path)
     wanted = {
         "score_threshold": score_threshold,
