@@ -1,14 +1,16 @@
-"""Pages that mkdocs generates: all settings, from the docstrings in ``config.py``."""
+"""What mkdocs generates: all settings, from the docstrings in ``config.py``, and the list of published weights."""
 
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
 CONFIG = Path(__file__).resolve().parents[1] / "cascade_rcnn" / "config.py"
+PUBLISHED = CONFIG.with_name("zoo") / "published.json"
 SECTIONS = {"ModelConfig": "model", "DataConfig": "data", "TrainConfig": "train"}
 HEAD = """# Settings
 
@@ -50,3 +52,30 @@ def on_files(files: Files, config: Any) -> Files:
     """mkdocs calls this once the pages on disk are known."""
     files.append(File.generated(config, "settings.md", content=settings_page(CONFIG.read_text(encoding="utf-8"))))
     return files
+
+
+def models_table(entries: list[dict[str, Any]]) -> str:
+    """Tables of published weights, one for each library."""
+    lines = []
+    for library in dict.fromkeys(entry["library"] for entry in entries):
+        lines += [
+            f"### {library}",
+            "",
+            "| name | box AP | mask AP | data | licence | not loaded because of |",
+            "|---|---|---|---|---|---|",
+        ]
+        for entry in entries:
+            if entry["library"] == library:
+                cells = [f"`{entry['name']}`", *(entry.get(key, "") for key in ("box_ap", "mask_ap", "dataset"))]
+                cells += [entry["license"].partition(" (")[0], entry.get("missing", "")]
+                lines.append("| " + " | ".join(map(str, cells)) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """mkdocs calls this for each page before it is rendered."""
+    mark = "<!-- list of published weights -->"
+    if mark not in markdown:
+        return markdown
+    return markdown.replace(mark, models_table(json.loads(PUBLISHED.read_text(encoding="utf-8"))))
