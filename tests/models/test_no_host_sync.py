@@ -23,7 +23,7 @@ from cascade_rcnn.config import TrainConfig
 from cascade_rcnn.inference.run_model import detect
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.structures import ImageBatch, Targets
-from cascade_rcnn.training.log import LossWindow
+from cascade_rcnn.training.losses import LossWindow
 from cascade_rcnn.training.optim import MovingAverage, Updater
 from tiny import squares, tiny_model
 

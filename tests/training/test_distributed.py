@@ -222,7 +222,7 @@ def test_a_stalled_step_is_reported_with_rank_step_and_images(capfd: pytest.Capt
     assert "rank 3 for 0.0 minutes in step 7, images a.jpg, b.jpg; at test_a_stalled_step" in said
     with Watchdog(0.002) as watchdog:
         watchdog.now("step 8")
-        watchdog.rest()
+        watchdog.pause()
         time.sleep(0.3)
     with Watchdog(0.0) as watchdog:
         watchdog.now("step 9")
