@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 from cascade_rcnn import __version__
 from cascade_rcnn.config import Config
 from cascade_rcnn.errors import ConfigError, UserError
+from cascade_rcnn.messages import one_line
 from cascade_rcnn.recipes import apply_overrides, config_names, config_to_python, load_config, settings_help
+from cascade_rcnn.score import FORMATS
 
 if TYPE_CHECKING:
     from cascade_rcnn.inference.run_model import Inference
@@ -152,7 +154,7 @@ def _predict(words: Sequence[str]) -> None:
     parser.add_argument(
         "--format",
         default="coco",
-        choices=("coco", "voc", "kitti", "citypersons", "widerface"),
+        choices=FORMATS,
         help="whose, for --submission (coco)",
     )
     _add_device(parser)
@@ -183,7 +185,7 @@ def _score(words: Sequence[str]) -> None:
     parser.add_argument(
         "--format",
         required=True,
-        choices=("coco", "voc", "kitti", "citypersons", "widerface"),
+        choices=FORMATS,
         help="whose protocol and whose files",
     )
     parser.add_argument(
@@ -418,7 +420,7 @@ def _overview() -> str:
 def _print_error(error: UserError) -> None:
     """One line on stderr; of the processes of torchrun only the first one reports what all of them saw."""
     rank = int(os.environ.get("RANK", "0"))
-    message = " ".join(str(error).split("\n"))
+    message = one_line(error)
     if rank == 0:
         print(f"error: {message}", file=sys.stderr)
     elif not isinstance(error, (ConfigError, _UsageError)):

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from cascade_rcnn.data.images import to_array
+from cascade_rcnn.distributed import choose_device
 from cascade_rcnn.errors import DataError, UserError
 from cascade_rcnn.evaluation.submission import submit_predictions
 from cascade_rcnn.inference.detections import Detections
@@ -72,7 +72,7 @@ def run_predict(
     files = list(islice(collect(paths, leave_out=out), part[0] - 1, None, part[1]))
     detector = load(
         checkpoint,
-        device=_own_device(device),
+        device=choose_device(device, share_gpus=True),
         precision=inference.precision,
         compile=inference.compile,
         stop_after_stage=inference.stages,
@@ -103,15 +103,6 @@ def run_predict(
 
 def _nothing_read(summary: PredictSummary) -> str:
     return f"none of the {len(summary.skipped)} files could be read; first: {summary.skipped[0]}"
-
-
-def _own_device(device: str) -> str:
-    """Under torchrun each process takes the GPU of its own number."""
-    import os
-
-    if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    return device
 
 
 def _check_out(out: Path, inputs: Sequence[Path]) -> None:

@@ -18,9 +18,10 @@ from torch import nn
 from cascade_rcnn import load
 from cascade_rcnn.checkpoint import save_checkpoint
 from cascade_rcnn.config import Config, DataConfig, ModelConfig
+from cascade_rcnn.distributed import choose_device
 from cascade_rcnn.errors import CheckpointError, ConfigError, DataError, UserError
 from cascade_rcnn.inference.detections import Detections
-from cascade_rcnn.inference.detector import Detector, choose_device
+from cascade_rcnn.inference.detector import Detector
 from cascade_rcnn.inference.media import VideoReader, VideoWriter, collect
 from cascade_rcnn.inference.predictions_file import NAME, ResultsFile, join_shards, parse_shard
 from cascade_rcnn.inference.run_model import Inference

@@ -89,7 +89,9 @@ def our_contender(setting: Setting, *, compiled: bool = False) -> Contender:
     images = images_of(setting)
     name = setting.config.model.backbone.partition(".")[0]
     stages = len(setting.config.model.stage_ious)
-    title = f"cascade-rcnn {name}, {stages} stage{'s' * (stages > 1)}{', masks' * setting.masks}"
+    title = f"cascade-rcnn {name}, {stages} stages" if stages > 1 else f"cascade-rcnn {name}, 1 stage"
+    if setting.masks:
+        title += ", masks"
     if setting.train:
         model.to(setting.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         run = _training_step(model, setting, lambda: model.loss(images, _targets(setting)))

@@ -22,6 +22,7 @@ from cascade_rcnn.data.rle import rle_counts
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation import read_results
 from cascade_rcnn.evaluation.metrics import Metrics
+from cascade_rcnn.messages import few_names
 
 IouType = Literal["bbox", "segm"]
 IOUS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
@@ -123,15 +124,13 @@ def _metrics(table: CocoTable, iou_type: str, notes: list[str] | None) -> dict[s
         if absent:
             notes.append(
                 f"{iou_type}/AP/CLASS is undefined for classes without objects (other than crowds): "
-                f"{read_results.names_of(absent)}; means leave them out"
+                f"{few_names(sorted(absent))}; means leave them out"
             )
         bare = [key for key, value in metrics.items() if value is None and "/" not in key]
         if metrics["AP"] is None:
             notes.append(f"{iou_type}/*: the ground truth has no object that counts (none at all, or only crowds)")
         elif bare:
-            notes.append(
-                f"{iou_type}: no object of this size in the ground truth: {read_results.names_of(bare)} undefined"
-            )
+            notes.append(f"{iou_type}: no object of this size in the ground truth: {few_names(sorted(bare))} undefined")
     return {f"{iou_type}/{key}": value for key, value in metrics.items()}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cascade_rcnn.atomic_files import write_json
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation import read_results
@@ -38,18 +38,6 @@ def voc_list_name(split: DataSplit) -> str:
     return split.name
 
 
-def write_json(path: Path, content: Any) -> Path:
-    """Strict JSON, written beside and renamed, so that a file of this name is always whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(content, allow_nan=False, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
-
-
 def _write_coco(split: DataSplit, detections: list[dict[str, Any]], table: read_results.ResultTable, out: Path) -> Path:
     ids = [record.image_id for record in split.records]
     content = [
@@ -59,7 +47,8 @@ def _write_coco(split: DataSplit, detections: list[dict[str, Any]], table: read_
             table.images.tolist(), table.categories.tolist(), table.boxes.tolist(), table.scores.tolist(), detections
         )
     ]
-    return write_json(out / "results.json", content)
+    write_json(out / "results.json", content, indent=1)
+    return out / "results.json"
 
 
 def _write_citypersons(

@@ -23,7 +23,7 @@ from cascade_rcnn.data.dataset import Item
 from cascade_rcnn.data.images import to_array
 from cascade_rcnn.data.loader import Collate, bucket_sizes
 from cascade_rcnn.data.transforms import resize_for_test
-from cascade_rcnn.distributed import usable_device
+from cascade_rcnn.distributed import choose_device
 from cascade_rcnn.errors import CheckpointError, DataError, UserError
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.run_model import Precision, choose_precision, detect, to_detections
@@ -36,17 +36,6 @@ from cascade_rcnn.zoo.store import resolve
 
 _PRECISIONS = {"fp32": "float32", "tf32": "float32 with products in TF32", "bf16": "bfloat16"}
 ImageLike = str | Path | Image.Image | NDArray[np.uint8] | Tensor
-
-
-def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """``auto`` takes a GPU if there is one.
-
-    Raises:
-        UserError: a device that torch does not know or that is not in this machine.
-    """
-    if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return usable_device(device)
 
 
 def load(
