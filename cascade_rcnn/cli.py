@@ -365,7 +365,7 @@ COMMANDS: dict[str, _Command] = {
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = sys.argv[1:] if words is None else words
-    _wait_politely()
+    _let_waiting_threads_sleep()
     try:
         code = _dispatch(words)
         sys.stdout.flush()
@@ -381,10 +381,11 @@ def main(words: Sequence[str] | None = None) -> int:
     return code
 
 
-def _wait_politely() -> None:
+def _let_waiting_threads_sleep() -> None:
     """On a machine that others use, threads sleep while they wait: those that spin take the cores from each other.
 
-    Read by OpenMP when torch is imported. Measured in docs/speed.md; whoever sets one of the variables decides.
+    Why the load decides: beside another training, spinning is nine times slower; alone, sleeping costs a fifth
+    (docs/speed.md). Read by OpenMP when torch is imported; whoever sets one of the variables decides.
     """
     if (
         not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ)

@@ -318,5 +318,5 @@ def test_threads_sleep_while_they_wait_on_a_busy_machine(
     environment = dict(given)
     monkeypatch.setattr(cli.os, "environ", environment)
     monkeypatch.setattr(cli.os, "getloadavg", lambda: (load, load, load), raising=False)
-    cli._wait_politely()
+    cli._let_waiting_threads_sleep()
     assert environment.get("OMP_WAIT_POLICY") == expected
