@@ -179,8 +179,9 @@ def _meanings(cls: type) -> dict[str, str]:
     assert isinstance(node, ast.ClassDef)
     found = {}
     for statement, after in itertools.pairwise(node.body):
-        is_field = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
-        if is_field and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+        if not isinstance(statement, ast.AnnAssign):
+            continue
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             found[ast.unparse(statement.target)] = " ".join(str(after.value.value).split()).replace("``", "")
     return found
 

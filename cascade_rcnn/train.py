@@ -125,8 +125,11 @@ def set_up(config: Config, out: Path, world: distributed.World, log: RunLog, *, 
         vote=distributed.Vote(world.device),
         generators=get_generators(world.device),
     )
-    if resuming:  # rank 0 reads, so that only its machine needs the folder
-        run.restore(distributed.broadcast(read_state(out) if world.is_main else None))
+    state = distributed.broadcast(
+        read_state(out) if resuming and world.is_main else None
+    )  # only rank 0 needs the folder
+    if state is not None:
+        run.restore(state)
 
     if settings.compile:
         from cascade_rcnn.inference.compiled import compile_for_training

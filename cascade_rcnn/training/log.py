@@ -151,7 +151,7 @@ class RunLog:
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(f"val/{name}", value, step)
 
-    def batch(self, images: ImageBatch, targets: Targets, class_names: Sequence[str]) -> None:
+    def batch(self, images: ImageBatch, targets: Targets, class_names: tuple[str, ...]) -> None:
         """Draw a batch as the network sees it, if it is one of the first of the run."""
         if not self._active or self._batches_drawn >= _DRAWN_BATCHES:
             return
@@ -160,7 +160,7 @@ class RunLog:
             self.picture(f"train_batch{self._batches_drawn}_{number}", drawn)
 
     def prediction(
-        self, number: int, record: ImageRecord, found: Detections, class_names: Sequence[str], *, max_pixels: int
+        self, number: int, record: ImageRecord, found: Detections, class_names: tuple[str, ...], *, max_pixels: int
     ) -> None:
         """Draw what was found in a validation image beside what is annotated."""
         image = read_image(record.path, max_pixels=max_pixels)
