@@ -12,7 +12,7 @@ from typing import Literal
 
 from cascade_rcnn.errors import ConfigError
 
-Semantics = Literal["mmdetection", "detectron2", "paper", "torchvision"]
+SemanticsName = Literal["mmdetection", "detectron2", "paper", "torchvision"]
 
 
 def _require(holds: bool, message: str) -> None:
@@ -36,7 +36,7 @@ class ModelConfig:
     """Batch norm: statistics frozen and affine trained; all frozen; trained; trained over all GPUs; or group norm."""
     frozen_stages: int = 1
     """-1 trains all, 0 freezes the stem, 1 the stem and the first stage, ... 4 the whole backbone."""
-    semantics: Semantics = "mmdetection"
+    semantics: SemanticsName = "mmdetection"
     """Whose training and test details to follow (docs/parity.md)."""
 
     fpn_channels: int = 256

@@ -30,7 +30,7 @@ DETECTRON_MEAN = (102.9801, 115.9465, 122.7717)  # BGR
 
 
 @dataclass(frozen=True, kw_only=True)
-class Semantics:
+class Rules:
     """One implementation's choices where the published ones differ (docs/parity.md)."""
 
     halving_loss_weights: bool  # stage losses 1, 0.5, 0.25 or 1, 1, 1
@@ -58,7 +58,7 @@ class Semantics:
 
 
 SEMANTICS = {
-    "mmdetection": Semantics(
+    "mmdetection": Rules(
         halving_loss_weights=True,
         resample=True,
         divide_gradient=False,
@@ -76,7 +76,7 @@ SEMANTICS = {
         anchors_inside=True,
         mmdetection_ranking=True,
     ),
-    "detectron2": Semantics(
+    "detectron2": Rules(
         halving_loss_weights=False,
         resample=False,
         divide_gradient=True,
@@ -93,7 +93,7 @@ SEMANTICS = {
         bgr=True,
         mask_padding=False,
     ),
-    "paper": Semantics(
+    "paper": Rules(
         halving_loss_weights=True,
         resample=False,
         divide_gradient=False,
@@ -113,7 +113,7 @@ SEMANTICS = {
         aligned=False,
         detectron=True,
     ),
-    "torchvision": Semantics(
+    "torchvision": Rules(
         halving_loss_weights=False,
         resample=True,
         divide_gradient=False,
@@ -193,7 +193,7 @@ def build_model(config: ModelConfig, num_classes: int, *, pretrained: bool = Fal
     return model.train()
 
 
-def _build_rpn(config: ModelConfig, semantics: Semantics) -> RPN:
+def _build_rpn(config: ModelConfig, semantics: Rules) -> RPN:
     one_stage, detectron = len(config.stage_ious) == 1, semantics.detectron
     train_proposals = config.train_proposals or (
         semantics.one_stage_train_proposals if one_stage else semantics.train_proposals
@@ -233,7 +233,7 @@ def _at_the_limit(iou: float) -> float:
     return float(np.nextafter(np.float32(iou), np.float32(0)))
 
 
-def _build_cascade(config: ModelConfig, semantics: Semantics, num_classes: int) -> Cascade:
+def _build_cascade(config: ModelConfig, semantics: Rules, num_classes: int) -> Cascade:
     stages = len(config.stage_ious)
     falling = 0.5 if semantics.halving_loss_weights else 1.0
     weights = config.stage_loss_weights or tuple(falling**k for k in range(stages))
