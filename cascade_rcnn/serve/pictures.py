@@ -12,7 +12,7 @@ from cascade_rcnn.data.images import quiet_pillow
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.messages import one_line
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # a phone's MPO opens as JPEG
 
 
 class PictureTooLargeError(UserError):
@@ -20,12 +20,13 @@ class PictureTooLargeError(UserError):
 
 
 def decode(content: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
-    """Pixels uint8 [H, W, 3] RGB, upright. Raises PictureTooLargeError; UserError: no picture, damaged, 16-bit or float."""
+    """Pixels uint8 [H, W, 3] RGB, upright. Raises PictureTooLargeError; UserError: no picture, damaged, not 8 bits."""
     if not content:
         raise UserError("the file is empty")
+    Image.init()
     with quiet_pillow():
         try:
-            with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+            with Image.open(io.BytesIO(content), formats=[kind for kind in FORMATS if kind in Image.OPEN]) as picture:
                 width, height = picture.size
                 if width * height > max_pixels:
                     raise PictureTooLargeError(f"{width} x {height} pixels: at most {max_pixels} are accepted")
