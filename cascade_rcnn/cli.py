@@ -228,6 +228,48 @@ def _check(words: Sequence[str]) -> int:
     return run_check(args.data, fix=args.fix, draw=args.draw, out=args.out, recipe=recipe)
 
 
+def _serve(words: Sequence[str]) -> None:
+    parser = _parser("serve", "cascade-rcnn serve runs/demo --port 8000")
+    _add_checkpoint(parser)
+    parser.add_argument(
+        "--host", default="127.0.0.1", metavar="H", help="address to listen on (127.0.0.1; all: 0.0.0.0)"
+    )
+    parser.add_argument("--port", type=_count, default=8000, metavar="P", help="(8000)")
+    parser.add_argument("--max-batch", type=_count, default=8, metavar="N", help="images at once (8)")
+    parser.add_argument(
+        "--max-delay", type=float, default=10, metavar="MS", help="wait so long for a batch to fill (10)"
+    )
+    parser.add_argument("--max-queue", type=_count, default=64, metavar="N", help="images that may wait; then 429 (64)")
+    parser.add_argument("--max-mb", type=_count, default=32, metavar="MB", help="of a request (32)")
+    parser.add_argument("--max-megapixels", type=_count, default=50, metavar="MP", help="of an image (50)")
+    parser.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds until 504 (60)")
+    parser.add_argument("--allow-urls", action="store_true", help="also fetch pictures from public addresses")
+    _add_device(parser)
+    args = parser.parse_all(words)
+
+    from cascade_rcnn.serve.command import run_serve
+    from cascade_rcnn.serve.settings import API_KEY, ServeSettings
+
+    settings = ServeSettings(
+        max_batch=args.max_batch,
+        max_delay=args.max_delay / 1000,
+        max_queue=args.max_queue,
+        max_bytes=args.max_mb * 1_000_000,
+        max_pixels=args.max_megapixels * 1_000_000,
+        timeout=args.timeout,
+        allow_urls=args.allow_urls,
+        api_key=os.environ.get(API_KEY, ""),
+    )
+    run_serve(
+        args.checkpoint,
+        host=args.host,
+        port=args.port,
+        device=args.device,
+        inference=_inference(args),
+        settings=settings,
+    )
+
+
 def _models(words: Sequence[str]) -> None:
     parser = _parser("models", "cascade-rcnn models cascade r50")
     parser.add_argument("words", nargs="*", metavar="WORD", help="list only names with these words in them")
@@ -344,6 +386,12 @@ COMMANDS: dict[str, _Command] = {
         _check,
         "Finds what would ruin a training on this data set, before it starts.",
         "Exit code 1 when errors were found; warnings and notes alone give 0.",
+    ),
+    "serve": _Command(
+        _serve,
+        "Serves a checkpoint over HTTP, with a page to try it.",
+        "POST /predict takes pictures, / is a page for the browser, /metrics is for Prometheus. Clients must send\n"
+        "a key where CASCADE_RCNN_API_KEY is set. Needs pip install 'cascade-rcnn[serve]'.",
     ),
     "models": _Command(
         _models,

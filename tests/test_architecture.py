@@ -41,6 +41,7 @@ ROOMS = (
     "check",
     "training",
     "benchmark",
+    "serve",
     "train evaluate predict score demo visualize",  # one verb each, and documented names
     "cli __main__",
 )
