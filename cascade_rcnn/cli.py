@@ -432,6 +432,9 @@ def _add_device(parser: _Parser) -> None:
     )
     parser.add_argument("--stages", type=_count, metavar="N", help="use the first N stages of the cascade only (all)")
     parser.add_argument(
+        "--max-pixels", type=_count, metavar="N", help="decode images of at most N pixels (as saved, mostly 100000000)"
+    )
+    parser.add_argument(
         "--compile",
         action="store_true",
         help="torch.compile: a minute for each of a few sizes, kept on disk; pays for many images",
@@ -442,7 +445,13 @@ def _inference(args: argparse.Namespace) -> Inference:
     from cascade_rcnn.inference.run_model import Inference
 
     return Inference(
-        args.batch_size, args.precision, args.compile, args.stages, args.score_threshold, args.max_detections
+        batch_size=args.batch_size,
+        precision=args.precision,
+        compile=args.compile,
+        stages=args.stages,
+        score_threshold=args.score_threshold,
+        max_detections=args.max_detections,
+        max_pixels=args.max_pixels,
     )
 
 

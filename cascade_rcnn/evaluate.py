@@ -52,6 +52,7 @@ def run_evaluate(
             stop_after_stage=inference.stages,
             score_threshold=inference.score_threshold,
             max_detections=inference.max_detections,
+            max_pixels=inference.max_pixels,
         )
         if world.is_main:
             print(detector.choices())
