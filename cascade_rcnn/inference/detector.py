@@ -84,7 +84,8 @@ def load(
     """A detector from a ``.safetensors`` checkpoint or a run folder (its best, else its last).
 
     ``score_threshold``, ``max_detections`` (raise it for dense scenes) and ``stop_after_stage`` replace the
-    checkpoint's own test-time settings; ``max_pixels`` its limit on the size of an image that is decoded. ``precision`` auto is float32, on recent NVIDIA GPUs with TF32 products.
+    checkpoint's own test-time settings, ``max_pixels`` its limit on the size of an image that is decoded.
+    ``precision`` auto is float32, on recent NVIDIA GPUs with TF32 products.
 
     ``compile`` makes code for each of the few sizes that images are padded to, when the first image of that size comes:
     that takes a minute and is told on stderr; what it finds is the same (docs/speed.md).

@@ -47,8 +47,8 @@ def collect(
     """Every image and video of the files and folders (with their subfolders), in a fixed order, each once.
 
     Names are relative to the folder named; several folders put their own name in front, made unique by a number.
-    ``leave_out``: a folder not to enter, the one where results are written. ``others`` counts what folders hold besides,
-    by ending.
+    ``leave_out``: a folder not to enter, the one where results are written. ``others`` counts, by ending, what else
+    the folders hold.
 
     Raises:
         DataError: an input does not exist, is of a kind that is no image, or nothing is found.
@@ -66,9 +66,10 @@ def collect(
         found += 1
         yield InputFile(path, labels[path.parent] + path.name)
     if not found:
+        besides = f", only {listed_endings(others)}" if others else ""
         raise DataError(
-            f"{', '.join(map(printable, inputs)) or 'no input'}: no image or video found"
-            f"{f', only {listed_endings(others)}' if others else ''}; known suffixes are {' '.join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))}"
+            f"{', '.join(map(printable, inputs)) or 'no input'}: no image or video found{besides}; "
+            f"known suffixes are {' '.join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))}"
         )
 
 

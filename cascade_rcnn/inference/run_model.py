@@ -104,7 +104,10 @@ def _evaluation_mode(model: CascadeRCNN) -> Iterator[None]:
 
 
 def detect(model: CascadeRCNN, images: ImageBatch, precision: Precision = "auto") -> RawDetections:
-    """Run a batch on the model's own device, in evaluation mode; the result is on the CPU. Threads may share a model."""
+    """Run a batch on the model's own device, in evaluation mode; the result is on the CPU.
+
+    Threads may share a model, in training mode too.
+    """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with _evaluation_mode(model), torch.inference_mode(), _arithmetic(device, precision):
         return model.detect(images.to(device, non_blocking=True)).to("cpu")
