@@ -318,7 +318,7 @@ class _LabelStudio(DatasetWriter):
         self._tasks.__exit__(None, None, None)
         tag = "PolygonLabels" if self._masks else "RectangleLabels"
         labels = "".join(
-            f'    <Label value={quoteattr(name)} background="#{"%02x%02x%02x" % class_color(label)}"/>\n'
+            f"    <Label value={quoteattr(name)} background={quoteattr(_hex(class_color(label)))}/>\n"
             for label, name in enumerate(self.class_names)
         )
         (self.out / "label_config.xml").write_text(
@@ -334,6 +334,10 @@ class _LabelStudio(DatasetWriter):
             f"LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={root} label-studio start; there make a project with "
             f"label_config.xml, add {root}/images as local storage (no sync), import tasks.json"
         )
+
+
+def _hex(color: tuple[int, int, int]) -> str:
+    return "#" + "".join(f"{part:02x}" for part in color)
 
 
 def _train_on(out: Path) -> str:

@@ -49,7 +49,10 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
         raise UserError(f"device {shown(device)}: give a name, e.g. 'cpu', 'cuda' or 'auto'")
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return usable_device(device)
+    chosen = usable_device(device)
+    if chosen.type == "meta":
+        raise UserError("device 'meta' holds no numbers; use cpu, cuda or auto")
+    return chosen
 
 
 def checked_number(name: str, value: object, *, low: float, high: float = math.inf, whole: bool = False) -> None:
