@@ -47,7 +47,7 @@ class FoundObject:
 
     label: int
     score: float
-    box: tuple[float, float, float, float]  # xyxy
+    box: tuple[float, float, float, float]  # xyxy, of the mask where there is one
     area: float  # of the mask, else of the box
     rings: list[Ring] | None  # one per part, holes cut in; None for a model without masks
 
@@ -124,8 +124,11 @@ class DatasetWriter:
     def finish(self) -> str:
         """Complete the files; one line that says what was written and how it is opened."""
         self.close()
-        told = "".join(f"; {count} {what}" for what, count in self.notes.items())
-        return f"{self.images} images, {self.objects} objects{told}; {self.how_to_open()}"
+        told = "".join(f"; {what}: {count}" for what, count in self.notes.items())
+        images, objects = (
+            f"{n} {word}{'s' * (n != 1)}" for n, word in ((self.images, "image"), (self.objects, "object"))
+        )
+        return f"{images}, {objects}{told}; {self.how_to_open()}"
 
     def open(self) -> None:
         """Before the first image."""
@@ -149,6 +152,9 @@ class DatasetWriter:
             if detections.mask_probs is not None:
                 crop = next(crops)
                 area, rings = float(crop.pixels.sum()), [with_slits(part) for part in outlines(crop)]
+                if rings:  # as annotations have it: the box of a mask is its extent
+                    corners = np.concatenate(rings)
+                    box = [*corners.min(axis=0).tolist(), *corners.max(axis=0).tolist()]
             if area <= 0:
                 self.notes["objects without a pixel left out"] += 1
                 continue
