@@ -147,26 +147,7 @@ def _predict(words: Sequence[str]) -> None:
         help="draw detections (and write them with --as) from this score on; predictions.json has all (0.3)",
     )
     parser.add_argument("--no-draw", action="store_true", help="no drawings")
-    parser.add_argument("--polygons", action="store_true", help="masks in predictions.json as polygons, not RLE")
-    parser.add_argument(
-        "--as",
-        dest="as_dataset",
-        default="",
-        choices=("coco", "yolo", "labelme", "label-studio"),
-        help="also write what was found as a data set, to correct it or train on it",
-    )
-    parser.add_argument("--copy-images", action="store_true", help="copy the images into it, instead of linking them")
-    parser.add_argument(
-        "--images-from", type=Path, metavar="FILE", help="json that lists the images with their ids, for image_id"
-    )
-    parser.add_argument("--shard", default="", metavar="I/N", help="look at every N-th image only, from the I-th on")
-    parser.add_argument("--submission", type=Path, metavar="DIR", help="also write a benchmark's own result files")
-    parser.add_argument(
-        "--format",
-        default="coco",
-        choices=("coco", "voc", "kitti", "citypersons", "widerface"),
-        help="whose, for --submission (coco)",
-    )
+    _add_outputs(parser)
     _add_device(parser)
     args = parser.parse_all(words)
     if not args.inputs:
@@ -193,6 +174,29 @@ def _predict(words: Sequence[str]) -> None:
             images_from=args.images_from,
             submission=(args.format, args.submission) if args.submission else None,
         ),
+    )
+
+
+def _add_outputs(parser: _Parser) -> None:
+    parser.add_argument("--polygons", action="store_true", help="masks in predictions.json as polygons, not RLE")
+    parser.add_argument(
+        "--as",
+        dest="as_dataset",
+        default="",
+        choices=("coco", "yolo", "labelme", "label-studio"),
+        help="also write what was found as a data set, to correct it or train on it",
+    )
+    parser.add_argument("--copy-images", action="store_true", help="copy the images into it, instead of linking them")
+    parser.add_argument(
+        "--images-from", type=Path, metavar="FILE", help="json that lists the images with their ids, for image_id"
+    )
+    parser.add_argument("--shard", default="", metavar="I/N", help="look at every N-th image only, from the I-th on")
+    parser.add_argument("--submission", type=Path, metavar="DIR", help="also write a benchmark's own result files")
+    parser.add_argument(
+        "--format",
+        default="coco",
+        choices=("coco", "voc", "kitti", "citypersons", "widerface"),
+        help="whose, for --submission (coco)",
     )
 
 

@@ -92,16 +92,7 @@ def run_predict(
     everything = list(collect(paths, leave_out=out, others=others))
     ids = _image_ids([file.name for file in everything if not file.is_video], outputs)
     dataset = _dataset(outputs, out, everything, checkpoint)
-    detector = load(
-        checkpoint,
-        device=_own_device(device),
-        precision=inference.precision,
-        compile=inference.compile,
-        stop_after_stage=inference.stages,
-        score_threshold=inference.score_threshold,
-        max_detections=inference.max_detections,
-        max_pixels=inference.max_pixels,
-    )
+    detector = load(checkpoint, device=_own_device(device), **inference.of_load())
     print(detector.choices())
     if others and part[0] == 1:
         print(f"left out, being no images or videos: {listed_endings(others)}", file=sys.stderr)

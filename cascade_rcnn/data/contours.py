@@ -110,7 +110,8 @@ def _rings(inside: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
 
 def _without_straight_points(ring: Ring) -> Ring:
     before, after = ring - np.roll(ring, 1, axis=0), np.roll(ring, -1, axis=0) - ring
-    return ring[before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]]
+    turns: Ring = ring[before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]]
+    return turns
 
 
 def _signed_area(ring: Ring) -> float:

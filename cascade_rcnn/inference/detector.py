@@ -73,6 +73,13 @@ def _is_per_cent(value: object, high: float) -> TypeGuard[float]:
     return high == 1 and isinstance(value, int | float) and not isinstance(value, bool) and 1 < value <= 100
 
 
+def _changed(config: Config, model: dict[str, Any], data: dict[str, Any]) -> Config:
+    """The recipe with those settings that are not None."""
+    new_model = dataclasses.replace(config.model, **{name: value for name, value in model.items() if value is not None})
+    new_data = dataclasses.replace(config.data, **{name: value for name, value in data.items() if value is not None})
+    return dataclasses.replace(config, model=new_model, data=new_data)
+
+
 def load(
     path: str | Path,
     *,
@@ -108,15 +115,12 @@ def load(
     chosen = choose_device(device)
     precision = choose_precision(precision, chosen)
     checkpoint = load_checkpoint(path)
-    wanted = {
+    model_settings = {
         "score_threshold": score_threshold,
         "max_detections": max_detections,
         "stop_after_stage": stop_after_stage,
     }
-    changed: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
-    config = dataclasses.replace(checkpoint.config, model=dataclasses.replace(checkpoint.config.model, **changed))
-    if max_pixels is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_pixels=int(max_pixels)))
+    config = _changed(checkpoint.config, model_settings, {"max_pixels": max_pixels})
     with NoInitialValues():
         model = build_model(config.model, len(checkpoint.class_names))
     try:
@@ -130,14 +134,20 @@ def load(
     checkpoint.state.clear()  # the file's pages are memory too, and the weights are about to be laid out anew
     model = model.to(chosen).optimize_for_inference()
     if compile:
-        from cascade_rcnn.inference.compiled import compile_for_inference
-
-        model = compile_for_inference(model, multiple=config.data.pad_multiple)
-        # The statistics of group norm would see the padding, as would Detectron's boxes: they may leave their image.
-        sees_padding = config.model.norm == "group" or config.model.semantics == "paper"
-        if config.data.pad_buckets is None and not sees_padding:
-            config = dataclasses.replace(config, data=dataclasses.replace(config.data, pad_buckets=True))
+        model, config = _compiled(model, config)
     return Detector(model, config, checkpoint.class_names, checkpoint.category_ids, precision=precision)
+
+
+def _compiled(model: CascadeRCNN, config: Config) -> tuple[CascadeRCNN, Config]:
+    """The compiled network, and its recipe with padding to a few sizes where that changes nothing."""
+    from cascade_rcnn.inference.compiled import compile_for_inference
+
+    model = compile_for_inference(model, multiple=config.data.pad_multiple)
+    # The statistics of group norm would see the padding, as would Detectron's boxes: they may leave their image.
+    sees_padding = config.model.norm == "group" or config.model.semantics == "paper"
+    if config.data.pad_buckets is None and not sees_padding:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, pad_buckets=True))
+    return model, config
 
 
 class Detector:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,6 +35,11 @@ class Inference:
     score_threshold: float | None = None
     max_detections: int | None = None
     max_pixels: int | None = None  # of an image that is decoded
+
+    def of_load(self) -> dict[str, Any]:
+        """The arguments of ``load`` in it."""
+        names = ("precision", "compile", "score_threshold", "max_detections", "max_pixels")
+        return {name: getattr(self, name) for name in names} | {"stop_after_stage": self.stages}
 
 
 AS_SAVED = Inference()
