@@ -22,6 +22,7 @@ from torch import nn
 
 from cascade_rcnn import load
 from cascade_rcnn.checkpoint import save_checkpoint
+from cascade_rcnn.cli import main
 from cascade_rcnn.config import Config, DataConfig, ModelConfig
 from cascade_rcnn.errors import CheckpointError, ConfigError, DataError, UserError
 from cascade_rcnn.inference.detections import Detections
@@ -307,6 +308,39 @@ def test_wrong_words_of_the_command_are_told_before_anything_is_written(tmp_path
         with pytest.raises(UserError, match=message):
             run_predict(checkpoint, [tmp_path / "one.png"], out=tmp_path / "out", device="cpu", **words)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--precision banana", "'banana'"),
+        ("--score-threshold 50", "'50' is not a number between 0 and 1"),
+        ("--score-threshold 1", "model.score_threshold 1.0: from 0 to below 1"),
+        ("--max-detections 0", "'0' is not a whole number"),
+        ("--max-pixels 1e6", "'1e6' is not a whole number"),
+        ("--stages 9", "there are 3 stages"),
+        ("--device abacus", "device 'abacus'"),
+        ("--as voc", "'voc'"),
+        ("--as coco --shard 1/2", "leave --shard (or torchrun) away"),
+        ("--images-from one.png", "not valid JSON"),
+        ("--submission sent", "add --images-from FILE"),
+        ("--max-pixels 4799", "100x48 is more than max_pixels 4799"),
+    ],
+)
+def test_wrong_words_of_the_command_line(
+    words: str,
+    message: str,
+    tmp_path: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(picture()).save("one.png")
+    assert main(["predict", str(checkpoint), "one.png", "--out", "out", "--device", "cpu", *words.split()]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1].startswith("error: ") and message in told[-1]
+    assert not Path("out/predictions.json").exists() and not Path("sent").exists()
 
 
 def test_a_detector_moves_to_another_device(checkpoint: Path) -> None:
