@@ -217,13 +217,13 @@ def submission_ids(
         way = "leave it out, or give the list of this split" if listed is not None else _WAY_TO_IDS[format]
         raise DataError(f"image {shown(strange[0])} ({len(strange)} of {len(names)}) {reason}: {way}")
     first: dict[int | str, str] = {}
-    for name, number in ids.items():
-        if number in first:
+    for name, image_id in ids.items():
+        if image_id in first:
             raise DataError(
-                f"images {shown(first[number])} and {shown(name)} would both be image {number} of the submission: "
+                f"images {shown(first[image_id])} and {shown(name)} would both be image {image_id} of the submission: "
                 "predict on one of them only, or give --images-from"
             )
-        first[number] = name
+        first[image_id] = name
     return ids
 
 

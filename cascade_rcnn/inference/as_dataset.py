@@ -246,7 +246,7 @@ class _Labelme(DatasetWriter):
     folder = PurePosixPath()
 
     def write(self, image: FoundImage) -> None:
-        shapes = []
+        shapes: list[dict[str, Any]] = []
         for number, one in enumerate(image.objects, start=1):
             corners = np.array(one.box).reshape(2, 2)
             parts = [corners] if one.rings is None else one.rings
@@ -263,7 +263,7 @@ class _Labelme(DatasetWriter):
                 }
                 for ring in parts
             ]
-        content = {
+        content: dict[str, Any] = {
             "version": "5.5.0",
             "flags": {},
             "shapes": shapes,
@@ -294,7 +294,7 @@ class _LabelStudio(DatasetWriter):
             for part, ring in enumerate(one.rings or [np.array(one.box).reshape(2, 2)], start=1)
         ]
         self._masks = self._masks or any(one.rings is not None for one in image.objects)
-        prediction = {"model_version": self.checkpoint, "result": regions}
+        prediction: dict[str, Any] = {"model_version": self.checkpoint, "result": regions}
         if image.objects:
             prediction["score"] = min(one.score for one in image.objects)  # the least sure one is looked at first
         address = f"/data/local-files/?d={quote(f'images/{image.name}')}"

@@ -11,7 +11,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, TypeGuard, cast, overload
+from typing import IO, Any, cast, overload
 
 import numpy as np
 import torch
@@ -61,16 +61,14 @@ def checked_number(name: str, value: object, *, low: float, high: float = math.i
     Raises:
         UserError: in one line, with the value.
     """
-    kind = numbers.Integral if whole else numbers.Real
-    if value is None or (isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high):
+    kinds: tuple[Any, ...] = (numbers.Integral,) if whole else (numbers.Real,)
+    number: Any = value
+    if value is None or (type(value) is not bool and isinstance(number, kinds) and low <= number <= high):
         return
     limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
-    hint = f"; for {value} per cent write {value / 100:g}" if _is_per_cent(value, high) else ""
+    per_cent = high == 1 and type(value) in (int, float) and 1 < number <= 100
+    hint = f"; for {value} per cent write {number / 100:g}" if per_cent else ""
     raise UserError(f"{name} {shown(value)}: give a {'whole ' if whole else ''}number {limits}{hint}")
-
-
-def _is_per_cent(value: object, high: float) -> TypeGuard[float]:
-    return high == 1 and isinstance(value, int | float) and not isinstance(value, bool) and 1 < value <= 100
 
 
 def _changed(config: Config, model: dict[str, Any], data: dict[str, Any]) -> Config:
