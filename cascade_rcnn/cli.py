@@ -248,6 +248,20 @@ def _check(words: Sequence[str]) -> int:
     return run_check(args.data, fix=args.fix, draw=args.draw, out=args.out, recipe=recipe)
 
 
+def _models(words: Sequence[str]) -> None:
+    parser = _parser("models", "cascade-rcnn models cascade r50")
+    parser.add_argument("words", nargs="*", metavar="WORD", help="list only names with these words in them")
+    parser.add_argument("--json", action="store_true", help="as JSON, with addresses, sources and what is missing")
+    parser.add_argument(
+        "--cache", nargs="?", const="show", choices=("show", "clear"), help="the weights on this machine"
+    )
+    args = parser.parse_all(words)
+
+    from cascade_rcnn.zoo.command import run_models
+
+    run_models(args.words, as_json=args.json, cache=args.cache or "")
+
+
 def _convert(words: Sequence[str]) -> None:
     parser = _parser("convert", "cascade-rcnn convert cascade_rcnn_r50_fpn_1x.pth r50.safetensors")
     parser.add_argument("source", type=Path, metavar="SOURCE", help="mmdetection, detectron2, torchvision, Detectron")
@@ -351,6 +365,12 @@ COMMANDS: dict[str, _Command] = {
         "Finds what would ruin a training on this data set, before it starts.",
         "Exit code 1 when errors were found; warnings and notes alone give 0.",
     ),
+    "models": _Command(
+        _models,
+        "Lists published weights by name; a name is taken wherever a checkpoint is.",
+        "The first use of a name downloads and converts the weights. CASCADE_RCNN_CACHE names the folder\n"
+        "that keeps them, CASCADE_RCNN_MIRROR another host or a folder to fetch them from.",
+    ),
     "convert": _Command(
         _convert,
         "Converts a checkpoint of another library.",
@@ -434,7 +454,12 @@ def _parser(command: str, example: str) -> _Parser:
 
 
 def _add_checkpoint(parser: _Parser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=".safetensors file or the folder of a run")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help=".safetensors file, the folder of a run, or a name of 'cascade-rcnn models'",
+    )
 
 
 def _add_device(parser: _Parser) -> None:

@@ -18,6 +18,7 @@ from cascade_rcnn.evaluation.metrics import Metrics, print_metrics
 from cascade_rcnn.inference.run_model import AS_SAVED, Inference
 from cascade_rcnn.messages import printable
 from cascade_rcnn.score import score
+from cascade_rcnn.zoo.store import published_for
 
 
 def run_evaluate(
@@ -67,12 +68,26 @@ def run_evaluate(
         if metrics:
             title = f"{printable(checkpoint)} on {chosen.name} of {printable(chosen.root)}"
             print_metrics(metrics, notes=notes, title=title)
+            _print_published(Path(checkpoint), metrics)
         if metrics and out is not None:
             path = out / "metrics.json" if out.is_dir() or not out.suffix else out
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, metrics)
             print(f"metrics: {printable(path)}")
         return distributed.broadcast(metrics)
+
+
+def _print_published(checkpoint: Path, metrics: Metrics) -> None:
+    """Beside what was measured, what was published for these weights."""
+    entry = published_for(checkpoint)
+    if entry is None:
+        return
+    for kind, published in (("bbox", entry.box_ap), ("segm", entry.mask_ap)):
+        measured = metrics.get(f"{kind}/AP")
+        if published is not None and measured is not None:
+            print(
+                f"{kind} AP: {100 * measured:.1f} here, {published:.1f} published by {entry.library} ({entry.dataset})"
+            )
 
 
 def _official(split: DataSplit, results: list[dict[str, Any]], submission: Path | None, notes: list[str]) -> Metrics:

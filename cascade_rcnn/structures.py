@@ -13,11 +13,9 @@ B images, G objects per image (padded), D detections per image (padded), M pixel
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 _Batch = TypeVar("_Batch", bound="_TensorBatch")
@@ -126,11 +124,3 @@ class RawDetections(_TensorBatch):
     valid: Tensor  # bool [B, D]
     masks: Tensor | None = None  # float32 [B, D, m, m], probability of the object inside its box
     scales: Tensor | None = None  # float32 [B]: boxes of whole pixels (Detectron), to be divided by this; else None
-
-
-class MaskCrop(NamedTuple):
-    """A binary mask cut to the surroundings of its object: ``pixels[0, 0]`` is the image's pixel (top, left)."""
-
-    top: int
-    left: int
-    pixels: NDArray[np.bool_]  # [h, w]

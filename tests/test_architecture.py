@@ -27,17 +27,18 @@ MODEL_FILES = 14
 
 # Lowest first: a module imports from its own room and from those before it.
 ROOMS = (
-    "errors messages structures config atomic_files",
+    "errors messages structures config atomic_files cache",
     "recipes checkpoint distributed progress",
     "models.ops",
     "models",
     "data",
     "data.formats",
+    "convert",
+    "zoo",
     "drawing",
     "inference",
     "evaluation",
     "check",
-    "convert",
     "training",
     "benchmark",
     "train evaluate predict score demo visualize",  # one verb each, and documented names

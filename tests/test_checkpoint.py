@@ -191,7 +191,7 @@ def test_a_write_that_reads_back_differently_is_refused(tmp_path: Path, monkeypa
 _LIMITED = """
 import resource, sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_checkpoint import _save
 from cascade_rcnn.errors import CheckpointError
 path = Path({path!r})
@@ -207,7 +207,7 @@ except CheckpointError as error:
 def test_a_file_that_grows_beyond_the_limit_of_the_disk(tmp_path: Path) -> None:
     """A real short write: the operating system refuses bytes beyond the process's limit, as a full disk does."""
     path = tmp_path / "last.safetensors"
-    code = _LIMITED.format(tests=str(Path(__file__).parent), path=str(path))
+    code = _LIMITED.format(tests=[str(Path(__file__).parent), str(locations.TESTS / "support")], path=str(path))
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -32,10 +32,10 @@ FUNCTION_OF = {
     "evaluate": "evaluate.run_evaluate",
     "predict": "predict.run_predict",
     "score": "score.run_score",
-    "check": "data.check.run_check",
-    "convert": "convert.run_convert",
-    "convert-data": "data.convert_data.run_convert_data",
-    "benchmark": "benchmark.run_benchmark",
+    "check": "check.dataset.run_check",
+    "convert": "convert.checkpoint.run_convert",
+    "convert-data": "data.formats.convert.run_convert_data",
+    "benchmark": "benchmark.run.run_benchmark",
 }
 Call = tuple[str, dict[str, Any]]
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cascade_rcnn.structures import MaskCrop
+from cascade_rcnn.data.rle import MaskCrop
 
 EXACT = 0.2  # pixels; with it the polygon covers the mask's own pixels, none more and none less
 Ring = NDArray[np.float64]  # [V, 2] x, y; the last point is joined to the first

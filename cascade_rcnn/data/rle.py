@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rcnn.errors import DataError
-from cascade_rcnn.structures import MaskCrop
 
 PACKED_RLE = b"R"  # the first byte of a packed mask of this kind
+
+
+class MaskCrop(NamedTuple):
+    """A binary mask cut to the surroundings of its object: ``pixels[0, 0]`` is the image's pixel (top, left)."""
+
+    top: int
+    left: int
+    pixels: NDArray[np.bool_]  # [h, w]
 
 
 def pack_rle(rle: dict[str, Any], source: str) -> bytes:

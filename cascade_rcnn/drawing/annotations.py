@@ -25,7 +25,8 @@ from torch import Tensor
 from cascade_rcnn.data.images import read_image, to_array
 from cascade_rcnn.data.masks import decode_window, pack_segmentation
 from cascade_rcnn.data.records import ImageRecord, Segmentation
-from cascade_rcnn.structures import ImageBatch, MaskCrop, MaskCrops, Targets
+from cascade_rcnn.data.rle import MaskCrop
+from cascade_rcnn.structures import ImageBatch, MaskCrops, Targets
 
 Color = tuple[int, int, int]
 PAPER: Color = (255, 255, 255)

@@ -19,7 +19,7 @@ from cascade_rcnn.messages import printable
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from cascade_rcnn.structures import MaskCrop
+    from cascade_rcnn.data.rle import MaskCrop
 
 _LABELLED = 24  # pixels on the sheet: a smaller object would be hidden by its own name
 
@@ -89,7 +89,7 @@ def _crop(mask: Segmentation, size: tuple[int, int], scale: float) -> MaskCrop |
     from PIL import Image as Pictures
     from PIL import ImageDraw
 
-    from cascade_rcnn.structures import MaskCrop
+    from cascade_rcnn.data.rle import MaskCrop
 
     if isinstance(mask, dict):
         full = Pictures.fromarray(decode_rle(mask).astype(np.uint8) * 255)

@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cascade_rcnn.data.contours import EXACT, Outline, Ring, outlines, with_slits
-from cascade_rcnn.data.rle import encode_crop
+from cascade_rcnn.data.rle import MaskCrop, encode_crop
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.inference.paste_masks import paste_in_whole_pixels, paste_mask
-from cascade_rcnn.structures import MaskCrop
 
 
 @dataclass

@@ -34,6 +34,7 @@ from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN, NoInitialValues
 from cascade_rcnn.models.ops.capabilities import triton_problem
 from cascade_rcnn.models.ops.winograd import WinogradConv2d
+from cascade_rcnn.zoo.store import resolve
 
 _PRECISIONS = {"fp32": "float32", "tf32": "float32 with products in TF32", "bf16": "bfloat16"}
 ImageLike = str | Path | bytes | IO[bytes] | Image.Image | NDArray[np.uint8] | Tensor
@@ -89,7 +90,10 @@ def load(
     stop_after_stage: int | None = None,
     max_pixels: int | None = None,
 ) -> Detector:
-    """A detector from a ``.safetensors`` checkpoint or a run folder (its best, else its last).
+    """A detector from a ``.safetensors`` checkpoint, a run folder (its best, else its last), or the name of published
+    weights.
+
+    Published weights (``cascade-rcnn models`` lists them) are downloaded, converted and kept when first used.
 
     ``score_threshold``, ``max_detections`` (raise it for dense scenes) and ``stop_after_stage`` replace the
     checkpoint's own test-time settings, ``max_pixels`` its limit on the size of an image that is decoded.
@@ -99,7 +103,7 @@ def load(
     that takes a minute and is told on stderr; what it finds is the same (docs/speed.md).
 
     Raises:
-        CheckpointError: no such file, or one that is damaged or of another kind.
+        CheckpointError: no such file or name, or one that is damaged or of another kind, or cannot be fetched.
         ConfigError: more stages than there are.
         UserError: a setting that is no number or out of its range, a device or precision that is not there, or no
             compiler.
@@ -112,6 +116,7 @@ def load(
         raise UserError(f"compile {shown(compile)}: give True or False")
     chosen = choose_device(device)
     precision = choose_precision(precision, chosen)
+    path = resolve(path)
     checkpoint = load_checkpoint(path)
     model_settings = {
         "score_threshold": score_threshold,

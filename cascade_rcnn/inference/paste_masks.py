@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cascade_rcnn.structures import MaskCrop
+from cascade_rcnn.data.rle import MaskCrop
 
 MASK_THRESHOLD = 0.5
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cascade_rcnn.checkpoint import load_checkpoint
 from cascade_rcnn.errors import CheckpointError
+from cascade_rcnn.zoo.store import resolve
 
 
 @torch.no_grad()
@@ -19,7 +20,7 @@ def start_from(model: nn.Module, path: Path, class_names: Sequence[str]) -> str:
     Layers with a row per class take the rows of the classes that both know by name; the other rows stay as they are.
     Raises :class:`CheckpointError` where anything else is missing or has another shape.
     """
-    source = load_checkpoint(path)
+    source = load_checkpoint(resolve(path))
     known = {name: row for row, name in enumerate(source.class_names)}
     pairs = [(row, known[name]) for row, name in enumerate(class_names) if name in known]
     misfits = []

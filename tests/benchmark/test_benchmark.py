@@ -141,12 +141,12 @@ def test_stopwatch_gives_each_call_its_own_time_and_leaves_no_trace() -> None:
 
 
 def test_multiply_adds_are_counted_from_the_run(recipe: str) -> None:
-    from cascade_rcnn.benchmark.contenders import _count_macs, images_of
+    from cascade_rcnn.benchmark.contenders import count_multiply_adds, images_of
 
     setting = Setting(load_config(recipe), SIZE, 1, torch.device("cpu"), False)
     model = build_model(setting.config.model, 80).eval()
     stopwatch.seed_weights(model)
-    macs = _count_macs(model, setting, images_of(setting), stopwatch.Stopwatch(torch.device("cpu")))
+    macs = count_multiply_adds(model, setting, images_of(setting), stopwatch.Stopwatch(torch.device("cpu")))
     cells = sum((64 // s) * (96 // s) for s in (4, 8, 16, 32)) + 1 * 2  # p2..p6
     assert macs["RPN convolutions"] == cells * 32 * (32 * 9 + 3 + 12)
     per_box = 32 * 49 * 64 + 64 * 64 + 64 * (81 + 4)

@@ -30,11 +30,11 @@ from cascade_rcnn.convert.key_tables import absorb_preprocessing, recognise, ren
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.inference.detector import load
 from cascade_rcnn.models.build import build_model, load_backbone_weights
+from foreign_checkpoints import CLASSES, mmdetection_name, small_state
 
 MANIFESTS = locations.FIXTURES / "parity"
 MASK = "mmdet_cascade_mask_rcnn_r50_fpn"
 D2 = "detectron2_cascade_mask_rcnn_R_50_FPN"
-CLASSES = 3
 _SMALLER = {256: 32, 1024: 16, 12544: 32 * 49, 80: CLASSES, 81: CLASSES + 1}
 
 
@@ -147,44 +147,6 @@ def test_one_stage_detectors_have_boxes_per_class(tmp_path: Path, library: str) 
     reg = "roi_head.bbox_head.fc_reg.bias" if library == "mmdetection" else "roi_heads.box_predictor.bbox_pred.bias"
     assert torch.equal(made.state["cascade.box_heads.0.deltas.bias"], state[reg])
     assert model.semantics == library
-
-
-def mmdetection_name(key: str, norm: str = "bn") -> str:
-    """mmdetection's name of one of our keys."""
-    for ours, theirs in (
-        (r"backbone\.body\.(.*)\bbn(\d)\.", rf"backbone.\1{norm}\2."),
-        (r"backbone\.body\.", "backbone."),
-        (r"fpn\.lateral\.(\d)", r"neck.lateral_convs.\1.conv"),
-        (r"fpn\.output\.(\d)", r"neck.fpn_convs.\1.conv"),
-        (r"fpn\.lateral_norm\.(\d)", r"neck.lateral_convs.\1.gn"),
-        (r"fpn\.output_norm\.(\d)", r"neck.fpn_convs.\1.gn"),
-        (r"rpn\.conv\.0", "rpn_head.rpn_conv.0.conv"),
-        (r"rpn\.conv\.2", "rpn_head.rpn_conv.1.conv"),
-        (r"rpn\.conv", "rpn_head.rpn_conv"),
-        (r"rpn\.objectness", "rpn_head.rpn_cls"),
-        (r"rpn\.deltas", "rpn_head.rpn_reg"),
-        (r"cascade\.box_heads\.(\d)\.convs\.(\d)\.0", r"roi_head.bbox_head.\1.shared_convs.\2.conv"),
-        (r"cascade\.box_heads\.(\d)\.convs\.(\d)\.1", r"roi_head.bbox_head.\1.shared_convs.\2.gn"),
-        (r"cascade\.box_heads\.(\d)\.fc1", r"roi_head.bbox_head.\1.shared_fcs.0"),
-        (r"cascade\.box_heads\.(\d)\.fc2", r"roi_head.bbox_head.\1.shared_fcs.1"),
-        (r"cascade\.box_heads\.(\d)\.classifier", r"roi_head.bbox_head.\1.fc_cls"),
-        (r"cascade\.box_heads\.(\d)\.deltas", r"roi_head.bbox_head.\1.fc_reg"),
-        (r"cascade\.mask_heads\.(\d)\.convs\.(\d)", r"roi_head.mask_head.\1.convs.\2.conv"),
-        (r"cascade\.mask_heads\.(\d)\.norms\.(\d)", r"roi_head.mask_head.\1.convs.\2.gn"),
-        (r"cascade\.mask_heads\.(\d)\.upsample", r"roi_head.mask_head.\1.upsample"),
-        (r"cascade\.mask_heads\.(\d)\.logits", r"roi_head.mask_head.\1.conv_logits"),
-    ):
-        renamed, count = re.subn("^" + ours, theirs, key)
-        if count:
-            return renamed
-    raise AssertionError(key)
-
-
-def small_state() -> dict[str, Tensor]:
-    """A small network's weights as mmdetection would store them."""
-    config = ModelConfig(backbone="resnet18", masks="every", fpn_channels=32, head_channels=16, mask_channels=32)
-    state = build_model(config, CLASSES).state_dict()
-    return {mmdetection_name(key): value for key, value in state.items()}
 
 
 def test_group_norm_and_convolutional_heads(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cascade_rcnn.data.contours import Ring, joined, outlines, with_slits
 from cascade_rcnn.data.masks import decode_window, pack_segmentation
-from cascade_rcnn.structures import MaskCrop
+from cascade_rcnn.data.rle import MaskCrop
 
 Mask = NDArray[np.bool_]
 

@@ -286,7 +286,7 @@ def test_speed_is_measured(split: DataSplit) -> None:
 PROGRAM = """
     import sys, time
     from pathlib import Path
-    sys.path.insert(0, {tests!r})
+    sys.path[:0] = {tests!r}
     from test_loader import CONFIG, _record, _split
     from cascade_rcnn.data.dataset import DetectionDataset
     from cascade_rcnn.data.loader import train_loader
@@ -301,7 +301,9 @@ PROGRAM = """
 
 
 def _start(tmp_path: Path, then: str) -> tuple[subprocess.Popen[str], list[int]]:
-    program = textwrap.dedent(PROGRAM).format(tests=str(locations.TESTS / "support"), folder=str(tmp_path), then=then)
+    program = textwrap.dedent(PROGRAM).format(
+        tests=[str(Path(__file__).parent), str(locations.TESTS / "support")], folder=str(tmp_path), then=then
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,

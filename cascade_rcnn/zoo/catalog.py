@@ -1,0 +1,113 @@
+"""The list of published weights: 379 checkpoints of other libraries, found by name.
+
+``published.json`` has one entry per checkpoint: its name, address, the hash that its file name carries, published AP,
+whose it is, its licence, and, where this program has no counterpart for a part of the network, that part.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cascade_rcnn.errors import CheckpointError
+
+_LIST = Path(__file__).with_name("published.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """One published checkpoint."""
+
+    name: str
+    library: str  # whose
+    url: str
+    source: str  # where its facts were read
+    dataset: str = "COCO"
+    also: tuple[str, ...] = ()  # other names that its library has given it
+    hash: str = ""  # first hex digits of the file's digest, as its name carries them
+    hash_of: str = ""  # "sha256" or "md5"
+    sha256: str = ""  # of the whole file, where we know it
+    box_ap: float | None = None  # in per cent, as published
+    mask_ap: float | None = None
+    backbone: str = ""
+    license: str = ""
+    recipe: str = ""  # ours of the same training, where there is one
+    missing: str = ""  # the part of the network that has no counterpart here; empty: it loads
+
+    @property
+    def file(self) -> str:
+        """Name of the file at its address."""
+        return self.url.rpartition("/")[2]
+
+
+@functools.cache
+def published() -> tuple[Published, ...]:
+    """All entries, in the list's order."""
+    entries = json.loads(_LIST.read_text(encoding="utf-8"))
+    return tuple(Published(**{**entry, "also": tuple(entry.get("also", ()))}) for entry in entries)
+
+
+def normalised(name: str) -> str:
+    """What spellings of a name share: case, dashes, ``mstrain`` for ``ms`` and a file's ending do not matter."""
+    words = re.sub(r"\.(py|pth|pkl|yaml|safetensors)$", "", name.strip().lower())
+    return re.sub(r"[^a-z0-9.+]+", "_", words.replace("mstrain", "ms")).strip("_")
+
+
+def _spellings(entry: Published) -> Iterator[str]:
+    yield from (entry.name, *entry.also)
+    yield entry.name.removeprefix("torchvision_")
+    yield re.sub(r"_\d{8}[_-].*$|-[0-9a-f]{6,8}$", "", entry.file.rpartition(".")[0])  # the file, without date and hash
+
+
+@functools.cache
+def _by_spelling() -> dict[str, Published]:
+    table: dict[str, Published] = {}
+    ambiguous: set[str] = set()
+    for entry in published():
+        for number, spelling in enumerate(dict.fromkeys(map(normalised, _spellings(entry)))):
+            other = table.setdefault(spelling, entry)
+            if other is not entry and number:  # "model_final" is the file of many
+                ambiguous.add(spelling)
+    for spelling in ambiguous:
+        if normalised(table[spelling].name) != spelling:
+            del table[spelling]
+    return table
+
+
+def find(name: str) -> Published | None:
+    """The entry of that name, in any of its spellings."""
+    return _by_spelling().get(normalised(name))
+
+
+def nearest(name: str) -> list[str]:
+    """Up to three names like this one that load."""
+    names = {normalised(entry.name): entry.name for entry in published() if not entry.missing}
+    return [names[match] for match in difflib.get_close_matches(normalised(name), names, n=3, cutoff=0.6)]
+
+
+def find_loadable(name: str) -> Published:
+    """The entry of that name. Raises CheckpointError: an unknown name, or a network that has no counterpart here."""
+    entry = find(name)
+    if entry is None:
+        near = nearest(name)
+        hint = f"did you mean {' or '.join(near)}?" if near else "'cascade-rcnn models' lists the names"
+        raise CheckpointError(f"{name}: neither a file nor the name of published weights; {hint}")
+    if entry.missing:
+        raise CheckpointError(
+            f"{entry.name}: cannot be loaded, its network has {entry.missing}, which has no counterpart here; "
+            "'cascade-rcnn models' marks the ones that can"
+        )
+    return entry
+
+
+def of_file(file: str, sha256: str) -> Published | None:
+    """The entry that a converted checkpoint came from: by the name of its file, and its digest where known."""
+    entry = find(Path(file).stem)
+    if entry is None or (entry.hash_of == "sha256" and not sha256.startswith(entry.hash)):
+        return None
+    return entry

@@ -1,0 +1,97 @@
+"""The command ``models``: the list of published weights, and the cache of those that were fetched."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from cascade_rcnn.messages import printable
+from cascade_rcnn.zoo.catalog import Published, normalised, published
+from cascade_rcnn.zoo.store import cached, clear, models_folder
+
+
+def run_models(words: Sequence[str] = (), *, as_json: bool = False, cache: str = "") -> None:
+    """Print the weights whose names have all ``words``; ``cache``: "show" or "clear" the folder of fetched ones."""
+    if cache:
+        _show_cache(cache)
+        return
+    entries = [entry for entry in published() if all(normalised(word) in _searched(entry) for word in words)]
+    have = cached()
+    if as_json:
+        print(json.dumps([_facts(entry, have) for entry in entries], indent=2))
+        return
+    if not entries:
+        print(f"no published weights have {' '.join(map(repr, words))} in their name")
+        return
+    _print_table(entries, have)
+
+
+def _searched(entry: Published) -> str:
+    return normalised(" ".join((entry.name, *entry.also, entry.library, entry.backbone, entry.dataset)))
+
+
+def _facts(entry: Published, have: dict[str, int]) -> dict[str, object]:
+    facts = {key: value for key, value in dataclasses.asdict(entry).items() if value not in ("", (), None)}
+    return facts | {"loads": not entry.missing, "cached": entry.name in have}
+
+
+def _print_table(entries: Sequence[Published], have: dict[str, int]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for heading, justify in (
+        ("name", "left"),
+        ("box AP", "right"),
+        ("mask AP", "right"),
+        ("whose", "left"),
+        ("licence", "left"),
+        ("", "left"),
+    ):
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading == "name")  # type: ignore[arg-type]
+    for entry in entries:
+        state = (
+            f"no: {entry.missing}"
+            if entry.missing
+            else f"{have[entry.name] / 1e6:.0f} MB here"
+            if entry.name in have
+            else ""
+        )
+        dataset = "" if entry.dataset == "COCO" else f" ({entry.dataset})"
+        style = "dim" if entry.missing else ""
+        table.add_row(
+            escape(entry.name) + dataset,
+            _percent(entry.box_ap),
+            _percent(entry.mask_ap),
+            entry.library.partition(" (")[0],
+            entry.license.partition(" (")[0],
+            state,
+            style=style,
+        )
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table)
+    loads = sum(not entry.missing for entry in entries)
+    console.print(
+        f"{len(entries)} checkpoints, {loads} of which load by name: cascade_rcnn.load(NAME), "
+        "cascade-rcnn predict NAME street.jpg. AP in per cent, as published by their authors."
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _show_cache(what: str) -> None:
+    if what == "clear":
+        print(f"{printable(models_folder())}: {clear() / 1e6:.0f} MB deleted")
+        return
+    have = cached()
+    print(printable(models_folder()))
+    for name, size in have.items():
+        print(f"  {name}  {size / 1e6:.0f} MB")
+    size = sum(have.values()) / 1e6
+    print(f"  {len(have)} checkpoints, {size:.0f} MB; 'cascade-rcnn models --cache clear' deletes them")

@@ -1,0 +1,174 @@
+"""Downloads that can be interrupted: resumed where they stopped, verified, renamed only when whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+from cascade_rcnn.errors import CheckpointError
+from cascade_rcnn.messages import one_line, printable
+from cascade_rcnn.zoo.catalog import Published
+
+MIRROR = "CASCADE_RCNN_MIRROR"
+_TIMEOUT = 30.0  # seconds without a byte
+_TRIES = 4
+_BLOCK = 1 << 20
+
+
+def addresses(entry: Published) -> list[str]:
+    """Where the file may be, first choice first: at its own address, or at the mirror that the environment names.
+
+    A mirror is a host or a folder. It has the file under the path of its address, or directly under its name (or the
+    entry's name, where many files are called alike).
+    """
+    mirror = os.environ.get(MIRROR, "").rstrip("/")
+    if not mirror:
+        return [entry.url]
+    path = urllib.parse.urlsplit(entry.url).path
+    ending = Path(entry.file).suffix
+    return [f"{mirror}{path}", f"{mirror}/{entry.name}{ending}", f"{mirror}/{entry.file}"]
+
+
+def fetch(entry: Published, dest: Path) -> None:
+    """Put the file of ``entry`` at ``dest``, whole and verified.
+
+    What an earlier attempt left in ``dest`` + ``.part`` is continued. Raises CheckpointError: offline, a mirror without
+    the file, a file of another length or digest (only the part file is deleted then), a folder that cannot be written.
+    """
+    part = dest.with_name(dest.name + ".part")
+    try:
+        for address in addresses(entry):
+            if _copied(address, part) or _downloaded(address, part, entry.name):
+                break
+        else:
+            where = " and ".join(addresses(entry))
+            raise CheckpointError(f"{entry.name}: not at {where}; check {MIRROR}, or put the file at {dest} yourself")
+        _verify(entry, part)
+        part.replace(dest)
+    except OSError as error:
+        raise CheckpointError(
+            f"{printable(part)}: cannot be written ({one_line(error)}); free some space, or name another folder in "
+            "CASCADE_RCNN_CACHE"
+        ) from error
+
+
+def _copied(address: str, part: Path) -> bool:
+    """Copy from a folder; False where the address is none, or has no such file."""
+    if "://" in address:
+        return False
+    source = Path(address).expanduser()
+    if not source.is_file():
+        return False
+    shutil.copyfile(source, part)
+    return True
+
+
+def _downloaded(address: str, part: Path, name: str) -> bool:
+    """Download, trying again where the connection breaks; False where the server has no such file."""
+    if "://" not in address:
+        return False
+    for attempt in range(_TRIES):
+        before = _size(part)
+        try:
+            return _one_request(address, part, name)
+        except urllib.error.HTTPError as error:
+            if error.code in (403, 404, 410) and os.environ.get(MIRROR):
+                return False
+            if error.code < 500 and error.code != 429:
+                raise CheckpointError(f"{name}: {address} answers {error.code} {error.reason}") from error
+            problem: Exception = error
+        except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
+            problem = error
+        if _size(part) == before and attempt and not isinstance(problem, urllib.error.HTTPError):
+            break  # not a byte came: the host cannot be reached
+        time.sleep(min(2.0**attempt, 8.0) if attempt else 0.2)
+    reason = " ".join(str(getattr(problem, "reason", "") or problem).split())
+    kept = f"; {_size(part)} bytes are kept and the next attempt continues there" if _size(part) else ""
+    raise CheckpointError(
+        f"{name}: cannot fetch {address} ({reason}){kept}; offline? fetch the file elsewhere and name its folder in "
+        f"{MIRROR}, or convert it with 'cascade-rcnn convert'"
+    ) from problem
+
+
+def _one_request(address: str, part: Path, name: str) -> bool:
+    """One request, from where the part file ends; True when the file is as long as the server says."""
+    have = _size(part)
+    headers = {"User-Agent": "cascade-rcnn", "Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    try:
+        answer = urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=_TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:  # nothing behind what we have: whole, or another file; the digest decides
+            return True
+        raise
+    with answer:
+        if answer.status != 206:  # the whole file again
+            have = 0
+        length = answer.headers.get("Content-Length")
+        total = have + int(length) if length and length.isdecimal() else 0
+        with part.open("ab" if have else "wb") as file, _bar(name, total, have) as advance:
+            while block := answer.read(_BLOCK):
+                file.write(block)
+                advance(len(block))
+        if total and _size(part) < total:
+            raise ConnectionError(f"the connection ended after {_size(part)} of {total} bytes")
+    return True
+
+
+def _verify(entry: Published, part: Path) -> None:
+    """Compare with the digest in the file's name, and with our own of the whole file where there is one."""
+    wanted = [(entry.hash_of, entry.hash)] if entry.hash else []
+    wanted += [("sha256", entry.sha256)] if entry.sha256 else []
+    for algorithm, expected in wanted:
+        digest = hashlib.new(algorithm, usedforsecurity=False)
+        with part.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+        found = digest.hexdigest()
+        if not found.startswith(expected):
+            size = _size(part)
+            part.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"{entry.name}: {size} bytes came whose {algorithm} is {found[: max(len(expected), 8)]}... and "
+                f"should be {expected}; they were deleted: try again, or name another place in {MIRROR}"
+            )
+
+
+def _size(path: Path) -> int:
+    with suppress(OSError):
+        return path.stat().st_size
+    return 0
+
+
+@contextmanager
+def _bar(name: str, total: int, have: int) -> Iterator[Any]:
+    """A progress bar in bytes, on stderr; where stderr is no terminal, one line."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        size = f"{total / 1e6:.0f} MB" if total else "size unknown"
+        print(f"downloading {name} ({size}{f', from byte {have}' if have else ''})", file=sys.stderr, flush=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=total or None, completed=have)
+        yield lambda count: bar.advance(task, count)

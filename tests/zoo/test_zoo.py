@@ -1,0 +1,358 @@
+"""Published weights by name: the list, and downloads from a server on loopback that breaks, lies and disappears."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cascade_rcnn
+import locations
+from cascade_rcnn.checkpoint import load_checkpoint
+from cascade_rcnn.convert.checkpoint import run_convert
+from cascade_rcnn.errors import CheckpointError
+from cascade_rcnn.evaluate import _print_published
+from cascade_rcnn.recipes import config_names
+from cascade_rcnn.training.init_weights import start_from
+from cascade_rcnn.zoo import catalog, download, store
+from cascade_rcnn.zoo.catalog import find, nearest, published
+from cascade_rcnn.zoo.command import run_models
+from foreign_checkpoints import small_state
+
+NAME = "cascade_mask_rcnn_small_1x_cats"
+
+
+class Server:
+    """Serves one file; ``cut`` ends answers after so many bytes; without ``ranges`` it knows no requests for a part."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content, self.cut, self.ranges, self.status = content, [0] * 0, True, 200
+        self.requests: list[tuple[str, str]] = []
+        self.lock = threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                server.answer(self)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.http.serve_forever, daemon=True)
+        self.thread.start()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.http.server_address[1]}"
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        wanted = handler.headers.get("Range", "")
+        with self.lock:
+            self.requests.append((handler.path, wanted))
+            cut = self.cut.pop(0) if self.cut else None
+        if self.status != 200 or not handler.path.endswith(".pth"):
+            handler.send_error(self.status if self.status != 200 else 404)
+            return
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.ranges else 0
+        body = self.content[start:]
+        handler.send_response(206 if start else 200)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body if cut is None else body[:cut])
+        handler.close_connection = True
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+        self.thread.join()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("published") / "small.pth"
+    torch.manual_seed(0)
+    torch.save({"state_dict": small_state(), "meta": {"dataset_meta": {"classes": ("cat", "dog", "eel")}}}, path)
+    return path
+
+
+@pytest.fixture
+def server(checkpoint: Path) -> Iterator[Server]:
+    made = Server(checkpoint.read_bytes())
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def zoo(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A list with one entry, the server's file, and an empty cache; gives the entry, to be changed before use."""
+    digest = hashlib.sha256(server.content).hexdigest()
+    entry = {
+        "name": NAME,
+        "also": ["cascade-mask-rcnn_small_mstrain-1x_cats"],
+        "library": "mmdetection",
+        "url": f"{server.address}/v2.0/small_{digest[:8]}.pth",
+        "hash": digest[:8],
+        "hash_of": "sha256",
+        "box_ap": 41.2,
+        "license": "Apache-2.0",
+        "source": "made here",
+    }
+    _use_list(monkeypatch, tmp_path / "published.json", entry)
+    monkeypatch.setenv("CASCADE_RCNN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CASCADE_RCNN_MIRROR", raising=False)
+    monkeypatch.setattr(download.time, "sleep", lambda _: None)
+    yield entry
+    _forget_list()
+
+
+def _use_list(monkeypatch: pytest.MonkeyPatch, path: Path, *entries: dict[str, Any]) -> None:
+    path.write_text(json.dumps(entries))
+    monkeypatch.setattr(catalog, "_LIST", path)
+    _forget_list()
+
+
+def _forget_list() -> None:
+    catalog.published.cache_clear()
+    catalog._by_spelling.cache_clear()
+
+
+def _kept(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "cache" / "models").iterdir())
+
+
+def test_a_name_loads_what_convert_and_load_give(
+    zoo: dict[str, Any], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_name = cascade_rcnn.load(NAME, device="cpu")
+    run_convert(checkpoint, tmp_path / "by_hand.safetensors")
+    by_hand = load_checkpoint(tmp_path / "by_hand.safetensors")
+    kept = load_checkpoint(tmp_path / "cache" / "models" / f"{NAME}.safetensors")
+    assert by_name.class_names == by_hand.class_names == ("cat", "dog", "eel")
+    assert kept.config == by_hand.config
+    assert all(torch.equal(kept.state[key], value) for key, value in by_hand.state.items())
+    said = capsys.readouterr().err
+    assert "licence: Apache-2.0" in said and "by mmdetection" in said
+    assert _kept(tmp_path) == [f"{NAME}.safetensors", f"{NAME}.txt"]
+
+
+def test_a_second_use_asks_nobody(zoo: dict[str, Any], server: Server) -> None:
+    first = store.by_name(NAME)
+    server.status = 500
+    assert store.by_name("cascade-mask-rcnn_small_ms-1x_cats") == first and len(server.requests) == 1
+
+
+def test_a_broken_connection_is_resumed(zoo: dict[str, Any], server: Server) -> None:
+    server.cut = [100_000, 50_000]
+    store.by_name(NAME)
+    assert [wanted for _, wanted in server.requests] == ["", "bytes=100000-", "bytes=150000-"]
+
+
+def test_what_an_earlier_process_fetched_is_continued(zoo: dict[str, Any], server: Server, tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "models"
+    folder.mkdir(parents=True)
+    (folder / f"{NAME}.pth.part").write_bytes(server.content[:777])
+    store.by_name(NAME)
+    assert server.requests[0][1] == "bytes=777-"
+
+
+def test_a_server_without_ranges_starts_again(zoo: dict[str, Any], server: Server) -> None:
+    server.ranges, server.cut = False, [100_000]
+    store.by_name(NAME)
+    assert len(server.requests) == 2
+
+
+def test_a_whole_part_file_is_not_fetched_again(zoo: dict[str, Any], server: Server, tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "models"
+    folder.mkdir(parents=True)
+    (folder / f"{NAME}.pth.part").write_bytes(server.content)
+    server.status = 416
+    store.by_name(NAME)
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "md5"])
+def test_a_wrong_digest_names_both_and_deletes_the_part_only(
+    zoo: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server, algorithm: str
+) -> None:
+    digest = hashlib.new(algorithm, server.content).hexdigest()
+    _use_list(monkeypatch, tmp_path / "wrong.json", zoo | {"hash": "0badc0de", "hash_of": algorithm})
+    folder = tmp_path / "cache" / "models"
+    folder.mkdir(parents=True)
+    (folder / "other.safetensors").write_bytes(b"stays")
+    with pytest.raises(CheckpointError, match=rf"{digest[:8]}.*0badc0de"):
+        store.by_name(NAME)
+    assert _kept(tmp_path) == ["other.safetensors"]
+
+
+def test_a_digest_of_the_whole_file_is_compared_too(
+    zoo: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = zoo["hash"] + "0" * 56
+    _use_list(monkeypatch, tmp_path / "wrong.json", zoo | {"sha256": wrong})
+    with pytest.raises(CheckpointError, match=wrong):
+        store.by_name(NAME)
+
+
+def test_offline_names_the_address_and_the_way_out(zoo: dict[str, Any], server: Server, tmp_path: Path) -> None:
+    server.close()
+    with pytest.raises(CheckpointError) as caught:
+        cascade_rcnn.load(NAME)
+    said = str(caught.value)
+    assert zoo["url"] in said and "CASCADE_RCNN_MIRROR" in said and "\n" not in said
+    server.__init__(server.content)  # type: ignore[misc]  # so that the fixture has something to close
+
+
+def test_a_server_that_refuses_is_quoted(zoo: dict[str, Any], server: Server) -> None:
+    server.status = 403
+    with pytest.raises(CheckpointError, match="answers 403"):
+        store.by_name(NAME)
+
+
+@pytest.mark.parametrize("place", ["small.pth", f"{NAME}.pth", "v2.0/small.pth"])
+def test_a_mirror_folder(
+    zoo: dict[str, Any], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    _use_list(monkeypatch, tmp_path / "list.json", zoo | {"url": "https://host.invalid/v2.0/small.pth"})
+    path = tmp_path / "mirror" / place
+    path.parent.mkdir(parents=True)
+    path.write_bytes(server.content)
+    monkeypatch.setenv("CASCADE_RCNN_MIRROR", str(tmp_path / "mirror"))
+    assert load_checkpoint(store.by_name(NAME)).class_names == ("cat", "dog", "eel")
+    assert server.requests == [] and path.exists()
+
+
+def test_a_mirror_host(zoo: dict[str, Any], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _use_list(monkeypatch, tmp_path / "list.json", zoo | {"url": "https://host.invalid/a/small.pth"})
+    monkeypatch.setenv("CASCADE_RCNN_MIRROR", server.address + "/mine/")
+    store.by_name(NAME)
+    assert server.requests[0][0] == "/mine/a/small.pth"
+
+
+def test_a_mirror_without_the_file_says_where_it_looked(
+    zoo: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CASCADE_RCNN_MIRROR", str(tmp_path))
+    with pytest.raises(CheckpointError, match=f"not at .*{NAME}.pth"):
+        store.by_name(NAME)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions of POSIX")
+def test_a_cache_that_cannot_be_written_is_one_line(
+    zoo: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CASCADE_RCNN_CACHE", str(tmp_path / "file"))
+    with pytest.raises(CheckpointError, match=r"cannot be written .* CASCADE_RCNN_CACHE"):
+        store.by_name(NAME)
+
+
+_PROCESS = """
+import sys
+from pathlib import Path
+from cascade_rcnn.zoo import catalog, store
+catalog._LIST = Path(sys.argv[1])
+print(store.by_name(sys.argv[2]))
+"""
+
+
+def test_of_two_processes_one_downloads(zoo: dict[str, Any], server: Server, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _PROCESS, str(tmp_path / "published.json"), NAME]
+    environment = os.environ | {"PYTHONPATH": str(locations.REPOSITORY), "CASCADE_RCNN_CACHE": str(tmp_path / "cache")}
+    started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert said[0] == said[1] != "" and len(server.requests) == 1
+    assert _kept(tmp_path) == [f"{NAME}.safetensors", f"{NAME}.txt"]
+
+
+def test_a_training_starts_from_a_name(zoo: dict[str, Any]) -> None:
+    from cascade_rcnn.models.build import build_model
+
+    model = build_model(load_checkpoint(store.by_name(NAME)).config.model, 2)
+    assert "classes that it knows already: eel" in start_from(model, Path(NAME), ["eel", "fox"])
+
+
+def test_evaluation_prints_the_published_ap_beside(zoo: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    _print_published(Path(NAME), {"bbox/AP": 0.4071, "segm/AP": 0.3})
+    assert capsys.readouterr().out == "bbox AP: 40.7 here, 41.2 published by mmdetection (COCO)\n"
+
+
+def test_a_checkpoint_of_ones_own_has_no_published_ap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _print_published(tmp_path / "own.safetensors", {"bbox/AP": 0.4})
+    assert capsys.readouterr().out == ""
+
+
+def test_a_file_of_that_name_wins(zoo: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(NAME).mkdir()
+    assert store.resolve(NAME) == Path(NAME)
+
+
+def test_unknown_names_get_the_nearest() -> None:
+    with pytest.raises(CheckpointError, match="did you mean cascade_rcnn_r50_fpn_1x_coco"):
+        cascade_rcnn.load("cascade_rcnn_r50_fpn_1x_cocoo")
+
+
+def test_a_network_without_counterpart_says_which_part() -> None:
+    with pytest.raises(CheckpointError, match=r"HRNet.*no counterpart"):
+        cascade_rcnn.load("cascade_rcnn_hrnetv2p_w18_20e_coco")
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("cascade_mask_rcnn_r50_fpn_mstrain_3x_coco", "cascade_mask_rcnn_r50_fpn_ms_3x_coco"),
+        ("cascade-mask-rcnn_r50_fpn_ms-3x_coco", "cascade_mask_rcnn_r50_fpn_ms_3x_coco"),
+        ("Cascade-RCNN_r50-caffe_fpn_1x_coco", "cascade_rcnn_r50_caffe_fpn_1x_coco"),
+        ("fasterrcnn_resnet50_fpn_v2", "torchvision_fasterrcnn_resnet50_fpn_v2"),
+        ("model_final_e9d89b", "detectron2_cascade_mask_rcnn_r50_fpn_1x"),
+    ],
+)
+def test_spellings_of_published_names(spelling: str, name: str) -> None:
+    entry = find(spelling)
+    assert entry is not None and entry.name == name
+
+
+def test_the_list_is_whole_and_consistent() -> None:
+    entries = published()
+    names = [entry.name for entry in entries]
+    assert len(entries) == 379 and len(set(names)) == 379
+    assert all(find(name) is entry for name, entry in zip(names, entries))
+    assert all(entry.url.startswith("http") and entry.license and entry.source for entry in entries)
+    assert all(entry.hash in entry.file for entry in entries)
+    assert all(entry.recipe in config_names() for entry in entries if entry.recipe)
+    assert sum(bool(entry.recipe) and not entry.missing for entry in entries) == 33
+    assert nearest("cascade") == [] or all(not find(name).missing for name in nearest("cascade"))  # type: ignore[union-attr]
+
+
+def test_models_lists_and_filters(capsys: pytest.CaptureFixture[str]) -> None:
+    run_models(["cascade_mask", "r50", "detectron2"])
+    said = capsys.readouterr().out
+    assert "detectron2_cascade_mask_rcnn_r50_fpn_3x" in said and "44.3" in said and "CC-BY-SA-3.0" in said
+    assert "mmdetection" not in said and "2 checkpoints" in said
+
+
+def test_models_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    run_models(["hrnet"], as_json=True)
+    entries = json.loads(capsys.readouterr().out)
+    assert len(entries) == 18 and not any(entry["loads"] for entry in entries)
+
+
+def test_the_cache_is_shown_and_cleared(
+    zoo: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.by_name(NAME)
+    run_models(cache="show")
+    assert NAME in capsys.readouterr().out
+    run_models(cache="clear")
+    assert _kept(tmp_path) == [] and "deleted" in capsys.readouterr().out
