@@ -245,6 +245,9 @@ class _Yolo(DatasetWriter):
 class _Labelme(DatasetWriter):
     folder = PurePosixPath()
 
+    def open(self) -> None:
+        (self.out / "labels.txt").write_text("".join(f"{name}\n" for name in self.class_names), encoding="utf-8")
+
     def write(self, image: FoundImage) -> None:
         shapes: list[dict[str, Any]] = []
         for number, one in enumerate(image.objects, start=1):
@@ -276,7 +279,8 @@ class _Labelme(DatasetWriter):
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def how_to_open(self) -> str:
-        return f"open it with: labelme {printable(self.out)}"
+        folder = printable(self.out)
+        return f"open it with: labelme {folder} --labels {folder}/labels.txt; {_train_on(self.out, 'all')}"
 
 
 class _LabelStudio(DatasetWriter):
@@ -346,10 +350,10 @@ def _hex(color: tuple[int, int, int]) -> str:
     return "#" + "".join(f"{part:02x}" for part in color)
 
 
-def _train_on(out: Path) -> str:
+def _train_on(out: Path, split: str = SPLIT) -> str:
     return (
         f"train on it with: cascade-rcnn train finetune --data {printable(out)} "
-        f"--data.train {SPLIT}:0-90 --data.val {SPLIT}:90-100"
+        f"--data.train {split}:0-90 --data.val {split}:90-100"
     )
 
 

@@ -76,7 +76,7 @@ def pixels_of(record: ImageRecord) -> list[Any]:
 
 
 @pytest.mark.parametrize("masks", [True, False])
-@pytest.mark.parametrize("format", ["coco", "yolo"])
+@pytest.mark.parametrize("format", ["coco", "yolo"])  # labelme: the shapes below
 def test_our_own_reader_gives_the_objects_back(format: str, masks: bool, tmp_path: Path) -> None:
     line = write(format, tmp_path, masks=masks).finish()
     assert line.startswith("3 images, 6 objects") and "train finetune --data" in line
@@ -147,6 +147,7 @@ def test_yolo_joins_parts_and_flattens_names(tmp_path: Path) -> None:
 def test_labelme_shapes(masks: bool, tmp_path: Path) -> None:
     line = write("labelme", tmp_path, masks=masks).finish()
     assert "open it with: labelme" in line
+    assert (tmp_path / "out" / "labels.txt").read_text().splitlines() == list(NAMES)
     folder = tmp_path / "out" / "a b"
     content = json.loads((folder / "one.json").read_text())
     assert (folder / content["imagePath"]).exists() and content["imageData"] is None
