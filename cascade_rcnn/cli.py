@@ -146,17 +146,10 @@ def _predict(words: Sequence[str]) -> None:
         type=_probability,
         default=0.3,
         metavar="S",
-        help="draw detections from this score on; predictions.json has all (0.3)",
+        help="draw detections (and write them with --as) from this score on; predictions.json has all (0.3)",
     )
-    parser.add_argument("--no-draw", action="store_true", help="predictions.json only")
-    parser.add_argument("--shard", default="", metavar="I/N", help="look at every N-th image only, from the I-th on")
-    parser.add_argument("--submission", type=Path, metavar="DIR", help="also write a benchmark's own result files")
-    parser.add_argument(
-        "--format",
-        default="coco",
-        choices=FORMATS,
-        help="whose, for --submission (coco)",
-    )
+    parser.add_argument("--no-draw", action="store_true", help="no drawings")
+    _add_outputs(parser)
     _add_device(parser)
     args = parser.parse_all(words)
     if not args.inputs:
@@ -165,7 +158,7 @@ def _predict(words: Sequence[str]) -> None:
             "give a checkpoint or run folder first, then images"
         )
 
-    from cascade_rcnn.predict import run_predict
+    from cascade_rcnn.predict import Outputs, run_predict
 
     run_predict(
         args.checkpoint,
@@ -176,7 +169,36 @@ def _predict(words: Sequence[str]) -> None:
         device=args.device,
         inference=_inference(args),
         shard=args.shard,
-        submission=(args.format, args.submission) if args.submission else None,
+        outputs=Outputs(
+            polygons=args.polygons,
+            as_dataset=args.as_dataset,
+            copy_images=args.copy_images,
+            images_from=args.images_from,
+            submission=(args.format, args.submission) if args.submission else None,
+        ),
+    )
+
+
+def _add_outputs(parser: _Parser) -> None:
+    parser.add_argument("--polygons", action="store_true", help="masks in predictions.json as polygons, not RLE")
+    parser.add_argument(
+        "--as",
+        dest="as_dataset",
+        default="",
+        choices=("coco", "yolo", "labelme", "label-studio"),
+        help="also write what was found as a data set, to correct it or train on it",
+    )
+    parser.add_argument("--copy-images", action="store_true", help="copy the images into it, instead of linking them")
+    parser.add_argument(
+        "--images-from", type=Path, metavar="FILE", help="json that lists the images with their ids, for image_id"
+    )
+    parser.add_argument("--shard", default="", metavar="I/N", help="look at every N-th image only, from the I-th on")
+    parser.add_argument("--submission", type=Path, metavar="DIR", help="also write a benchmark's own result files")
+    parser.add_argument(
+        "--format",
+        default="coco",
+        choices=FORMATS,
+        help="whose, for --submission (coco)",
     )
 
 
@@ -508,6 +530,9 @@ def _add_device(parser: _Parser) -> None:
     )
     parser.add_argument("--stages", type=_count, metavar="N", help="use the first N stages of the cascade only (all)")
     parser.add_argument(
+        "--max-pixels", type=_count, metavar="N", help="decode images of at most N pixels (as saved, mostly 100000000)"
+    )
+    parser.add_argument(
         "--compile",
         action="store_true",
         help="torch.compile: a minute for each of a few sizes, kept on disk; pays for many images",
@@ -518,7 +543,13 @@ def _inference(args: argparse.Namespace) -> Inference:
     from cascade_rcnn.inference.run_model import Inference
 
     return Inference(
-        args.batch_size, args.precision, args.compile, args.stages, args.score_threshold, args.max_detections
+        batch_size=args.batch_size,
+        precision=args.precision,
+        compile=args.compile,
+        stages=args.stages,
+        score_threshold=args.score_threshold,
+        max_detections=args.max_detections,
+        max_pixels=args.max_pixels,
     )
 
 

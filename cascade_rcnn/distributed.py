@@ -98,6 +98,8 @@ def choose_device(device: str | torch.device | None = "auto", *, share_gpus: boo
     Raises:
         UserError: a device that torch does not know or this machine does not have; more processes than GPUs.
     """
+    if not isinstance(device, str | torch.device | None):
+        raise UserError(f"device {shown(device)}: give a name, e.g. 'cpu', 'cuda' or 'auto'")
     name = "auto" if device is None else str(device)
     if torch.cuda.is_available() and name in ("auto", "cuda"):
         # not tried out like others: that would take memory of the first GPU in every process
@@ -108,6 +110,8 @@ def choose_device(device: str | torch.device | None = "auto", *, share_gpus: boo
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {name!r} cannot be used ({reason}); use cpu, cuda or auto") from error
+    if chosen.type == "meta":
+        raise UserError("device 'meta' holds no numbers; use cpu, cuda or auto")
     return chosen
 
 

@@ -46,15 +46,7 @@ def run_evaluate(
     from cascade_rcnn.inference.detector import load
 
     with distributed.start(device) as world:
-        detector = load(
-            checkpoint,
-            device=world.device,
-            precision=inference.precision,
-            compile=inference.compile,
-            stop_after_stage=inference.stages,
-            score_threshold=inference.score_threshold,
-            max_detections=inference.max_detections,
-        )
+        detector = load(checkpoint, device=world.device, **inference.of_load())
         if world.is_main:
             print(detector.choices())
         chosen = open_split(data, split or detector.config.data.val)
