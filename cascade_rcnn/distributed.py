@@ -24,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from cascade_rcnn.errors import ConfigError, UserError
+from cascade_rcnn.messages import shown
 
 # newer versions of torch call it so; both bring the buffers of rank 0 to the others before each forward
 _SYNC_BUFFERS = (
