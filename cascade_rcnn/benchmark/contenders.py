@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cascade_rcnn.benchmark import stopwatch
-from cascade_rcnn.benchmark.peer import build_peer
+from cascade_rcnn.benchmark.peer import build_peer, freeze_peer
 from cascade_rcnn.config import Config
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
@@ -92,7 +92,8 @@ def our_contender(setting: Setting, *, compiled: bool = False) -> Contender:
     title = f"cascade-rcnn {name}, {stages} stage{'s' * (stages > 1)}{', masks' * setting.masks}"
     if setting.train:
         model.to(setting.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        run = _training_step(model, setting, lambda: model.loss(images, _targets(setting)))
+        targets = _targets(setting)
+        run = _training_step(model, setting, lambda: model.loss(images, targets))
     else:
         model.eval().to(setting.device)
 
@@ -185,7 +186,9 @@ def peer_contender(setting: Setting) -> Contender:
             | ({"masks": mask} if setting.masks else {})
             for boxes in _boxes(setting)
         ]
-        return Contender(name, _training_step(model, setting, lambda: model(images, targets)), setting.batch)
+        step = _training_step(model, setting, lambda: model(images, targets))
+        freeze_peer(model)
+        return Contender(name, step, setting.batch)
 
     def run() -> Any:
         with torch.inference_mode(), setting.precision():

@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -234,7 +235,10 @@ def _announced(what: str) -> Iterator[None]:
     print(f"compiling for {what} ... ", end="", file=sys.stderr, flush=True)
     before, start = _files(), time.perf_counter()
     try:
-        yield
+        with warnings.catch_warnings():
+            # float32 without TF32 is what was asked for
+            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
+            yield
     except (TorchDynamoException, CppCompileError, InvalidCxxCompiler) as error:
         print("failed", file=sys.stderr)
         reason = " ".join(str(error).split())[:200]
