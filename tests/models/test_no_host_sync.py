@@ -150,7 +150,7 @@ CASES = [
     ("mmdetection", {"masks": "every"}, {"precision": "bf16", "clip_grad_norm": 10.0}),
     ("detectron2", {"masks": "every"}, {"precision": "fp32"}),
     ("paper", {"masks": "one"}, {"precision": "bf16"}),
-    ("paper", {"masks": "none"}, {"precision": "fp32"}),
+    ("paper", {"masks": "none", "norm": "frozen_statistics"}, {"precision": "fp32"}),
     ("torchvision", {"masks": "one"}, {"precision": "fp16", "optimizer": "adamw", "lr": 1e-4, "clip_grad_norm": 1.0}),
     ("mmdetection", {"masks": "none", "norm": "batch", "class_agnostic_boxes": False, "stage_ious": (0.5,)}, {}),
 ]

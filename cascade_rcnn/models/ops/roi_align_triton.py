@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_LEVELS = 5
-# Code is the same for every size of image: Triton would otherwise make it anew for each pattern of sides that 16 divides.
+# One code for all sizes of images: Triton would otherwise make one for each pattern of sides that 16 divides.
 _SIDES = [f"{side}{level}" for side in ("height", "width") for level in range(MAX_LEVELS)]
 _BLOCK = 256  # channels of a program: 16 bytes of bfloat16 per lane of one warp
 

@@ -1,0 +1,118 @@
+"""Predictions repeated from recordings: the same detections, whatever comes between."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from cascade_rcnn.benchmark.stopwatch import seed_weights, synthetic_image
+from cascade_rcnn.config import ModelConfig
+from cascade_rcnn.inference.run_model import Precision, detect
+from cascade_rcnn.models.build import build_model
+from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
+from cascade_rcnn.models.ops.cuda_graphs import RECORD_AT, Recorder
+from cascade_rcnn.structures import ImageBatch, RawDetections
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def network(**changes: object) -> CascadeRCNN:
+    torch.manual_seed(0)
+    settings = {"backbone": "resnet10t", "pretrained": False, "fpn_channels": 32, "head_channels": 32,
+                "test_proposals": 40, "max_detections": 20, "masks": "last", **changes}  # fmt: skip
+    model = build_model(ModelConfig(**settings), 5).eval()  # type: ignore[arg-type]
+    seed_weights(model)
+    model.std.fill_(57.0)  # random weights on unscaled input would magnify rounding
+    return model
+
+
+def batch(*sizes: tuple[int, int], seed: int = 0) -> ImageBatch:
+    pixels = torch.zeros(len(sizes), 3, 128, 160, dtype=torch.uint8)
+    for number, (row, (height, width)) in enumerate(zip(pixels, sizes)):
+        row[:, :height, :width] = synthetic_image((height, width), seed=seed + number)
+    return ImageBatch(pixels, torch.tensor(sizes), torch.tensor(sizes) * 2)
+
+
+def assert_same(found: RawDetections, expected: RawDetections, *, scores: float = 1e-4, boxes: float = 1e-2) -> None:
+    assert expected.valid.any() and torch.equal(found.valid, expected.valid)
+    assert torch.equal(found.labels, expected.labels)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=scores)
+    torch.testing.assert_close(found.boxes, expected.boxes, rtol=0, atol=boxes)
+    if expected.masks is not None:
+        torch.testing.assert_close(found.masks, expected.masks, rtol=0, atol=1e-3)
+
+
+def test_a_network_on_a_cpu_records_nothing_and_copies_of_a_recorder_are_empty() -> None:
+    model = network(masks="none").optimize_for_inference()
+    assert model.recorder is None
+    recorder = Recorder()
+    assert [recorder._is_due("one") for _ in range(RECORD_AT)] == [False] * (RECORD_AT - 1) + [True]
+    other = copy.deepcopy(recorder)
+    assert not other._calls and other._lock is not recorder._lock
+    recorder.clear()
+    assert not recorder._is_due("one")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("semantics", ["mmdetection", "detectron2", "paper", "torchvision"])
+def test_recordings_of_two_sizes_find_what_a_cpu_finds(semantics: str) -> None:
+    plain = network(semantics=semantics).optimize_for_inference()
+    model = network(semantics=semantics).cuda().optimize_for_inference()
+    for seed in range(5):
+        for sizes in ([(128, 160)], [(100, 120), (128, 90)]):
+            images = batch(*sizes, seed=seed)
+            assert_same(detect(model, images, "fp32"), detect(plain, images, "fp32"))
+    assert model.recorder is not None
+    assert len(model.recorder._recordings) == 2 and all(model.recorder._recordings.values())
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_a_recording_gives_the_very_numbers_of_the_calls_before(precision: Precision) -> None:
+    model = network().cuda().optimize_for_inference()
+    images = [batch((128, 160), seed=seed) for seed in (0, 1)]
+    first = [detect(model, one, precision) for one in images]
+    assert model.recorder is not None and not model.recorder._recordings
+    for _ in range(3):
+        for one, expected in zip(images, first):
+            found = detect(model, one, precision)
+            for name in ("boxes", "scores", "labels", "valid", "masks"):
+                assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert len(model.recorder._recordings) == 1
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_changed_settings_and_moved_weights_get_recordings_of_their_own() -> None:
+    model, plain = network().cuda().optimize_for_inference(), network().optimize_for_inference()
+    images = batch((128, 160))
+    for _ in range(4):
+        detect(model, images, "fp32")
+    for network_ in (model, plain):
+        network_.cascade.stages_at_test = 1
+    for _ in range(4):
+        assert_same(detect(model, images, "fp32"), detect(plain, images, "fp32"))
+    assert model.recorder is not None and len(model.recorder._recordings) == 2
+    model.cpu().cuda()
+    assert not model.recorder._recordings
+    for _ in range(4):
+        assert_same(detect(model, images, "fp32"), detect(plain, images, "fp32"))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_what_cannot_be_recorded_goes_on_without(capsys: pytest.CaptureFixture[str]) -> None:
+    def waits(images: ImageBatch) -> RawDetections:
+        count = int(images.pixels.float().sum() > 0)
+        nothing = torch.zeros(1, count, device="cuda")
+        return RawDetections(torch.zeros(1, count, 4, device="cuda"), nothing, nothing.long(), nothing.bool())
+
+    recorder, images = Recorder(), batch((128, 160)).to("cuda")
+    for _ in range(5):
+        assert recorder(waits, images, None).boxes.shape == (1, 1, 4)
+    assert capsys.readouterr().err.count("no CUDA graph of this prediction, it goes on without") == 1
+    assert torch.ones(3, device="cuda").sum().item() == 3
