@@ -1,8 +1,8 @@
-"""Calls recorded as CUDA graphs: one launch in place of the thousand of a prediction, which take longer than their work.
+"""Calls recorded as CUDA graphs: one launch in place of the thousand of a prediction, which take longer than they work.
 
 A recording holds addresses, so inputs are copied to where it reads and results from where it writes. It is made when a
-call comes for the third time with inputs of the same shapes: the first compiles kernels, and torch's compiler may settle
-in the second. All recordings share their memory, which no two of them use at a time.
+call comes for the third time with inputs of the same shapes: the first compiles kernels, and torch's own compiler may
+settle in the second. All recordings share their memory, which no two of them use at a time.
 """
 
 from __future__ import annotations

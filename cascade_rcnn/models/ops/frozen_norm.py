@@ -1,8 +1,8 @@
 """Batch norm whose statistics stay as they are, with a gradient that keeps channels-last memory on GPUs.
 
-torch gives the gradient of such a norm in the usual layout, whatever the input's: its kernel writes in strides, and each
-convolution before it copies the result back. On an H200 that is a fifth of a training step of ResNet-50. The gradient
-is itself such a norm, of the mean 0 and without a shift, and torch's forward keeps the layout.
+torch gives the gradient of such a norm in the usual layout, whatever the input's: its kernel writes in strides, and the
+convolution before it copies the result back. On an H200 that was a fifth of a training step of ResNet-50. The gradient
+is itself such a norm, of mean 0 and without a shift, and torch's forward keeps the layout.
 """
 
 from __future__ import annotations
