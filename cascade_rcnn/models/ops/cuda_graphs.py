@@ -100,8 +100,15 @@ class Recorder:
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:150]
             print(f"no CUDA graph of this prediction, it goes on without: {reason}", file=sys.stderr)
+            _leave_recording()
             return None
         return _Recording(graph, inputs, outputs)
+
+
+def _leave_recording() -> None:
+    """After a recording that failed torch's random numbers still wait for its end: a small one brings it."""
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        torch.zeros(1, device="cuda")
 
 
 def _modes() -> Hashable:

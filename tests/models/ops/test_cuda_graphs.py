@@ -121,4 +121,4 @@ def test_what_cannot_be_recorded_goes_on_without(capsys: pytest.CaptureFixture[s
     for _ in range(5):
         assert recorder(waits, images, None).boxes.shape == (1, 1, 4)
     assert capsys.readouterr().err.count("no CUDA graph of this prediction, it goes on without") == 1
-    assert torch.ones(3, device="cuda").sum().item() == 3
+    assert torch.rand(3, device="cuda").sum().item() > 0

@@ -64,6 +64,9 @@ def test_on_the_device_in_channels_last(dtype: torch.dtype) -> None:
     freeze_statistics(norm)
     norm.cuda()
     leaf, upstream = x.cuda().requires_grad_(), upstream.cuda()
+    norm(leaf).backward(upstream)  # handles are made
+    leaf.grad = None
+    norm.zero_grad()
     torch.cuda.set_sync_debug_mode("error")
     try:
         y = norm(leaf)
