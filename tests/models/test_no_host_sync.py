@@ -130,7 +130,7 @@ class Step:
 
     def __init__(self, model: CascadeRCNN, settings: TrainConfig) -> None:
         self.model = model.train()
-        self.updater = Updater(model, settings, lr=0.1, device=torch.device("cuda"))
+        self.updater = Updater(model, settings, lr=settings.lr, device=torch.device("cuda"))
         self.average = MovingAverage(model, 0.999)
         self.window = LossWindow(max_bad=10, scaled=self.updater.scales_loss)
 

@@ -56,7 +56,7 @@ def test_on_the_device_in_channels_last(dtype: torch.dtype) -> None:
     norm = norm_of(64)
     x = torch.randn(4, 64, 50, 68).to(dtype).contiguous(memory_format=torch.channels_last)
     upstream = torch.randn(4, 64, 50, 68).to(dtype).contiguous(memory_format=torch.channels_last)
-    expected_leaf = x.float().requires_grad_()
+    expected_leaf = x.clone().float().requires_grad_()
     expected = norm(expected_leaf)
     expected.backward(upstream.float())
     wanted = [expected.detach(), expected_leaf.grad, norm.weight.grad, norm.bias.grad]
