@@ -14,7 +14,7 @@ from typing import Any
 
 from cascade_rcnn.atomic_files import write_json
 from cascade_rcnn.benchmark import parts, stopwatch
-from cascade_rcnn.benchmark.contenders import BACKWARD, Contender, Setting, our_contender, peer_contender, watched
+from cascade_rcnn.benchmark.contenders import BACKWARD, Contender, Setting, our_contenders, peer_contender, watched
 from cascade_rcnn.benchmark.memory import measure_memory
 from cascade_rcnn.benchmark.table import print_report
 from cascade_rcnn.distributed import choose_device
@@ -44,8 +44,8 @@ def run_benchmark(
         raise UserError(f"--size {size[0]} {size[1]}: at least 64 pixels a side")
     setting = Setting(load_config(config), (size[0], size[1]), batch, choose_device(device), train)
     rounds = rounds or (20 if setting.device.type == "cuda" else 5)
-    ours, peer = our_contender(setting), peer_contender(setting)
-    contenders = [ours, peer] if not compile else [ours, our_contender(setting, compiled=True), peer]
+    contenders = [*our_contenders(setting, compile=compile), peer_contender(setting)]
+    ours, peer = contenders[0], contenders[-1]
     limits = _measure(setting, contenders, rounds)
     memory = measure_memory(setting, config, repeats=rounds) if setting.device.type == "cpu" else {}
     for name, numbers in memory.items():

@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -123,13 +124,12 @@ class CompiledCascadeRCNN(CascadeRCNN):
         self._own.watch(self)
         # Anchors beyond the part that an image fills by itself belong to nobody, whatever the semantics.
         self.rpn.details = replace(self.rpn.details, mask_padding=True)
-        # reduce-overhead records CUDA graphs: one launch for each compiled part instead of one for each kernel
-        mode = "reduce-overhead" if self._gpu else None
-        self._trunk = torch.compile(self._eager_trunk, dynamic=False, mode=mode)
+        self.recorder = model.recorder  # on a GPU: the whole prediction as one graph, compiled parts and all others
+        self._trunk = torch.compile(self._eager_trunk, dynamic=False)
         for head in self.cascade.box_heads:
-            head.compile(mode=mode)  # on a CPU the number of RoIs varies: from the second on, for any number
+            head.compile()  # on a CPU the number of RoIs varies: from the second on, for any number
         for head in self.cascade.mask_heads:
-            head.features = torch.compile(head.features, mode=mode)  # type: ignore
+            head.features = torch.compile(head.features)  # type: ignore
 
     def _eager_trunk(self, pixels: Tensor, sizes: Tensor, own: Tensor) -> tuple[list[Tensor], _Outputs]:
         """Everything of static shapes in one piece: the pyramid, and what the RPN says of it."""
@@ -159,13 +159,10 @@ class CompiledCascadeRCNN(CascadeRCNN):
     def _run(self, images: ImageBatch) -> RawDetections:
         import torch._inductor.config as inductor
 
-        if self._gpu:
-            torch.compiler.cudagraph_mark_step_begin()  # what the last call's graphs wrote may be overwritten from here
         # Freezing lays weights out for the CPU's convolutions and joins these with what follows. Weights in that layout
         # cannot be kept on disk, so that half of the work is done again in each process; without it nothing is gained.
         with inductor.patch(freezing=not self._gpu):
-            found = super().detect(images)
-        return found._map(torch.clone) if self._gpu else found  # nothing may point into a graph's memory
+            return super().detect(images)
 
 
 class _OwnPart:
@@ -234,7 +231,10 @@ def _announced(what: str) -> Iterator[None]:
     print(f"compiling for {what} ... ", end="", file=sys.stderr, flush=True)
     before, start = _files(), time.perf_counter()
     try:
-        yield
+        with warnings.catch_warnings():
+            # float32 without TF32 is what was asked for
+            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
+            yield
     except (TorchDynamoException, CppCompileError, InvalidCxxCompiler) as error:
         print("failed", file=sys.stderr)
         reason = " ".join(str(error).split())[:200]

@@ -178,13 +178,13 @@ class Detector:
         words = [_PRECISIONS[choose_precision(self.precision, device)], "channels-last"]
         words += ["batch norm folded"] * (self.config.model.norm != "group")
         if device.type == "cuda":
-            words.append(f"no fused kernels ({problem})" if (problem := triton_problem()) else "fused kernels")
+            problem = triton_problem()
+            words.append(f"no fused kernels ({problem})" if problem else "fused kernels, CUDA graphs")
         words += ["Winograd"] * any(isinstance(part, WinogradConv2d) for part in model.modules())
         compiled = "not compiled (--compile)"
         if type(model) is not CascadeRCNN:
             sizes = bucket_sizes(data)
             compiled = f"compiled for {len(sizes)} sizes at most" if sizes else "compiled for each size"
-            compiled += ", CUDA graphs" * (device.type == "cuda")
         return f"{name}: {', '.join(words)}; {compiled}"
 
     def to(self, device: str | torch.device) -> Detector:

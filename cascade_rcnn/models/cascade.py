@@ -181,7 +181,9 @@ class Cascade(nn.Module):
 
     def _pool_for_head(self, k: int, pyramid: list[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
         """RoI features [B, N, C, 7, 7], or [B, N, 49, C] for heads that read them as they lie in memory."""
-        pool = roi_align_rows if self.box_heads[k].takes_rows else roi_align
+        head = self.box_heads[k]
+        rows = head.takes_rows or (head.reads_rows and pyramid[0].is_cuda)  # on a CPU nothing is gained
+        pool = roi_align_rows if rows else roi_align
         return self._pool(pyramid, boxes, valid, size=7, pool=pool)
 
     def _pool(

@@ -130,7 +130,7 @@ class Step:
 
     def __init__(self, model: CascadeRCNN, settings: TrainConfig) -> None:
         self.model = model.train()
-        self.updater = Updater(model, settings, lr=0.1, device=torch.device("cuda"))
+        self.updater = Updater(model, settings, lr=settings.lr, device=torch.device("cuda"))
         self.average = MovingAverage(model, 0.999)
         self.window = LossWindow(max_bad=10, scaled=self.updater.scales_loss)
 
@@ -150,7 +150,7 @@ CASES = [
     ("mmdetection", {"masks": "every"}, {"precision": "bf16", "clip_grad_norm": 10.0}),
     ("detectron2", {"masks": "every"}, {"precision": "fp32"}),
     ("paper", {"masks": "one"}, {"precision": "bf16"}),
-    ("paper", {"masks": "none"}, {"precision": "fp32"}),
+    ("paper", {"masks": "none", "norm": "frozen_statistics"}, {"precision": "fp32"}),
     ("torchvision", {"masks": "one"}, {"precision": "fp16", "optimizer": "adamw", "lr": 1e-4, "clip_grad_norm": 1.0}),
     ("mmdetection", {"masks": "none", "norm": "batch", "class_agnostic_boxes": False, "stage_ious": (0.5,)}, {}),
 ]

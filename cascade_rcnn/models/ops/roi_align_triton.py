@@ -23,6 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_LEVELS = 5
+# One code for all sizes of images: Triton would otherwise make one for each pattern of sides that 16 divides.
+_SIDES = [f"{side}{level}" for side in ("height", "width") for level in range(MAX_LEVELS)]
 _BLOCK = 256  # channels of a program: 16 bytes of bfloat16 per lane of one warp
 
 
@@ -64,7 +66,7 @@ def _axis(begin, end, scale, SIZE: tl.constexpr, RATIO: tl.constexpr, ALIGNED: t
     return start, side, samples
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_SIDES, "count"])
 def _roi_align(
     map0,
     map1,
