@@ -33,7 +33,7 @@ from cascade_rcnn.models.ops.winograd import WinogradConv2d
 from cascade_rcnn.models.rpn import RPN
 from cascade_rcnn.structures import ImageBatch, RawDetections
 
-_MOST_VARIANTS = 64  # of one function: sizes times batches; torch's own limit of 8 would fall back to eager silently
+_MAX_VARIANTS = 64  # of one function: sizes times batches; torch's own limit of 8 would fall back to eager silently
 
 
 _Outputs = tuple[list[Tensor], list[Tensor]]  # the RPN's logits and deltas of each level
@@ -98,7 +98,7 @@ def _prepare() -> None:
 
     config = torch._dynamo.config
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name in torch 2.6
-    setattr(config, name, _MOST_VARIANTS)
+    setattr(config, name, _MAX_VARIANTS)
 
 
 class CompiledCascadeRCNN(CascadeRCNN):
@@ -119,7 +119,7 @@ class CompiledCascadeRCNN(CascadeRCNN):
         self._gpu = model.mean.device.type == "cuda"
         self._multiple = multiple
         self._batches: dict[tuple[int, int], int] = {}  # largest batch met, by (height, width)
-        self._own = _OwnPart()
+        self._own = _UnpaddedPart()
         self._own.watch(self)
         # Anchors beyond the part that an image fills by itself belong to nobody, whatever the semantics.
         self.rpn.details = replace(self.rpn.details, mask_padding=True)
@@ -168,7 +168,7 @@ class CompiledCascadeRCNN(CascadeRCNN):
         return found._map(torch.clone) if self._gpu else found  # nothing may point into a graph's memory
 
 
-class _OwnPart:
+class _UnpaddedPart:
     """The part of each image in a batch that it would fill if it were alone, and zeros everywhere else."""
 
     def __init__(self) -> None:
