@@ -166,7 +166,9 @@ def deltas_of_labels(deltas: Tensor, labels: Tensor) -> Tensor:
     """Deltas [B, N, 4] for the classes ``labels`` [B, N] from those of a class-specific head [B, N, 4 K]."""
     if deltas.shape[-1] == 4:  # one box for all classes
         return deltas
-    return deltas.unflatten(-1, (-1, 4)).gather(2, labels[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
+    rows = labels[..., None, None].expand(-1, -1, 1, 4)  # [B, N, 1, 4]
+    chosen: Tensor = deltas.unflatten(-1, (-1, 4)).gather(2, rows).squeeze(2)
+    return chosen
 
 
 class Cascade(nn.Module):
@@ -182,7 +184,7 @@ class Cascade(nn.Module):
         details: CascadeDetails,
     ) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(stages)
+        self.stages: Sequence[Stage] = nn.ModuleList(stages)  # type: ignore[assignment]
         self.box_heads = nn.ModuleList(box_heads)
         self.mask_heads = nn.ModuleList(mask_heads)
         self.sampling = sampling  # of the box heads; mask heads read twice as many bins
@@ -238,7 +240,7 @@ class Cascade(nn.Module):
 
     def _pool_for_head(self, k: int, pyramid: list[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
         """RoI features [B, N, C, 7, 7], or [B, N, 49, C] for heads that read them as they lie in memory."""
-        return self._pool(pyramid, boxes, valid, rows=self.box_heads[k].takes_rows)
+        return self._pool(pyramid, boxes, valid, rows=bool(self.box_heads[k].takes_rows))
 
     def _pool(
         self, pyramid: list[Tensor], boxes: Tensor, valid: Tensor, *, size: int = 7, rows: bool = False
@@ -306,7 +308,7 @@ class Cascade(nn.Module):
         x = self._pool(pyramid, found.boxes[:, :count], found.valid[:, :count], size=14).flatten(0, 1)
         heads = self.mask_heads[: self.stages_at_test] if self.details.masks == "every" else self.mask_heads
         labels = found.labels[:, :count].flatten()
-        probabilities = _mean([head.of_labels(x, labels).float().sigmoid() for head in heads])
+        probabilities = _mean([head.of_labels(x, labels).float().sigmoid() for head in heads])  # type: ignore[operator]
         side = probabilities.shape[-1]
         return F.pad(probabilities.view(batch, count, side, side), (0, 0, 0, 0, 0, total - count))
 

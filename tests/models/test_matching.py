@@ -94,7 +94,7 @@ def test_negatives_inside_an_ignored_region_take_no_part() -> None:
 
 
 def test_a_negative_may_lie_half_inside_an_ignored_region() -> None:
-    boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [2, 0, 12, 10]])  # 0.4, 0.5, 0.6 of each inside
+    boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [1.125, 0, 11.125, 10]])  # 0.4, 0.5, 0.5125 of each inside
     region = torch.tensor([[6.0, 0, 100, 100]])
     found = match(
         boxes[None], all_valid(boxes), targets_of(torch.zeros(0, 4), ignore=region), positive_iou=0.5, negative_iou=0.5
