@@ -325,10 +325,14 @@ def test_stage_weights_do_not_lessen_the_gradients_of_the_heads(
     """The authors divide the gradients of a stage's head by its weight: it weakens what reaches the features only."""
     images, targets = training_batch(tmp_path, 0.0)
     gradients = []
-    for loss in (Stage.loss, DetectronStage.loss):
-        monkeypatch.setattr(DetectronStage, "loss", loss)
+    for plain_losses in (True, False):
         model = lively_model(rpn_samples=10**6, roi_samples=10**6, masks="none")
-        losses = model.loss(images, targets)
+        with monkeypatch.context() as patch:
+            if plain_losses:
+                patch.setattr(DetectronStage, "loss", Stage.loss)
+                for stage in model.cascade.stages:
+                    stage.details = dataclasses.replace(stage.details, feature_gradient=1.0)
+            losses = model.loss(images, targets)
         torch.stack(list(losses.values())).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     for name, plain in gradients[0].items():
