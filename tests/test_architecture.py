@@ -27,7 +27,7 @@ MODEL_FILES = 14
 
 # Lowest first: a module imports from its own room and from those before it.
 ROOMS = (
-    "errors messages structures config atomic_files cache",
+    "errors messages rounding structures config atomic_files cache",
     "recipes checkpoint distributed progress",
     "models.ops",
     "models",

@@ -14,7 +14,7 @@ import torch
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.messages import shown
-from cascade_rcnn.models.boxes import scale_boxes
+from cascade_rcnn.models.detectron_rules import scale_boxes
 from cascade_rcnn.structures import ImageBatch, RawDetections
 
 if TYPE_CHECKING:

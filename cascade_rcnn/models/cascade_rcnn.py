@@ -19,7 +19,7 @@ from cascade_rcnn.models.fpn import FeaturePyramid
 from cascade_rcnn.models.ops.capabilities import has_triton
 from cascade_rcnn.models.ops.winograd import use_winograd
 from cascade_rcnn.models.rpn import RPN
-from cascade_rcnn.structures import ImageBatch, OriginalFrame, RawDetections, Targets
+from cascade_rcnn.structures import ImageBatch, RawDetections, Targets
 
 if TYPE_CHECKING:
     from cascade_rcnn.models.ops.cuda_graphs import Recorder
@@ -58,7 +58,7 @@ class CascadeRCNN(nn.Module):
         """Weighted losses by name (``rpn_cls``, ``rpn_box``, ``s0.cls``, ...); their sum is what training minimises."""
         pyramid = self.pyramid(images)
         losses, proposals = self.rpn.loss(pyramid, images.sizes, targets)
-        return losses | self.cascade.loss(pyramid, proposals, images.sizes, targets, self._original(images))
+        return losses | self.cascade.loss(pyramid, proposals, images, targets)
 
     @torch.no_grad()
     def detect(self, images: ImageBatch) -> RawDetections:
@@ -71,20 +71,11 @@ class CascadeRCNN(nn.Module):
     def _detect(self, images: ImageBatch) -> RawDetections:
         pyramid = self.pyramid(images)
         proposals = self.rpn.propose(pyramid, images.sizes)
-        return self.cascade.detect(pyramid, proposals, images.sizes, self._original(images))
+        return self.cascade.detect(pyramid, proposals, images)
 
     def forward(self, images: ImageBatch, targets: Targets) -> dict[str, Tensor]:
         """As :meth:`loss`: what a data-parallel wrapper calls."""
         return self.loss(images, targets)
-
-    def _original(self, images: ImageBatch) -> OriginalFrame | None:
-        """Where Detectron's boxes are matched and finished; without its scales, the longer sides give them."""
-        if not self.cascade.details.whole_pixels:
-            return None
-        scales = images.scales
-        if scales is None:
-            scales = images.sizes.amax(dim=1).float() / images.original_sizes.amax(dim=1)
-        return OriginalFrame(scales, images.original_sizes)
 
     def pyramid(self, images: ImageBatch) -> list[Tensor]:
         """Feature maps p2..p6 of a batch."""

@@ -240,7 +240,9 @@ class _Kernel:
 def test_launching_the_kernels_never_waits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """The host's side of the operators that the tests above answer with a shape only."""
     from cascade_rcnn.models.ops import mask_targets_triton, nms_triton, roi_align_triton
+    from cascade_rcnn.models.ops.roi_sampling import Sampling
 
+    sampling = Sampling(7, (4, 8, 16, 32))
     kernels = {
         "_roi_align": roi_align_triton,
         "_compare": nms_triton,
@@ -253,9 +255,9 @@ def test_launching_the_kernels_never_waits(monkeypatch: pytest.MonkeyPatch, dtyp
     with FakeTensorMode(), NoWait():
         maps = [torch.empty(2, 32, 64 // s, 96 // s, device="cuda", dtype=dtype) for s in (4, 8, 16, 32)]
         boxes, valid = torch.empty(2, 9, 4, device="cuda"), torch.empty(2, 9, dtype=torch.bool, device="cuda")
-        rows = roi_align_triton.fused_forward(maps, boxes, valid, 7, (4, 8, 16, 32), 0, 1)
+        rows = roi_align_triton.fused_forward(maps, boxes, valid, sampling)
         shapes = [one.shape for one in maps]
-        gradients = roi_align_triton.fused_backward(rows, boxes, valid, shapes, 7, (4, 8, 16, 32), 0, 1)
+        gradients = roi_align_triton.fused_backward(rows, boxes, valid, shapes, sampling)
         kept = nms_triton._launch(boxes, valid.long(), valid, [4, 5], 0.5, 9)
         objects = torch.empty(2, 3, 2, dtype=torch.int64, device="cuda")
         targets = mask_targets_triton._launch(
