@@ -56,12 +56,12 @@ class _Metrics:
     """Counters for Prometheus; a registry of their own, so that two apps in a process do not meet."""
 
     def __init__(self, service: _Service) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter("requests", "Answered requests", ["path", "status"], registry=self.registry)
-        self.images = Counter("images", "Images looked at", registry=self.registry)
-        self.objects = Counter("objects", "Objects found", registry=self.registry)
-        self.seconds = Histogram("request_seconds", "Seconds until the answer to /predict", registry=self.registry)
-        queue = Gauge("queue_images", "Images that wait", registry=self.registry)
+        self.collected = CollectorRegistry()
+        self.requests = Counter("requests", "Answered requests", ["path", "status"], registry=self.collected)
+        self.images = Counter("images", "Images looked at", registry=self.collected)
+        self.objects = Counter("objects", "Objects found", registry=self.collected)
+        self.seconds = Histogram("request_seconds", "Seconds until the answer to /predict", registry=self.collected)
+        queue = Gauge("queue_images", "Images that wait", registry=self.collected)
         queue.set_function(lambda: service.batcher.waiting if service.batcher else 0)
 
 
@@ -181,7 +181,7 @@ def _add_routes(app: FastAPI, service: _Service) -> None:
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
-        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(service.metrics.collected), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/model")
     async def model() -> dict[str, Any]:
