@@ -42,6 +42,8 @@ class ModelConfig:
     fpn_channels: int = 256
     anchor_scales: tuple[float, ...] = (8.0,)
     """Anchor side in units of the level's stride."""
+    anchor_sizes: tuple[tuple[float, ...], ...] | None = None
+    """Anchor sides in pixels at each of the five levels, instead of anchor_scales."""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Height over width."""
     rpn_convs: int = 1
@@ -92,6 +94,12 @@ class ModelConfig:
         _require(
             0 <= self.stop_after_stage <= stages,
             f"model.stop_after_stage {self.stop_after_stage}: there are {stages} stages; 0 uses all",
+        )
+        sizes = self.anchor_sizes
+        _require(
+            sizes is None
+            or (len(sizes) == 5 and len({len(level) for level in sizes}) == 1 and min(map(min, sizes)) > 0),
+            f"model.anchor_sizes {sizes}: sides in pixels for each of five levels, as many for each",
         )
         _require(-1 <= self.frozen_stages <= 4, f"model.frozen_stages {self.frozen_stages}: between -1 and 4")
         _require(0 <= self.score_threshold < 1, f"model.score_threshold {self.score_threshold}: between 0 and 1")

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 class AnchorGenerator(nn.Module):
     """Anchors of side ``scale * stride``, ``ratios`` (height over width) and centres at ``(column, row) * stride``.
 
-    ``rounded`` rounds the base anchors to whole pixels, as torchvision does. ``whole_pixels`` are Detectron's: centres
-    at the cells' centres, sides rounded for a square of one stride before they are scaled.
+    ``sizes``: sides in pixels for each level instead of scales, as many for each. ``rounded`` rounds the base anchors
+    to whole pixels, as torchvision does. ``whole_pixels`` are Detectron's: centres at the cells' centres, sides rounded
+    for a square of one stride before they are scaled.
     """
 
     def __init__(
@@ -22,17 +23,21 @@ class AnchorGenerator(nn.Module):
         *,
         scales: Sequence[float],
         ratios: Sequence[float],
+        sizes: Sequence[Sequence[float]] | None = None,
         rounded: bool = False,
         whole_pixels: bool = False,
     ) -> None:
         super().__init__()
         self.strides = tuple(strides)
-        self.per_cell = len(scales) * len(ratios)
+        per_level = (
+            [scales] * len(strides) if sizes is None else [[side / s for side in own] for own, s in zip(sizes, strides)]
+        )
+        self.per_cell = len(per_level[0]) * len(ratios)
         base = []
-        for stride in strides:
+        for stride, level_scales in zip(strides, per_level):
             centre = stride / 2 if whole_pixels else 0.0
             for ratio in ratios:
-                for scale in scales:
+                for scale in level_scales:
                     height, width = scale * stride * math.sqrt(ratio), scale * stride / math.sqrt(ratio)
                     if whole_pixels:
                         whole = round(stride / math.sqrt(ratio))

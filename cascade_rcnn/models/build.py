@@ -156,6 +156,13 @@ def stage_stds(config: ModelConfig) -> tuple[tuple[float, ...], ...]:
     return (table + more)[: len(config.stage_ious)]
 
 
+def anchor_sizes(config: ModelConfig) -> tuple[tuple[float, ...], ...]:
+    """Sides of the anchors in pixels at each level."""
+    if config.anchor_sizes is not None:
+        return config.anchor_sizes
+    return tuple(tuple(scale * stride for scale in config.anchor_scales) for stride in (*STRIDES, 64))
+
+
 def build_model(config: ModelConfig, num_classes: int, *, pretrained: bool = False) -> CascadeRCNN:
     """The network of ``config`` for ``num_classes`` classes (without background), in training mode.
 
@@ -202,6 +209,7 @@ def _build_rpn(config: ModelConfig, semantics: Semantics) -> RPN:
         (*STRIDES, 64),
         scales=config.anchor_scales,
         ratios=config.anchor_ratios,
+        sizes=config.anchor_sizes,
         rounded=semantics.rounded_anchors,
         whole_pixels=detectron,
     )
