@@ -21,6 +21,7 @@ from cascade_rcnn import distributed
 from cascade_rcnn.check.dataset import check_before_training
 from cascade_rcnn.config import Config
 from cascade_rcnn.errors import UserError
+from cascade_rcnn.models.build import check_backbone
 from cascade_rcnn.training.interrupts import Interrupts, StopNow, TrainingInterrupted, Watchdog
 from cascade_rcnn.training.log import LossWindow, RunLog
 from cascade_rcnn.training.optim import lr_factor
@@ -125,6 +126,7 @@ def run_train(config: Config, *, out: Path, resume: bool = False, check: bool = 
     """The command: look at the data first, unless told not to, then train."""
     if int(os.environ.get("RANK", 0)) == 0:  # the other processes wait for it in ``train``
         refuse_overwriting(out, resume=resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
+        check_backbone(config.model)
         if check:
             check_before_training(config)
     train(config, out=out, resume=resume)

@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from cascade_rcnn.convert.key_tables import SIGNS, pattern
-from cascade_rcnn.convert.pickle_makers import Placeholder
-from cascade_rcnn.convert.safe_pickle import as_tensor, read_pickled
+from cascade_rcnn.convert.safe_pickle import Placeholder, as_tensor, read_pickled
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.messages import printable
 

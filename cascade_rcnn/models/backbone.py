@@ -54,7 +54,7 @@ class _Usage:
     """How a timm network takes images of any size."""
 
     options: dict[str, Any] = field(default_factory=dict)  # of timm.create_model
-    multiple: int = PADDED  # of its input's sides
+    multiple: int = 1  # of its input's sides
 
 
 @cache
@@ -78,9 +78,10 @@ def _usage(name: str) -> _Usage:
             try:
                 with torch.device("meta"):
                     network = _create(name, pretrained=False, **options)
-                reason = reason or _misfit(network, 3 * multiple, 2 * multiple)
-                if not _misfit(network, 3 * multiple, 2 * multiple):
-                    return _Usage(options, multiple)
+                misfit = _misfit(network, 3 * multiple, 2 * multiple)
+                if not misfit:
+                    return _Usage(options, multiple if _misfit(network, 72, 88, exactly=False) else 1)
+                reason = reason or misfit
             except TypeError:  # it knows no such option
                 break
     raise ConfigError(
@@ -94,7 +95,7 @@ def _has_config(network: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _misfit(network: Any, height: int, width: int) -> str:
+def _misfit(network: Any, height: int, width: int, *, exactly: bool = True) -> str:
     """What keeps the network from features of an image of this size; "" if nothing does."""
     images = torch.zeros(1, 3, height, width, device="meta")
     try:
@@ -104,7 +105,7 @@ def _misfit(network: Any, height: int, width: int) -> str:
     rows_first = 1 if is_channels_last(network) else 2
     for stride, feature in zip(network.feature_info.reduction(), features):
         found = tuple(feature.shape[rows_first : rows_first + 2])
-        if stride in STRIDES and found != (height // stride, width // stride):
+        if exactly and stride in STRIDES and found != (height // stride, width // stride):
             return f"its features of stride {stride} are {found} for images of {(height, width)}"
     return ""
 
@@ -202,7 +203,7 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Normalised images [B, 3, H, W] to features [B, C_l, H/s, W/s] of strides 4, 8, 16, 32."""
         height, width = images.shape[-2:]
-        if self.multiple != PADDED:
+        if self.multiple > 1:
             images = F.pad(images, (0, -width % self.multiple, 0, -height % self.multiple))
         if self.recompute and self.training and torch.is_grad_enabled():
             features = checkpoint(self.body, images.requires_grad_(), use_reentrant=False)
@@ -211,7 +212,7 @@ class Backbone(nn.Module):
         chosen = [features[i] for i in self.selected]
         if self.channels_last:
             chosen = [feature.permute(0, 3, 1, 2) for feature in chosen]
-        if self.multiple != PADDED:
+        if self.multiple > 1:
             chosen = [f[..., : -(-height // s), : -(-width // s)] for f, s in zip(chosen, STRIDES)]
         return chosen
 

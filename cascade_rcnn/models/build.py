@@ -156,6 +156,12 @@ def stage_stds(config: ModelConfig) -> tuple[tuple[float, ...], ...]:
     return (table + more)[: len(config.stage_ious)]
 
 
+def check_backbone(config: ModelConfig) -> None:
+    """Raise ConfigError for a backbone that cannot be used as it is configured; nothing is downloaded or allocated."""
+    with torch.device("meta"):
+        Backbone(config.backbone, style=config.style, norm=config.norm, frozen_stages=config.frozen_stages)
+
+
 def anchor_sizes(config: ModelConfig) -> tuple[tuple[float, ...], ...]:
     """Sides of the anchors in pixels at each level."""
     if config.anchor_sizes is not None:
