@@ -48,8 +48,8 @@ _STORAGES = {
 }
 # Calls that are refused: everything of Python and of these, but for data classes that harmlessly occur in checkpoints.
 _REFUSED = (frozenset(sys.stdlib_module_names) - {"__main__"}).union(
-    ("torch", "numpy", "torchvision", "cascade_rcnn", "__builtin__", "__builtins__", "copy_reg", "commands")
-    + ("exceptions", "pip", "setuptools", "pkg_resources", "cloudpickle", "dill", "joblib")
+    ("torch", "numpy", "torchvision", "cascade_rcnn", "__builtin__", "__builtins__", "copy_reg", "commands"),
+    ("exceptions", "pip", "setuptools", "pkg_resources", "cloudpickle", "dill", "joblib"),
 )
 _INERT = (
     *("argparse.Namespace", "datetime.", "pathlib.", "uuid.", "decimal.", "fractions.", "numpy.random."),

@@ -32,7 +32,7 @@ def _create(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
             near = timm.list_models(f"*{name.split('.')[0][:8]}*")[:5]
             hint = f"; near it: {', '.join(near)}" if near else ""
             raise ConfigError(f"model.backbone {name!r} is not a network of timm{hint}") from error
-        if pretrained and "nvalid pretrained" in str(error):
+        if "nvalid pretrained" in str(error):
             tags = timm.list_pretrained(name.split(".")[0] + ".*")
             known = ", ".join(tags) or "none"
             raise ConfigError(f"model.backbone {name!r}: no such weights; timm has {known}") from error
@@ -132,7 +132,7 @@ class Backbone(nn.Module):
         frozen_stages: int = 1,
     ) -> None:
         super().__init__()
-        usage = _usage(name)
+        usage = _usage(name.split(".")[0])  # whatever the weights' tag
         body: Any = _create(name, pretrained=pretrained, **usage.options)
         reductions = body.feature_info.reduction()
         self.multiple = usage.multiple
