@@ -65,7 +65,7 @@ def from_settings(generator: Mapping[str, Any]) -> Anchors | None:
     if not scales and not ratios and "base_sizes" not in generator:
         return None
     scales, ratios = scales or (8.0,), ratios or (0.5, 1.0, 2.0)
-    order = range(len(scales) * len(ratios))  # ratios outside, scales inside: ours too
+    order = list(range(len(scales) * len(ratios)))  # ratios outside, scales inside: ours too
     if generator.get("scale_major") is False:
         order = [s * len(ratios) + r for r, s in itertools.product(range(len(ratios)), range(len(scales)))]
     sizes = tuple(tuple(side * scale for scale in scales) for side in base)

@@ -70,7 +70,7 @@ def _read_file(path: Path) -> Classes:
         if path.suffix == ".json":
             return _from_content(json.loads(text))
         if path.suffix in (".yaml", ".yml"):
-            import yaml
+            import yaml  # type: ignore[import-untyped]
 
             return _from_content(yaml.safe_load(text))
     except (OSError, ValueError, CheckpointError) as error:

@@ -466,7 +466,7 @@ def _test_steps(names: Mapping[str, Any]) -> list[dict[str, Any]]:
         step = dict(step) | {"type": str(step.get("type", "")).rpartition(".")[2]}
         flat.append(step)
         # mmdetection 2: its Resize keeps the ratio unless told otherwise; that of 3 does not
-        inner = [item for item in _as_list(step.get("transforms")) if isinstance(item, Mapping)]
+        inner = [dict(item) for item in _as_list(step.get("transforms")) if isinstance(item, Mapping)]
         flat += [{"keep_ratio": True} | item | {"type": str(item.get("type", "")).rpartition(".")[2]} for item in inner]
     return flat
 
@@ -482,7 +482,7 @@ def _scale(steps: list[dict[str, Any]], hints: Hints) -> dict[str, Any]:
             hints.left_out.append("test_pipeline: flipped copies at test time")
         if step.get("color_type", "color") not in ("color", "color_ignore_orientation"):
             hints.unlike.append(f"test_pipeline: color_type = {shown(step['color_type'])} (here 'color')")
-        size = step.get("img_scale") or step.get("scale")
+        size: Any = step.get("img_scale") or step.get("scale")
         is_several = isinstance(size, (list, tuple)) and any(isinstance(item, (list, tuple)) for item in size)
         if is_several and len(size) > 1:
             hints.left_out.append(f"test_pipeline: several scales {shown(size)}; the first is used")

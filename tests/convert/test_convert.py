@@ -21,7 +21,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import locations
 from cascade_rcnn.checkpoint import load_checkpoint
 from cascade_rcnn.config import ModelConfig
 from cascade_rcnn.convert.checkpoint import _Asked, _Decisions, _match_preprocessing, run_convert
@@ -34,24 +33,7 @@ from cascade_rcnn.convert.values import absorb_preprocessing
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.inference.detector import load
 from cascade_rcnn.models.build import build_model, load_backbone_weights
-from foreign_checkpoints import CLASSES, mmdetection_name, small_state
-
-MANIFESTS = locations.FIXTURES / "parity"
-MASK = "mmdet_cascade_mask_rcnn_r50_fpn"
-D2 = "detectron2_cascade_mask_rcnn_R_50_FPN"
-_SMALLER = {256: 32, 1024: 16, 12544: 32 * 49, 80: CLASSES, 81: CLASSES + 1}
-
-
-def foreign_state(name: str) -> dict[str, Tensor]:
-    """The keys of a published checkpoint, its heads narrower and for three classes, random values."""
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for key, shape in json.loads((MANIFESTS / f"{name}.manifest.json").read_text(encoding="utf-8"))["keys"]:
-        if not key.startswith(("backbone.conv", "backbone.bn", "backbone.layer", "backbone.bottom_up")):
-            lateral = "lateral" in key and len(shape) == 4
-            shape = [_SMALLER.get(n, n) if i == 0 or not lateral else n for i, n in enumerate(shape)]
-        state[key] = torch.zeros(()) if not shape else torch.rand(shape, generator=generator) + 0.5
-    return state
+from foreign_checkpoints import CLASSES, D2, MANIFESTS, MASK, foreign_state, mmdetection_name, small_state
 
 
 def convert(tmp_path: Path, content: object, *, name: str = "source.pth", config: str | None = None) -> Any:

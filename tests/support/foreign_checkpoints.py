@@ -1,15 +1,34 @@
-"""Small checkpoints as other libraries would store them."""
+"""State dicts as other libraries would write them, small."""
 
 from __future__ import annotations
 
+import json
 import re
 
+import torch
 from torch import Tensor
 
+import locations
 from cascade_rcnn.config import ModelConfig
 from cascade_rcnn.models.build import build_model
 
+MANIFESTS = locations.FIXTURES / "parity"
+MASK = "mmdet_cascade_mask_rcnn_r50_fpn"
+D2 = "detectron2_cascade_mask_rcnn_R_50_FPN"
 CLASSES = 3
+_SMALLER = {256: 32, 1024: 16, 12544: 32 * 49, 80: CLASSES, 81: CLASSES + 1}
+
+
+def foreign_state(name: str) -> dict[str, Tensor]:
+    """The keys of a published checkpoint, its heads narrower and for three classes, random values."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for key, shape in json.loads((MANIFESTS / f"{name}.manifest.json").read_text(encoding="utf-8"))["keys"]:
+        if not key.startswith(("backbone.conv", "backbone.bn", "backbone.layer", "backbone.bottom_up")):
+            lateral = "lateral" in key and len(shape) == 4
+            shape = [_SMALLER.get(n, n) if i == 0 or not lateral else n for i, n in enumerate(shape)]
+        state[key] = torch.zeros(()) if not shape else torch.rand(shape, generator=generator) + 0.5
+    return state
 
 
 def mmdetection_name(key: str, norm: str = "bn") -> str:
