@@ -274,7 +274,7 @@ def _say_what_the_text_wanted(made: _Decisions) -> None:
     others = [
         f"{key} {_in_words(value)} (here {_in_words(chosen[key])})"
         for key, value in sorted(wanted.items())
-        if key in chosen and chosen[key] != value
+        if chosen.get(key) is not None and chosen[key] != value
     ]
     others += made.hints.unlike
     if others:

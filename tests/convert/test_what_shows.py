@@ -163,7 +163,8 @@ def test_a_recipe_with_other_anchors_than_the_file_is_refused(tmp_path: Path) ->
     recipe = tmp_path / "mine.py"
     recipe.write_text(
         "from cascade_rcnn.config import Config, ModelConfig\n"
-        "config = Config(model=ModelConfig(semantics='detectron2', style='caffe', masks='one', fpn_channels=32, head_channels=16, mask_channels=32))\n"
+        "config = Config(model=ModelConfig(semantics='detectron2', style='caffe', masks='one', "
+        "fpn_channels=32, head_channels=16, mask_channels=32))\n"
     )
     state = foreign_state(D2) | cell_anchors(((8,), (16,), (32,), (64,), (128,)))
     with pytest.raises(CheckpointError, match=r"8 16 32 64 128 pixels.*drop --config"):
