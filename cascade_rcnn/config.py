@@ -25,7 +25,7 @@ class ModelConfig:
     """The network. What the three published implementations do differently is set by ``semantics``."""
 
     backbone: str = "resnet50.tv_in1k"
-    """timm name with its weights' tag, any network that gives features of strides 4..32."""
+    """timm name with its weights' tag: any network with features of strides 4..32 that takes images of any size."""
     pretrained: bool = True
     """Start from the ImageNet weights of that name (downloaded once, or found in the cache)."""
     backbone_weights: str = ""

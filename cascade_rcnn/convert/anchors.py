@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,6 +105,18 @@ def from_buffers(state: Mapping[str, Tensor]) -> Anchors | None:
         sizes.append(tuple(own_sizes))
         order = own_order
     return Anchors(tuple(sizes), tuple(ratios), order, "cell_anchors in the file")
+
+
+def from_detectron(text: str) -> Anchors | None:
+    """Anchors of the settings that Detectron's pickles hold as text under ``cfg``; None where they do not say."""
+    start = re.search(r"\bRPN_ANCHOR_START_SIZE: *(\d+)", text)
+    listed = re.search(r"\bRPN_ASPECT_RATIOS:[^\[\n]*\[([\d., ]+)\]", text)
+    if start is None and listed is None:
+        return None
+    first = float(start[1]) if start is not None else 32.0
+    ratios = tuple(float(word) for word in listed[1].split(",")) if listed is not None else (0.5, 1.0, 2.0)
+    sizes = tuple((first * 2**level,) for level in range(len(STRIDES)))
+    return Anchors(sizes, ratios, tuple(range(len(ratios))), "its cfg")
 
 
 def _rounded(value: Tensor) -> float:

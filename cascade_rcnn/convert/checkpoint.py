@@ -185,6 +185,8 @@ def _decide(made: _Decisions, found: FoundWeights) -> Config:
         f"one box per {'RoI' if seen.model['class_agnostic_boxes'] else 'class'} (keys and shapes)"
     )
     _refuse_what_differs(made)
+    if made.kind == "detectron":
+        hints.anchors = anchors.from_detectron(found.detectron_text)
     theirs = anchors.from_buffers(found.state) or hints.anchors
     if made.asked.recipe is not None:
         config = made.asked.recipe

@@ -1,7 +1,7 @@
 """mmdetection's config text in a checkpoint's metadata: what is taken over, what is left out, what cannot be.
 
 The text is Python; only its syntax tree is looked at. Every setting of the network and its tests gets one of four
-answers, by the rules below: taken over (or seen in the weights), ``left_out`` (training, and what is not known here),
+answers, by the rules of ``config_rules``: taken over (or seen in the weights), ``left_out`` (training, unknown names),
 ``unlike`` (the network here computes something else, but a recipe can be preferred to the text), or ``impossible``.
 """
 
@@ -16,12 +16,12 @@ from typing import Any
 
 from cascade_rcnn.convert import anchors
 from cascade_rcnn.convert.anchors import Anchors
+from cascade_rcnn.convert.config_rules import IMPOSSIBLE, RULES, TAKEN, TEST_STEPS, TRAINING, UNLIKE
 from cascade_rcnn.convert.key_tables import BODY, BOX, MASK
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.messages import shown
 
 _MAX_TEXT = 2_000_000
-_ZEROS, _ONES = [0, 0, 0, 0], [1, 1, 1, 1]
 
 
 @dataclass
@@ -48,218 +48,6 @@ class Hints:
     unlike: list[str] = field(default_factory=list)
     impossible: list[str] = field(default_factory=list)
     found: bool = False
-
-
-# The rules: (path in the text, verdict, values that mean what is done here). The first row that fits a path decides; a
-# list of stages counts as one path. "taken": read by a function below, or seen in the weights, or without effect.
-_TAKEN, _IMPOSSIBLE, _UNLIKE, _TRAINING = "taken", "impossible", "unlike", "training"
-_Rule = tuple[str, str, tuple[Any, ...]]
-
-
-def _coder(path: str, stds: str, *expected_stds: Any) -> list[_Rule]:
-    return [
-        (f"{path}.bbox_coder.type", _IMPOSSIBLE, ("DeltaXYWHBBoxCoder",)),
-        (f"{path}.bbox_coder.target_means", _IMPOSSIBLE, (_ZEROS,)),
-        (f"{path}.bbox_coder.target_stds", stds, expected_stds),
-        (f"{path}.bbox_coder.clip_border", _IMPOSSIBLE, (True,)),
-        (f"{path}.bbox_coder.add_ctr_clamp", _IMPOSSIBLE, (False,)),
-        (f"{path}.bbox_coder.ctr_clamp", _TAKEN, ()),
-        (f"{path}.bbox_coder.use_box_type", _TAKEN, ()),
-    ]
-
-
-def _norm_rules(path: str) -> list[_Rule]:
-    return [
-        (f"{path}.norm_cfg.type", _IMPOSSIBLE, ("BN", "BN2d", "SyncBN", "MMSyncBN", "NaiveSyncBN", "GN")),
-        (f"{path}.norm_cfg.num_groups", _IMPOSSIBLE, (32,)),
-        (f"{path}.norm_cfg.eps", _IMPOSSIBLE, (1e-5,)),
-        (f"{path}.norm_cfg.requires_grad", _TAKEN, ()),
-        (f"{path}.norm_cfg.*", _TAKEN, ()),
-        (f"{path}.conv_cfg.type", _IMPOSSIBLE, ("Conv", "Conv2d", "ConvWS")),
-    ]
-
-
-_RULES: list[_Rule] = [
-    ("*.init_cfg.*", _TAKEN, ()),
-    ("*.init_cfg", _TAKEN, ()),
-    ("*pretrained", _TAKEN, ()),
-    ("init_cfg*", _TAKEN, ()),
-    ("type", _IMPOSSIBLE, ("FasterRCNN", "MaskRCNN", "CascadeRCNN", "TwoStageDetector")),
-    ("data_preprocessor.pad_size_divisor", _TRAINING, (32, 1)),
-    ("data_preprocessor.pad_value", _TRAINING, (0,)),
-    ("data_preprocessor.batch_augments*", _TRAINING, (None,)),
-    ("data_preprocessor.*", _TAKEN, ()),
-    # Backbone
-    ("backbone.type", _IMPOSSIBLE, ("ResNet", "ResNeXt", "ResNetV1c", "ResNetV1d", "TIMMBackbone")),
-    ("backbone.norm_cfg.eps", _TAKEN, ()),
-    *_norm_rules("backbone"),
-    ("backbone.strides", _IMPOSSIBLE, ([1, 2, 2, 2],)),
-    ("backbone.dilations", _IMPOSSIBLE, ([1, 1, 1, 1],)),
-    ("backbone.out_indices", _IMPOSSIBLE, ([0, 1, 2, 3],)),
-    ("backbone.num_stages", _IMPOSSIBLE, (4,)),
-    ("backbone.dcn*", _IMPOSSIBLE, (None, False)),
-    ("backbone.plugins*", _IMPOSSIBLE, (None,)),
-    *[
-        (f"backbone.{name}", _TAKEN, ())
-        for name in (
-            *(
-                "depth",
-                "groups",
-                "base_width",
-                "base_channels",
-                "stem_channels",
-                "in_channels",
-                "deep_stem",
-                "avg_down",
-            ),
-            *("style", "frozen_stages", "norm_eval", "with_cp", "zero_init_residual", "stage_with_dcn"),
-            *("model_name", "features_only"),
-        )
-    ],
-    # Neck
-    ("neck.type", _IMPOSSIBLE, ("FPN",)),
-    ("neck.num_outs", _IMPOSSIBLE, (5,)),
-    ("neck.start_level", _IMPOSSIBLE, (0,)),
-    ("neck.end_level", _IMPOSSIBLE, (-1, 3)),
-    ("neck.add_extra_convs", _IMPOSSIBLE, (False,)),
-    ("neck.act_cfg*", _IMPOSSIBLE, (None,)),
-    ("neck.upsample_cfg.mode", _IMPOSSIBLE, ("nearest",)),
-    ("neck.upsample_cfg.scale_factor", _IMPOSSIBLE, (2,)),
-    *_norm_rules("neck"),
-    *[
-        (f"neck.{name}", _TAKEN, ())
-        for name in (
-            *("in_channels", "out_channels", "relu_before_extra_convs", "no_norm_on_lateral"),
-            "extra_convs_on_inputs",
-        )
-    ],
-    # RPN
-    ("rpn_head.type", _IMPOSSIBLE, ("RPNHead",)),
-    ("rpn_head.anchor_generator.type", _IMPOSSIBLE, ("AnchorGenerator",)),
-    ("rpn_head.anchor_generator.center_offset", _IMPOSSIBLE, (0,)),
-    ("rpn_head.anchor_generator.centers", _IMPOSSIBLE, (None,)),
-    ("rpn_head.anchor_generator.*", _TAKEN, ()),
-    *_coder("rpn_head", _IMPOSSIBLE, _ONES),
-    ("rpn_head.loss_cls.use_sigmoid", _IMPOSSIBLE, (True,)),
-    ("rpn_head.loss_cls.type", _TRAINING, ("CrossEntropyLoss",)),
-    ("rpn_head.loss_bbox.type", _TRAINING, ("SmoothL1Loss", "L1Loss")),
-    ("rpn_head.loss_*.loss_weight", _TRAINING, (1,)),
-    ("rpn_head.loss_bbox.beta", _TRAINING, (0.1111111111111111, 0.1111111, 0.111)),
-    ("rpn_head.loss_*", _TRAINING, ()),
-    ("rpn_head.reg_decoded_bbox", _TRAINING, (False,)),
-    *[(f"rpn_head.{name}", _TAKEN, ()) for name in ("in_channels", "feat_channels", "num_convs", "num_classes")],
-    # RoI heads
-    ("roi_head.type", _IMPOSSIBLE, ("StandardRoIHead", "CascadeRoIHead", "PISARoIHead", "DynamicRoIHead")),
-    ("roi_head.num_stages", _TAKEN, ()),
-    ("roi_head.stage_loss_weights", _TAKEN, ()),
-    ("roi_head.*_roi_extractor.type", _IMPOSSIBLE, ("SingleRoIExtractor",)),
-    ("roi_head.*_roi_extractor.roi_layer.type", _IMPOSSIBLE, ("RoIAlign",)),
-    ("roi_head.*_roi_extractor.roi_layer.sampling_ratio", _IMPOSSIBLE, (0, -1)),
-    ("roi_head.*_roi_extractor.roi_layer.aligned", _IMPOSSIBLE, (True,)),
-    ("roi_head.*_roi_extractor.roi_layer.pool_mode", _IMPOSSIBLE, ("avg",)),
-    ("roi_head.bbox_roi_extractor.roi_layer.output_size", _IMPOSSIBLE, (7, [7, 7])),
-    ("roi_head.mask_roi_extractor.roi_layer.output_size", _IMPOSSIBLE, (14, [14, 14])),
-    ("roi_head.*_roi_extractor.roi_layer.*", _TAKEN, ()),
-    ("roi_head.*_roi_extractor.featmap_strides", _IMPOSSIBLE, ([4, 8, 16, 32],)),
-    ("roi_head.*_roi_extractor.finest_scale", _IMPOSSIBLE, (56,)),
-    ("roi_head.*_roi_extractor.out_channels", _TAKEN, ()),
-    ("roi_head.mask_roi_extractor", _TAKEN, ()),
-    *_coder("roi_head.bbox_head", _TAKEN),
-    (
-        "roi_head.bbox_head.type",
-        _IMPOSSIBLE,
-        ("Shared2FCBBoxHead", "Shared4Conv1FCBBoxHead", "ConvFCBBoxHead", "BBoxHead"),
-    ),
-    ("roi_head.bbox_head.loss_cls.use_sigmoid", _IMPOSSIBLE, (False,)),
-    ("roi_head.bbox_head.loss_cls.type", _TRAINING, ("CrossEntropyLoss",)),
-    ("roi_head.bbox_head.loss_bbox.type", _TRAINING, ("SmoothL1Loss", "L1Loss")),
-    ("roi_head.bbox_head.loss_bbox.beta", _TRAINING, (1,)),
-    ("roi_head.*.loss_*.loss_weight", _TRAINING, (1,)),
-    ("roi_head.bbox_head.loss_*", _TRAINING, ()),
-    ("roi_head.bbox_head.reg_decoded_bbox", _TRAINING, (False,)),
-    ("roi_head.bbox_head.*_predictor_cfg.type", _IMPOSSIBLE, ("Linear",)),
-    ("roi_head.bbox_head.*_predictor_cfg.*", _TAKEN, ()),
-    ("roi_head.bbox_head.with_avg_pool", _IMPOSSIBLE, (False,)),
-    ("roi_head.bbox_head.roi_feat_size", _IMPOSSIBLE, (7, [7, 7])),
-    ("roi_head.bbox_head.with_cls", _IMPOSSIBLE, (True,)),
-    ("roi_head.bbox_head.with_reg", _IMPOSSIBLE, (True,)),
-    *_norm_rules("roi_head.bbox_head"),
-    *[
-        (f"roi_head.bbox_head.{name}", _TAKEN, ())
-        for name in (
-            *("in_channels", "fc_out_channels", "conv_out_channels", "num_classes", "reg_class_agnostic"),
-            *("num_shared_convs", "num_shared_fcs", "num_cls_convs", "num_cls_fcs", "num_reg_convs", "num_reg_fcs"),
-        )
-    ],
-    ("roi_head.mask_head.type", _IMPOSSIBLE, ("FCNMaskHead",)),
-    ("roi_head.mask_head.predictor_cfg.type", _IMPOSSIBLE, ("Conv", "Conv2d")),
-    ("roi_head.mask_head.predictor_cfg.*", _TAKEN, ()),
-    ("roi_head.mask_head.upsample_cfg.type", _IMPOSSIBLE, ("deconv",)),
-    ("roi_head.mask_head.upsample_cfg.scale_factor", _IMPOSSIBLE, (2,)),
-    ("roi_head.mask_head.conv_kernel_size", _IMPOSSIBLE, (3,)),
-    ("roi_head.mask_head.class_agnostic", _IMPOSSIBLE, (False,)),
-    ("roi_head.mask_head.roi_feat_size", _IMPOSSIBLE, (14, [14, 14])),
-    ("roi_head.mask_head.loss_mask.type", _TRAINING, ("CrossEntropyLoss",)),
-    ("roi_head.mask_head.loss_mask.use_mask", _IMPOSSIBLE, (True,)),
-    ("roi_head.mask_head.loss_mask.*", _TRAINING, ()),
-    *_norm_rules("roi_head.mask_head"),
-    *[
-        (f"roi_head.mask_head.{name}", _TAKEN, ())
-        for name in ("in_channels", "conv_out_channels", "num_convs", "num_classes")
-    ],
-    ("roi_head.mask_head", _TAKEN, ()),
-    ("roi_head.bbox_head", _TAKEN, ()),
-    ("roi_head.*", _IMPOSSIBLE, (None,)),
-    # Tests
-    ("test_cfg.rpn.nms_pre", _TAKEN, ()),  # see _test_settings
-    ("test_cfg.rpn.max_per_img", _TAKEN, ()),
-    ("test_cfg.rpn.max_num", _TAKEN, ()),
-    ("test_cfg.rpn.nms_post", _TAKEN, ()),
-    ("test_cfg.rpn.nms_across_levels", _UNLIKE, (False,)),
-    ("test_cfg.rpn.nms.type", _UNLIKE, ("nms",)),
-    ("test_cfg.rpn.nms.iou_thr*", _UNLIKE, (0.7,)),
-    ("test_cfg.rpn.nms_thr", _UNLIKE, (0.7,)),
-    ("test_cfg.rpn.min_bbox_size", _UNLIKE, (0,)),
-    ("test_cfg.rcnn.score_thr", _TAKEN, ()),
-    ("test_cfg.rcnn.max_per_img", _TAKEN, ()),
-    ("test_cfg.rcnn.nms.type", _UNLIKE, ("nms", "soft_nms")),
-    ("test_cfg.rcnn.nms.*", _TAKEN, ()),  # see _test_settings
-    ("test_cfg.rcnn.mask_thr_binary", _UNLIKE, (0.5,)),
-    # Training
-    ("train_cfg.rcnn.assigner.pos_iou_thr", _TAKEN, ()),
-    ("train_cfg.*.sampler.num", _TAKEN, ()),
-    ("train_cfg.rpn_proposal.max_per_img", _TAKEN, ()),
-    ("train_cfg.rpn_proposal.max_num", _TAKEN, ()),
-    ("train_cfg.*.assigner.type", _TRAINING, ("MaxIoUAssigner",)),
-    ("train_cfg.rpn.assigner.pos_iou_thr", _TRAINING, (0.7,)),
-    ("train_cfg.rpn.assigner.neg_iou_thr", _TRAINING, (0.3,)),
-    ("train_cfg.rpn.assigner.min_pos_iou", _TRAINING, (0.3,)),
-    ("train_cfg.rpn.assigner.match_low_quality", _TRAINING, (True,)),
-    ("train_cfg.rcnn.assigner.neg_iou_thr", _TRAINING, (0.5, 0.6, 0.7)),
-    ("train_cfg.rcnn.assigner.min_pos_iou", _TRAINING, (0.5, 0.6, 0.7)),
-    ("train_cfg.rcnn.assigner.match_low_quality", _TRAINING, (False,)),
-    ("train_cfg.*.assigner.ignore_iof_thr", _TRAINING, (-1,)),
-    ("train_cfg.*.sampler.type", _TRAINING, ("RandomSampler",)),
-    ("train_cfg.rpn.sampler.pos_fraction", _TRAINING, (0.5,)),
-    ("train_cfg.rcnn.sampler.pos_fraction", _TRAINING, (0.25,)),
-    ("train_cfg.*.sampler.neg_pos_ub", _TRAINING, (-1,)),
-    ("train_cfg.rpn.sampler.add_gt_as_proposals", _TRAINING, (False,)),
-    ("train_cfg.rcnn.sampler.add_gt_as_proposals", _TRAINING, (True,)),
-    ("train_cfg.rpn.allowed_border", _TRAINING, (0, -1)),
-    ("train_cfg.*.pos_weight", _TRAINING, (-1,)),
-    ("train_cfg.*.debug", _TAKEN, ()),
-    ("train_cfg.rcnn.mask_size", _TRAINING, (28,)),
-    ("train_cfg.rpn_proposal.nms_pre", _TRAINING, (2000,)),
-    ("train_cfg.rpn_proposal.nms.type", _TRAINING, ("nms",)),
-    ("train_cfg.rpn_proposal.nms.iou_thr*", _TRAINING, (0.7,)),
-    ("train_cfg.rpn_proposal.min_bbox_size", _TRAINING, (0,)),
-    ("train_cfg.rpn_proposal.nms_across_levels", _TRAINING, (False,)),
-]
-_TEST_STEPS = {
-    *("LoadImageFromFile", "LoadImageFromWebcam", "LoadAnnotations", "Resize", "FixScaleResize", "RandomFlip"),
-    *("Normalize", "Pad", "ImageToTensor", "DefaultFormatBundle", "Collect", "PackDetInputs", "ToTensor"),
-    "MultiScaleFlipAug",
-}
 
 
 class _Unread:
@@ -307,24 +95,24 @@ def read_config_text(text: str | Mapping[str, Any]) -> Hints:
 
 def _apply_rules(model: Mapping[str, Any], hints: Hints) -> None:
     for path, value in _leaves(model):
-        rule = next((rule for rule in _RULES if fnmatch.fnmatchcase(path, rule[0])), None)
+        rule = next((rule for rule in RULES if fnmatch.fnmatchcase(path, rule[0])), None)
         if rule is None:
             if value is not None:
                 hints.left_out.append(f"{path} = {shown(value)} (not known here)")
             continue
         _, verdict, expected = rule
         if value is _UNREAD:
-            hints.left_out += [f"{path} (an expression, not read)"] if verdict != _TAKEN else []
+            hints.left_out += [f"{path} (an expression, not read)"] if verdict != TAKEN else []
             continue
         if path.endswith("type") and isinstance(value, str):
             value = value.rpartition(".")[2]  # "mmdet.FPN", "torch.nn.Linear"
         if path == "roi_head.bbox_head.loss_cls.type" and value == "SeesawLoss":
-            verdict = _IMPOSSIBLE
-        if verdict == _TAKEN or any(_same(value, item) for item in expected) or value is None:
+            verdict = IMPOSSIBLE
+        if verdict == TAKEN or any(_same(value, item) for item in expected) or value is None:
             continue
         said = f"{path} = {shown(value)}"
-        place = {_IMPOSSIBLE: hints.impossible, _UNLIKE: hints.unlike, _TRAINING: hints.left_out}[verdict]
-        if verdict != _TRAINING and expected and expected != (None,):
+        place = {IMPOSSIBLE: hints.impossible, UNLIKE: hints.unlike, TRAINING: hints.left_out}[verdict]
+        if verdict != TRAINING and expected and expected != (None,):
             said += f" (here {shown(expected[0])})"
         if said not in place:
             place.append(said)
@@ -476,7 +264,7 @@ def _scale(steps: list[dict[str, Any]], hints: Hints) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for step in steps:
         kind = step["type"]
-        if kind and kind not in _TEST_STEPS:
+        if kind and kind not in TEST_STEPS:
             hints.unlike.append(f"test_pipeline: a step {shown(kind)} (here resize, normalise and pad)")
         if step.get("flip") is True or (kind == "RandomFlip" and (step.get("prob") or step.get("flip_ratio"))):
             hints.left_out.append("test_pipeline: flipped copies at test time")

@@ -38,6 +38,7 @@ class FoundWeights:
     state: dict[str, Tensor]
     class_names: tuple[str, ...] = ()
     config: str | Mapping[str, Any] = ""
+    detectron_text: str = ""
     notes: list[str] = field(default_factory=list)
 
 
@@ -149,6 +150,8 @@ def _read_metadata(found: FoundWeights, content: Mapping[Any, Any]) -> None:
                 names = (names,)
             if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
                 found.class_names = found.class_names or tuple(names)
+    text = content.get("cfg")
+    found.detectron_text = text if isinstance(text, str) else ""
     for key in ("cfg", "config"):
         value = meta.get(key)
         if isinstance(value, str) or (isinstance(value, Mapping) and "model" in value):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cascade_rcnn.checkpoint import Checkpoint, load_checkpoint
 from cascade_rcnn.config import ModelConfig
+from cascade_rcnn.convert.anchors import from_detectron
 from cascade_rcnn.convert.checkpoint import run_convert
 from cascade_rcnn.convert.config_text import read_config_text
 from cascade_rcnn.convert.values import change_eps, standardize_weights
@@ -147,6 +148,12 @@ def test_two_sizes_of_detectron2_change_the_rows(tmp_path: Path) -> None:
     made = convert(tmp_path, {"model": state})
     assert made.state["rpn.objectness.bias"].tolist() == [0, 3, 1, 4, 2, 5]  # ratio outside, size inside
     assert made.state["rpn.deltas.bias"][::4].tolist() == [0, 3, 1, 4, 2, 5]
+
+
+def test_anchors_of_detectrons_settings() -> None:
+    found = from_detectron("FPN: {FPN_ON: true, RPN_ANCHOR_START_SIZE: 16, RPN_ASPECT_RATIOS: [0.5, 1, 2]}")
+    assert found is not None and str(found) == "16 32 64 128 256 pixels, ratios 0.5 1 2"
+    assert from_detectron("MODEL: {}") is None
 
 
 @pytest.mark.parametrize(
@@ -435,6 +442,24 @@ def test_batch_norm_of_detectron2s_neck_and_heads_is_folded(tmp_path: Path, trac
         weight, bias = made.state[f"{name}.weight"], made.state[f"{name}.bias"]
         x = torch.rand(1, weight.shape[1], 5, 5)
         assert torch.allclose(nn.functional.conv2d(x, weight, bias), layers[theirs](x), rtol=1e-3, atol=1e-3), name
+
+
+@torch.no_grad()
+def test_a_deep_stem_with_pooled_shortcuts(tmp_path: Path) -> None:
+    """ResNetV1d of mmdetection: three convolutions as stem, average pooling before a shortcut's convolution."""
+    config = ModelConfig(backbone="resnet18d", fpn_channels=32, head_channels=16)
+    ours = build_model(config, CLASSES).state_dict()
+    theirs = {}
+    for key, value in ours.items():
+        name = key.replace("backbone.body.conv1.", "backbone.stem.").replace("backbone.body.bn1.", "backbone.stem.7.")
+        theirs[name if name != key else mmdetection_name(key)] = value
+    made = convert(tmp_path, {"state_dict": theirs})
+    assert made.config.model.backbone.startswith("resnet18d")
+    assert all(torch.equal(made.state[key], value) for key, value in ours.items() if "num_batches" not in key)
+    model = build_model(made.config.model, CLASSES)
+    pool: Any = model.backbone.body.layer2[0].downsample[0]  # mmdetection's settings of it
+    assert (pool.kernel_size, pool.stride, pool.ceil_mode, pool.count_include_pad) == (2, 2, True, False)
+    assert not isinstance(model.backbone.body.layer1[0].downsample, nn.Sequential)
 
 
 # Names
