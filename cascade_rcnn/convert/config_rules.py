@@ -61,6 +61,7 @@ RULES: list[_Rule] = [
     ("backbone.num_stages", IMPOSSIBLE, (4,)),
     ("backbone.dcn*", IMPOSSIBLE, (None, False)),
     ("backbone.plugins*", IMPOSSIBLE, (None,)),
+    *[(f"backbone.{name}*", IMPOSSIBLE, (None, False)) for name in ("gcb", "gen_attention", "sac", "rfp_inplanes")],
     *[
         (f"backbone.{name}", TAKEN, ())
         for name in (
@@ -171,7 +172,13 @@ RULES: list[_Rule] = [
     ],
     ("roi_head.mask_head", TAKEN, ()),
     ("roi_head.bbox_head", TAKEN, ()),
-    ("roi_head.*", IMPOSSIBLE, (None,)),
+    *[
+        (f"roi_head.{name}", IMPOSSIBLE, (None, False))
+        for name in (
+            *("shared_head*", "semantic_*", "mask_iou_head*", "point_head*", "grid_*", "glbctx_head*", "interleaved"),
+            *("feat_relay_head*", "mask_info_flow", "reg_roi_*", "bbox_head.*_last_dim"),
+        )
+    ],
     # Tests
     ("test_cfg.rpn.nms_pre", TAKEN, ()),  # see _test_settings
     ("test_cfg.rpn.max_per_img", TAKEN, ()),

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from cascade_rcnn.checkpoint import load_checkpoint
 from cascade_rcnn.config import ModelConfig
-from cascade_rcnn.convert.checkpoint import _Asked, _Decisions, _match_preprocessing, run_convert
+from cascade_rcnn.convert.checkpoint import run_convert
 from cascade_rcnn.convert.class_names import COCO_IDS, COCO_NAMES
 from cascade_rcnn.convert.config_text import Hints, read_config_text
+from cascade_rcnn.convert.decide import Asked, Decisions, match_preprocessing
 from cascade_rcnn.convert.find_weights import FoundWeights
 from cascade_rcnn.convert.infer_config import Structure
 from cascade_rcnn.convert.key_tables import recognise, rename
@@ -492,14 +493,14 @@ def test_mmdetections_bgr_resnext_is_turned_to_rgb() -> None:
     for groups, turned in ((32, True), (64, False)):
         state = dict(stem)
         kind = replace(seen, groups=groups)
-        made = _Decisions(state, "mmdetection", kind, Hints(), "x.pth", _Asked())
-        _match_preprocessing(made, ModelConfig(), FoundWeights({}))
+        made = Decisions(state, "mmdetection", kind, Hints(), "x.pth", Asked())
+        match_preprocessing(made, ModelConfig(), FoundWeights({}))
         wanted = stem["backbone.body.conv1.weight"].flip(1) if turned else stem["backbone.body.conv1.weight"]
         assert torch.allclose(state["backbone.body.conv1.weight"], wanted)
         assert torch.equal(state["backbone.body.bn1.running_mean"], stem["backbone.body.bn1.running_mean"])
     state = dict(stem)  # detectron2's is BGR with a std that its semantics here do not divide by
-    made = _Decisions(state, "detectron2", seen, Hints(), "x.pth", _Asked())
-    _match_preprocessing(made, ModelConfig(semantics="detectron2"), FoundWeights({}))
+    made = Decisions(state, "detectron2", seen, Hints(), "x.pth", Asked())
+    match_preprocessing(made, ModelConfig(semantics="detectron2"), FoundWeights({}))
     std = torch.tensor([57.375, 57.12, 58.395])[:, None, None]
     assert torch.allclose(state["backbone.body.conv1.weight"], stem["backbone.body.conv1.weight"] / std)
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RunCommand
 from torch import Tensor, nn
 
 from cascade_rcnn.checkpoint import Checkpoint, load_checkpoint
+from cascade_rcnn.cli import main
 from cascade_rcnn.config import ModelConfig
 from cascade_rcnn.convert.anchors import from_detectron
 from cascade_rcnn.convert.checkpoint import run_convert
@@ -364,10 +364,10 @@ def test_weight_standardisation_is_done_once(tmp_path: Path, capsys: pytest.Capt
             theirs = mmdetection_name(key, "gn")
             wanted = state[theirs]
             if wanted.dim() == 4 and re.search(standardized, theirs):
-                flat = wanted.flatten(1)
+                flat = wanted.double().flatten(1)
                 mean = flat.mean(1, keepdim=True)
                 std = ((flat - mean).square().sum(1, keepdim=True) / (flat.shape[1] - 1)).sqrt()
-                wanted = ((flat - mean) / (std + 1e-5)).view_as(wanted)
+                wanted = ((flat - mean) / (std + 1e-5)).view_as(wanted).float()
             assert torch.allclose(value, wanted, rtol=1e-4, atol=1e-5), key
     by_name = convert(tmp_path, {"state_dict": state}, name="faster_rcnn_r50_fpn_gn_ws-all_1x.pth")
     asked = convert(tmp_path, {"state_dict": state}, weight_standardization=True)
@@ -512,15 +512,16 @@ def test_class_names_from_a_file(tmp_path: Path, name: str) -> None:
     assert (again.class_names, again.category_ids) == (made.class_names, made.category_ids)
 
 
-def test_class_names_on_the_command_line(tmp_path: Path, run_command: RunCommand) -> None:
+def test_class_names_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"model." + key: value for key, value in small_state().items()}, tmp_path / "last.ckpt")
     dest = tmp_path / "ours.safetensors"
-    wrong = run_command("convert", tmp_path / "last.ckpt", dest, "--classes", "bolt", "nut")
-    assert wrong.returncode == 2 and "2 classes were given and the network has 3" in wrong.stderr and not dest.exists()
-    twice = run_command("convert", tmp_path / "last.ckpt", dest, "--classes", "bolt", "nut", "nut")
-    assert twice.returncode == 2 and "'nut' is there twice" in twice.stderr
-    right = run_command("convert", tmp_path / "last.ckpt", dest, "--classes", "bolt", "nut", "gear")
-    assert right.returncode == 0 and "the prefix model. was taken off" in right.stdout
+    command = ["convert", str(tmp_path / "last.ckpt"), str(dest), "--classes"]
+    assert main([*command, "bolt", "nut"]) == 2 and not dest.exists()
+    assert "2 classes were given and the network has 3" in capsys.readouterr().err
+    assert main([*command, "bolt", "nut", "nut"]) == 2
+    assert "'nut' is there twice" in capsys.readouterr().err
+    assert main([*command, "bolt", "nut", "gear"]) == 0
+    assert "the prefix model. was taken off" in capsys.readouterr().out
     assert load_checkpoint(dest).class_names == ("bolt", "nut", "gear")
 
 

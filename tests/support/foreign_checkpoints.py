@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 
@@ -21,6 +22,11 @@ _SMALLER = {256: 32, 1024: 16, 12544: 32 * 49, 80: CLASSES, 81: CLASSES + 1}
 
 def foreign_state(name: str) -> dict[str, Tensor]:
     """The keys of a published checkpoint, its heads narrower and for three classes, random values."""
+    return {key: value.clone() for key, value in _foreign_state(name).items()}
+
+
+@functools.cache
+def _foreign_state(name: str) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     state = {}
     for key, shape in json.loads((MANIFESTS / f"{name}.manifest.json").read_text(encoding="utf-8"))["keys"]:
@@ -64,6 +70,11 @@ def mmdetection_name(key: str, norm: str = "bn") -> str:
 
 def small_state() -> dict[str, Tensor]:
     """A small network's weights as mmdetection would store them."""
+    return {key: value.clone() for key, value in _small_state().items()}
+
+
+@functools.cache
+def _small_state() -> dict[str, Tensor]:
     config = ModelConfig(backbone="resnet18", masks="every", fpn_channels=32, head_channels=16, mask_channels=32)
     state = build_model(config, CLASSES).state_dict()
     return {mmdetection_name(key): value for key, value in state.items()}
