@@ -42,8 +42,8 @@ class ModelConfig:
     fpn_channels: int = 256
     anchor_scales: tuple[float, ...] = (8.0,)
     """Anchor side in units of the level's stride."""
-    anchor_sizes: tuple[tuple[float, ...], ...] | None = None
-    """Anchor sides in pixels at each of the five levels, instead of anchor_scales."""
+    anchor_sizes: tuple[float, ...] | None = None
+    """Anchor sides in pixels instead of anchor_scales: one for each of the five levels, or several, level by level."""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Height over width."""
     rpn_convs: int = 1
@@ -97,8 +97,7 @@ class ModelConfig:
         )
         sizes = self.anchor_sizes
         _require(
-            sizes is None
-            or (len(sizes) == 5 and len({len(level) for level in sizes}) == 1 and min(map(min, sizes)) > 0),
+            sizes is None or (len(sizes) >= 5 and len(sizes) % 5 == 0 and min(sizes) > 0),
             f"model.anchor_sizes {sizes}: sides in pixels for each of five levels, as many for each",
         )
         _require(-1 <= self.frozen_stages <= 4, f"model.frozen_stages {self.frozen_stages}: between -1 and 4")

@@ -31,7 +31,7 @@ class Anchors:
         uniform = all(math.isclose(a, b, rel_tol=1e-6) for level in scales for a, b in zip(level, scales[0]))
         return {
             "anchor_scales": scales[0],
-            "anchor_sizes": None if uniform else self.sizes,
+            "anchor_sizes": None if uniform else tuple(size for level in self.sizes for size in level),
             "anchor_ratios": self.ratios,
         }
 

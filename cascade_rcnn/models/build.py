@@ -164,9 +164,11 @@ def check_backbone(config: ModelConfig) -> None:
 
 def anchor_sizes(config: ModelConfig) -> tuple[tuple[float, ...], ...]:
     """Sides of the anchors in pixels at each level."""
-    if config.anchor_sizes is not None:
-        return config.anchor_sizes
-    return tuple(tuple(scale * stride for scale in config.anchor_scales) for stride in (*STRIDES, 64))
+    sizes, strides = config.anchor_sizes, (*STRIDES, 64)
+    if sizes is None:
+        return tuple(tuple(scale * stride for scale in config.anchor_scales) for stride in strides)
+    each = len(sizes) // len(strides)
+    return tuple(tuple(sizes[i : i + each]) for i in range(0, len(sizes), each))
 
 
 def build_model(config: ModelConfig, num_classes: int, *, pretrained: bool = False) -> CascadeRCNN:
@@ -215,7 +217,7 @@ def _build_rpn(config: ModelConfig, semantics: Semantics) -> RPN:
         (*STRIDES, 64),
         scales=config.anchor_scales,
         ratios=config.anchor_ratios,
-        sizes=config.anchor_sizes,
+        sizes=anchor_sizes(config) if config.anchor_sizes else None,
         rounded=semantics.rounded_anchors,
         whole_pixels=detectron,
     )
