@@ -37,7 +37,7 @@ def _norm_rules(path: str) -> list[_Rule]:
         (f"{path}.norm_cfg.eps", IMPOSSIBLE, (1e-5,)),
         (f"{path}.norm_cfg.requires_grad", TAKEN, ()),
         (f"{path}.norm_cfg.*", TAKEN, ()),
-        (f"{path}.conv_cfg.type", IMPOSSIBLE, ("Conv", "Conv2d", "ConvWS")),
+        (f"{path}.conv_cfg.type", IMPOSSIBLE, ("Conv", "Conv2d", "ConvWS", "ConvWS2d")),
     ]
 
 
@@ -199,6 +199,8 @@ RULES: list[_Rule] = [
     ("train_cfg.*.sampler.num", TAKEN, ()),
     ("train_cfg.rpn_proposal.max_per_img", TAKEN, ()),
     ("train_cfg.rpn_proposal.max_num", TAKEN, ()),
+    ("train_cfg.rpn_proposal.nms_post", TAKEN, ()),
+    ("train_cfg.rpn_proposal.nms_thr", TRAINING, (0.7,)),
     ("train_cfg.*.assigner.type", TRAINING, ("MaxIoUAssigner",)),
     ("train_cfg.rpn.assigner.pos_iou_thr", TRAINING, (0.7,)),
     ("train_cfg.rpn.assigner.neg_iou_thr", TRAINING, (0.3,)),

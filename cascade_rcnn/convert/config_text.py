@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import json
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -63,10 +64,10 @@ _UNREAD = _Unread()
 def read_config_text(text: str | Mapping[str, Any]) -> Hints:
     """Hints from mmdetection's config, 2.x or 3.x (as text, or as dictionaries)."""
     names = _assignments(text) if isinstance(text, str) else dict(text)
-    model = names.get("model")
-    if not isinstance(model, Mapping):
+    model = _dict(names.get("model"))
+    model = _dict(model.get("detector")) or model  # of a wrapper, as for semi-supervised training
+    if not model:
         return Hints()
-    model = dict(model)
     for part in ("train_cfg", "test_cfg"):
         model[part] = model.get(part) or names.get(part) or {}
     hints = Hints(found=True)
@@ -169,7 +170,7 @@ def _standardized(model: Mapping[str, Any]) -> tuple[str, ...]:
     found = []
     for prefix, settings in places.items():
         kinds = {_dict(_dict(part).get("conv_cfg")).get("type") for part in _as_list(settings)}
-        if "ConvWS" in {str(kind).rpartition(".")[2] for kind in kinds}:
+        if {"ConvWS", "ConvWS2d"} & {str(kind).rpartition(".")[2] for kind in kinds}:
             found.append(prefix)
     return tuple(found)
 
@@ -276,7 +277,9 @@ def _scale(steps: list[dict[str, Any]], hints: Hints) -> dict[str, Any]:
             hints.left_out.append(f"test_pipeline: several scales {shown(size)}; the first is used")
         if is_several:
             size = size[0]
-        sides = _numbers(size)
+        sides = (float(size),) * 2 if isinstance(size, int) else _numbers(size)
+        if kind == "Resize" and "keep_ratio" in step and len(sides) != 2 and not found:
+            hints.left_out.append(f"test_pipeline: {shown(step)}: no (longer, shorter) scale in it")
         if kind == "Resize" and step.get("keep_ratio", False) is not True:
             hints.unlike.append("test_pipeline: Resize with keep_ratio = False (here True)")
         if not found and len(sides) == 2 and min(sides) >= 32:
@@ -310,6 +313,8 @@ def _assignments(text: str) -> dict[str, Any]:
         return {}
     names: dict[str, Any] = {}
     try:
+        if text.lstrip().startswith("{"):
+            return _dict(json.loads(text))
         for node in ast.parse(text).body:
             if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
                 names[node.targets[0].id] = _value(node.value, names)

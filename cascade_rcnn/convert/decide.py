@@ -80,6 +80,8 @@ def decide(made: Decisions, found: FoundWeights) -> Config:
         f"network: {seen.backbone}, {stages}, {seen.classes} classes, masks: {seen.model['masks']}, "
         f"one box per {'RoI' if seen.model['class_agnostic_boxes'] else 'class'} (keys and shapes)"
     )
+    if found.config and not hints.found:
+        notes.append("its config text: not understood, nothing is taken from it")
     _refuse_what_differs(made)
     if made.kind == "detectron":
         hints.anchors = anchors.from_detectron(found.detectron_text)
