@@ -272,6 +272,35 @@ def test_what_is_not_taken_over_is_listed(tmp_path: Path, capsys: pytest.Capture
     assert (model.max_detections, model.nms_iou, model.score_threshold, model.roi_samples) == (300, 0.6, 0.001, 256)
 
 
+@pytest.mark.parametrize(
+    ("config", "scales"),
+    [
+        ('{"model": {"rpn_head": {"anchor_generator": {"scales": [4]}}}}', (4.0,)),
+        (
+            "detector = dict(rpn_head=dict(anchor_generator=dict(scales=[4])))\n"
+            "model = dict(type='SoftTeacher', detector=detector)",
+            (4.0,),
+        ),
+        ("model = dict(rpn_head=dict(anchor_generator=dict(scales=[2 * 2])))", (4.0,)),
+        ("model = (", (8.0,)),
+    ],
+    ids=["json", "wrapped", "computed", "broken"],
+)
+def test_other_forms_of_the_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str, scales: tuple[float, ...]
+) -> None:
+    made = convert(tmp_path, with_text(small_state(), config))
+    assert made.config.model.anchor_scales == scales
+    assert ("not understood" in capsys.readouterr().out) == (config == "model = (")
+
+
+def test_sizes_of_the_test_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = convert(tmp_path, with_text(small_state(), text(resize="type='Resize', scale=1024, keep_ratio=True")))
+    assert (made.config.data.short_side, made.config.data.long_side) == ((1024,), 1024)
+    convert(tmp_path, with_text(small_state(), text(resize="type='Resize', scale_factor=2.0, keep_ratio=True")))
+    assert "no (longer, shorter) scale in it" in capsys.readouterr().out
+
+
 def test_usual_settings_leave_nothing_to_say() -> None:
     hints = read_config_text(text())
     assert (hints.left_out, hints.unlike, hints.impossible) == ([], [], [])
