@@ -101,7 +101,16 @@ RULES: list[_Rule] = [
     ("rpn_head.anchor_generator.type", IMPOSSIBLE, ("AnchorGenerator",)),
     ("rpn_head.anchor_generator.center_offset", IMPOSSIBLE, (0,)),
     ("rpn_head.anchor_generator.centers", IMPOSSIBLE, (None,)),
-    ("rpn_head.anchor_generator.*", TAKEN, ()),
+    *[
+        (f"rpn_head.anchor_generator.{name}", TAKEN, ())
+        for name in (
+            *("scales", "ratios", "strides", "base_sizes", "octave_base_scale", "scales_per_octave", "scale_major"),
+            "use_box_type",
+        )
+    ],
+    *[(f"rpn_head.anchor_{name}", TAKEN, ()) for name in ("scales", "ratios", "strides", "base_sizes")],  # early 2.x
+    ("rpn_head.target_means", IMPOSSIBLE, (_ZEROS,)),
+    ("rpn_head.target_stds", IMPOSSIBLE, (_ONES,)),
     *_coder("rpn_head", IMPOSSIBLE, _ONES),
     ("rpn_head.loss_cls.use_sigmoid", IMPOSSIBLE, (True,)),
     ("rpn_head.loss_cls.type", TRAINING, ("CrossEntropyLoss",)),
@@ -122,12 +131,17 @@ RULES: list[_Rule] = [
     ("roi_head.*_roi_extractor.roi_layer.pool_mode", IMPOSSIBLE, ("avg",)),
     ("roi_head.bbox_roi_extractor.roi_layer.output_size", IMPOSSIBLE, (7, [7, 7])),
     ("roi_head.mask_roi_extractor.roi_layer.output_size", IMPOSSIBLE, (14, [14, 14])),
-    ("roi_head.*_roi_extractor.roi_layer.*", TAKEN, ()),
+    ("roi_head.*_roi_extractor.roi_layer.sample_num", IMPOSSIBLE, (0, -1)),  # early 2.x
+    ("roi_head.bbox_roi_extractor.roi_layer.out_size", IMPOSSIBLE, (7, [7, 7])),
+    ("roi_head.mask_roi_extractor.roi_layer.out_size", IMPOSSIBLE, (14, [14, 14])),
+    ("roi_head.*_roi_extractor.roi_layer.use_torchvision", TAKEN, ()),
     ("roi_head.*_roi_extractor.featmap_strides", IMPOSSIBLE, ([4, 8, 16, 32],)),
     ("roi_head.*_roi_extractor.finest_scale", IMPOSSIBLE, (56,)),
     ("roi_head.*_roi_extractor.out_channels", TAKEN, ()),
     ("roi_head.mask_roi_extractor", TAKEN, ()),
     *_coder("roi_head.bbox_head", TAKEN),
+    ("roi_head.bbox_head.target_means", IMPOSSIBLE, (_ZEROS,)),
+    ("roi_head.bbox_head.target_stds", TAKEN, ()),
     (
         "roi_head.bbox_head.type",
         IMPOSSIBLE,

@@ -82,7 +82,8 @@ def read_config_text(text: str | Mapping[str, Any]) -> Hints:
     hints.model |= _sampling(model["train_cfg"], one_stage=not isinstance(roi.get("bbox_head"), list))
     hints.model |= _test_settings(_dict(model["test_cfg"]), hints)
     try:
-        hints.anchors = anchors.from_settings(_dict(rpn.get("anchor_generator")))
+        older = {key.removeprefix("anchor_"): value for key, value in rpn.items() if key.startswith("anchor_")}
+        hints.anchors = anchors.from_settings(_dict(rpn.get("anchor_generator")) or older)
     except CheckpointError as error:
         hints.impossible.append(f"rpn_head.{error}")
     for head in _as_list(roi.get("bbox_head")):
@@ -190,12 +191,16 @@ def _preprocessing(model: dict[str, Any], names: dict[str, Any], steps: list[dic
 
 def _stage_settings(roi: dict[str, Any], train: object) -> dict[str, Any]:
     heads = _as_list(roi.get("bbox_head"))
+    stages = roi.get("num_stages")
+    if len(heads) == 1 and isinstance(stages, int) and 1 < stages < 10:
+        heads *= stages  # one description for all
     rcnn = _as_list(_dict(train).get("rcnn"))
     settings: dict[str, Any] = {}
     ious = [_dict(_dict(stage).get("assigner")).get("pos_iou_thr") for stage in rcnn]
     if ious and all(isinstance(iou, float) and 0 < iou < 1 for iou in ious):
         settings["stage_ious"] = tuple(ious)
-    stds = [_numbers(_dict(_dict(head).get("bbox_coder")).get("target_stds")) for head in heads]
+    coders = [_dict(_dict(head).get("bbox_coder")) or _dict(head) for head in heads]  # early 2.x has no coder
+    stds = [_numbers(coder.get("target_stds")) for coder in coders]
     if stds and all(len(values) == 4 for values in stds):
         settings["stage_stds"] = tuple(stds)
     weights = _numbers(roi.get("stage_loss_weights"))

@@ -133,6 +133,8 @@ def _config_without_recipe(made: Decisions) -> Config:
     for key, value in hints.model.items():
         if not key.startswith("stage_") or len(value) == seen.stages:
             model[key] = value
+        else:
+            hints.left_out.append(f"{key}: {_in_words(value)}, for {seen.stages} stages")
     if "norm" in seen.model:
         model["norm"] = seen.model["norm"]
     if hints.found:

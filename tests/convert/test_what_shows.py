@@ -301,6 +301,31 @@ def test_sizes_of_the_test_pipeline(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "no (longer, shorter) scale in it" in capsys.readouterr().out
 
 
+def test_names_of_early_versions() -> None:
+    hints = read_config_text(
+        "model = dict(rpn_head=dict(anchor_scales=[4], anchor_strides=[4, 8, 16, 32, 64], target_stds=[.1, .1, .2, .2]), "
+        "roi_head=dict(num_stages=3, bbox_roi_extractor=dict(roi_layer=dict(type='RoIAlign', out_size=7, sample_num=2)), "
+        "bbox_head=dict(target_stds=[.1, .1, .2, .2])))"
+    )
+    assert hints.anchors is not None and hints.anchors.sizes == ((16.0,), (32.0,), (64.0,), (128.0,), (256.0,))
+    assert [said.partition(" = ")[0] for said in hints.impossible] == [
+        "rpn_head.target_stds",
+        "roi_head.bbox_roi_extractor.roi_layer.sample_num",
+    ]
+    assert hints.model["stage_stds"] == ((0.1, 0.1, 0.2, 0.2),) * 3  # one description for all stages
+
+
+def test_settings_for_another_number_of_stages_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = convert(
+        tmp_path,
+        with_text(
+            small_state(), text(more="model['a'] = 1\ntrain_cfg = dict(rcnn=[dict(assigner=dict(pos_iou_thr=0.4))])\n")
+        ),
+    )
+    assert made.config.model.stage_ious == (0.5, 0.6, 0.7)
+    assert "stage_ious: 0.4, for 3 stages" in capsys.readouterr().out
+
+
 def test_usual_settings_leave_nothing_to_say() -> None:
     hints = read_config_text(text())
     assert (hints.left_out, hints.unlike, hints.impossible) == ([], [], [])
