@@ -303,8 +303,8 @@ def test_sizes_of_the_test_pipeline(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_names_of_early_versions() -> None:
     hints = read_config_text(
-        "model = dict(rpn_head=dict(anchor_scales=[4], anchor_strides=[4, 8, 16, 32, 64], target_stds=[.1, .1, .2, .2]), "
-        "roi_head=dict(num_stages=3, bbox_roi_extractor=dict(roi_layer=dict(type='RoIAlign', out_size=7, sample_num=2)), "
+        "model = dict(rpn_head=dict(anchor_scales=[4], target_stds=[.1, .1, .2, .2]), "
+        "roi_head=dict(num_stages=3, bbox_roi_extractor=dict(roi_layer=dict(type='RoIAlign', sample_num=2)), "
         "bbox_head=dict(target_stds=[.1, .1, .2, .2])))"
     )
     assert hints.anchors is not None and hints.anchors.sizes == ((16.0,), (32.0,), (64.0,), (128.0,), (256.0,))
