@@ -311,12 +311,29 @@ def _convert(words: Sequence[str]) -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE", help="mmdetection, detectron2, torchvision, Detectron")
     parser.add_argument("dest", type=Path, metavar="DEST.safetensors", help="checkpoint to write")
     parser.add_argument("--config", metavar="NAME", help="recipe, where the weights do not say enough")
+    parser.add_argument(
+        "--classes", nargs="+", default=(), metavar="C", help="class names, in the order of the outputs"
+    )
+    parser.add_argument(
+        "--classes-from", type=Path, metavar="FILE", help="class names: .txt, COCO's json, data.yaml or a checkpoint"
+    )
+    parser.add_argument(
+        "--weight-standardization", action="store_true", help="mmdetection's GN+WS, where the file does not say so"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DEST where it holds something else")
     args = parser.parse_all(words)
 
     from cascade_rcnn.convert.checkpoint import run_convert
 
-    run_convert(args.source, args.dest, config=args.config, overwrite=args.overwrite)
+    run_convert(
+        args.source,
+        args.dest,
+        config=args.config,
+        classes=args.classes,
+        classes_from=args.classes_from,
+        weight_standardization=args.weight_standardization,
+        overwrite=args.overwrite,
+    )
 
 
 def _convert_data(words: Sequence[str]) -> int:

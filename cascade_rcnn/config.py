@@ -25,7 +25,7 @@ class ModelConfig:
     """The network. What the three published implementations do differently is set by ``semantics``."""
 
     backbone: str = "resnet50.tv_in1k"
-    """timm name with its weights' tag, any network that gives features of strides 4..32."""
+    """timm name with its weights' tag: any network with features of strides 4..32 that takes images of any size."""
     pretrained: bool = True
     """Start from the ImageNet weights of that name (downloaded once, or found in the cache)."""
     backbone_weights: str = ""
@@ -42,6 +42,8 @@ class ModelConfig:
     fpn_channels: int = 256
     anchor_scales: tuple[float, ...] = (8.0,)
     """Anchor side in units of the level's stride."""
+    anchor_sizes: tuple[float, ...] | None = None
+    """Anchor sides in pixels instead of anchor_scales: one for each of the five levels, or several, level by level."""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Height over width."""
     rpn_convs: int = 1
@@ -92,6 +94,11 @@ class ModelConfig:
         _require(
             0 <= self.stop_after_stage <= stages,
             f"model.stop_after_stage {self.stop_after_stage}: there are {stages} stages; 0 uses all",
+        )
+        sizes = self.anchor_sizes
+        _require(
+            sizes is None or (len(sizes) >= 5 and len(sizes) % 5 == 0 and min(sizes) > 0),
+            f"model.anchor_sizes {sizes}: sides in pixels for each of five levels, as many for each",
         )
         _require(-1 <= self.frozen_stages <= 4, f"model.frozen_stages {self.frozen_stages}: between -1 and 4")
         _require(0 <= self.score_threshold < 1, f"model.score_threshold {self.score_threshold}: from 0 to below 1")

@@ -27,7 +27,7 @@ from cascade_rcnn.data.loader import Upload, train_loader
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.evaluation.evaluate_model import match_classes
 from cascade_rcnn.messages import one_line
-from cascade_rcnn.models.build import build_model
+from cascade_rcnn.models.build import build_model, check_backbone
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.training.data import open_validation, training_dataset
 from cascade_rcnn.training.init_weights import start_from
@@ -212,6 +212,7 @@ def run_train(config: Config, *, out: Path, resume: bool = False, check: bool = 
     """The command: look at the data first, unless told not to, then train."""
     if int(os.environ.get("RANK", 0)) == 0:  # the other processes wait for it in ``train``
         find_resumable_state(out, resume=resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
+        check_backbone(config.model)
         if check:
             check_before_training(config)
     train(config, out=out, resume=resume)

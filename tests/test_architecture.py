@@ -146,7 +146,9 @@ def test_nothing_is_registered_and_no_string_names_a_class() -> None:
             if any(isinstance(word, str) and "registr" in word.lower() and word not in theirs for word in words):
                 found.append(f"{name}:{getattr(node, 'lineno', 0)} registers")
             is_class_name = isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in classes
-            if is_class_name and node not in allowed and name != "__init__.py":  # which lists the public names
+            # the first lists the public names, the second holds mmdetection's, some of which are ours too
+            listing = name in ("__init__.py", "convert/config_rules.py")
+            if is_class_name and node not in allowed and not listing:
                 found.append(f"{name}:{node.lineno} names the class {node.value}")
     assert found == []
 

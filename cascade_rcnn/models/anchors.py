@@ -14,17 +14,30 @@ from cascade_rcnn.rounding import round_up
 class AnchorGenerator(nn.Module):
     """Anchors of side ``scale * stride``, ``ratios`` (height over width) and centres at ``(column, row) * stride``.
 
-    ``rounded`` rounds the base anchors to whole pixels, as torchvision does.
+    ``sizes``: sides in pixels for each level instead of scales, as many for each. ``rounded`` rounds the base anchors
+    to whole pixels, as torchvision does.
     """
 
     def __init__(
-        self, strides: Sequence[int], *, scales: Sequence[float], ratios: Sequence[float], rounded: bool = False
+        self,
+        strides: Sequence[int],
+        *,
+        scales: Sequence[float],
+        ratios: Sequence[float],
+        sizes: Sequence[Sequence[float]] | None = None,
+        rounded: bool = False,
     ) -> None:
         super().__init__()
         self.strides = tuple(strides)
-        self.per_cell = len(scales) * len(ratios)
+        per_level = [scales] * len(strides)
+        if sizes is not None:
+            per_level = [[side / stride for side in sides] for sides, stride in zip(sizes, strides)]
+        self.per_cell = len(per_level[0]) * len(ratios)
         base = [
-            self.cell_anchor(stride, scale, ratio) for stride in self.strides for ratio in ratios for scale in scales
+            self.cell_anchor(stride, scale, ratio)
+            for stride, level_scales in zip(self.strides, per_level)
+            for ratio in ratios
+            for scale in level_scales
         ]
         table = torch.tensor(base).view(len(self.strides), self.per_cell, 4)
         self.register_buffer("base", table.round() if rounded else table, persistent=False)

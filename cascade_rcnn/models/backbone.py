@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -16,18 +19,21 @@ from cascade_rcnn.errors import CheckpointError, ConfigError
 from cascade_rcnn.models.ops.frozen_norm import FrozenStatisticsNorm, freeze_statistics
 
 STRIDES = (4, 8, 16, 32)
+PADDED = 32  # images are padded to multiples of this
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
 
 
-def _create(name: str, *, pretrained: bool) -> nn.Module:
+def _create(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
     try:
-        return timm.create_model(name, pretrained=pretrained, features_only=True)  # type: ignore[no-any-return]
+        return timm.create_model(  # type: ignore[no-any-return]
+            name, pretrained=pretrained, features_only=True, **options
+        )
     except (RuntimeError, AttributeError, AssertionError) as error:
         if "nknown model" in str(error) or not timm.is_model(name.split(".")[0]):
             near = timm.list_models(f"*{name.split('.')[0][:8]}*")[:5]
             hint = f"; near it: {', '.join(near)}" if near else ""
             raise ConfigError(f"model.backbone {name!r} is not a network of timm{hint}") from error
-        if pretrained and "nvalid pretrained" in str(error):
+        if "nvalid pretrained" in str(error):
             tags = timm.list_pretrained(name.split(".")[0] + ".*")
             known = ", ".join(tags) or "none"
             raise ConfigError(f"model.backbone {name!r}: no such weights; timm has {known}") from error
@@ -42,6 +48,72 @@ def _create(name: str, *, pretrained: bool) -> nn.Module:
             "connect once, or give a file with --model.backbone-weights FILE (the network's state_dict as .pth or "
             ".safetensors), or train from scratch with --model.pretrained False"
         ) from error
+
+
+@dataclass(frozen=True)
+class _Usage:
+    """How a timm network takes images of any size."""
+
+    options: dict[str, Any] = field(default_factory=dict)  # of timm.create_model
+    multiple: int = 1  # of its input's sides
+
+
+@cache
+def _usage(name: str) -> _Usage:
+    """Found by running the network without values, once for each name.
+
+    Most networks take any size. Swin's take it when told not to insist on theirs; those with a fixed window (MaxViT)
+    want multiples of the size they were made for. Raises ConfigError for all others, before any data is read.
+    """
+    with torch.device("meta"):
+        network: Any = _create(name, pretrained=False)
+    reductions = network.feature_info.reduction()
+    if any(stride not in reductions for stride in STRIDES):
+        raise ConfigError(f"model.backbone {name!r} gives strides {reductions}, not {STRIDES}: choose another network")
+    own = max(network.pretrained_cfg.get("input_size", (3, PADDED, PADDED))[1:]) if _has_config(network) else PADDED
+    reason = ""
+    for options in ({}, {"strict_img_size": False}):
+        for multiple in dict.fromkeys((PADDED, own)):
+            if own % PADDED and multiple == own:
+                continue
+            try:
+                with torch.device("meta"):
+                    network = _create(name, pretrained=False, **options)
+                misfit = _misfit(network, 3 * multiple, 2 * multiple)
+                if not misfit:
+                    return _Usage(options, multiple if _misfit(network, 72, 88, exactly=False) else 1)
+                reason = reason or misfit
+            except TypeError:  # it knows no such option
+                break
+    raise ConfigError(
+        f"model.backbone {name!r} does not take images of any size ({reason}): choose another network, such as "
+        "resnet50, convnext_tiny, swin_tiny_patch4_window7_224, regnetx_032"
+    )
+
+
+def _has_config(network: nn.Module) -> bool:
+    return isinstance(getattr(network, "pretrained_cfg", None), dict)
+
+
+@torch.no_grad()
+def _misfit(network: Any, height: int, width: int, *, exactly: bool = True) -> str:
+    """What keeps the network from features of an image of this size; "" if nothing does."""
+    images = torch.zeros(1, 3, height, width, device="meta")
+    try:
+        features = network.eval()(images)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        return " ".join(str(error).split())[:100]
+    rows_first = 1 if is_channels_last(network) else 2
+    for stride, feature in zip(network.feature_info.reduction(), features):
+        found = tuple(feature.shape[rows_first : rows_first + 2])
+        if exactly and stride in STRIDES and found != (height // stride, width // stride):
+            return f"its features of stride {stride} are {found} for images of {(height, width)}"
+    return ""
+
+
+def is_channels_last(network: nn.Module) -> bool:
+    """Whether a timm network's features are [B, H, W, C]."""
+    return str(getattr(network, "output_fmt", "")).rpartition(".")[2] == "NHWC"
 
 
 class Backbone(nn.Module):
@@ -61,13 +133,11 @@ class Backbone(nn.Module):
         frozen_stages: int = 1,
     ) -> None:
         super().__init__()
-        body: Any = _create(name, pretrained=pretrained)
+        usage = _usage(name.split(".")[0])  # whatever the weights' tag
+        body: Any = _create(name, pretrained=pretrained, **usage.options)
         reductions = body.feature_info.reduction()
-        missing = [stride for stride in STRIDES if stride not in reductions]
-        if missing:
-            raise ConfigError(
-                f"model.backbone {name!r} gives strides {reductions}, not {STRIDES}: choose another network"
-            )
+        self.multiple = usage.multiple
+        self.channels_last = is_channels_last(body)
         self.selected = [len(reductions) - 1 - reductions[::-1].index(stride) for stride in STRIDES]
         self.channels = [body.feature_info.channels()[i] for i in self.selected]
         self.body = body
@@ -135,13 +205,19 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Normalised images [B, 3, H, W] to features [B, C_l, H/s, W/s] of strides 4, 8, 16, 32."""
+        height, width = images.shape[-2:]
+        if self.multiple > 1:
+            images = F.pad(images, (0, -width % self.multiple, 0, -height % self.multiple))
         if self.recompute and self.training and torch.is_grad_enabled():
             features = checkpoint(self.body, images.requires_grad_(), use_reentrant=False)
         else:
             features = self.body(images)
         chosen = [features[i] for i in self.selected]
-        # Some of timm's transformers give [B, H, W, C].
-        return [f if f.shape[1] == c else f.permute(0, 3, 1, 2) for f, c in zip(chosen, self.channels)]
+        if self.channels_last:
+            chosen = [feature.permute(0, 3, 1, 2) for feature in chosen]
+        if self.multiple > 1:
+            chosen = [f[..., : -(-height // s), : -(-width // s)] for f, s in zip(chosen, STRIDES)]
+        return chosen
 
     @torch.no_grad()
     def fold_batch_norm(self) -> None:

@@ -161,6 +161,21 @@ def stage_stds(config: ModelConfig) -> tuple[tuple[float, ...], ...]:
     return (table + more)[: len(config.stage_ious)]
 
 
+def check_backbone(config: ModelConfig) -> None:
+    """Raise ConfigError for a backbone that cannot be used as it is configured; nothing is downloaded or allocated."""
+    with torch.device("meta"):
+        Backbone(config.backbone, style=config.style, norm=config.norm, frozen_stages=config.frozen_stages)
+
+
+def anchor_sizes(config: ModelConfig) -> tuple[tuple[float, ...], ...]:
+    """Sides of the anchors in pixels at each level."""
+    sizes, strides = config.anchor_sizes, (*STRIDES, 64)
+    if sizes is None:
+        return tuple(tuple(scale * stride for scale in config.anchor_scales) for stride in strides)
+    each = len(sizes) // len(strides)
+    return tuple(tuple(sizes[i : i + each]) for i in range(0, len(sizes), each))
+
+
 def build_model(config: ModelConfig, num_classes: int, *, pretrained: bool = False) -> CascadeRCNN:
     """The network of ``config`` for ``num_classes`` classes (without background), in training mode.
 
@@ -220,7 +235,11 @@ def _build_rpn(config: ModelConfig, semantics: Rules) -> RPN:
     )
     make_anchors, make_rpn = (DetectronAnchorGenerator, DetectronRPN) if detectron else (AnchorGenerator, RPN)
     anchors = make_anchors(
-        (*STRIDES, 64), scales=config.anchor_scales, ratios=config.anchor_ratios, rounded=semantics.rounded_anchors
+        (*STRIDES, 64),
+        scales=config.anchor_scales,
+        ratios=config.anchor_ratios,
+        sizes=anchor_sizes(config) if config.anchor_sizes else None,
+        rounded=semantics.rounded_anchors,
     )
     return make_rpn(config.fpn_channels, anchors, convs=config.rpn_convs, details=details)
 

@@ -21,33 +21,20 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import locations
 from cascade_rcnn.checkpoint import load_checkpoint
 from cascade_rcnn.config import ModelConfig
-from cascade_rcnn.convert.checkpoint import COCO_IDS, COCO_NAMES, _match_preprocessing, _Source, run_convert
-from cascade_rcnn.convert.infer_config import Hints, Structure, read_config_text
-from cascade_rcnn.convert.key_tables import absorb_preprocessing, recognise, rename
+from cascade_rcnn.convert.checkpoint import run_convert
+from cascade_rcnn.convert.class_names import COCO_IDS, COCO_NAMES
+from cascade_rcnn.convert.config_text import Hints, read_config_text
+from cascade_rcnn.convert.decide import Asked, Decisions, match_preprocessing
+from cascade_rcnn.convert.find_weights import FoundWeights
+from cascade_rcnn.convert.infer_config import Structure
+from cascade_rcnn.convert.key_tables import recognise, rename
+from cascade_rcnn.convert.values import absorb_preprocessing
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.inference.detector import load
 from cascade_rcnn.models.build import build_model, load_backbone_weights
-from foreign_checkpoints import CLASSES, mmdetection_name, small_state
-
-MANIFESTS = locations.FIXTURES / "parity"
-MASK = "mmdet_cascade_mask_rcnn_r50_fpn"
-D2 = "detectron2_cascade_mask_rcnn_R_50_FPN"
-_SMALLER = {256: 32, 1024: 16, 12544: 32 * 49, 80: CLASSES, 81: CLASSES + 1}
-
-
-def foreign_state(name: str) -> dict[str, Tensor]:
-    """The keys of a published checkpoint, its heads narrower and for three classes, random values."""
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for key, shape in json.loads((MANIFESTS / f"{name}.manifest.json").read_text(encoding="utf-8"))["keys"]:
-        if not key.startswith(("backbone.conv", "backbone.bn", "backbone.layer", "backbone.bottom_up")):
-            lateral = "lateral" in key and len(shape) == 4
-            shape = [_SMALLER.get(n, n) if i == 0 or not lateral else n for i, n in enumerate(shape)]
-        state[key] = torch.zeros(()) if not shape else torch.rand(shape, generator=generator) + 0.5
-    return state
+from foreign_checkpoints import CLASSES, D2, MANIFESTS, MASK, foreign_state, mmdetection_name, small_state
 
 
 def convert(tmp_path: Path, content: object, *, name: str = "source.pth", config: str | None = None) -> Any:
@@ -313,7 +300,6 @@ def test_detectron2(tmp_path: Path, suffix: str) -> None:
         extra = {
             "pixel_mean": mean,
             "pixel_std": torch.ones(3, 1, 1),
-            "proposal_generator.anchor_generator.cell_anchors.0": torch.ones(3, 4),
         }
         torch.save({"model": state | extra, "optimizer": {}, "iteration": 89999}, source)
     else:
@@ -507,12 +493,14 @@ def test_mmdetections_bgr_resnext_is_turned_to_rgb() -> None:
     for groups, turned in ((32, True), (64, False)):
         state = dict(stem)
         kind = replace(seen, groups=groups)
-        _match_preprocessing(state, "mmdetection", kind, ModelConfig(), Hints(), _Source({}))
+        made = Decisions(state, "mmdetection", kind, Hints(), "x.pth", Asked())
+        match_preprocessing(made, ModelConfig(), FoundWeights({}))
         wanted = stem["backbone.body.conv1.weight"].flip(1) if turned else stem["backbone.body.conv1.weight"]
         assert torch.allclose(state["backbone.body.conv1.weight"], wanted)
         assert torch.equal(state["backbone.body.bn1.running_mean"], stem["backbone.body.bn1.running_mean"])
     state = dict(stem)  # detectron2's is BGR with a std that its semantics here do not divide by
-    _match_preprocessing(state, "detectron2", seen, ModelConfig(semantics="detectron2"), Hints(), _Source({}))
+    made = Decisions(state, "detectron2", seen, Hints(), "x.pth", Asked())
+    match_preprocessing(made, ModelConfig(semantics="detectron2"), FoundWeights({}))
     std = torch.tensor([57.375, 57.12, 58.395])[:, None, None]
     assert torch.allclose(state["backbone.body.conv1.weight"], stem["backbone.body.conv1.weight"] / std)
 
@@ -521,14 +509,14 @@ def test_every_key_that_does_not_fit_is_listed(tmp_path: Path) -> None:
     state = small_state()
     del state["neck.fpn_convs.2.conv.bias"]
     state["roi_head.extra.weight"] = torch.ones(2)
-    state["backbone.layer2.0.conv2_offset.weight"] = torch.ones(2)
+    state["backbone.layer2.0.conv9.weight"] = torch.ones(2)
     state["rpn_head.rpn_conv.weight"] = torch.ones(32, 32, 1, 1)
     with pytest.raises(CheckpointError) as caught:
         convert(tmp_path, {"state_dict": state})
     text = str(caught.value)
     assert "\n" not in text and str(tmp_path / "source.pth") in text
     assert "1 missing: fpn.output.2.bias" in text and "rpn.conv.weight (32, 32, 1, 1) instead of (32, 32, 3, 3)" in text
-    assert "roi_head.extra.weight" in text and "layer2.0.conv2_offset.weight" in text
+    assert "roi_head.extra.weight" in text and "layer2.0.conv9.weight" in text
     assert not (tmp_path / "dest.safetensors").exists()
 
 
@@ -542,6 +530,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 def test_unknown_anchors_need_a_recipe(tmp_path: Path) -> None:
     state = small_state()
     state["rpn_head.rpn_cls.weight"], state["rpn_head.rpn_cls.bias"] = torch.ones(9, 32, 1, 1), torch.ones(9)
+    state["rpn_head.rpn_reg.weight"], state["rpn_head.rpn_reg.bias"] = torch.ones(36, 32, 1, 1), torch.ones(36)
     with pytest.raises(CheckpointError, match=r"9 anchors.*--config"):
         convert(tmp_path, {"state_dict": state})
 
@@ -608,7 +597,7 @@ def small_detector(tmp_path: Path) -> Path:
             state[name] = torch.randn(state[name].shape, generator=generator) * std
     text = (
         "model = dict(type='CascadeRCNN', test_cfg=dict(rcnn=dict(max_per_img=60)))\n"
-        "test_pipeline = [dict(type='Resize', scale=(160, 96))]\n"
+        "test_pipeline = [dict(type='Resize', scale=(160, 96), keep_ratio=True)]\n"
     )
     path = tmp_path / "epoch_12.pth"
     torch.save({"state_dict": state, "meta": {"cfg": text, "dataset_meta": {"classes": ("cat", "dog", "eel")}}}, path)

@@ -20,8 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade_rcnn.convert.pickle_makers import Array, Placeholder
-from cascade_rcnn.convert.safe_pickle import as_tensor, read_pickled
+from cascade_rcnn.convert.safe_pickle import Array, Placeholder, as_tensor, read_pickled
 from cascade_rcnn.errors import CheckpointError
 
 LEGACY = pytest.param(False, id="legacy")

@@ -14,16 +14,51 @@ from cascade_rcnn.models.backbone import Backbone
 from cascade_rcnn.models.build import build_model, load_backbone_weights
 from cascade_rcnn.models.fpn import FeaturePyramid
 
-NETWORKS = ("resnet18.tv_in1k", "vgg16.tv_in1k", "convnext_atto", "resnext50_32x4d.tv_in1k")
+NETWORKS = (
+    *("resnet18.tv_in1k", "vgg16.tv_in1k", "convnext_atto", "resnext50_32x4d.tv_in1k", "resnet10t", "regnetx_002"),
+    *("mobilenetv4_conv_small_050", "efficientnet_lite0", "swin_tiny_patch4_window7_224", "mvitv2_tiny"),
+    *("mambaout_femto", "hrnet_w18_small", "maxvit_rmlp_pico_rw_256"),
+)
+NAMED_STAGES = ("resnet18", "vgg16", "convnext", "resnext50", "resnet10t", "regnet", "swin", "mambaout", "maxvit")
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_features_have_strides_4_to_32(name: str) -> None:
-    backbone = Backbone(name, frozen_stages=1).eval()
+    backbone = Backbone(name, frozen_stages=1 if name.startswith(NAMED_STAGES) else -1).eval()
     with torch.no_grad():
         features = backbone(torch.randn(1, 3, 64, 96))
     shapes = [(c, 64 // s, 96 // s) for c, s in zip(backbone.channels, (4, 8, 16, 32))]
     assert [tuple(f.shape[1:]) for f in features] == shapes
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "hrnet_w18_small", "maxvit_rmlp_pico_rw_256"])
+def test_sides_may_be_any_number(name: str) -> None:
+    backbone = Backbone(name, frozen_stages=-1, norm="batch").eval()
+    with torch.no_grad():
+        features = backbone(torch.randn(1, 3, 72, 88))
+        whole = backbone(torch.randn(1, 3, 96, 64))
+    for feature, stride in zip(features, (4, 8, 16, 32)):
+        height, width = feature.shape[-2:]
+        assert height in (72 // stride, -(-72 // stride)) and width in (88 // stride, -(-88 // stride))
+    assert [f.shape[-2:] for f in whole] == [(24, 16), (12, 8), (6, 4), (3, 2)]
+
+
+def test_channels_are_told_from_rows_by_the_networks_own_word() -> None:
+    backbone = Backbone("mambaout_femto", frozen_stages=-1).eval()
+    assert backbone.channels_last
+    with torch.no_grad():  # as many rows as channels: the shape alone would mislead
+        features = backbone(torch.randn(1, 3, 4 * backbone.channels[0], 32))
+    assert [f.shape[1] for f in features] == backbone.channels
+    assert features[0].shape == (1, backbone.channels[0], backbone.channels[0], 8)
+
+
+@pytest.mark.parametrize(
+    "name", ["hiera_tiny_224", "coatnet_nano_rw_224", "efficientformerv2_s0", "vit_tiny_patch16_224", "inception_v3"]
+)
+def test_networks_of_one_size_or_other_strides_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}.*choose another network") as caught:
+        Backbone(name)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,40 @@
-"""Small checkpoints as other libraries would store them."""
+"""State dicts as other libraries would write them, small."""
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 
+import torch
 from torch import Tensor
 
+import locations
 from cascade_rcnn.config import ModelConfig
 from cascade_rcnn.models.build import build_model
 
+MANIFESTS = locations.FIXTURES / "parity"
+MASK = "mmdet_cascade_mask_rcnn_r50_fpn"
+D2 = "detectron2_cascade_mask_rcnn_R_50_FPN"
 CLASSES = 3
+_SMALLER = {256: 32, 1024: 16, 12544: 32 * 49, 80: CLASSES, 81: CLASSES + 1}
+
+
+def foreign_state(name: str) -> dict[str, Tensor]:
+    """The keys of a published checkpoint, its heads narrower and for three classes, random values."""
+    return {key: value.clone() for key, value in _foreign_state(name).items()}
+
+
+@functools.cache
+def _foreign_state(name: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for key, shape in json.loads((MANIFESTS / f"{name}.manifest.json").read_text(encoding="utf-8"))["keys"]:
+        if not key.startswith(("backbone.conv", "backbone.bn", "backbone.layer", "backbone.bottom_up")):
+            lateral = "lateral" in key and len(shape) == 4
+            shape = [_SMALLER.get(n, n) if i == 0 or not lateral else n for i, n in enumerate(shape)]
+        state[key] = torch.zeros(()) if not shape else torch.rand(shape, generator=generator) + 0.5
+    return state
 
 
 def mmdetection_name(key: str, norm: str = "bn") -> str:
@@ -45,6 +70,11 @@ def mmdetection_name(key: str, norm: str = "bn") -> str:
 
 def small_state() -> dict[str, Tensor]:
     """A small network's weights as mmdetection would store them."""
+    return {key: value.clone() for key, value in _small_state().items()}
+
+
+@functools.cache
+def _small_state() -> dict[str, Tensor]:
     config = ModelConfig(backbone="resnet18", masks="every", fpn_channels=32, head_channels=16, mask_channels=32)
     state = build_model(config, CLASSES).state_dict()
     return {mmdetection_name(key): value for key, value in state.items()}
