@@ -58,6 +58,8 @@ def read_json(path: Path) -> Any:
     data = read_bytes(path)
     try:
         return json.loads(data)
+    except UnicodeDecodeError:
+        raise DataError(f"{printable(path)}: the text is not UTF-8; save it as UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{printable(path)}: not valid JSON ({error}); restore or export it again") from None
 

@@ -151,7 +151,7 @@ def usual_segmentation(value: Any) -> Segmentation | None:
 
     Read are: polygons, one polygon that stands alone, a list of points ([[x, y], ...]), lists of points within
     a list, an RLE, a list of RLEs (united), counts written 12.0 or as Python prints bytes (b'...'). What the lists
-    hold is not looked at: ``polygon_points`` and ``rle_counts`` do that. Raises ``ValueError`` where it is none of these.
+    hold is not looked at: ``polygon_points`` and ``rle_counts`` do that. Raises ``ValueError`` for anything else.
     """
     if not value:
         return None

@@ -68,6 +68,12 @@ KINDS: dict[str, Kind] = {
         "`--fix OUT` rewrites them",
         refuses=True,
     ),
+    "xywh-as-corners": Kind(
+        "error",
+        "VOC boxes stored as x, y, width, height where xmin, ymin, xmax, ymax are wanted",
+        "`--fix OUT` rewrites them",
+        refuses=True,
+    ),
     "pose-labels": Kind(
         "error",
         "label files that look like pose labels, without kpt_shape in the data file",
@@ -230,8 +236,23 @@ KINDS: dict[str, Kind] = {
 
 # Kinds that tell how something was read; nothing is left out for them
 READ_ANYWAY = frozenset(
-    "made-split image-name image-elsewhere box-from-mask rotated-box keypoints corner-fractions merged-category "
-    "similar-classes other-path unlisted-image unlabelled-image other-classes".split()
+    [
+        "made-split",
+        "image-name",
+        "image-elsewhere",
+        "box-from-mask",
+        "rotated-box",
+        "keypoints",
+        "corner-fractions",
+        "xywh-as-corners",
+        "relative-boxes",
+        "merged-category",
+        "similar-classes",
+        "other-path",
+        "unlisted-image",
+        "unlabelled-image",
+        "other-classes",
+    ]
 )
 
 

@@ -154,7 +154,7 @@ class _Ids:
 
 
 def _flag(value: object) -> bool:
-    """A flag as JSON writers write it: 1, 1.0, true, "1", "true". Raises ``ValueError`` for what is neither yes nor no."""
+    """A flag as it is written: 1, 1.0, true, "1", "true". Raises ``ValueError`` for what is neither yes nor no."""
     if isinstance(value, str):
         value = {"0": 0, "false": 0, "no": 0, "": 0, "1": 1, "true": 1, "yes": 1}.get(value.strip().lower(), value)
     if value is None:
@@ -356,7 +356,7 @@ def _box_of_mask(
     around = segmentation_box(segmentation)
     if around is None or (around[2:] <= around[:2]).any():
         return None
-    if record.width and (around[:2] >= (record.width, record.height)).any() or (around[2:] <= 0).any():
+    if (around[2:] <= 0).any() or (record.width and (around[:2] >= (record.width, record.height)).any()):
         return None  # outside: told of as of every other box
     x1, y1, x2, y2 = around.tolist()
     return x1, y1, x2 - x1, y2 - y1

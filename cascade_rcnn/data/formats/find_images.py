@@ -22,8 +22,25 @@ from cascade_rcnn.messages import printable, shown
 
 # Pictures in these folders are not photographs: masks, drawings, small copies
 _OTHER_PICTURES = frozenset(
-    "mask masks segmentationclass segmentationobject segmentation segmentations visualization visualizations labels "
-    "annotations predictions preds runs thumbnails thumbs depth debug".split()
+    [
+        "mask",
+        "masks",
+        "segmentationclass",
+        "segmentationobject",
+        "segmentation",
+        "segmentations",
+        "visualization",
+        "visualizations",
+        "labels",
+        "annotations",
+        "predictions",
+        "preds",
+        "runs",
+        "thumbnails",
+        "thumbs",
+        "depth",
+        "debug",
+    ]
 )
 _EXACT, _REWRITTEN, _SPELLING, _ENDING, _ELSEWHERE = range(5)
 _HOW = {
@@ -180,7 +197,7 @@ def _can_be_a_file(name: str) -> bool:
 
 
 def _ends(name: str) -> list[list[str]]:
-    """The parts of a path from elsewhere, longest first: C:\\set\\train\\a.jpg is set/train/a.jpg, train/a.jpg, a.jpg."""
+    """The parts of a path from elsewhere, longest first: C:\\set\\val\\a.jpg is set/val/a.jpg, val/a.jpg, a.jpg."""
     ends: list[list[str]] = []
     for text in dict.fromkeys([name, unquote(name)]):
         parts = [part for part in text.replace("\\", "/").split("/") if part.strip() not in ("", ".", "..")]

@@ -97,7 +97,7 @@ def _layout(root: Path) -> _Layout:
 
 
 def _list_splits(root: Path) -> dict[str, list[Path]]:
-    """CVAT and darknet: ``obj.data`` names the lists of images, or they lie beside it as ``train.txt``, ``valid.txt``."""
+    """CVAT and darknet: lists of images, named in ``obj.data`` or lying beside it as ``train.txt``, ``valid.txt``."""
     splits = {}
     for name in _SPLITS:
         path = root / f"{name}.txt"
@@ -191,7 +191,7 @@ def _base_folder(value: Any, path: Path, layout: _Layout) -> Path:
         return here
     base = here / value.replace("\\", "/")
     if files.is_dir(base):
-        if os.path.realpath(base) == os.path.realpath(here):  # noqa: PTH118
+        if os.path.realpath(base) == os.path.realpath(here):
             return here
         try:
             return files.safe_path(here.parent if here.name else here, here, value)
@@ -397,7 +397,9 @@ def _read_row(
     elif pose and count not in (5, 5 + pose):
         problems.add("bad-annotation", place, f"{count} numbers; a box has 5, with kpt_shape {5 + pose}")
     elif not pose and count == 6:
-        problems.add("bad-annotation", place, "6 numbers; a box has 5 (a sixth, the score of a prediction, is no label)")
+        problems.add(
+            "bad-annotation", place, "6 numbers; a box has 5 (a sixth, the score of a prediction, is no label)"
+        )
     elif not pose and _is_pose(values):
         problems.add("pose-labels", place, f"{count} numbers: a box and {(count - 5) // 3} keypoints of three numbers")
     elif not pose and count != 5 and (count < 7 or count % 2 == 0):
@@ -424,7 +426,7 @@ def _is_pose(values: list[float]) -> bool:
 
 
 def _find_misread_rows(rows: list[list[_Row]], layout: _Layout, where: str, problems: Problems) -> None:
-    """What only all rows of a split show: corners in place of centre and size, poses without kpt_shape, rotated boxes."""
+    """What only all rows of a split show: corners for centre and size, poses without kpt_shape, rotated boxes."""
     every = [row for of_image in rows for row in of_image]
     boxes = np.array([row.values for row in every if len(row.values) == 4]).reshape(-1, 4)
     if len(boxes) >= 3 and _are_corners(boxes):
@@ -441,13 +443,14 @@ def _find_misread_rows(rows: list[list[_Row]], layout: _Layout, where: str, prob
     if layout.keypoints and every:
         problems.add("keypoints", where, f"the keypoints of {len(every):,} objects are left out")
     shapes = {len(row.values) for row in every}
-    if len(shapes) == 1 and len(every) >= 3 and 8 <= (count := shapes.pop()):
+    count = shapes.pop() if len(shapes) == 1 and len(every) >= 3 else 0
+    if count >= 8:
         values = np.array([row.values for row in every])
         if count >= 10 and len(every) >= 20 and _are_poses(values):
             problems.add(
                 "pose-labels",
                 where,
-                f"all {len(every):,} rows have {count + 1} numbers that look like a box and {(count - 4) // 2} keypoints",
+                f"all {len(every):,} rows hold {count + 1} numbers, like a box and {(count - 4) // 2} keypoints",
             )
         elif count == 8 and not layout.keypoints:
             problems.add("rotated-box", where, f"all {len(every):,} objects have four corners (8 numbers)")
@@ -457,7 +460,9 @@ def _are_corners(boxes: NDArray[np.float64]) -> bool:
     """Whether boxes [N, 4] that leave the image as centre and size would all fit as corners."""
     low, high = boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
     leaves = (low < -_SLACK).any(axis=1) | (high > 1 + _SLACK).any(axis=1)
-    fits = (boxes[:, 2:] > boxes[:, :2]).all(axis=1) & (boxes >= -_SLACK).all(axis=1) & (boxes <= 1 + _SLACK).all(axis=1)
+    fits = (
+        (boxes[:, 2:] > boxes[:, :2]).all(axis=1) & (boxes >= -_SLACK).all(axis=1) & (boxes <= 1 + _SLACK).all(axis=1)
+    )
     return bool(leaves.mean() >= 0.25 and fits.mean() >= 0.95)
 
 
@@ -500,9 +505,7 @@ def _record(
     )
 
 
-def _scale(
-    values: list[float], size: tuple[int, int]
-) -> tuple[tuple[float, float, float, float], Segmentation | None]:
+def _scale(values: list[float], size: tuple[int, int]) -> tuple[tuple[float, float, float, float], Segmentation | None]:
     """Box in pixels, and polygon where the row is one."""
     height, width = size
     if len(values) == 4:
