@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
+
 from cascade_rcnn.data import files
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
@@ -28,17 +30,19 @@ def coco_image_ids(split: DataSplit) -> list[int]:
     return list(range(1, len(ids) + 1))
 
 
-def coco_dict(split: DataSplit, *, names: Sequence[str] | None = None) -> dict[str, Any]:
+def coco_dict(
+    split: DataSplit, *, names: Sequence[str] | None = None, image_ids: Sequence[int | str] | None = None
+) -> dict[str, Any]:
     """A split of any format as COCO's object of images, annotations and categories.
 
     Ignore regions become crowds, which COCO's evaluation neither rewards nor punishes. ``names`` replaces the
-    images' file names.
+    images' file names, ``image_ids`` the whole numbers of ``coco_image_ids``.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     used = Counter(number for record in split.records for number in record.attributes.get("ids", ()))
     keep_ids = bool(used) and max(used.values()) == 1 and all("ids" in record.attributes for record in split.records)
-    for place, (record, image_id) in enumerate(zip(split.records, coco_image_ids(split))):
+    for place, (record, image_id) in enumerate(zip(split.records, image_ids or coco_image_ids(split))):
         images.append(
             {
                 "id": image_id,
@@ -48,12 +52,14 @@ def coco_dict(split: DataSplit, *, names: Sequence[str] | None = None) -> dict[s
             }
         )
         crowd = record.attributes.get("iscrowd", record.ignore)
-        for row, box in enumerate(record.boxes.tolist()):
+        corners = record.boxes.astype(np.float64)
+        boxes = np.c_[corners[:, :2], corners[:, 2:] - corners[:, :2]].tolist()
+        for row, box in enumerate(boxes):
             entry: dict[str, Any] = {
                 "id": int(record.attributes["ids"][row]) if keep_ids else len(annotations) + 1,
                 "image_id": image_id,
                 "category_id": split.category_ids[int(record.labels[row])],
-                "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                "bbox": box,
                 "area": float(record.areas[row]),
                 "iscrowd": int(crowd[row]),
             }
