@@ -193,7 +193,7 @@ KINDS: dict[str, Kind] = {
     "different-classes": Kind(
         "error",
         "splits with different lists of classes",
-        "write the same categories into every annotation file",
+        "rename or drop them in the annotations, or label them in the training split too",
         refuses=True,
     ),
     "other-classes": Kind(
