@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cascade_rcnn.data import files
 from cascade_rcnn.data.formats.find_images import ImageFinder
@@ -32,8 +33,8 @@ from cascade_rcnn.data.formats.shapes import (
 )
 from cascade_rcnn.data.images import image_size, quiet_pillow
 from cascade_rcnn.data.problems import Problems
-from cascade_rcnn.data.records import DataSplit, ImageRecord
-from cascade_rcnn.data.rle import MaskCrop, encode_crop
+from cascade_rcnn.data.records import DataSplit, ImageRecord, Segmentation
+from cascade_rcnn.data.rle import MaskCrop, decode_rle, encode_crop
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.messages import printable, shown
 
@@ -256,7 +257,7 @@ def _points(points: Any) -> list[tuple[float, float]]:
     numbers = finite(value for point in points for value in point)
     if numbers is None or len(numbers) != 2 * len(points):
         raise ValueError(f"points {shown(points)} with a coordinate that is not a finite number")
-    return list(zip(numbers[::2], numbers[1::2]))
+    return _pairs(numbers)
 
 
 def _is_ignored(entry: dict[str, Any]) -> bool:
@@ -320,17 +321,37 @@ def _mask(label: str, points: _Points, place: str, entry: dict[str, Any], size: 
 _READERS = {"polygon": _polygon, "rectangle": _rectangle, "rotation": _polygon, "circle": _circle, "mask": _mask}
 
 
-def labelme_shape(
-    label: str, box: Sequence[float], polygons: Sequence[Sequence[float]], group: int | None, *, ignore: bool
+def labelme_shapes(
+    label: str, box: Sequence[float], mask: Segmentation | None, *, group: int, ignore: bool
 ) -> list[dict[str, Any]]:
-    """An object as labelme writes it: its polygons (in one group where they are several), else a rectangle."""
-    flags = {"difficult": True} if ignore else {}
-    shapes = [("polygon", [list(point) for point in zip(part[::2], part[1::2])]) for part in polygons]
-    shapes = shapes or [("rectangle", [list(box[:2]), list(box[2:])])]
-    return [
-        {"label": label, "points": points, "group_id": group, "description": "", "shape_type": kind, "flags": flags}
-        for kind, points in shapes
-    ]
+    """An object as labelme writes it: its polygons (several share ``group``), its bitmap, or a rectangle."""
+    shape = {"label": label, "group_id": None, "description": "", "flags": {"difficult": True} if ignore else {}}
+    if isinstance(mask, dict):
+        pixels = decode_rle(mask)
+        rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
+        if len(rows):
+            top, bottom, left, right = int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])
+            bitmap = _png(pixels[top : bottom + 1, left : right + 1])
+            return [shape | {"shape_type": "mask", "points": [[left, top], [right, bottom]], "mask": bitmap}]
+    elif mask:
+        number = group if len(mask) > 1 else None
+        return [
+            shape | {"shape_type": "polygon", "group_id": number, "points": [list(point) for point in _pairs(part)]}
+            for part in mask
+        ]
+    return [shape | {"shape_type": "rectangle", "points": [list(box[:2]), list(box[2:])]}]
+
+
+def _pairs(values: Sequence[float]) -> list[tuple[float, float]]:
+    return list(zip(values[::2], values[1::2]))
+
+
+def _png(pixels: NDArray[np.bool_]) -> str:
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8) * 255).convert("1").save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode("ascii")
 
 
 def labelme_json(shapes: Sequence[dict[str, Any]], image: str, size: tuple[int, int]) -> str:

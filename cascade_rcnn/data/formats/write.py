@@ -1,4 +1,4 @@
-"""Writing a split as COCO json, VOC folder or YOLO txt: for ``convert-data``, for ``check --fix``, for evaluation.
+"""Writing a split as COCO json, VOC, YOLO txt or labelme: for ``convert-data``, ``check --fix`` and evaluation.
 
 Pictures are hard-linked where source and destination share a file system, else linked by name, else copied.
 """
@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from cascade_rcnn.data import files
+from cascade_rcnn.data.formats.labelme import labelme_json, labelme_shapes
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.messages import printable
@@ -154,6 +155,26 @@ def write_yolo_index(splits: Sequence[DataSplit], out: Path) -> None:
     lines.append("names:\n")
     lines += [f"  {number}: {json.dumps(name)}\n" for number, name in enumerate(splits[0].class_names)]
     _write(out / "data.yaml", "".join(lines))
+
+
+def write_labelme(split: DataSplit, out: Path) -> Counter[str]:
+    """Writes ``SPLIT/NAME.json`` beside ``SPLIT/NAME.jpg``: polygons or bitmaps for masks, else rectangles.
+
+    The parts of an object share a ``group_id``; ignore regions are marked as ``difficult``.
+    """
+    names = [name.replace("/", "_") for name in _new_names(split)]
+    folder = out / _word(split)
+    counts = _place_images(split.records, [folder / name for name in names])
+    for record, name in zip(split.records, names):
+        shapes: list[dict[str, Any]] = []
+        for row, box in enumerate(record.boxes.tolist()):
+            mask = record.segmentations[row] if record.segmentations is not None else None
+            shapes += labelme_shapes(
+                split.class_names[int(record.labels[row])], box, mask, group=row + 1, ignore=bool(record.ignore[row])
+            )
+        _write((folder / name).with_suffix(".json"), labelme_json(shapes, name, (record.height, record.width)))
+    _write(out / "labels.txt", "".join(f"{name}\n" for name in split.class_names))
+    return counts
 
 
 def _word(split: DataSplit) -> str:

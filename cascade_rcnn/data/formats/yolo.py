@@ -82,8 +82,15 @@ def _is_data_file(path: Path) -> bool:
 
 
 def _names_file(root: Path) -> Path | None:
+    """The list of class names; none where train/ and val/ have each their own, other one: those are two data sets."""
     folders = (root, root / "labels", root / "train", root / "train" / "labels", root / "labels" / "train")
-    return next((folder / name for folder in folders for name in _NAMES if files.is_file(folder / name)), None)
+    found = next((folder / name for folder in folders for name in _NAMES if files.is_file(folder / name)), None)
+    if found is not None and (root / "train") in found.parents:
+        for child in files.subfolders(root):
+            other = child / found.relative_to(root / "train")
+            if files.split_word(child.name) and files.is_file(other) and other.read_bytes() != found.read_bytes():
+                return None
+    return found
 
 
 def _layout(root: Path) -> _Layout:
@@ -156,7 +163,7 @@ def _read_yaml(path: Path) -> _Layout:
         value = content.get(name)
         entries = value if isinstance(value, list) else [value]
         words = [entry for entry in entries if isinstance(entry, str) and entry not in ("", "~", "null")]
-        if places := [_place(path, base, word, layout) for word in words]:
+        if places := [_place(path, base, word, layout, name) for word in words]:
             layout.splits[name] = places
     layout.splits = layout.splits or _folder_splits(path.parent)
     return layout
@@ -201,7 +208,7 @@ def _base_folder(value: Any, path: Path, layout: _Layout) -> Path:
     return here
 
 
-def _place(path: Path, base: Path, entry: str, layout: _Layout) -> Path:
+def _place(path: Path, base: Path, entry: str, layout: _Layout, split: str) -> Path:
     """The folder or list that a split's entry means. Roboflow writes ``../train/images`` for ``train/images``."""
     entry = entry.replace("\\", "/")
     reason = ""
@@ -217,6 +224,11 @@ def _place(path: Path, base: Path, entry: str, layout: _Layout) -> Path:
             if str(inside) != entry.lstrip("./"):
                 layout.notes.append(("other-path", printable(path), f"{shown(entry)} is not here"))
             return there
+    beside = {files.split_word(name): places for name, places in _folder_splits(path.parent).items()}
+    if files.split_word(split) in beside and files.split_word(split):
+        place = beside[files.split_word(split)][0]
+        layout.notes.append(("other-path", printable(path), f"{shown(entry)} is not here, {printable(place)} is read"))
+        return place
     if reason:
         there = base / entry
         if files.is_dir(there) or files.is_file(there):
