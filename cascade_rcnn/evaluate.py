@@ -79,10 +79,7 @@ def run_evaluate(
             print_metrics(metrics, notes=notes, title=title)
             _print_published(Path(checkpoint), metrics)
         if metrics and out is not None:
-            path = out / "metrics.json" if out.is_dir() or not out.suffix else out
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, metrics)
-            print(f"metrics: {printable(path)}")
+            _write_metrics(metrics, out)
         return distributed.broadcast(metrics)
 
 
@@ -97,6 +94,13 @@ def _print_published(checkpoint: Path, metrics: Metrics) -> None:
             print(
                 f"{kind} AP: {100 * measured:.1f} here, {published:.1f} published by {entry.library} ({entry.dataset})"
             )
+
+
+def _write_metrics(metrics: Metrics, out: Path) -> None:
+    path = out / "metrics.json" if out.is_dir() or not out.suffix else out
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, metrics)
+    print(f"metrics: {printable(path)}")
 
 
 def _open(data: str | Path, name: str, submission: Path | None) -> DataSplit:

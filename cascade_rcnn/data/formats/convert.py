@@ -24,7 +24,7 @@ def convert_data(src: Path, dst: Path, *, to: str) -> tuple[list[DataSplit], Cou
     Raises ``DataError`` where ``dst`` is not empty, ``to`` unknown, the source broken or none of its images there.
     """
     if to not in _WRITERS:
-        raise DataError(f"--to {shown(to)}: choose {', '.join(_WRITERS)}")
+        raise DataError(f"--to {shown(to)}: choose coco, voc, yolo or labelme")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise DataError(f"{printable(dst)}: not an empty folder; name a new one")
     counts: Counter[str] = Counter()

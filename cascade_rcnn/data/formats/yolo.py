@@ -225,8 +225,9 @@ def _place(path: Path, base: Path, entry: str, layout: _Layout, split: str) -> P
                 layout.notes.append(("other-path", printable(path), f"{shown(entry)} is not here"))
             return there
     beside = {files.split_word(name): places for name, places in _folder_splits(path.parent).items()}
-    if files.split_word(split) in beside and files.split_word(split):
-        place = beside[files.split_word(split)][0]
+    word = files.split_word(split)
+    if word and word == files.split_word(entry) and word in beside:
+        place = beside[word][0]
         layout.notes.append(("other-path", printable(path), f"{shown(entry)} is not here, {printable(place)} is read"))
         return place
     if reason:
