@@ -30,7 +30,7 @@ class Kind:
     refuses: bool = False
 
 
-_FIX = "fix it in the file; `cascade-rcnn check DATA --fix OUT` writes a copy without such objects"
+_FIX = "fix it in the file, or drop such objects with `cascade-rcnn check DATA --fix OUT`"
 
 
 KINDS: dict[str, Kind] = {
@@ -253,6 +253,11 @@ READ_ANYWAY = frozenset(
         "unlabelled-image",
         "other-classes",
     ]
+)
+
+# Of these, kinds whose copy by `--fix` differs from what the file says
+REWRITTEN = frozenset(
+    {"corner-fractions", "xywh-as-corners", "relative-boxes", "box-from-mask", "image-name", "image-elsewhere"}
 )
 
 

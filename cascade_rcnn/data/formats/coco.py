@@ -306,9 +306,9 @@ def _read_annotations(
             )
             continue
         record = records[image]
+        crowd, ignore = _read_flags(entry, place, problems)
         try:
             segmentation = _read_segmentation(entry.get("segmentation"), record, place, problems)
-            crowd, ignore = _read_flags(entry, place, problems)
         except ValueError as error:
             problems.add("bad-mask", place, str(error))
             continue

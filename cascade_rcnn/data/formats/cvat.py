@@ -86,13 +86,14 @@ def read_cvat(root: Path, split: str, *, problems: Problems | None = None) -> Da
     """
     problems = problems or Problems()
     paths = _xml_files(root)
+    for path in paths:
+        _refuse_video(_tree(path, path.stat().st_mtime_ns), path, problems)
     name = files.resolve_split(cvat_splits(root), split, root)
     base = root.parent if files.is_file(root) else root
     names: dict[str, None] = {}
     chosen: list[tuple[Path, ElementTree.Element]] = []
     for path in paths:
         tree = _tree(path, path.stat().st_mtime_ns)
-        _refuse_video(tree, path, problems)
         names |= dict.fromkeys(_class_names(tree))
         chosen += [(path, image) for image in tree.iterfind("image") if _split_of(image, path, paths) == name]
     labels = {label: number for number, label in enumerate(names)}

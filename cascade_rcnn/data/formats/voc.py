@@ -118,9 +118,10 @@ def _lists(root: Path) -> list[_List]:
                 break
         if found and folder == root:
             return found
-    if found and all(entry.name == "all" and files.split_word(entry.folder.name) for entry in found):
-        # train/images with train/annotations: the folders are the splits
-        return [_List("", e.folder.name, e.folder, e.annotations, e.images, None) for e in found]
+    words = [files.split_word(entry.folder.name) for entry in found]
+    if found and all(words) and len(set(words)) == len(words):
+        # train/images with train/annotations, or an export in each of train/ and val/: the folders are the splits
+        return [replace(entry, prefix="", name=entry.folder.name) for entry in found]
     if not found:  # Roboflow: train/, valid/, test/ with pictures and XML together
         found = [_List("", child.name, child, child, child, None) for child in children if _has_xml(child, depth=0)]
     if not found and _has_xml(root, depth=0):

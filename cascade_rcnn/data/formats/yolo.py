@@ -459,7 +459,7 @@ def _find_misread_rows(rows: list[list[_Row]], layout: _Layout, where: str, prob
     count = shapes.pop() if len(shapes) == 1 and len(every) >= 3 else 0
     if count >= 8:
         values = np.array([row.values for row in every])
-        if count >= 10 and len(every) >= 20 and _are_poses(values):
+        if count >= 10 and _are_poses(values):
             problems.add(
                 "pose-labels",
                 where,
@@ -480,11 +480,29 @@ def _are_corners(boxes: NDArray[np.float64]) -> bool:
 
 
 def _are_poses(values: NDArray[np.float64]) -> bool:
-    """Whether rows [N, 4 + 2 P] are all a box (centre, size) within the image and P points within that box."""
+    """Whether rows [N, 4 + 2 P] are all a box (centre, size) within the image and P points within that box.
+
+    Polygons in the middle of their image may look like that, but their outline hardly ever crosses itself.
+    """
     centre, size = values[:, None, :2], values[:, None, 2:4]
     points = values[:, 4:].reshape(len(values), -1, 2)
     box_inside = (np.abs(centre - 0.5) + size / 2 <= 0.5 + _SLACK).all()
-    return bool(box_inside and (np.abs(points - centre) <= size / 2 + _SLACK).all())
+    if not (box_inside and (np.abs(points - centre) <= size / 2 + _SLACK).all()):
+        return False
+    some = values[:100].reshape(min(len(values), 100), -1, 2)
+    return bool(np.mean([_crosses_itself(polygon) for polygon in some]) > 0.5)
+
+
+def _crosses_itself(polygon: NDArray[np.float64]) -> bool:
+    """Whether two sides of a closed polygon [P, 2] that do not share a corner cross."""
+    start, end = polygon, np.roll(polygon, -1, axis=0)
+
+    def side(a: NDArray[np.float64], b: NDArray[np.float64], c: NDArray[np.float64]) -> NDArray[np.float64]:
+        return (b[..., 0] - a[..., 0]) * (c[..., 1] - a[..., 1]) - (b[..., 1] - a[..., 1]) * (c[..., 0] - a[..., 0])
+
+    one, other = np.triu_indices(len(polygon), k=2)
+    a, b, c, d = start[one], end[one], start[other], end[other]
+    return bool(((side(a, b, c) * side(a, b, d) < 0) & (side(c, d, a) * side(c, d, b) < 0)).any())
 
 
 def _record(
