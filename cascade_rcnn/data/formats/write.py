@@ -18,6 +18,7 @@ import numpy as np
 
 from cascade_rcnn.data import files
 from cascade_rcnn.data.formats.labelme import labelme_json, labelme_shapes
+from cascade_rcnn.data.masks import segmentation_box
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.messages import printable
@@ -169,6 +170,9 @@ def write_labelme(split: DataSplit, out: Path) -> Counter[str]:
         shapes: list[dict[str, Any]] = []
         for row, box in enumerate(record.boxes.tolist()):
             mask = record.segmentations[row] if record.segmentations is not None else None
+            around = segmentation_box(mask)
+            if around is not None and np.abs(around - record.boxes[row]).max() > 1:
+                counts["boxes that differ from their masks, which alone labelme can hold"] += 1
             shapes += labelme_shapes(
                 split.class_names[int(record.labels[row])], box, mask, group=row + 1, ignore=bool(record.ignore[row])
             )
