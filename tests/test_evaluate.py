@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from cascade_rcnn import distributed, evaluate
+from cascade_rcnn import distributed
 from cascade_rcnn.checkpoint import save_checkpoint
 from cascade_rcnn.config import Config, DataConfig, ModelConfig
 from cascade_rcnn.data.formats.open import open_split
@@ -259,7 +259,9 @@ def test_a_voc_data_set_is_scored_by_its_own_protocol_too(tmp_path: Path, monkey
     checkpoint = save_untrained(tmp_path / "cat.safetensors", split.class_names, masks="none")
     metrics = run_evaluate(checkpoint, data=root, split="val", device="cpu")
     assert {"voc/mAP", "voc/mAP07", "bbox/AP"} <= set(metrics)
-    monkeypatch.setattr(evaluate, "detect", lambda _, images, *__: Oracle(split).detect(images))
+    monkeypatch.setattr(
+        "cascade_rcnn.evaluation.evaluate_model.detect", lambda _, images, *__: Oracle(split).detect(images)
+    )
     metrics = run_evaluate(checkpoint, data=root, split="val", device="cpu")
     assert metrics["voc/mAP"] == pytest.approx(1.0) and metrics["voc/mAP07"] == pytest.approx(1.0)
     assert metrics["bbox/AP"] == pytest.approx(1.0)
@@ -301,11 +303,12 @@ def test_class_names_that_no_submission_holds_do_not_stop_an_evaluation(
 ) -> None:
     root = write_voc(tmp_path / "data")
     for path in root.glob("Annotations/*.xml"):
-        path.write_text(path.read_text().replace("Pedestrian", name))
-    (root / "ImageSets" / "Main" / "train.txt").rename(root / "ImageSets" / "Main" / "val.txt")
-    checkpoint = save_untrained(tmp_path / "p.safetensors", (name,))
+        path.write_text(path.read_text().replace("cat", name))
+    checkpoint = save_untrained(tmp_path / "p.safetensors", (name,), masks="none")
     split = open_split(root, "val")
-    monkeypatch.setattr(evaluate, "detect", lambda _, images, *__: Oracle(split).detect(images))
+    monkeypatch.setattr(
+        "cascade_rcnn.evaluation.evaluate_model.detect", lambda _, images, *__: Oracle(split).detect(images)
+    )
     metrics = run_evaluate(checkpoint, data=root, split="val", device="cpu")
     assert metrics["bbox/AP"] == pytest.approx(1.0)
     assert (metrics.get("voc/mAP") == pytest.approx(1.0)) == official
