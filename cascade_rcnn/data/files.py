@@ -92,10 +92,15 @@ def list_files(folder: Path, suffixes: frozenset[str] | set[str] = IMAGE_SUFFIXE
     """Files of a folder with one of the suffixes, sorted by name; none where it cannot be listed."""
     try:
         with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if Path(entry.name).suffix.lower() in suffixes]
+            names = [entry.name for entry in entries if _has_ending(entry.name, suffixes)]
     except OSError:
         return []
     return [folder / name for name in sorted(names)]
+
+
+def _has_ending(name: str, suffixes: frozenset[str] | set[str]) -> bool:
+    """Archives from macOS hold a ``._a.jpg`` beside each ``a.jpg``, which is no picture."""
+    return os.path.splitext(name)[1].lower() in suffixes and not name.startswith("._")  # noqa: PTH122
 
 
 def list_files_below(
@@ -107,9 +112,11 @@ def list_files_below(
     """``list_files`` of a folder and all folders below it, except hidden ones and those named in ``skip``."""
     found = []
     for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name.lower() not in skip)
+        folders[:] = sorted(
+            name for name in folders if not name.startswith((".", "__MACOSX")) and name.lower() not in skip
+        )
         below = Path(place)
-        found += [below / name for name in sorted(names) if os.path.splitext(name)[1].lower() in suffixes]  # noqa: PTH122
+        found += [below / name for name in sorted(names) if _has_ending(name, suffixes)]
     return found
 
 

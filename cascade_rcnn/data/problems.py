@@ -80,7 +80,9 @@ KINDS: dict[str, Kind] = {
         "add kpt_shape: [NUMBER OF POINTS, 2 or 3] to data.yaml: the boxes are then read, the points left out",
         refuses=True,
     ),
-    "other-format": Kind("error", "annotation of a kind that is not supported", "export it as is said", refuses=True),
+    "other-format": Kind(
+        "error", "annotation of a kind that is not supported", "export the task as 'CVAT for images 1.1'", refuses=True
+    ),
     "orphan-label": Kind(
         "error",
         "label file without its image",

@@ -61,9 +61,9 @@ def read_citypersons(root: Path, split: str, *, problems: Problems | None = None
             city, image, rows = entry
             entries.append((number, f"{name}/{city}/{image}", rows))
     finder = ImageFinder(root, [folder], split=name)
-    found = finder.find([image for _, image, _ in entries], [(0, 0)] * len(entries), problems, printable(path))
+    images = finder.find([image for _, image, _ in entries], [(0, 0)] * len(entries), problems, printable(path))
     records = []
-    for (number, _, rows), file in zip(entries, found):
+    for (number, _, rows), file in zip(entries, images):
         place = f"{printable(path)}, image {number}"
         if isinstance(file, ValueError):
             problems.add("bad-annotation", place, str(file))

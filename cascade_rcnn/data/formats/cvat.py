@@ -108,9 +108,10 @@ def read_cvat(root: Path, split: str, *, problems: Problems | None = None) -> Da
         if isinstance(file, ValueError):
             problems.add("unsafe-path", place, str(file))
             continue
-        key: int | str = image.get("id") or str(number)
-        key = int(key) if key.isdecimal() and len(key) < 18 else key
-        key = key if key not in seen else f"{path.stem}/{key}/{number}"  # tasks of a project each count from 0
+        text = image.get("id") or str(number)
+        key: int | str = int(text) if text.isdecimal() and len(text) < 18 else text
+        if key in seen:  # tasks of a project each count from 0
+            key = f"{path.stem}/{text}/{number}"
         seen.add(key)
         size = size if all(size) else image_size(file) or (0, 0)
         shapes = list(_read_shapes(image, place, size, left_out, problems))
@@ -138,7 +139,7 @@ def _refuse_video(tree: ElementTree.Element, path: Path, problems: Problems) -> 
         problems.add(
             "other-format",
             printable(path),
-            f"{tracks:,} tracks of CVAT for video 1.1; export the task again as 'CVAT for images 1.1'",
+            f"{tracks:,} tracks of CVAT for video 1.1",
         )
 
 
@@ -173,7 +174,7 @@ def _read_shapes(
             problems.add("bad-annotation", place, "a shape without a label")
             continue
         if element.get("outside") == "1":
-            problems.add("other-format", place, "outside='1' belongs to CVAT for video; export 'CVAT for images 1.1'")
+            problems.add("other-format", place, "outside='1' belongs to CVAT for video")
             continue
         try:
             shape = _read_shape(element, label, place, size)
@@ -198,7 +199,8 @@ def _read_shape(element: ElementTree.Element, label: str, place: str, size: tupl
         return shape
     if element.tag == "ellipse":
         angle = _attributes(element, "rotation")[0] if element.get("rotation") else 0.0
-        return polygon_shape(label, [ellipse_points(*_attributes(element, "cx", "cy", "rx", "ry"), angle)], place)
+        x, y, across, along = _attributes(element, "cx", "cy", "rx", "ry")
+        return polygon_shape(label, [ellipse_points(x, y, across, along, angle)], place)
     if element.tag == "polygon":
         points = finite((element.get("points") or "").replace(";", ",").split(","))
         if points is None or len(points) % 2:

@@ -114,8 +114,8 @@ class ImageFinder:
             for path, how in self._candidates(name):
                 if how < _ENDING or self._has_size(path, size):
                     return path, how, plain
-            if path := self._elsewhere(name, size):
-                return path, _ELSEWHERE, plain
+            if (found := self._elsewhere(name, size)) is not None:
+                return found, _ELSEWHERE, plain
         return None, _EXACT, plain
 
     def _candidates(self, name: str) -> Iterator[tuple[Path, int]]:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rcnn.data import files
-from cascade_rcnn.data.formats.find_images import ImageFinder
+from cascade_rcnn.data.formats.find_images import ImageFinder, same_name, stem_of
 from cascade_rcnn.data.formats.shapes import (
     LeftOut,
     Shape,
@@ -187,7 +187,7 @@ def _size(content: dict[str, Any], path: Path, problems: Problems) -> tuple[int,
 def _find_images(
     root: Path, split: str, contents: Sequence[tuple[Path, dict[str, Any]]], problems: Problems
 ) -> list[Path]:
-    """The picture that ``imagePath`` names, else the one that is called as the JSON."""
+    """The picture that is called as the JSON, in most cases the one that ``imagePath`` names; else the latter."""
     by_folder: dict[Path, list[int]] = {}
     for number, (path, _) in enumerate(contents):
         by_folder.setdefault(path.parent, []).append(number)
@@ -196,22 +196,30 @@ def _find_images(
         beside = [folder.parent / "images", folder.parent / "imgs", root / "images" / folder.name, root / "images"]
         finder = ImageFinder(root, [folder, *beside], split=split if split != "all" else "")
         sizes = [_size(contents[number][1], contents[number][0], Problems(strict=False)) for number in numbers]
-        written = [contents[number][1].get("imagePath") for number in numbers]
-        names = [
-            name if isinstance(name, str) and name.strip() else contents[number][0].stem
-            for name, number in zip(written, numbers)
-        ]
-        first = finder.find(names, sizes, problems, printable(folder))
-        rest = [place for place, path in enumerate(first) if not (isinstance(path, Path) and files.is_file(path))]
-        stems = [contents[numbers[place]][0].stem for place in rest]
-        second = dict(zip(rest, finder.find(stems, [sizes[place] for place in rest], problems, printable(folder))))
+        stems = [contents[number][0].stem for number in numbers]
+        written = [_written_name(contents[number][1], contents[number][0].stem) for number in numbers]
+        # renamed together the two have one name, and the JSON still names the old picture, which may be another's now
+        agree = [_stem(name) == same_name(stem) for name, stem in zip(written, stems)]
+        choices = [[name, stem] if same else [stem, name] for name, stem, same in zip(written, stems, agree)]
+        found: dict[int, Path] = {}
+        for choice in (0, 1):
+            rest = [place for place in range(len(numbers)) if place not in found]
+            names, its_sizes = [choices[place][choice] for place in rest], [sizes[place] for place in rest]
+            for place, path in zip(rest, finder.find(names, its_sizes, problems, printable(folder))):
+                if isinstance(path, Path) and files.is_file(path):
+                    found[place] = path
         for place, number in enumerate(numbers):
-            path = second.get(place, first[place])
-            if not isinstance(path, Path) or not files.is_file(path):
-                path = first[place] if isinstance(first[place], Path) else folder / f"{contents[number][0].stem}.jpg"
-            assert isinstance(path, Path)
-            images[number] = path
+            images[number] = found.get(place, folder / f"{stems[place]}.jpg")
     return [images[number] for number in range(len(contents))]
+
+
+def _written_name(content: dict[str, Any], default: str) -> str:
+    name = content.get("imagePath")
+    return name if isinstance(name, str) and name.strip() else default
+
+
+def _stem(name: str) -> str:
+    return same_name(stem_of(name.replace("\\", "/").rsplit("/", 1)[-1]))
 
 
 def _read_shapes(
@@ -240,13 +248,12 @@ def _read_shapes(
             continue
         shape.ignore = _is_ignored(entry)
         group = entry.get("group_id")
-        key = (label, group) if isinstance(group, int | str) else None
-        if key in groups and isinstance(shape.mask, list) and isinstance(groups[key].mask, list):
-            united = polygon_shape(label, [*groups[key].mask, *shape.mask], groups[key].place)
-            groups[key].box, groups[key].mask = united.box, united.mask
-            continue
-        if key is not None and isinstance(shape.mask, list):
-            groups[key] = shape
+        if isinstance(group, int | str) and isinstance(shape.mask, list):
+            first = groups.setdefault((label, group), shape)
+            if first is not shape and isinstance(first.mask, list):
+                united = polygon_shape(label, [*first.mask, *shape.mask], first.place)
+                first.box, first.mask = united.box, united.mask
+                continue
         shapes.append(shape)
     return shapes
 
@@ -356,7 +363,7 @@ def _png(pixels: NDArray[np.bool_]) -> str:
 
 def labelme_json(shapes: Sequence[dict[str, Any]], image: str, size: tuple[int, int]) -> str:
     """A file of labelme for the picture ``image`` beside it."""
-    content = {
+    content: dict[str, Any] = {
         "version": "5.5.0",
         "flags": {},
         "shapes": list(shapes),

@@ -312,6 +312,7 @@ def _find_images(
     for number, (name, path, tree) in enumerate(trees):
         written = (tree.findtext("filename") or "").strip()
         found = table.get(same_name(name)) or table.get(same_name(path.stem), [])
+        found = [file for file in found if same_name(_name_below(entry.images, file)) == same_name(name)] or found
         # two pictures of one name (a.jpg, a.png): the one that the annotation names, then the one spelled alike
         found = sorted(
             found, key=lambda file: (file.name != written, file.stem != path.stem, file.suffix.lower() != ".jpg")

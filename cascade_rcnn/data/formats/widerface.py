@@ -56,9 +56,9 @@ def read_widerface(root: Path, split: str, *, problems: Problems | None = None) 
     folder = next((folder for folder in folders if folder.is_dir()), folders[0])
     entries = list(_read_text(path, problems) if path.suffix == ".txt" else _read_matlab(path, problems))
     finder = ImageFinder(root, [folder], split=name)
-    found = finder.find([image for image, _, _ in entries], [(0, 0)] * len(entries), problems, printable(path))
+    images = finder.find([image for image, _, _ in entries], [(0, 0)] * len(entries), problems, printable(path))
     records = []
-    for (image, place, rows), file in zip(entries, found):
+    for (image, place, rows), file in zip(entries, images):
         if isinstance(file, ValueError):
             problems.add("unsafe-path", place, str(file))
         else:

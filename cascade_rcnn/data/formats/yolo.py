@@ -38,6 +38,7 @@ class _Layout:
     names: dict[int, str]  # by the number that label files write
     splits: dict[str, list[Path]]  # folders of images or text files that list images
     keypoints: int = 0  # numbers after each box
+    broken: dict[str, DataError] = field(default_factory=dict)  # splits whose folder cannot be read, and why
     notes: list[tuple[str, str, str]] = field(default_factory=list)  # kind, where, message
 
 
@@ -163,7 +164,11 @@ def _read_yaml(path: Path) -> _Layout:
         value = content.get(name)
         entries = value if isinstance(value, list) else [value]
         words = [entry for entry in entries if isinstance(entry, str) and entry not in ("", "~", "null")]
-        if places := [_place(path, base, word, layout, name) for word in words]:
+        try:
+            places = [_place(path, base, word, layout, name) for word in words]
+        except DataError as error:  # the other splits may be read
+            places, layout.broken[name] = [], error
+        if words:
             layout.splits[name] = places
     layout.splits = layout.splits or _folder_splits(path.parent)
     return layout
@@ -259,6 +264,8 @@ def read_yolo(root: Path, split: str, *, problems: Problems | None = None) -> Da
     problems = problems or Problems()
     layout = _layout(root)
     name = files.resolve_split(list(layout.splits), split, root)
+    if name in layout.broken:
+        raise layout.broken[name]
     base = root.parent if files.is_file(root) else root
     for note in layout.notes:
         problems.add(*note)

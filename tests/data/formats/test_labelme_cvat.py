@@ -108,6 +108,13 @@ def test_labelme_pictures_are_found_by_backslashes_in_other_folders_and_by_the_j
     assert brought.on_their_objects(open_split(tmp_path, "val")) == (4, 4)
 
 
+def test_labelme_pictures_that_were_renamed_with_their_json_are_not_mixed_up(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        brought.save_picture(tmp_path / f"{seed:03d}.jpg", seed)
+        brought.labelme_json(tmp_path / f"{seed:03d}.json", seed, f"{seed - 1:03d}.jpg")  # the name before
+    assert brought.on_their_objects(open_split(tmp_path, "all")) == (6, 6)
+
+
 @pytest.mark.parametrize("name", ["coco", "voc", "kitti", "widerface"])
 def test_conversion_to_labelme_reads_back_equal(name: str, tmp_path: Path) -> None:
     before = open_split(scenes.WRITERS[name](tmp_path / "in"), "train")
@@ -219,7 +226,7 @@ def test_cvat_for_video_is_refused_by_name_whatever_the_split(tmp_path: Path) ->
     path = root / "annotations.xml"
     path.write_text(path.read_text().replace("</annotations>", '<track id="0" label="cat"></track></annotations>'))
     for split in ("all", "train"):
-        with pytest.raises(DataError, match=r"annotations\.xml: 1 tracks of CVAT for video 1\.1; export"):
+        with pytest.raises(DataError, match=r"annotations\.xml: 1 tracks of CVAT for video 1\.1; export the task"):
             open_split(root, split)
 
 
