@@ -205,9 +205,10 @@ def _find_images(
         for choice in (0, 1):
             rest = [place for place in range(len(numbers)) if place not in found]
             names, its_sizes = [choices[place][choice] for place in rest], [sizes[place] for place in rest]
-            for place, path in zip(rest, finder.find(names, its_sizes, problems, printable(folder))):
-                if isinstance(path, Path) and files.is_file(path):
-                    found[place] = path
+            taken = set(found.values())
+            for place, file in zip(rest, finder.find(names, its_sizes, problems, printable(folder))):
+                if isinstance(file, Path) and files.is_file(file) and file not in taken:
+                    found[place] = file
         for place, number in enumerate(numbers):
             images[number] = found.get(place, folder / f"{stems[place]}.jpg")
     return [images[number] for number in range(len(contents))]
