@@ -63,11 +63,20 @@ def recognise(root: Path | str) -> str:
     root = Path(root)
     if not (files.is_dir(root) or files.is_file(root)):
         raise DataError(f"{printable(root)}: no such folder; give the data set's folder")
-    if name := _format_of(root):
+    if name := _own_format(root):
         return name
     if exports := _side_by_side(root):
         return ", ".join(dict.fromkeys(export.format for export in exports.values()))
     raise DataError(_not_recognised(root))
+
+
+def _own_format(root: Path) -> str | None:
+    """The format of a folder as one data set; None where it is several side by side, or none."""
+    name = _format_of(root)
+    if name in ("yolo", "voc", "labelme"):  # these look into train/ and val/, and would miss one of another format
+        formats = {export.format for export in _side_by_side(root).values()}
+        return name if len(formats) < 2 else None
+    return name
 
 
 def _format_of(root: Path) -> str | None:
@@ -78,16 +87,19 @@ def _side_by_side(root: Path) -> dict[str, _Export]:
     """The splits of data sets in the folders train/, val/, ...; a folder of one split gives it its name."""
     found: dict[str, _Export] = {}
     for child in files.subfolders(root) if files.is_dir(root) else []:
-        word = files.split_word(child.name)
+        outer, word = child.name, files.split_word(child.name)
         format = _format_of(child) if word else None
+        if word and format is None:  # unzipped into a folder of its own
+            below = [folder for folder in files.subfolders(child) if _format_of(folder)]
+            child, format = (below[0], _format_of(below[0])) if len(below) == 1 else (child, None)
         if format is None:
             continue
         inner = list(_FORMATS[format][0](child))
         same = [name for name in inner if files.split_word(name) == word]
         if len(inner) == 1 or len(same) == 1:
-            found[child.name] = _Export(child, format, (same or inner)[0])
+            found[outer] = _Export(child, format, (same or inner)[0])
         else:
-            found |= {f"{child.name}_{name}": _Export(child, format, name) for name in inner}
+            found |= {f"{outer}_{name}": _Export(child, format, name) for name in inner}
     return found
 
 
@@ -95,7 +107,7 @@ def splits(root: Path | str) -> list[str]:
     """Names of the splits of a data set, as the data set writes them; what ``check``, ``train``, ``evaluate`` find."""
     root = Path(root)
     name = recognise(root)
-    return list(_FORMATS[name][0](root) if _format_of(root) else _side_by_side(root))
+    return list(_FORMATS[name][0](root) if _own_format(root) else _side_by_side(root))
 
 
 def disjoint_splits(root: Path | str) -> list[str]:
@@ -129,7 +141,7 @@ def open_split(root: Path | str, split: str, *, strict: bool = True) -> DataSpli
 
 
 def _read(root: Path, name: str, problems: Problems) -> DataSplit:
-    if format := _format_of(root):
+    if format := _own_format(root):
         return _FORMATS[format][1](root, name, problems=problems)
     exports = _side_by_side(root)
     chosen = files.resolve_split(list(exports), name, root)

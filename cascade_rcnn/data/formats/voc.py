@@ -133,6 +133,10 @@ def _lists_of_folder(folder: Path, annotations: Path) -> Iterator[_List]:
     images = next((folder / name for name in _IMAGES if (folder / name).is_dir()), folder)
     prefix = folder.name.removeprefix("VOC")
     wanted = {path.stem: path for path in files.list_files(folder / "ImageSets" / "Main", {".txt"})}
+    for place in (folder / "ImageSets", folder):  # lists that lie where other tools put them
+        if not wanted:
+            lists = files.list_files(place, {".txt"})
+            wanted = {path.stem: path for path in lists if files.split_word(path.stem) or path.stem == "trainval"}
     # aeroplane_train.txt and its like repeat train.txt with a flag per image
     names = [stem for stem in wanted if "_" not in stem or stem.split("_")[-1] not in wanted]
     for name in names:
@@ -180,6 +184,7 @@ def read_voc(root: Path, split: str, *, problems: Problems | None = None) -> Dat
     labels = {name: label for label, name in enumerate(names)}
     records: list[ImageRecord] = []
     official = len(chosen) == 1 and chosen[0].file is not None and chosen[0].annotations.name == "Annotations"
+    official = official and chosen[0].file == chosen[0].folder / "ImageSets" / "Main" / f"{chosen[0].file.stem}.txt"
     for entry in chosen:
         part, plain = _read_list(entry, labels, problems)
         records += part

@@ -334,6 +334,14 @@ def _subsets(root: Path) -> Path:
 
 
 _ROBOFLOW_YAML = "train: ../train/images\nval: ../valid/images\nnames: [cat, dog]\n"
+
+
+def _lists_beside(root: Path) -> Path:
+    for path in list((root / "ImageSets" / "Main").iterdir()):
+        path.rename(root / path.name)
+    return root
+
+
 LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "coco, json per folder": _side_by_side(
         lambda folder, split, seeds: brought.write_json(
@@ -368,6 +376,13 @@ LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "voc exports": _side_by_side(_voc_export),
     "yolo exports": _side_by_side(_yolo_export),
     "labelme exports": _side_by_side(_labelme_export),
+    "exports of two formats": _side_by_side(
+        lambda folder, split, seeds: (_coco_export if split == "train" else _voc_export)(folder, split, seeds)
+    ),
+    "exports in folders of their own": _side_by_side(
+        lambda folder, split, seeds: _cvat_export(folder / "task_1_2026", split, seeds)
+    ),
+    "voc lists beside the folders": lambda root: _lists_beside(brought.voc_set(root)),
     "cvat exports": _side_by_side(_cvat_export),
 }
 
