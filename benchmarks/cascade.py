@@ -33,18 +33,19 @@ def main(run: str, data: str, split: str = "") -> None:
     stages = len(cascade.box_heads)
     met: list[list[Tensor]] = [[] for _ in range(stages + 1)]  # per stage: each box's best IoU
     boxes_of: list[Tensor] = []
-    pool, decode_last = cascade._pool_for_head, cascade._decode_last
+    pool, last = cascade._pool_for_head, cascade.stages[cascade.stages_at_test - 1]
+    move_every_class = last.move_every_class
 
     def pool_and_look(k: int, pyramid: list[Tensor], boxes: Tensor, valid: Tensor) -> Any:
         boxes_of.append(boxes[0][valid[0]])
         return pool(k, pyramid, boxes, valid)
 
-    def decode_and_look(*arguments: Any) -> Tensor:
-        boxes: Tensor = decode_last(*arguments)
+    def move_and_look(*arguments: Any) -> Tensor:
+        boxes: Tensor = move_every_class(*arguments)
         boxes_of.append(boxes[0].flatten(0, -2))
         return boxes
 
-    cascade._pool_for_head, cascade._decode_last = pool_and_look, decode_and_look
+    cascade._pool_for_head, last.move_every_class = pool_and_look, move_and_look
     chosen = open_split(data, split or detector.config.data.val)
     dataset = DetectionDataset(chosen, detector.config.data, training=False, semantics=detector.config.model.semantics)
     loader = eval_loader(dataset)

@@ -6,7 +6,8 @@
 #   DEVICE=cpu SIZE="64 96" BATCHES=1 TRAIN_BATCH=1 COMPILE= LIMIT=600 bash benchmarks/gpu.sh /tmp/try   # try the script
 #
 # OUT/results.md is the table for docs/benchmarks.md. Seven parts of at most LIMIT seconds, TOTAL seconds in all: a part
-# that fails or hangs costs no more than that, and the others go on. BOXES and MASKS name other recipes.
+# that fails or hangs costs no more than that, and the others go on. BOXES and MASKS name other recipes; COMPILE= and
+# TESTS= leave out what is compiled, and the tests.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results}
@@ -15,6 +16,7 @@ size=${SIZE:-800 1088}
 batches=${BATCHES:-1 8}
 train_batch=${TRAIN_BATCH:-16}
 compile=${COMPILE---compile}
+tests=${TESTS-yes}
 boxes=${BOXES:-cascade_rcnn_r50_fpn_1x_coco}
 masks=${MASKS:-cascade_mask_rcnn_r50_fpn_1x_coco}
 limit=${LIMIT:-140}
@@ -58,7 +60,7 @@ for batch in $batches; do
 done
 benchmark "train_boxes_batch$train_batch" "$boxes" "$train_batch" --train
 benchmark "predict_masks_batch1" "$masks" 1
-[ "$device" = cpu ] || run kernel_tests "$python" -m pytest -q -m gpu tests
+[ "$device" = cpu ] || [ -z "$tests" ] || run kernel_tests "$python" -m pytest -q -m gpu tests
 benchmark "train_masks_batch$train_batch" "$masks" "$train_batch" --train
 # shellcheck disable=SC2086
 [ -z "$compile" ] || benchmark "train_boxes_batch${train_batch}_compiled" "$boxes" "$train_batch" --train $compile

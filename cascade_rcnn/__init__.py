@@ -6,7 +6,7 @@
     detections = detector.predict("street.jpg")  # a path, Pillow image, array or tensor; or a list of them
     detections.save("found.jpg")
 
-Names are imported when they are first used, so that ``import cascade_rcnn`` alone loads neither torch nor timm.
+What needs torch is imported when it is first used: ``import cascade_rcnn`` alone takes no time.
 Everything else is a verb in a module of its own: ``from cascade_rcnn.train import train``.
 """
 
@@ -15,36 +15,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
+from cascade_rcnn.errors import CheckpointError, ConfigError, DataError, UserError
+from cascade_rcnn.recipes import load_config
+
 if TYPE_CHECKING:
-    from cascade_rcnn.config import Config as Config
-    from cascade_rcnn.config import DataConfig as DataConfig
-    from cascade_rcnn.config import ModelConfig as ModelConfig
-    from cascade_rcnn.config import TrainConfig as TrainConfig
-    from cascade_rcnn.errors import CheckpointError as CheckpointError
-    from cascade_rcnn.errors import ConfigError as ConfigError
-    from cascade_rcnn.errors import DataError as DataError
-    from cascade_rcnn.errors import UserError as UserError
-    from cascade_rcnn.inference.detections import Detections as Detections
-    from cascade_rcnn.inference.detector import Detector as Detector
-    from cascade_rcnn.inference.detector import load as load
-    from cascade_rcnn.recipes import load_config as load_config
+    from cascade_rcnn.inference.detections import Detections
+    from cascade_rcnn.inference.detector import Detector, load
 
 __version__ = "0.1.0"
-
-_MODULE_OF = {
-    "load": "predict",
-    "Detector": "predict",
-    "Detections": "detections",
-    "load_config": "recipes",
-    "Config": "config",
-    "ModelConfig": "config",
-    "DataConfig": "config",
-    "TrainConfig": "config",
-    "UserError": "errors",
-    "ConfigError": "errors",
-    "DataError": "errors",
-    "CheckpointError": "errors",
-}
 
 __all__ = [
     "CheckpointError",
@@ -62,11 +41,13 @@ __all__ = [
     "load_config",
 ]
 
+_NEEDS_TORCH = {"Detections": "detections", "Detector": "detector", "load": "detector"}  # modules of ``inference``
+
 
 def __getattr__(name: str) -> object:
-    if name not in _MODULE_OF:
+    if name not in _NEEDS_TORCH:
         raise AttributeError(f"module 'cascade_rcnn' has no attribute {name!r}; public names: {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"cascade_rcnn.{_MODULE_OF[name]}"), name)
+    return getattr(importlib.import_module(f"cascade_rcnn.inference.{_NEEDS_TORCH[name]}"), name)
 
 
 def __dir__() -> list[str]:

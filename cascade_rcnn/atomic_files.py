@@ -34,9 +34,9 @@ def replace_file(path: Path, write: Callable[[Path], None], verify: Callable[[Pa
             temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file atomically. Raises CheckpointError when it cannot be written."""
-    text = json.dumps(value, indent=2) + "\n"
+def write_json(path: Path, value: object, *, indent: int = 2) -> None:
+    """Write a strict JSON file atomically. Raises CheckpointError when it cannot be written."""
+    text = json.dumps(value, indent=indent, allow_nan=False) + "\n"
     with clear_failure(path):
         replace_file(path, lambda temporary: _write_text(temporary, text))
 

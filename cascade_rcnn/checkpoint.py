@@ -236,7 +236,3 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
         if tensor.numel():
             value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
     return value
-
-
-# Random generators of this process, as torch, python and numpy hold them: a run that is resumed sees the same numbers
-# as one that was not interrupted.

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 from cascade_rcnn import __version__
 from cascade_rcnn.config import Config
 from cascade_rcnn.errors import ConfigError, UserError
+from cascade_rcnn.messages import one_line
 from cascade_rcnn.recipes import apply_overrides, config_names, config_to_python, load_config, settings_help
+from cascade_rcnn.score import FORMATS
 
 if TYPE_CHECKING:
     from cascade_rcnn.inference.run_model import Inference
@@ -144,17 +146,10 @@ def _predict(words: Sequence[str]) -> None:
         type=_probability,
         default=0.3,
         metavar="S",
-        help="draw detections from this score on; predictions.json has all (0.3)",
+        help="draw detections (and write them with --as) from this score on; predictions.json has all (0.3)",
     )
-    parser.add_argument("--no-draw", action="store_true", help="predictions.json only")
-    parser.add_argument("--shard", default="", metavar="I/N", help="look at every N-th image only, from the I-th on")
-    parser.add_argument("--submission", type=Path, metavar="DIR", help="also write a benchmark's own result files")
-    parser.add_argument(
-        "--format",
-        default="coco",
-        choices=("coco", "voc", "kitti", "citypersons", "widerface"),
-        help="whose, for --submission (coco)",
-    )
+    parser.add_argument("--no-draw", action="store_true", help="no drawings")
+    _add_outputs(parser)
     _add_device(parser)
     args = parser.parse_all(words)
     if not args.inputs:
@@ -163,7 +158,7 @@ def _predict(words: Sequence[str]) -> None:
             "give a checkpoint or run folder first, then images"
         )
 
-    from cascade_rcnn.predict import run_predict
+    from cascade_rcnn.predict import Outputs, run_predict
 
     run_predict(
         args.checkpoint,
@@ -174,7 +169,36 @@ def _predict(words: Sequence[str]) -> None:
         device=args.device,
         inference=_inference(args),
         shard=args.shard,
-        submission=(args.format, args.submission) if args.submission else None,
+        outputs=Outputs(
+            polygons=args.polygons,
+            as_dataset=args.as_dataset,
+            copy_images=args.copy_images,
+            images_from=args.images_from,
+            submission=(args.format, args.submission) if args.submission else None,
+        ),
+    )
+
+
+def _add_outputs(parser: _Parser) -> None:
+    parser.add_argument("--polygons", action="store_true", help="masks in predictions.json as polygons, not RLE")
+    parser.add_argument(
+        "--as",
+        dest="as_dataset",
+        default="",
+        choices=("coco", "yolo", "labelme", "label-studio"),
+        help="also write what was found as a data set, to correct it or train on it",
+    )
+    parser.add_argument("--copy-images", action="store_true", help="copy the images into it, instead of linking them")
+    parser.add_argument(
+        "--images-from", type=Path, metavar="FILE", help="json that lists the images with their ids, for image_id"
+    )
+    parser.add_argument("--shard", default="", metavar="I/N", help="look at every N-th image only, from the I-th on")
+    parser.add_argument("--submission", type=Path, metavar="DIR", help="also write a benchmark's own result files")
+    parser.add_argument(
+        "--format",
+        default="coco",
+        choices=FORMATS,
+        help="whose, for --submission (coco)",
     )
 
 
@@ -183,7 +207,7 @@ def _score(words: Sequence[str]) -> None:
     parser.add_argument(
         "--format",
         required=True,
-        choices=("coco", "voc", "kitti", "citypersons", "widerface"),
+        choices=FORMATS,
         help="whose protocol and whose files",
     )
     parser.add_argument(
@@ -224,6 +248,48 @@ def _check(words: Sequence[str]) -> int:
     from cascade_rcnn.check.dataset import run_check
 
     return run_check(args.data, fix=args.fix, draw=args.draw, out=args.out, recipe=recipe)
+
+
+def _serve(words: Sequence[str]) -> None:
+    parser = _parser("serve", "cascade-rcnn serve runs/demo --port 8000")
+    _add_checkpoint(parser)
+    parser.add_argument(
+        "--host", default="127.0.0.1", metavar="H", help="address to listen on (127.0.0.1; all: 0.0.0.0)"
+    )
+    parser.add_argument("--port", type=_count, default=8000, metavar="P", help="(8000)")
+    parser.add_argument("--max-batch", type=_count, default=8, metavar="N", help="images at once (8)")
+    parser.add_argument(
+        "--max-delay", type=float, default=10, metavar="MS", help="wait so long for a batch to fill (10)"
+    )
+    parser.add_argument("--max-queue", type=_count, default=64, metavar="N", help="images that may wait; then 429 (64)")
+    parser.add_argument("--max-mb", type=_count, default=32, metavar="MB", help="of a request (32)")
+    parser.add_argument("--max-megapixels", type=_count, default=50, metavar="MP", help="of an image (50)")
+    parser.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds until 504 (60)")
+    parser.add_argument("--allow-urls", action="store_true", help="also fetch pictures from public addresses")
+    _add_device(parser)
+    args = parser.parse_all(words)
+
+    from cascade_rcnn.serve.command import run_serve
+    from cascade_rcnn.serve.settings import API_KEY, ServeSettings
+
+    settings = ServeSettings(
+        max_batch=args.max_batch,
+        max_delay=args.max_delay / 1000,
+        max_queue=args.max_queue,
+        max_bytes=args.max_mb * 1_000_000,
+        max_pixels=args.max_megapixels * 1_000_000,
+        timeout=args.timeout,
+        allow_urls=args.allow_urls,
+        api_key=os.environ.get(API_KEY, ""),
+    )
+    run_serve(
+        args.checkpoint,
+        host=args.host,
+        port=args.port,
+        device=args.device,
+        inference=_inference(args),
+        settings=settings,
+    )
 
 
 def _models(words: Sequence[str]) -> None:
@@ -343,6 +409,12 @@ COMMANDS: dict[str, _Command] = {
         "Finds what would ruin a training on this data set, before it starts.",
         "Exit code 1 when errors were found; warnings and notes alone give 0.",
     ),
+    "serve": _Command(
+        _serve,
+        "Serves a checkpoint over HTTP, with a page to try it.",
+        "POST /predict takes pictures, / is a page for the browser, /metrics is for Prometheus. Clients must send\n"
+        "a key where CASCADE_RCNN_API_KEY is set. Needs pip install 'cascade-rcnn[serve]'.",
+    ),
     "models": _Command(
         _models,
         "Lists published weights by name; a name is taken wherever a checkpoint is.",
@@ -363,7 +435,7 @@ COMMANDS: dict[str, _Command] = {
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = sys.argv[1:] if words is None else words
-    _wait_politely()
+    _let_waiting_threads_sleep()
     try:
         code = _dispatch(words)
         sys.stdout.flush()
@@ -379,10 +451,11 @@ def main(words: Sequence[str] | None = None) -> int:
     return code
 
 
-def _wait_politely() -> None:
+def _let_waiting_threads_sleep() -> None:
     """On a machine that others use, threads sleep while they wait: those that spin take the cores from each other.
 
-    Read by OpenMP when torch is imported. Measured in docs/speed.md; whoever sets one of the variables decides.
+    Why the load decides: beside another training, spinning is nine times slower; alone, sleeping costs a fifth
+    (docs/speed.md). Read by OpenMP when torch is imported; whoever sets one of the variables decides.
     """
     if (
         not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ)
@@ -418,7 +491,7 @@ def _overview() -> str:
 def _print_error(error: UserError) -> None:
     """One line on stderr; of the processes of torchrun only the first one reports what all of them saw."""
     rank = int(os.environ.get("RANK", "0"))
-    message = " ".join(str(error).split("\n"))
+    message = one_line(error)
     if rank == 0:
         print(f"error: {message}", file=sys.stderr)
     elif not isinstance(error, (ConfigError, _UsageError)):
@@ -457,6 +530,9 @@ def _add_device(parser: _Parser) -> None:
     )
     parser.add_argument("--stages", type=_count, metavar="N", help="use the first N stages of the cascade only (all)")
     parser.add_argument(
+        "--max-pixels", type=_count, metavar="N", help="decode images of at most N pixels (as saved, mostly 100000000)"
+    )
+    parser.add_argument(
         "--compile",
         action="store_true",
         help="torch.compile: a minute for each of a few sizes, kept on disk; pays for many images",
@@ -467,7 +543,13 @@ def _inference(args: argparse.Namespace) -> Inference:
     from cascade_rcnn.inference.run_model import Inference
 
     return Inference(
-        args.batch_size, args.precision, args.compile, args.stages, args.score_threshold, args.max_detections
+        batch_size=args.batch_size,
+        precision=args.precision,
+        compile=args.compile,
+        stages=args.stages,
+        score_threshold=args.score_threshold,
+        max_detections=args.max_detections,
+        max_pixels=args.max_pixels,
     )
 
 

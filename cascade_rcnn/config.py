@@ -12,7 +12,7 @@ from typing import Literal
 
 from cascade_rcnn.errors import ConfigError
 
-Semantics = Literal["mmdetection", "detectron2", "paper", "torchvision"]
+SemanticsName = Literal["mmdetection", "detectron2", "paper", "torchvision"]
 
 
 def _require(holds: bool, message: str) -> None:
@@ -36,7 +36,7 @@ class ModelConfig:
     """Batch norm: statistics frozen and affine trained; all frozen; trained; trained over all GPUs; or group norm."""
     frozen_stages: int = 1
     """-1 trains all, 0 freezes the stem, 1 the stem and the first stage, ... 4 the whole backbone."""
-    semantics: Semantics = "mmdetection"
+    semantics: SemanticsName = "mmdetection"
     """Whose training and test details to follow (docs/parity.md)."""
 
     fpn_channels: int = 256
@@ -94,10 +94,18 @@ class ModelConfig:
             f"model.stop_after_stage {self.stop_after_stage}: there are {stages} stages; 0 uses all",
         )
         _require(-1 <= self.frozen_stages <= 4, f"model.frozen_stages {self.frozen_stages}: between -1 and 4")
-        _require(0 <= self.score_threshold < 1, f"model.score_threshold {self.score_threshold}: between 0 and 1")
+        _require(0 <= self.score_threshold < 1, f"model.score_threshold {self.score_threshold}: from 0 to below 1")
         _require(0 < self.nms_iou <= 1, f"model.nms_iou {self.nms_iou}: between 0 and 1")
-        for name in ("max_detections", "test_proposals", "rpn_samples", "roi_samples", "fpn_channels"):
+        counted = ("max_detections", "test_proposals", "rpn_samples", "roi_samples", "fpn_channels", "mask_channels")
+        for name in counted:
             _require(getattr(self, name) >= 1, f"model.{name} {getattr(self, name)}: at least 1")
+        grouped = {"fpn_channels": self.norm == "group" or self.box_head == "4conv1fc_gn"}
+        grouped["mask_channels"] = self.norm == "group" and self.masks != "none"
+        for name, has_groups in grouped.items():
+            _require(
+                not has_groups or getattr(self, name) % 32 == 0,
+                f"model.{name} {getattr(self, name)}: group norm has 32 groups; give a multiple of 32",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

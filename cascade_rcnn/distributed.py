@@ -24,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from cascade_rcnn.errors import ConfigError, UserError
+from cascade_rcnn.messages import shown
 
 # newer versions of torch call it so; both bring the buffers of rank 0 to the others before each forward
 _SYNC_BUFFERS = (
@@ -66,12 +67,10 @@ def world_size() -> int:
 def start(device: str | torch.device | None = None, *, timeout_minutes: float = 30.0) -> Iterator[World]:
     """Join the other processes of a torchrun, or be alone; leave them at the end.
 
-    ``device`` None takes this process's GPU where there is one, else the CPU. GPUs talk over NCCL; host tensors and
-    objects, and everything on CPUs, over gloo. Raises UserError with more processes than GPUs on this machine, and for
-    a device that is not there.
+    ``device`` is as in ``choose_device``, with its errors. GPUs talk over NCCL; host tensors and objects, and
+    everything on CPUs, over gloo.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    chosen = _choose_device(device, local_rank)
+    chosen = choose_device(device)
     joined = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -91,33 +90,42 @@ def start(device: str | torch.device | None = None, *, timeout_minutes: float = 
             dist.destroy_process_group()
 
 
-def usable_device(device: str | torch.device) -> torch.device:
-    """The device of that name. Raises UserError where torch does not know it or this machine does not have it."""
+def choose_device(device: str | torch.device | None = "auto", *, share_gpus: bool = False) -> torch.device:
+    """The device of that name; ``auto`` (or None) is a GPU where there is one, else the CPU.
+
+    Of several GPUs, a process of torchrun takes the one of its own number, any other process the current one. With
+    ``share_gpus`` more processes than GPUs share them.
+
+    Raises:
+        UserError: a device that torch does not know or this machine does not have; more processes than GPUs.
+    """
+    if not isinstance(device, str | torch.device | None):
+        raise UserError(f"device {shown(device)}: give a name, e.g. 'cpu', 'cuda' or 'auto'")
+    name = "auto" if device is None else str(device)
+    if torch.cuda.is_available() and name in ("auto", "cuda"):
+        # not tried out like others: that would take memory of the first GPU in every process
+        return torch.device("cuda", _own_gpu(share_gpus))
     try:
-        chosen = torch.device(device)
+        chosen = torch.device("cpu" if name == "auto" else name)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"device {str(device)!r} cannot be used ({reason}); use cpu, cuda or auto") from error
+        raise UserError(f"device {name!r} cannot be used ({reason}); use cpu, cuda or auto") from error
+    if chosen.type == "meta":
+        raise UserError("device 'meta' holds no numbers; use cpu, cuda or auto")
     return chosen
 
 
-def _choose_device(device: str | torch.device | None, local_rank: int) -> torch.device:
-    if device is None:
-        chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    elif str(device) == "cuda" and torch.cuda.is_available():
-        chosen = torch.device("cuda")  # which one, is said below; trying it out would take memory of the first
-    else:
-        chosen = usable_device(device)
-    if str(chosen) != "cuda":  # a CPU, or a numbered GPU
-        return chosen
-    gpus = torch.cuda.device_count()
-    if local_rank >= gpus:
+def _own_gpu(share: bool) -> int:
+    if "LOCAL_RANK" not in os.environ:
+        return torch.cuda.current_device()
+    local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local_rank >= gpus and not share:
         raise UserError(
             f"process {local_rank + 1} on this machine finds only {gpus} GPUs: start at most {gpus} "
             "processes per machine, or name another --device"
         )
-    return torch.device("cuda", local_rank)
+    return local_rank % gpus
 
 
 def barrier() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from cascade_rcnn import distributed
 from cascade_rcnn.atomic_files import write_json
+from cascade_rcnn.config import Config
 from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.errors import DataError
@@ -18,7 +19,7 @@ from cascade_rcnn.evaluation.evaluate_model import detect_split, evaluate_result
 from cascade_rcnn.evaluation.metrics import Metrics, print_metrics
 from cascade_rcnn.inference.run_model import AS_SAVED, Inference
 from cascade_rcnn.messages import printable
-from cascade_rcnn.score import score
+from cascade_rcnn.score import FORMATS, score
 from cascade_rcnn.zoo.store import published_for
 
 
@@ -45,16 +46,8 @@ def run_evaluate(
     """
     from cascade_rcnn.inference.detector import load
 
-    with distributed.start(None if device == "auto" else device) as world:
-        detector = load(
-            checkpoint,
-            device=world.device,
-            precision=inference.precision,
-            compile=inference.compile,
-            stop_after_stage=inference.stages,
-            score_threshold=inference.score_threshold,
-            max_detections=inference.max_detections,
-        )
+    with distributed.start(device) as world:
+        detector = load(checkpoint, device=world.device, **inference.of_load())
         if world.is_main:
             print(detector.choices())
         chosen = _open(data, split or detector.config.data.val, submission)
@@ -69,11 +62,8 @@ def run_evaluate(
         )
         if not world.is_main:
             return distributed.broadcast({})
-        metrics: Metrics = {}
         notes: list[str] = []
-        if any(len(record.boxes) for record in chosen.records):
-            metrics = evaluate_results(results, detector.config, chosen, notes=notes)
-        metrics |= _official(chosen, results, submission, notes)
+        metrics = _measure(results, detector.config, chosen, submission, notes)
         if metrics:
             title = f"{printable(checkpoint)} on {chosen.name} of {printable(chosen.root)}"
             print_metrics(metrics, notes=notes, title=title)
@@ -81,6 +71,16 @@ def run_evaluate(
         if metrics and out is not None:
             _write_metrics(metrics, out)
         return distributed.broadcast(metrics)
+
+
+def _measure(
+    results: list[dict[str, Any]], config: Config, split: DataSplit, submission: Path | None, notes: list[str]
+) -> Metrics:
+    """COCO metrics, where there are objects, and the benchmark's own."""
+    metrics: Metrics = {}
+    if any(len(record.boxes) for record in split.records):
+        metrics = evaluate_results(results, config, split, notes=notes)
+    return metrics | _official(split, results, submission, notes)
 
 
 def _print_published(checkpoint: Path, metrics: Metrics) -> None:
@@ -98,7 +98,6 @@ def _print_published(checkpoint: Path, metrics: Metrics) -> None:
 
 def _write_metrics(metrics: Metrics, out: Path) -> None:
     path = out / "metrics.json" if out.is_dir() or not out.suffix else out
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, metrics)
     print(f"metrics: {printable(path)}")
 
@@ -119,7 +118,7 @@ def _official(split: DataSplit, results: list[dict[str, Any]], submission: Path 
 
     Where nobody asked for those files, what keeps them from being written is a note, not an error.
     """
-    own_metric = split.format in ("voc", "kitti", "citypersons", "widerface")
+    own_metric = split.format in FORMATS and split.format != "coco"
     if submission is None and not (own_metric and split.truth is not None):
         return {}
     try:

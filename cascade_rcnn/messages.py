@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 def shown(value: object) -> str:
     """A value from a file as it may stand in a one-line message: quoted, printable, short."""
@@ -19,3 +21,10 @@ def one_line(error: BaseException) -> str:
     """What an exception says, on one line; of an operating system's error its reason alone."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__
+
+
+def few_names(names: Iterable[object], *, most: int = 8) -> str:
+    """``cat, dog, cow and 5 more``: the first ``most`` names, in the order given, for a one-line message."""
+    words = [printable(name) for name in names]
+    more = [f"and {len(words) - most} more"] if len(words) > most else []
+    return " ".join([", ".join(words[:most]), *more])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from cascade_rcnn.data.image_ids import ImageId, coco_id, match_names, read_image_ids
 from cascade_rcnn.data.images import to_array
+from cascade_rcnn.distributed import choose_device
 from cascade_rcnn.errors import DataError, UserError
-from cascade_rcnn.evaluation.submission import submit_predictions
+from cascade_rcnn.evaluation.submission import submission_ids, submit_predictions
+from cascade_rcnn.inference.as_dataset import DatasetWriter, dataset_writer
 from cascade_rcnn.inference.detections import Detections
-from cascade_rcnn.inference.detector import Detector, load
-from cascade_rcnn.inference.media import InputFile, VideoReader, VideoWriter, collect
+from cascade_rcnn.inference.detector import Detector, checked_number, load
+from cascade_rcnn.inference.media import InputFile, VideoReader, VideoWriter, collect, listed_endings
 from cascade_rcnn.inference.predictions_file import ResultsFile, join_shards, parse_shard, results_path
 from cascade_rcnn.inference.run_model import AS_SAVED, Inference
 from cascade_rcnn.messages import printable
@@ -39,6 +41,21 @@ class PredictSummary:
     drawn: int = 0  # objects that reach the score of the drawings
     skipped: list[str] = dataclasses.field(default_factory=list)  # one line for each file that could not be read
     results: Path = Path()
+    dataset: Path | None = None  # folder of the data set of what was found
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What ``run_predict`` writes beside drawings, and how."""
+
+    polygons: bool = False  # masks in predictions.json as polygons instead of RLE
+    as_dataset: str = ""  # coco, yolo, labelme or label-studio: also a data set of that format, in a folder of its name
+    copy_images: bool = False  # into that data set, instead of linking them
+    images_from: Path | None = None  # a json that lists the images with their ids
+    submission: tuple[str, Path] | None = None  # the result files of that benchmark, into that folder
+
+
+ONLY_PREDICTIONS = Outputs()
 
 
 def run_predict(
@@ -51,41 +68,41 @@ def run_predict(
     device: str = "auto",
     inference: Inference = AS_SAVED,
     shard: str = "",
-    submission: tuple[str, Path] | None = None,
+    outputs: Outputs = ONLY_PREDICTIONS,
 ) -> PredictSummary:
     """The command ``predict``: drawings and ``predictions.json`` of files, folders (with subfolders) and videos.
 
     Args:
-        out: folder for ``predictions.json`` and ``drawings/``, which repeats the folders of the inputs.
-        score: draw detections from this score on; ``predictions.json`` has all that the model gives.
+        out: folder for ``predictions.json``, ``drawings/``, which repeats the folders of the inputs, and the data set.
+        score: draw, and write into a data set, detections from this score on; ``predictions.json`` has all that the
+            model gives.
         shard: ``i/n`` looks at every n-th image only; under torchrun each process takes its own part by itself.
-        submission: also write the result files of that benchmark (its name) into that folder; not with shards.
+        outputs: polygons, a data set, the benchmark's result files; the last two not with shards.
 
     Raises:
         UserError: an input, checkpoint or folder that cannot be used, or not one readable image.
     """
     out, paths = Path(out), [Path(path) for path in inputs]
+    checked_number("score", score, low=0, high=1)
+    checked_number("batch_size", inference.batch_size, low=1, whole=True)
     part = parse_shard(shard)
     _check_out(out, paths)
-    if submission and part[1] > 1:
-        raise UserError("--submission needs all images in one run: leave --shard away")
-    files = list(islice(collect(paths, leave_out=out), part[0] - 1, None, part[1]))
-    detector = load(
-        checkpoint,
-        device=_own_device(device),
-        precision=inference.precision,
-        compile=inference.compile,
-        stop_after_stage=inference.stages,
-        score_threshold=inference.score_threshold,
-        max_detections=inference.max_detections,
-    )
+    _check_outputs(outputs, part)
+    others: Counter[str] = Counter()
+    everything = list(collect(paths, leave_out=out, others=others))
+    ids = _image_ids([file.name for file in everything if not file.is_video], outputs)
+    dataset = _dataset(outputs, out, everything, checkpoint)
+    detector = load(checkpoint, device=choose_device(device, share_gpus=True), **inference.of_load())
     print(detector.choices())
+    if others and part[0] == 1:
+        print(f"left out, being no images or videos: {listed_endings(others)}", file=sys.stderr)
     summary = PredictSummary(results=results_path(out, part))
     if part[1] > 1:
         summary.results.unlink(missing_ok=True)  # of an earlier run that was broken off: not to be joined with this one
+    job = _Job(detector, summary, score, inference.batch_size, drawings=out / "drawings" if draw else None)
+    job.ids, job.polygons, job.dataset = ids, outputs.polygons, dataset
     with ResultsFile(summary.results) as results:
-        job = _Job(detector, results, summary, out / "drawings" if draw else None, score, inference.batch_size)
-        job.run(files)
+        job.run(everything[part[0] - 1 :: part[1]], results)
         if summary.skipped and not summary.images and part[1] == 1:  # leaves an earlier predictions.json as it is
             raise DataError(_nothing_read(summary))
     if part[1] > 1:
@@ -93,25 +110,83 @@ def run_predict(
     _report(summary, out, score)
     if summary.skipped and not summary.images:
         raise DataError(_nothing_read(summary))
-    if submission:
-        names = [file.name for file in files if not file.is_video]
-        classes = (detector.class_names, detector.category_ids)
-        written = submit_predictions(submission[0], summary.results, names, classes, out=Path(submission[1]))
-        print(f"submission: {printable(written)}")
+    if dataset is not None:
+        summary.dataset = dataset.out
+        print(f"data set: {printable(dataset.out)}: {dataset.finish()}")
+    if outputs.submission:
+        _submit(outputs.submission, summary, everything, detector, ids)
     return summary
+
+
+def _submit(
+    submission: tuple[str, Path],
+    summary: PredictSummary,
+    files: Sequence[InputFile],
+    detector: Detector,
+    ids: dict[str, ImageId],
+) -> None:
+    """The result files of a benchmark; images that could not be read have the empty result."""
+    format, folder = submission
+    names = [file.name for file in files if not file.is_video]
+    classes = (detector.class_names, detector.category_ids)
+    known = ids if format in _NUMBERED else None
+    written = submit_predictions(format, summary.results, names, classes, out=Path(folder), ids=known)
+    print(f"submission: {printable(written)}")
+
+
+_NUMBERED = ("coco", "citypersons")  # benchmarks that know images by number
+
+
+def _image_ids(names: Sequence[str], outputs: Outputs) -> dict[str, ImageId]:
+    """The id of each image whose id is known: from the user's list, else from COCO's own file names.
+
+    Raises:
+        DataError: a submission needs an id that is not known, or two images would have the same.
+    """
+    listed = read_image_ids(outputs.images_from) if outputs.images_from else None
+    where = printable(outputs.images_from)
+    format = outputs.submission[0] if outputs.submission else ""
+    if format in _NUMBERED:
+        ids = submission_ids(format, names, listed, where=where)
+    elif listed is not None:
+        ids = {name: listed[one] for name, one in match_names(names, listed, where=where).items()}
+    else:
+        ids = {name: number for name in names if (number := coco_id(name)) is not None}
+        counts = Counter(ids.values())
+        ids = {name: number for name, number in ids.items() if counts[number] == 1}
+    if listed is not None:
+        missing = len(listed) - len(ids)
+        print(
+            f"{where}: {len(ids)} of {len(names)} images have an id there"
+            + (f"; {missing} of its {len(listed)} images are not looked at" if missing else "")
+        )
+    return ids
+
+
+def _check_outputs(outputs: Outputs, part: tuple[int, int]) -> None:
+    if part[1] > 1:
+        for wanted, option in ((outputs.submission, "--submission"), (outputs.as_dataset, "--as")):
+            if wanted:
+                raise UserError(f"{option} needs all images in one run: leave --shard (or torchrun) away")
+    if outputs.copy_images and not outputs.as_dataset:
+        raise UserError("--copy-images is about the data set that --as writes: add --as coco, or leave it away")
+
+
+def _dataset(outputs: Outputs, out: Path, files: Sequence[InputFile], checkpoint: str | Path) -> DatasetWriter | None:
+    if not outputs.as_dataset:
+        return None
+    folder, name = out / outputs.as_dataset, Path(checkpoint).name
+    writer = dataset_writer(outputs.as_dataset, folder, checkpoint=name, copy=outputs.copy_images)
+    videos = sum(file.is_video for file in files)
+    if videos == len(files):
+        raise UserError("--as writes a data set of images and there are only videos: save their frames as images first")
+    if videos:
+        writer.notes["videos left out"] += videos
+    return writer
 
 
 def _nothing_read(summary: PredictSummary) -> str:
     return f"none of the {len(summary.skipped)} files could be read; first: {summary.skipped[0]}"
-
-
-def _own_device(device: str) -> str:
-    """Under torchrun each process takes the GPU of its own number."""
-    import os
-
-    if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    return device
 
 
 def _check_out(out: Path, inputs: Sequence[Path]) -> None:
@@ -126,31 +201,35 @@ class _Job:
     """The loop over files: decoding and drawing in threads, the network in between."""
 
     def __init__(
-        self,
-        detector: Detector,
-        results: ResultsFile,
-        summary: PredictSummary,
-        drawings: Path | None,
-        score: float,
-        batch_size: int,
+        self, detector: Detector, summary: PredictSummary, score: float, batch_size: int, *, drawings: Path | None
     ) -> None:
-        self.detector, self.results, self.summary = detector, results, summary
-        self.drawings, self.score, self.batch_size = drawings, score, batch_size
+        self.detector, self.summary, self.score, self.batch_size = detector, summary, score, batch_size
+        self.drawings = drawings
+        self.ids: dict[str, ImageId] = {}
+        self.polygons = False
+        self.dataset: DatasetWriter | None = None
         self._pending: deque[Future[None]] = deque()
 
-    def run(self, files: Sequence[InputFile]) -> None:
+    def run(self, files: Sequence[InputFile], results: ResultsFile) -> None:
+        self.results = results
         images = [file for file in files if not file.is_video]
         videos = [file for file in files if file.is_video]
+        if self.dataset is not None:
+            self.dataset.begin(self.detector.class_names, self.detector.category_ids)
         with ThreadPoolExecutor(max_workers=4) as pool, progress_bar(len(images)) as advance:
             for batch in _batches(_ahead(pool, self._read, images, self.batch_size * _AHEAD), self.batch_size):
                 readable = [(file, pixels) for file, pixels in batch if not isinstance(pixels, DataError)]
                 for error in (pixels for _, pixels in batch if isinstance(pixels, DataError)):
                     self._skip(error)
                 for (file, pixels), detections in zip(readable, self._predict([pixels for _, pixels in readable])):
-                    self._keep(detections, {"file_name": file.name, **_known_id(file)})
+                    detections.image_id = self.ids.get(file.name)
+                    self._keep(detections, {"file_name": file.name})
+                    sure = detections[detections.scores >= self.score]
+                    if self.dataset is not None:
+                        self.dataset.add(file.path, file.name, pixels, sure)
                     if self.drawings is not None:
                         target = self.drawings / file.drawing
-                        self._submit(pool.submit(self._draw, file, pixels, detections, target))
+                        self._submit(pool.submit(self._draw, file, pixels, sure, target))
                 advance(len(batch))
             while self._pending:
                 self._pending.popleft().result()
@@ -175,7 +254,9 @@ class _Job:
         self.summary.drawn += int((detections.scores >= self.score).sum())
         self.results.add(
             {**facts, "label": label, "category": name, **result}
-            for label, name, result in zip(detections.labels.tolist(), detections.names, detections.to_coco())
+            for label, name, result in zip(
+                detections.labels.tolist(), detections.names, detections.to_coco(polygons=self.polygons)
+            )
         )
 
     def _submit(self, future: Future[None]) -> None:
@@ -183,10 +264,9 @@ class _Job:
         while len(self._pending) > 4 * self.batch_size + 8:  # bounds the pictures in memory, raises what went wrong
             self._pending.popleft().result()
 
-    def _draw(self, file: InputFile, pixels: NDArray[np.uint8], detections: Detections, target: Path) -> None:
+    def _draw(self, file: InputFile, pixels: NDArray[np.uint8], shown: Detections, target: Path) -> None:
         if target.exists() and target.samefile(file.path):
             raise UserError(f"{printable(target)}: the drawing would overwrite the image itself; choose another --out")
-        shown = detections[detections.scores >= self.score]
         shown.image = pixels
         shown.save(target)
 
@@ -211,11 +291,6 @@ class _Job:
     def _skip(self, error: DataError) -> None:
         self.summary.skipped.append(str(error))
         print(f"skipped: {error}", file=sys.stderr)
-
-
-def _known_id(file: InputFile) -> dict[str, int]:
-    """COCO names its images by their id: 000000397133.jpg is image 397133."""
-    return {"image_id": int(file.path.stem)} if file.path.stem.isascii() and file.path.stem.isdigit() else {}
 
 
 def _ahead(pool: ThreadPoolExecutor, function: Any, things: Iterable[_T], ahead: int) -> Iterator[Any]:

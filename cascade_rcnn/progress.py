@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 
-def steps_bar(step: int, total: int) -> Any:
+def steps_bar(step: int, total: int) -> tuple[Any, Any]:
+    """The bar of a training, at ``step`` of ``total``, and the task in it; running already."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     bar = Progress(

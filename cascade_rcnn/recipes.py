@@ -9,12 +9,15 @@ Every mistake is one line that names the file or option, the value, and what wou
 
 from __future__ import annotations
 
-import contextlib
+import ast
 import dataclasses
 import difflib
-import io
+import inspect
+import itertools
 import json
 import math
+import shutil
+import textwrap
 import traceback
 import typing
 from collections.abc import Mapping, Sequence
@@ -24,6 +27,7 @@ from typing import Any, Literal, TypeVar, Union
 
 from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
 from cascade_rcnn.errors import ConfigError
+from cascade_rcnn.messages import one_line
 
 # Keys that older versions wrote into config.json and checkpoints: the key of today, or None where it has no meaning
 # any more. Keys that an older version did not know yet take their defaults.
@@ -145,9 +149,7 @@ def apply_overrides(config: Config, arguments: Sequence[str]) -> Config:
 
 
 def settings_help(recipe: Sequence[str]) -> str:
-    """All settings with types, values (of a recipe, if one is named) and meaning, as tyro reads them."""
-    import tyro
-
+    """All settings with their forms, values (of a recipe, if one is named) and meanings, for ``--help``."""
     config = load_config(recipe[0]) if recipe else Config()
     whose = (
         f"with the values of {recipe[0]}"
@@ -155,14 +157,65 @@ def settings_help(recipe: Sequence[str]) -> str:
         else "with the values of a recipe that leaves them out\n"
         "('cascade-rcnn train CONFIG --help' shows those of CONFIG)"
     )
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        tyro.cli(Config, default=config, args=["--help"], prog="cascade-rcnn train CONFIG")
-    lines = text.getvalue().splitlines()
-    first = next((i for i, line in enumerate(lines) if "model options" in line), 0)  # behind tyro's own usage
-    return "\n".join(
-        [f"Settings, changed by --key.sub value, {whose}:", "", *(line.rstrip() for line in lines[first:])]
-    )
+    width = min(shutil.get_terminal_size().columns, 100)
+    lines = [f"Settings, changed by --key.sub value, {whose}:"]
+    for section, part in vars(config).items():
+        cls = type(part)
+        if not dataclasses.is_dataclass(cls):
+            continue
+        about = " ".join((cls.__doc__ or "").split()).replace("``", "")
+        lines += ["", *textwrap.wrap(f"{section}: {about}", width), ""]
+        meanings, hints = _meanings(cls), typing.get_type_hints(cls)
+        for name, value in vars(part).items():
+            lines.append(f"  {_form(f'{section}.{name}', hints[name])}")
+            text = f"{meanings.get(name, '')} (default: {_as_words(value)})".strip()
+            lines += textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join(lines)
+
+
+def _meanings(cls: type) -> dict[str, str]:
+    """The docstring below each field of a dataclass, on one line."""
+    (node,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(node, ast.ClassDef)
+    found = {}
+    for statement, after in itertools.pairwise(node.body):
+        if not isinstance(statement, ast.AnnAssign):
+            continue
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            found[ast.unparse(statement.target)] = " ".join(str(after.value.value).split()).replace("``", "")
+    return found
+
+
+def _form(key: str, hint: Any) -> str:
+    """How a setting is written on the command line: ``--train.lr NUMBER``, ``--data.flip-x, --data.no-flip-x``."""
+    option = "--" + key.replace("_", "-")
+    if hint is bool:
+        return f"{option}, {option.replace('.', '.no-', 1)}"
+    return f"{option} {_placeholder(hint)}"
+
+
+def _placeholder(hint: Any) -> str:
+    origin, parameters = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, UnionType):
+        return f"{_placeholder(_without_none(hint))} | none"
+    if origin is Literal:
+        return "{" + ",".join(parameters) + "}"
+    if origin is tuple:
+        if parameters[-1] is Ellipsis:
+            return f"{_placeholder(parameters[0])} ..."
+        return " ".join(map(_placeholder, parameters))
+    return {int: "INTEGER", float: "NUMBER", bool: "true|false"}.get(hint, "TEXT")
+
+
+def _as_words(value: object) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, tuple):
+        return " ".join(map(_as_words, value)) or "none given"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if value != "" else "''"
 
 
 def _moved_milestones(train: TrainConfig, epochs: int) -> tuple[int, ...]:
@@ -216,7 +269,7 @@ def _load_python(path: Path) -> Config:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        raise ConfigError(f"{path}, line {lines[-1] if lines else '?'}: {_one_line(error)}") from error
+        raise ConfigError(f"{path}, line {lines[-1] if lines else '?'}: {_told(error)}") from error
     config = names.get("config")
     if not isinstance(config, Config):
         found = "nothing of that name" if config is None else f"config is a {type(config).__name__}"
@@ -234,9 +287,9 @@ def _load_json(path: Path) -> Config:
     return config_from_dict(values, source=str(path))
 
 
-def _one_line(error: Exception) -> str:
+def _told(error: Exception) -> str:
     """A ConfigError speaks for itself; of Python's own errors the kind is worth telling (NameError, TypeError)."""
-    message = " ".join(str(error).split())
+    message = one_line(error)
     if isinstance(error, ConfigError):
         return message
     if isinstance(error, TypeError) and "unexpected keyword argument" in message:
@@ -274,7 +327,7 @@ def _with_current_keys(values: Mapping[str, Any]) -> Mapping[str, Any]:
 def _build(cls: type[_Section], values: object, *, source: str, prefix: str) -> _Section:
     if not isinstance(values, Mapping):
         where = f"{source}: {prefix.rstrip('.')}" if prefix else source
-        raise ConfigError(f"{where} is {_short(values)}, expected an object with settings")
+        raise ConfigError(f"{where} is {_in_json(values)}, expected an object with settings")
     hints = typing.get_type_hints(cls)
     arguments: dict[str, Any] = {}
     for name, value in values.items():
@@ -315,10 +368,10 @@ def _check(value: Any, hint: Any, *, where: str) -> Any:
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise ConfigError(f"{where} is {_short(value)}, expected {_describe(hint)}")
+    raise ConfigError(f"{where} is {_in_json(value)}, expected {_describe(hint)}")
 
 
-def _short(value: object) -> str:
+def _in_json(value: object) -> str:
     text = json.dumps(value, default=repr)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -5,12 +5,12 @@ cascade-rcnn score --format coco --truth instances_val2017.json --results result
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+from cascade_rcnn.atomic_files import write_json
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation.metrics import Metrics, print_metrics
-
-FORMATS = ("coco", "voc", "kitti", "citypersons", "widerface")
 
 
 def run_score(
@@ -27,9 +27,8 @@ def run_score(
     overlap = f", overlap {iou:g}" if format == "voc" else ""
     print_metrics(metrics, notes=notes, title=f"{results} against {truth}{overlap}")
     if out is not None:
-        from cascade_rcnn.evaluation.submission import write_json
-
-        path = write_json(out / "metrics.json" if out.is_dir() else out, metrics)
+        path = out / "metrics.json" if out.is_dir() else out
+        write_json(path, metrics)
         print(f"Written to {path} (values in 0..1)")
     return metrics
 
@@ -42,24 +41,49 @@ def score(
         raise DataError(f"iou {iou}: above 0 and at most 1")
     if format in ("coco", "citypersons") and (results / "results.json").is_file():
         results = results / "results.json"  # the folder that --submission wrote
-    if format == "coco":
-        from cascade_rcnn.evaluation.coco import evaluate_coco_files
+    if format not in FORMATS:
+        raise DataError(f"format {format!r}: choose one of {', '.join(FORMATS)}")
+    return _EVALUATIONS[format](truth, results, split, iou, notes)
 
-        return evaluate_coco_files(truth, results, notes=notes)
-    if format == "voc":
-        from cascade_rcnn.evaluation.voc import evaluate_voc
 
-        return evaluate_voc(truth, results, split=split, iou=iou, notes=notes)
-    if format == "kitti":
-        from cascade_rcnn.evaluation.kitti import evaluate_kitti
+# Each is imported when it is wanted: the command line asks for the names alone.
 
-        return evaluate_kitti(truth, results, notes=notes)
-    if format == "citypersons":
-        from cascade_rcnn.evaluation.citypersons import evaluate_citypersons
 
-        return evaluate_citypersons(truth, results, notes=notes)
-    if format == "widerface":
-        from cascade_rcnn.evaluation.widerface import evaluate_widerface
+def _coco(truth: Path, results: Path, split: str, iou: float, notes: list[str] | None) -> Metrics:
+    from cascade_rcnn.evaluation.coco import evaluate_coco_files
 
-        return evaluate_widerface(truth, results, notes=notes)
-    raise DataError(f"format {format!r}: choose one of {', '.join(FORMATS)}")
+    return evaluate_coco_files(truth, results, notes=notes)
+
+
+def _voc(truth: Path, results: Path, split: str, iou: float, notes: list[str] | None) -> Metrics:
+    from cascade_rcnn.evaluation.voc import evaluate_voc
+
+    return evaluate_voc(truth, results, split=split, iou=iou, notes=notes)
+
+
+def _kitti(truth: Path, results: Path, split: str, iou: float, notes: list[str] | None) -> Metrics:
+    from cascade_rcnn.evaluation.kitti import evaluate_kitti
+
+    return evaluate_kitti(truth, results, notes=notes)
+
+
+def _citypersons(truth: Path, results: Path, split: str, iou: float, notes: list[str] | None) -> Metrics:
+    from cascade_rcnn.evaluation.citypersons import evaluate_citypersons
+
+    return evaluate_citypersons(truth, results, notes=notes)
+
+
+def _widerface(truth: Path, results: Path, split: str, iou: float, notes: list[str] | None) -> Metrics:
+    from cascade_rcnn.evaluation.widerface import evaluate_widerface
+
+    return evaluate_widerface(truth, results, notes=notes)
+
+
+_EVALUATIONS: dict[str, Callable[[Path, Path, str, float, list[str] | None], Metrics]] = {
+    "coco": _coco,
+    "voc": _voc,
+    "kitti": _kitti,
+    "citypersons": _citypersons,
+    "widerface": _widerface,
+}
+FORMATS = tuple(_EVALUATIONS)

@@ -98,20 +98,12 @@ class Targets(_TensorBatch):
 
 
 @dataclass
-class OriginalFrame(_TensorBatch):
-    """The images of a batch before resizing, for what Detectron computes in their own pixels."""
-
-    scales: Tensor  # float32 [B], from original pixels to the network's, both axes alike
-    sizes: Tensor  # int64 [B, 2], (height, width)
-
-
-@dataclass
 class Proposals(_TensorBatch):
     """Boxes that the RPN or a stage hands to the next stage."""
 
     boxes: Tensor  # float32 [B, N, 4], xyxy in pixels of the network input
-    scores: Tensor  # float32 [B, N]; -inf where not valid
     valid: Tensor  # bool [B, N]
+    scores: Tensor | None = None  # float32 [B, N], the RPN's; -inf where not valid
 
 
 @dataclass

@@ -1,16 +1,17 @@
-"""Training: one loop, read from top to bottom.
+"""Training: one set-up and one loop, read from top to bottom.
 
     cascade-rcnn train CONFIG --data DIR --out RUN [--resume]
     torchrun --nproc-per-node 8 -m cascade_rcnn train CONFIG ...
 
 A pass is one batch through the network; ``accumulate`` passes make a step; an epoch is every image once (times
-``data.repeat``). What a run holds and how it is saved is in ``run.py``; docs/train.md tells it from outside.
+``data.repeat``). How long a run is stands in ``training/schedule.py``, what it saves in ``training/run_folder.py``.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,14 +19,26 @@ import torch
 from torch import Tensor
 
 from cascade_rcnn import distributed
+from cascade_rcnn.atomic_files import write_json
 from cascade_rcnn.check.dataset import check_before_training
-from cascade_rcnn.config import Config
+from cascade_rcnn.config import Config, finetune_schedule
+from cascade_rcnn.data.formats.open import open_split
+from cascade_rcnn.data.loader import Upload, train_loader
 from cascade_rcnn.errors import UserError
+from cascade_rcnn.evaluation.evaluate_model import match_classes
+from cascade_rcnn.messages import one_line
+from cascade_rcnn.models.build import build_model
+from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
+from cascade_rcnn.training.data import open_validation, training_dataset
+from cascade_rcnn.training.init_weights import start_from
 from cascade_rcnn.training.interrupts import Interrupts, StopNow, TrainingInterrupted, Watchdog
-from cascade_rcnn.training.log import LossWindow, RunLog
-from cascade_rcnn.training.optim import lr_factor
-from cascade_rcnn.training.random_state import reproducible
-from cascade_rcnn.training.run import Run, refuse_overwriting
+from cascade_rcnn.training.log import RunLog
+from cascade_rcnn.training.losses import LossWindow
+from cascade_rcnn.training.optim import MovingAverage, Updater
+from cascade_rcnn.training.random_state import get_generators, reproducible, seed_generators
+from cascade_rcnn.training.run import Run
+from cascade_rcnn.training.run_folder import claim_folder, find_resumable_state, read_state
+from cascade_rcnn.training.schedule import Schedule, lr_factor, scaled_lr
 
 
 def train(config: Config, *, out: Path, resume: bool = False, device: str | torch.device | None = None) -> Path:
@@ -49,14 +62,14 @@ def train(config: Config, *, out: Path, resume: bool = False, device: str | torc
         run: Run | None = None
         try:
             with interrupts.at_once():
-                run = Run(config, out, world, log, resume=resume)
+                run = set_up(config, out, world, log, resume=resume)
             while True:
-                if run.evaluation_due():
-                    watchdog.rest()  # an evaluation takes as long as it takes
+                if run.schedule.evaluation_due(run.progress):
+                    watchdog.pause()  # an evaluation takes as long as it takes
                     with interrupts.at_once(), log.paused():  # all is saved: a signal may break this off anywhere
                         metrics = run.evaluate()
-                    run.judge(metrics)
-                if run.finished():
+                    run.record_evaluation(metrics)
+                if run.schedule.finished(run.progress):
                     return run.finish()
                 train_epoch(run, interrupts, watchdog)
         except StopNow:
@@ -74,10 +87,82 @@ def train(config: Config, *, out: Path, resume: bool = False, device: str | torc
                 run.loader.close()
 
 
+def set_up(config: Config, out: Path, world: distributed.World, log: RunLog, *, resume: bool) -> Run:
+    """The data, the network, its optimizer; on top of them what an interrupted run has saved."""
+    resuming = claim_folder(out, world, log, resume=resume or world.restarts > 0)
+
+    data = open_split(config.data.root, config.data.train)
+    config = finetune_schedule(config, len(data))
+    settings = config.train
+    validation = open_validation(config, log) if settings.evaluate_every else None
+    class_map = match_classes(data.class_names, validation, out) if validation else None
+    dataset = training_dataset(config, data)
+    loader = train_loader(
+        dataset, batch_size=settings.batch_size, rank=world.rank, world_size=world.size, seed=settings.seed
+    )
+    loader.set_epoch(0)
+    schedule = Schedule.of(settings, passes_per_epoch=len(loader), world_size=world.size)
+
+    model = build_network(config, data.class_names, world, log, resuming=resuming)
+    rate, about_rate = scaled_lr(settings, schedule.images_per_step, passes=schedule.passes_per_step)
+    updater = Updater(model, settings, lr=rate, device=world.device)
+    seed_generators(settings.seed, world.rank, 0)
+    run = Run(
+        config=config,
+        out=out,
+        world=world,
+        log=log,
+        data=data,
+        validation=validation,
+        class_map=class_map,
+        loader=loader,
+        schedule=schedule,
+        model=model,
+        updater=updater,
+        average=MovingAverage(model, settings.ema) if settings.ema else None,
+        losses=LossWindow(max_bad=settings.max_bad_losses, scaled=updater.scales_loss),
+        upload=Upload(world.device),
+        vote=distributed.Vote(world.device),
+        generators=get_generators(world.device),
+    )
+    state = distributed.broadcast(
+        read_state(out) if resuming and world.is_main else None
+    )  # only rank 0 needs the folder
+    if state is not None:
+        run.restore(state)
+
+    if settings.compile:
+        from cascade_rcnn.inference.compiled import compile_for_training
+
+        compile_for_training(model, fixed_sizes=bool(dataset.config.pad_buckets))
+    run.wrapped = distributed.wrap(model, world, norm=config.model.norm)
+    if world.is_main:
+        write_json(out / "config.json", config.to_dict())
+    for line in run.description(about_rate, resumed=resuming):
+        log.say(line)
+    log.begin(run.progress.step, schedule.total_steps, evaluated=run.progress.evaluated)
+    return run
+
+
+def build_network(
+    config: Config, class_names: Sequence[str], world: distributed.World, log: RunLog, *, resuming: bool
+) -> CascadeRCNN:
+    """The network on its device, with the weights that a new run starts from."""
+    settings = config.train
+    torch.manual_seed(settings.seed)  # the same first weights in every process
+    fresh = not resuming and not settings.init
+    model = build_model(config.model, len(class_names), pretrained=fresh).to(world.device)
+    if settings.init and not resuming:
+        log.say(start_from(model, Path(settings.init), class_names))
+    if config.model.norm == "sync":
+        model = distributed.with_synchronised_norm(model, world)
+    model.set_activation_checkpointing(settings.activation_checkpointing)
+    return model
+
+
 def train_epoch(run: Run, interrupts: Interrupts, watchdog: Watchdog) -> None:
     """What is left of an epoch; saves at its end, every ``save_every`` steps, and when a signal asks to stop."""
     settings, world, log, progress = run.config.train, run.world, run.log, run.progress
-    window = LossWindow(max_bad=settings.max_bad_losses, scaled=run.updater.scales_loss)
     # one of several processes may not leave by itself while it waits for data: they agree after the step
     breakable = interrupts.at_once if world.size == 1 else nullcontext
     with breakable(), log.waiting():
@@ -85,34 +170,36 @@ def train_epoch(run: Run, interrupts: Interrupts, watchdog: Watchdog) -> None:
         batches = run.batches()
         interrupts.keep_worker_deaths_quiet()
     run.model.train()
-    for passes in run.rest_of_epoch():
+    for passes in run.schedule.rest_of_epoch(progress):
         for number in range(passes):
             watchdog.now(f"step {progress.step}, waiting for data")
             with breakable(), log.waiting():
                 images, targets = next(batches)
             watchdog.now(f"step {progress.step}, images {', '.join(images.paths)}")
-            run.look_at(images, targets)
+            log.batch(images, targets, run.data.class_names)
+            run.report_bad_images(images)
             with distributed.without_sync(run.wrapped, active=number + 1 < passes):
                 with run.updater.forward():
                     losses: dict[str, Tensor] = run.wrapped(*run.upload(images, targets))
                 run.updater.backward(torch.stack(list(losses.values())).sum() / passes)
-            window.add_pass(losses, images.paths)
+            run.losses.add_pass(losses, images.paths)
 
-        factor = lr_factor(settings, progress.step, steps_per_epoch=run.steps_per_epoch)
+        factor = lr_factor(settings, progress.step, steps_per_epoch=run.schedule.steps_per_epoch)
         norm = run.updater.step(factor)
         if run.average is not None:
             run.average.update()
-        messages = window.end_step(progress.step, norm)
+        messages = run.losses.end_step(progress.step, norm)
         run.advance(passes)
         log.tick(progress.step, passes * settings.batch_size)
 
-        ended = progress.passes == 0 or run.finished()
+        ended = progress.passes == 0 or run.schedule.finished(progress)
         if ended or progress.step % settings.log_every == 0:
-            values, more = window.read()
+            values, more = run.losses.read()
             messages += more
-            log.step(progress.step, run.epochs_done(), {**values, "lr": run.updater.lr * factor}, device=world.device)
+            epochs, rate = run.schedule.epochs_done(progress), run.updater.lr * factor
+            log.step(progress.step, epochs, {**values, "lr": rate}, device=world.device)
         for message in messages:
-            run.say_anywhere(message)
+            log.say_from_any_rank(message)
         stop = run.vote.cast(bool(interrupts.pending))
         if stop or ended or (settings.save_every and progress.step % settings.save_every == 0):
             watchdog.now(f"step {progress.step}, saving")
@@ -124,7 +211,7 @@ def train_epoch(run: Run, interrupts: Interrupts, watchdog: Watchdog) -> None:
 def run_train(config: Config, *, out: Path, resume: bool = False, check: bool = True) -> None:
     """The command: look at the data first, unless told not to, then train."""
     if int(os.environ.get("RANK", 0)) == 0:  # the other processes wait for it in ``train``
-        refuse_overwriting(out, resume=resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
+        find_resumable_state(out, resume=resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
         if check:
             check_before_training(config)
     train(config, out=out, resume=resume)
@@ -147,4 +234,4 @@ def _out_of_memory(config: Config, error: Exception) -> str:
         f"lower data.long_side (now {config.data.long_side}) and data.short_side",
         f"lower model.roi_samples (now {config.model.roi_samples})",
     ]
-    return f"out of GPU memory ({' '.join(str(error).split())[:120]}): {'; '.join(ways)}"
+    return f"out of GPU memory ({one_line(error)[:120]}): {'; '.join(ways)}"

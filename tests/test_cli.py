@@ -105,6 +105,22 @@ def test_help_of_train_lists_every_setting(capsys: pytest.CaptureFixture[str]) -
         assert [name for name in names if f"--{name.replace('_', '-')}" not in text] == []
 
 
+def test_help_of_train_says_how_settings_are_written(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "--help"])
+    text = capsys.readouterr().out
+    for line in (
+        "--train.deterministic, --train.no-deterministic",
+        "--train.lr NUMBER",
+        "--train.epochs INTEGER",
+        "--data.root TEXT",
+        "--train.schedule {multistep,cosine}",
+        "--model.stage-ious NUMBER ...",
+        "--model.stage-stds NUMBER NUMBER NUMBER NUMBER ... | none",
+        "Images per process and pass. (default: 2)",  # the docstring below the field
+    ):
+        assert f"  {line}\n" in text, line
+
+
 def test_train_help_shows_the_values_of_the_recipe_that_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     main(["train", "--help"])
     plain = capsys.readouterr().out
@@ -318,5 +334,5 @@ def test_threads_sleep_while_they_wait_on_a_busy_machine(
     environment = dict(given)
     monkeypatch.setattr(cli.os, "environ", environment)
     monkeypatch.setattr(cli.os, "getloadavg", lambda: (load, load, load), raising=False)
-    cli._wait_politely()
+    cli._let_waiting_threads_sleep()
     assert environment.get("OMP_WAIT_POLICY") == expected

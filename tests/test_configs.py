@@ -14,6 +14,7 @@ import torch
 
 import locations
 from cascade_rcnn.config import DataConfig, ModelConfig, TrainConfig
+from cascade_rcnn.errors import ConfigError
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.recipes import config_names, load_config
 
@@ -113,3 +114,19 @@ def test_the_migration_page_names_settings_and_recipes_that_exist() -> None:
     assert recipes and recipes <= set(config_names()) | {"cascade_mask_rcnn_r50_fpn_1x_coco_20200203"}
     for link in re.findall(r"\]\((\w+\.md)\)", text):
         assert link in ("data.md", "parity.md")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"norm": "group", "masks": "every", "mask_channels": 16}, "model.mask_channels 16: group norm has 32 groups"),
+        ({"norm": "group", "fpn_channels": 48}, "model.fpn_channels 48: group norm has 32 groups"),
+        ({"box_head": "4conv1fc_gn", "fpn_channels": 100}, "model.fpn_channels 100"),
+        ({"masks": "every", "mask_channels": 0}, "model.mask_channels 0: at least 1"),
+    ],
+)
+def test_channels_that_group_norm_cannot_divide_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        ModelConfig(**settings)
+    ModelConfig(**(settings | {"mask_channels": 64, "fpn_channels": 64}))
+    ModelConfig(mask_channels=16, masks="every")  # without group norm any number will do

@@ -17,7 +17,7 @@ from cascade_rcnn.recipes import config_names
 
 REPOSITORY = locations.REPOSITORY
 PACKAGE = Path(cascade_rcnn.__file__).resolve().parent
-HEAVY = ("torch", "torchvision", "timm", "numpy", "scipy", "PIL", "rich", "tyro", "faster_coco_eval")
+HEAVY = ("torch", "torchvision", "timm", "numpy", "scipy", "PIL", "rich", "faster_coco_eval")
 
 
 def test_public_names_are_these() -> None:
@@ -61,14 +61,12 @@ def test_import_loads_nothing_heavy() -> None:
 
 def test_the_type_checker_sees_the_same_names_as_python() -> None:
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    guarded = [node for node in tree.body if isinstance(node, ast.If)]
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
     imported = {
-        (node.names[0].asname, node.module)
-        for block in guarded
-        for node in block.body
-        if isinstance(node, ast.ImportFrom)
+        (alias.name, node.module) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
-    assert imported == {(name, f"cascade_rcnn.{module}") for name, module in cascade_rcnn._MODULE_OF.items()}
+    lazy = cascade_rcnn._NEEDS_TORCH
+    assert imported == {(name, f"cascade_rcnn.inference.{module}") for name, module in lazy.items()}
 
 
 def test_the_distribution_carries_version_types_licence_and_recipes() -> None:

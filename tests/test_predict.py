@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+import struct
 import sys
+import threading
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,21 +15,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from faster_coco_eval.core import mask as coco_mask
 from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
 from cascade_rcnn import load
 from cascade_rcnn.checkpoint import save_checkpoint
+from cascade_rcnn.cli import main
 from cascade_rcnn.config import Config, DataConfig, ModelConfig
+from cascade_rcnn.distributed import choose_device
 from cascade_rcnn.errors import CheckpointError, ConfigError, DataError, UserError
 from cascade_rcnn.inference.detections import Detections
-from cascade_rcnn.inference.detector import Detector, choose_device
+from cascade_rcnn.inference.detector import Detector
 from cascade_rcnn.inference.media import VideoReader, VideoWriter, collect
 from cascade_rcnn.inference.predictions_file import NAME, ResultsFile, join_shards, parse_shard
 from cascade_rcnn.inference.run_model import Inference
 from cascade_rcnn.models.build import build_model
-from cascade_rcnn.predict import run_predict
+from cascade_rcnn.predict import Outputs, run_predict
 from cascade_rcnn.structures import ImageBatch, RawDetections
 from small_training import small_config, small_data
 
@@ -95,6 +102,24 @@ def test_every_kind_of_input_gives_the_same_boxes(tmp_path: Path) -> None:
         assert found.boxes[0].tolist() == pytest.approx(BOX, abs=1.0)
 
 
+def test_bytes_and_open_files_are_files(tmp_path: Path) -> None:
+    """Turned upright too, as the file itself is; an array has no orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "lamp.jpg"
+    Image.fromarray(picture()).rotate(90, expand=True).save(path, exif=exif, quality=95)
+    content = path.read_bytes()
+    with path.open("rb") as stream:
+        images: list[Any] = [path, content, bytearray(content), memoryview(content), io.BytesIO(content), stream]
+        for found in make_detector().predict(images, batch_size=2):
+            assert found.size == (48, 100) and found.draw().size == (100, 48)
+            assert found.boxes[0].tolist() == pytest.approx(BOX, abs=1.0)
+        with pytest.raises(UserError, match=r"lamp\.jpg: holds no bytes.*seek\(0\)"):
+            make_detector().predict(stream)
+    with path.open("r") as text, pytest.raises(UserError, match="mode 'rb'"):
+        make_detector().predict(text)  # type: ignore[arg-type]
+
+
 def test_grey_pictures_are_taken(tmp_path: Path) -> None:
     grey = picture()[:, :, 0]
     Image.fromarray(grey).save(tmp_path / "grey.png")
@@ -145,6 +170,11 @@ def test_a_file_is_turned_upright_by_its_exif_orientation(tmp_path: Path) -> Non
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "list of images"),
         (Image.new("F", (8, 8)), "mode F"),
         (17, "cannot predict on int"),
+        (None, "cannot predict on NoneType.*cv2.imread"),
+        (b"", "bytes of an image: holds no bytes"),
+        (b"no picture", "bytes of an image: cannot be read as an image"),
+        (io.BytesIO(), "BytesIO of an image: holds no bytes"),
+        (io.StringIO("text"), "StringIO of an image: gives text"),
         ("nowhere.jpg", "no such file"),
     ],
 )
@@ -160,8 +190,12 @@ def test_damaged_and_huge_files_are_told_in_one_line(tmp_path: Path) -> None:
         make_detector().predict(tmp_path / "broken.jpg")
     Image.new("1", (300, 200)).save(tmp_path / "huge.png")
     small = Config(data=DataConfig(max_pixels=59_999))
-    with pytest.raises(DataError, match="300x200"):
-        Detector(FindsBright(), small, ("lamp", "ghost")).predict(tmp_path / "huge.png")  # type: ignore[arg-type]
+    detector = Detector(FindsBright(), small, ("lamp", "ghost"))  # type: ignore[arg-type]
+    for image in (tmp_path / "huge.png", (tmp_path / "huge.png").read_bytes()):
+        with pytest.raises(DataError, match=r"300x200 is more than max_pixels 59999; raise it .*load\(max_pixels=N\)"):
+            detector.predict(image)
+    Image.fromarray(picture(200, 300)).save(tmp_path / "huge.png")
+    assert len(detector.predict(tmp_path / "huge.png", max_pixels=60_000)) == 2  # the advice works
     with pytest.raises(DataError, match="folder"):
         make_detector().predict(tmp_path)
 
@@ -213,6 +247,146 @@ def test_settings_of_test_time_can_be_changed_when_loading(checkpoint: Path) -> 
     assert not torch.equal(first.boxes, load(checkpoint, device="cpu").predict(picture()).boxes)
     with pytest.raises(ConfigError, match="stop_after_stage 9"):
         load(checkpoint, device="cpu", stop_after_stage=9)
+    Image.fromarray(picture()).save(checkpoint.parent / "one.png")
+    with pytest.raises(DataError, match="100x48 is more than max_pixels 4799"):
+        load(checkpoint, device="cpu", max_pixels=4799).predict(checkpoint.parent / "one.png")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"precision": "banana"}, "precision 'banana': choose one of auto, fp32, tf32, bf16"),
+        ({"precision": "fp16"}, "precision 'fp16'"),
+        ({"precision": None}, "precision None"),
+        ({"score_threshold": 50}, "score_threshold 50: give a number from 0 to 1; for 50 per cent write 0.5"),
+        ({"score_threshold": -0.1}, "score_threshold -0.1"),
+        ({"score_threshold": float("nan")}, "score_threshold nan"),
+        ({"score_threshold": "0.5"}, "score_threshold '0.5': give a number"),
+        ({"score_threshold": True}, "score_threshold True"),
+        ({"score_threshold": 1.0}, "from 0 to below 1"),
+        ({"max_detections": 0}, "max_detections 0: give a whole number of at least 1"),
+        ({"max_detections": 2.5}, "max_detections 2.5: give a whole number"),
+        ({"max_detections": "many"}, "max_detections 'many'"),
+        ({"stop_after_stage": -1}, "stop_after_stage -1"),
+        ({"max_pixels": 0}, "max_pixels 0: give a whole number of at least 1"),
+        ({"device": "abacus"}, "device 'abacus' cannot be used"),
+        ({"device": None}, "device None: give a name"),
+        ({"device": 0}, "device 0: give a name"),
+        ({"compile": "yes"}, "compile 'yes': give True or False"),
+    ],
+)
+def test_wrong_words_of_load_are_told_in_one_line(checkpoint: Path, words: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(checkpoint, **({"device": "cpu"} | words))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"score_threshold": 50}, "for 50 per cent write 0.5"),
+        ({"score_threshold": float("nan")}, "score_threshold nan"),
+        ({"batch_size": 1.5}, "batch_size 1.5: give a whole number"),
+        ({"max_pixels": -1}, "max_pixels -1"),
+    ],
+)
+def test_wrong_words_of_predict_are_told_in_one_line(words: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_detector().predict(picture(), **words)
+    assert message in str(caught.value)
+
+
+def test_wrong_words_of_the_command_are_told_before_anything_is_written(tmp_path: Path, checkpoint: Path) -> None:
+    Image.fromarray(picture()).save(tmp_path / "one.png")
+    for words, message in (
+        ({"score": 50}, "score 50"),
+        ({"inference": Inference(batch_size=0)}, "batch_size 0"),
+        ({"inference": Inference(precision="banana")}, "precision 'banana'"),  # type: ignore[arg-type]
+        ({"inference": Inference(max_detections=0)}, "max_detections 0"),
+        ({"outputs": Outputs(as_dataset="pascal")}, "data set format 'pascal': choose one of coco, yolo"),
+        ({"outputs": Outputs(copy_images=True)}, "add --as coco"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_predict(checkpoint, [tmp_path / "one.png"], out=tmp_path / "out", device="cpu", **words)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--precision banana", "'banana'"),
+        ("--score-threshold 50", "'50' is not a number between 0 and 1"),
+        ("--score-threshold 1", "model.score_threshold 1.0: from 0 to below 1"),
+        ("--max-detections 0", "'0' is not a whole number"),
+        ("--max-pixels 1e6", "'1e6' is not a whole number"),
+        ("--stages 9", "there are 3 stages"),
+        ("--device abacus", "device 'abacus'"),
+        ("--as voc", "'voc'"),
+        ("--as coco --shard 1/2", "leave --shard (or torchrun) away"),
+        ("--images-from one.png", "not valid JSON"),
+        ("--submission sent", "add --images-from FILE"),
+        ("--max-pixels 4799", "100x48 is more than max_pixels 4799"),
+    ],
+)
+def test_wrong_words_of_the_command_line(
+    words: str,
+    message: str,
+    tmp_path: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(picture()).save("one.png")
+    assert main(["predict", str(checkpoint), "one.png", "--out", "out", "--device", "cpu", *words.split()]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1].startswith("error: ") and message in told[-1]
+    assert not Path("out/predictions.json").exists() and not Path("sent").exists()
+
+
+def test_a_detector_moves_to_another_device(checkpoint: Path) -> None:
+    detector = load(checkpoint, device="cpu")
+    before = detector.predict(picture())
+    assert detector.to("cpu") is detector and detector.to(torch.device("cpu")).to("auto") is detector
+    detector.to("cpu")
+    assert torch.equal(detector.predict(picture()).boxes, before.boxes)
+    for device in ("abacus", "meta", None, "cuda:99"):
+        with pytest.raises(UserError, match="device"):
+            detector.to(device)  # type: ignore[arg-type]
+    assert str(detector.model.mean.device) == "cpu"
+
+
+def test_threads_share_a_network_in_training_mode() -> None:
+    """Whoever is done first must not put it back while others still predict."""
+
+    class Watches(FindsBright):
+        def __init__(self) -> None:
+            super().__init__()
+            self.modes: list[bool] = []
+            self.first, self.second = threading.Event(), threading.Event()
+
+        def detect(self, images: ImageBatch) -> RawDetections:
+            late = not self.first.is_set()
+            self.first.set()
+            if late:  # the first waits until the second is done
+                assert self.second.wait(10)
+            self.modes.append(self.training)
+            return super().detect(images)
+
+    network = Watches()
+    detector = Detector.from_model(network, make_detector().config, ("lamp", "ghost"))  # type: ignore[arg-type]
+    assert network.training
+    thread = threading.Thread(target=detector.predict, args=(picture(),))
+    thread.start()
+    assert network.first.wait(10)
+    detector.predict(picture())
+    network.second.set()
+    thread.join()
+    assert network.modes == [False, False] and network.training
+    detector.predict(picture())
+    assert network.training and not network.eval().training
+    detector.predict(picture())
+    assert not network.training
 
 
 def test_bad_checkpoints_and_devices_are_told_in_one_line(tmp_path: Path, checkpoint: Path) -> None:
@@ -262,11 +436,80 @@ def test_the_command_walks_folders_and_keeps_names_apart(
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_what_a_folder_holds_besides_is_told(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "photos"
+    root.mkdir()
+    for name in ("a.jfif", "b.jpe", "c.avif", "d.tga"):
+        try:
+            Image.fromarray(picture()).save(root / name)
+        except (KeyError, OSError):  # a Pillow without that codec
+            (root / name).unlink(missing_ok=True)
+            Image.fromarray(picture()).save(root / "other.jpg")
+    for name in ("x.heic", "y.HEIC", "notes.txt", "README"):
+        (root / name).write_text("-")
+    (root / "elsewhere").symlink_to(tmp_path)
+    assert run_predict(checkpoint, [root], out=tmp_path / "out", device="cpu", draw=False).images == 4
+    told = capsys.readouterr().err
+    line = "left out, being no images or videos: 2 .heic, 1 .txt, 1 without an ending, 1 links to folders"
+    assert sorted(line.split(": ")[1].split(", ")) == sorted(told.splitlines()[0].split(": ")[1].split(", "))
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "x.heic").write_text("-")
+    with pytest.raises(DataError, match=r"no image or video found, only 1 \.heic; known suffixes"):
+        run_predict(checkpoint, [tmp_path / "phone"], out=tmp_path / "out", device="cpu")
+
+
+def test_ids_come_from_a_list_or_from_cocos_names_and_no_other(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "photos"
+    for name in ("a/cat_1.png", "a/dog_1.png", "b/000000000005.png", "c/000000000005.png", "000000000006.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture()).save(root / name)
+
+    def ids(**outputs: Any) -> dict[str, int]:
+        run_predict(checkpoint, [root], out=tmp_path / "out", device="cpu", draw=False, outputs=Outputs(**outputs))
+        entries = json.loads((tmp_path / "out" / NAME).read_text())
+        return {entry["file_name"]: entry["image_id"] for entry in entries if "image_id" in entry}
+
+    assert ids() == {"000000000006.png": 6}  # two others would share an id
+    with pytest.raises(DataError, match=r"'a/cat_1.png' .* add --images-from FILE"):
+        ids(submission=("coco", tmp_path / "sent"))
+    images = [
+        {"id": 20, "file_name": "cat_1.png"},
+        {"id": 10, "file_name": "dog_1.png"},
+        {"id": 3, "file_name": "x.png"},
+    ]
+    (tmp_path / "list.json").write_text(json.dumps({"images": images}))
+    assert ids(images_from=tmp_path / "list.json") == {"a/cat_1.png": 20, "a/dog_1.png": 10}
+    assert "2 of 5 images have an id there; 1 of its 3 images are not looked at" in capsys.readouterr().out
+    for name in ("b", "c", "000000000006.png"):
+        shutil.rmtree(root / name) if (root / name).is_dir() else (root / name).unlink()
+    ids(images_from=tmp_path / "list.json", submission=("coco", tmp_path / "sent"))
+    sent = json.loads((tmp_path / "sent" / "results.json").read_text())
+    assert {one["image_id"] for one in sent} == {10, 20} and len(sent) == 20
+
+
+def test_masks_may_be_polygons(tmp_path: Path, checkpoint: Path) -> None:
+    Image.fromarray(picture()).save(tmp_path / "one.png")
+    masks = []
+    for polygons in (False, True):
+        outputs = Outputs(polygons=polygons)
+        run_predict(checkpoint, [tmp_path / "one.png"], out=tmp_path / "out", device="cpu", draw=False, outputs=outputs)
+        entries = json.loads((tmp_path / "out" / NAME).read_text())
+        parts = [one["segmentation"] for one in entries]
+        assert any(isinstance(one, list) for one in parts) is polygons
+        rles = [coco_mask.merge(coco_mask.frPyObjects(one, 48, 100)) if isinstance(one, list) else one for one in parts]
+        masks.append(np.stack([coco_mask.decode(rle) for rle in rles]))
+    assert np.array_equal(*masks) and masks[0].any()
+
+
 def test_predictions_equal_those_of_python(tmp_path: Path, checkpoint: Path) -> None:
-    Image.fromarray(picture()).save(tmp_path / "7.png")
-    run_predict(checkpoint, [tmp_path / "7.png"], out=tmp_path / "out", device="cpu", draw=False)
+    Image.fromarray(picture()).save(tmp_path / "000000000007.png")
+    run_predict(checkpoint, [tmp_path / "000000000007.png"], out=tmp_path / "out", device="cpu", draw=False)
     entries = json.loads((tmp_path / "out" / NAME).read_text())
-    found = load(checkpoint, device="cpu").predict(tmp_path / "7.png")
+    found = load(checkpoint, device="cpu").predict(tmp_path / "000000000007.png")
     found.image_id = 7
     keys = ("image_id", "category_id", "bbox", "score", "segmentation")
     assert [{key: entry[key] for key in keys} for entry in entries] == found.to_coco()
@@ -377,6 +620,62 @@ def test_a_video_is_drawn_and_counted_by_frames(tmp_path: Path, checkpoint: Path
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     with pytest.raises(DataError, match=r"broken\.mp4: cannot be read as a video"):
         run_predict(checkpoint, [tmp_path / "broken.mp4"], out=out, device="cpu")
+
+
+CORNERS = {
+    (1, 0, 0, 1): "RGB.",  # the colours of upper left, upper right, lower left, lower right as shown
+    (0, 1, -1, 0): "BR.G",  # a quarter clockwise, as a phone held upright
+    (-1, 0, 0, -1): ".BGR",
+    (0, -1, 1, 0): "G.RB",
+    (-1, 0, 0, 1): "GR.B",  # mirrored, as some front cameras
+    (1, 0, 0, -1): "B.RG",
+    (0, 1, 1, 0): "RBG.",
+    (0, -1, -1, 0): ".GBR",
+}
+
+
+def turned_video(path: Path, matrix: tuple[int, int, int, int], pixels: NDArray[np.uint8]) -> Path:
+    """A clip with that display matrix, which is written into its track header (ISO 14496-12)."""
+    writer = VideoWriter(path, Fraction(10))
+    for _ in range(2):
+        writer.write(Image.fromarray(pixels))
+    writer.close()
+    content = bytearray(path.read_bytes())
+    start = content.find(b"tkhd") + 4 + 40
+    a, b, c, d = (factor << 16 for factor in matrix)
+    content[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    return path
+
+
+def corners(pixels: NDArray[np.uint8]) -> str:
+    height, width = pixels.shape[:2]
+    spots = [pixels[y, x] for y in (height // 4, 3 * height // 4) for x in (width // 4, 3 * width // 4)]
+    return "".join("RGB"[int(np.argmax(spot))] if spot.max() > 100 else "." for spot in spots)
+
+
+@pytest.mark.parametrize("matrix", list(CORNERS))
+def test_turned_videos_are_read_upright(matrix: tuple[int, int, int, int], tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    pixels = np.full((48, 128, 3), 20, dtype=np.uint8)
+    pixels[:24, :64], pixels[:24, 64:], pixels[24:, :64] = (220, 30, 30), (30, 220, 30), (30, 30, 220)
+    reader = VideoReader(turned_video(tmp_path / "clip.mp4", matrix, pixels))
+    frames = list(reader)
+    reader.close()
+    assert [corners(frame) for frame in frames] == [CORNERS[matrix]] * 2
+    assert frames[0].shape == ((48, 128, 3) if matrix[0] else (128, 48, 3))
+
+
+def test_a_turned_video_is_detected_and_drawn_upright(tmp_path: Path, checkpoint: Path) -> None:
+    pytest.importorskip("av")
+    clip = turned_video(tmp_path / "clip.mp4", (0, 1, -1, 0), picture(64, 100))
+    run_predict(checkpoint, [clip], out=tmp_path / "out", device="cpu")
+    reader = VideoReader(tmp_path / "out" / "drawings" / "clip.mp4")
+    frames = list(reader)
+    reader.close()
+    assert [frame.shape for frame in frames] == [(100, 64, 3)] * 2
+    sizes = {tuple(entry["segmentation"]["size"]) for entry in json.loads((tmp_path / "out" / NAME).read_text())}
+    assert sizes == {(100, 64)}
 
 
 def test_videos_without_pyav_say_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from cascade_rcnn.checkpoint import LAST, STATE, load_checkpoint, load_training
@@ -237,6 +238,75 @@ def test_losses_that_stay_not_finite_end_the_run(tmp_path: Path, monkeypatch: py
         train(small_config(max_bad_losses=3, save_every=1), out=tmp_path)
     assert "\n" not in str(caught.value)
     assert load_training(tmp_path)[1]["progress"]["step"] == 5
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_losses_that_stay_not_finite_are_counted_over_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    _poison(monkeypatch, set(range(2, 100)))
+    config = small_config(batch_size=6 // accumulate, accumulate=accumulate, epochs=9, max_bad_losses=4)  # 2 steps each
+    with pytest.raises(UserError, match=r"of 4 steps in a row were not finite"):
+        train(config, out=tmp_path)
+
+
+def test_losses_that_stay_not_finite_are_counted_over_a_resumption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _poison(monkeypatch, {1, 2, 3, 5, 6, 7})
+    train(small_config(max_steps=3, max_bad_losses=4), out=tmp_path)
+    assert load_training(tmp_path)[1]["bad_losses"] == 2
+    train(small_config(max_steps=7, max_bad_losses=4), out=tmp_path, resume=True)  # the third, then a good one
+    with pytest.raises(UserError, match=r"of 3 steps in a row were not finite \(step 7"):
+        train(small_config(max_steps=8, max_bad_losses=3), out=tmp_path, resume=True)
+
+
+def _spoil(data: Path, how: str) -> Path:
+    """Make the second validation image unusable."""
+    path = sorted((data / "val").glob("*.*"))[1]
+    if how == "missing":
+        path.unlink()
+    elif how == "no image":
+        path.write_bytes(b"hello")
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    else:
+        with Image.open(path) as picture:
+            picture.resize((80, 60)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("how", ["missing", "no image", "truncated", "another size"])
+def test_a_validation_image_that_cannot_be_used_is_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(small_data(), data)
+    path = _spoil(data, how)
+    config = small_config(data={"root": str(data)}, evaluate_every=1, epochs=1, milestones=())
+    train(config, out=tmp_path / "run")
+    said = capsys.readouterr().out
+    (line,) = re.findall(
+        r"1 of the 4 images of split 'val' cannot be used and are left out of every evaluation: .*", said
+    )
+    assert path.name in line and "3 to evaluate on" in said and "evaluated after step 6" in said
+
+
+def test_too_many_unusable_validation_images_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(small_data(), data)
+    _spoil(data, "missing")
+    strict = small_config(data={"root": str(data)}, evaluate_every=1, max_bad_images=0)
+    with pytest.raises(
+        DataError, match=r"1 of the 4 images of split 'val' cannot be used .*is not there.*check"
+    ) as caught:
+        train(strict, out=tmp_path / "strict")
+    assert "\n" not in str(caught.value) and not (tmp_path / "strict").exists()
+    for path in (data / "val").glob("*.*"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"4 of the 4 images"):
+        train(small_config(data={"root": str(data)}, evaluate_every=1), out=tmp_path / "none")
+    train(small_config(data={"root": str(data)}, max_steps=1), out=tmp_path / "no evaluation")
 
 
 def test_masks_cannot_be_learnt_from_boxes(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ def measure_roi_align(setting: Setting, *, rounds: int, compiled: bool) -> dict[
 
     from cascade_rcnn.benchmark import stopwatch
     from cascade_rcnn.models.ops.roi_align import assign_levels, roi_align_rows
+    from cascade_rcnn.models.ops.roi_sampling import Sampling
 
     strides, device = (4, 8, 16, 32), setting.device
     generator = torch.Generator().manual_seed(0)
@@ -54,7 +55,7 @@ def measure_roi_align(setting: Setting, *, rounds: int, compiled: bool) -> dict[
             result[rows] = peer(x, [boxes[rows]], 7, 1 / stride, 0, True)
 
     def rows_of_all(features: list[torch.Tensor], boxes: torch.Tensor) -> torch.Tensor:
-        return roi_align_rows(features, boxes[None], output_size=7, strides=strides)
+        return roi_align_rows(features, boxes[None], Sampling(7, strides))
 
     calls: dict[str, Callable[[], Any]] = {"torchvision": theirs, "ours": lambda: rows_of_all(ours, boxes)}
     if compiled:

@@ -7,16 +7,17 @@ temperature and neighbours; times are medians over the rounds, ratios medians of
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
+from cascade_rcnn.atomic_files import write_json
 from cascade_rcnn.benchmark import parts, stopwatch
-from cascade_rcnn.benchmark.contenders import BACKWARD, Contender, Setting, our_contender, peer_contender, watched
+from cascade_rcnn.benchmark.contenders import BACKWARD, Contender, Setting, our_contenders, peer_contender, watched
 from cascade_rcnn.benchmark.memory import measure_memory
 from cascade_rcnn.benchmark.table import print_report
+from cascade_rcnn.distributed import choose_device
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.recipes import load_config
 
@@ -39,14 +40,12 @@ def run_benchmark(
     models' weights are made from a rule (:func:`cascade_rcnn.benchmark.stopwatch.seed_weights`).
     Raises :class:`UserError` for a size or device that cannot be used.
     """
-    from cascade_rcnn.inference.detector import choose_device
-
     if min(size) < 64:
         raise UserError(f"--size {size[0]} {size[1]}: at least 64 pixels a side")
     setting = Setting(load_config(config), (size[0], size[1]), batch, choose_device(device), train)
     rounds = rounds or (20 if setting.device.type == "cuda" else 5)
-    ours, peer = our_contender(setting), peer_contender(setting)
-    contenders = [ours, peer] if not compile else [ours, our_contender(setting, compiled=True), peer]
+    contenders = [*our_contenders(setting, compile=compile), peer_contender(setting)]
+    ours, peer = contenders[0], contenders[-1]
     limits = _measure(setting, contenders, rounds)
     memory = measure_memory(setting, config, repeats=rounds) if setting.device.type == "cpu" else {}
     for name, numbers in memory.items():
@@ -59,12 +58,8 @@ def run_benchmark(
         report["loading"] = parts.measure_reading(setting, data)
     print_report(report)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(out, report)
     return report
-
-
-# The contenders
 
 
 # Measuring

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cascade_rcnn.config import DataConfig, Semantics
+from cascade_rcnn.config import DataConfig, SemanticsName
 from cascade_rcnn.data.images import read_image
 from cascade_rcnn.data.masks import decode_window, pack_segmentations, transform_window
 from cascade_rcnn.data.records import DataSplit, ImageRecord
@@ -66,7 +66,7 @@ class DetectionDataset(Dataset[Item]):
         *,
         training: bool,
         masks: bool = False,
-        semantics: Semantics = "mmdetection",
+        semantics: SemanticsName = "mmdetection",
     ) -> None:
         """``masks``: give instance masks too, where the split has them.
 

@@ -11,6 +11,7 @@ images whose orientation tag disagrees with their annotation.
 
 from __future__ import annotations
 
+import io
 import threading
 import warnings
 from collections.abc import Iterator
@@ -30,23 +31,10 @@ if TYPE_CHECKING:
 
 
 DEFAULT_MAX_PIXELS = 100_000_000
+# What Pillow reads and people photograph, scan or draw
 IMAGE_SUFFIXES = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".bmp",
-        ".tif",
-        ".tiff",
-        ".webp",
-        ".gif",
-        ".ppm",
-        ".pgm",
-        ".jp2",
-        ".avif",
-    ]
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif", ".avif"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".tga", ".ico", ".qoi"}
 )
 _EXIF_ORIENTATION = 0x0112
 
@@ -105,7 +93,7 @@ def image_size(path: Path) -> tuple[int, int] | None:
             return None
 
 
-def read_image(path: str | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Tensor:
+def read_image(path: str | Path | ImageBytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Tensor:
     """Decode an image file: uint8 [3, H, W], RGB, stored channels-last.
 
     Grey, palette, alpha (dropped), CMYK and 16-bit files (their high byte) become RGB; of an animation the first frame.
@@ -121,7 +109,7 @@ def read_image(path: str | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Ten
 
 
 @contextmanager
-def _opened(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
+def _opened(path: str | Path | ImageBytes, max_pixels: int) -> Iterator[Image.Image]:
     """Open by header, refuse what is too large, and turn whatever a decoder may raise into one line."""
     from PIL import Image
 
@@ -129,8 +117,9 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
         with quiet_pillow(), Image.open(path) as picture:
             if picture.width * picture.height > max_pixels:
                 raise DataError(
-                    f"{path}: {picture.width}x{picture.height} is more than data.max_pixels "
-                    f"{max_pixels}; raise it or make the image smaller"
+                    f"{path}: {picture.width}x{picture.height} is more than max_pixels {max_pixels}; raise it "
+                    "(train: --data.max-pixels N; predict, evaluate: --max-pixels N; Python: load(max_pixels=N)) "
+                    "or make the image smaller"
                 )
             yield picture
     except DataError:
@@ -144,7 +133,7 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
         ) from error
 
 
-def _rgb(picture: Image.Image, path: str | Path) -> NDArray[np.uint8]:
+def _rgb(picture: Image.Image, path: str | Path | ImageBytes) -> NDArray[np.uint8]:
     """Pixels [H, W, 3] of an opened picture."""
     if picture.mode.startswith("I"):  # 16 bits per pixel (Pillow's own conversion would clip it at 255)
         deep = np.clip(np.asarray(picture), 0, 65535).astype(np.uint16)
@@ -161,11 +150,14 @@ def _rgb(picture: Image.Image, path: str | Path) -> NDArray[np.uint8]:
 def to_array(image: Any, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray[np.uint8]:
     """Pixels uint8 [H, W, 3] RGB of a file, a ``PIL.Image``, uint8 array [H, W, 3] or [H, W], uint8 tensor [3, H, W].
 
-    A file is turned upright by its EXIF orientation, as every viewer shows it; a picture or array is taken as it is.
+    A file may be a path, its bytes, or an object that gives them (``open(..., "rb")``, ``io.BytesIO``). It is turned
+    upright by its EXIF orientation, as every viewer shows it; a picture or array is taken as it is.
 
     Raises:
         UserError: another type, dtype or shape, or a file that is missing, damaged or above ``max_pixels``.
     """
+    if isinstance(image, bytes | bytearray | memoryview) or hasattr(image, "read"):
+        return read_upright(ImageBytes.of(image), max_pixels=max_pixels)
     if isinstance(image, str | Path):
         return read_upright(Path(image), max_pixels=max_pixels)
     if isinstance(image, Image.Image):
@@ -177,9 +169,42 @@ def to_array(image: Any, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray[np.
     if type(image).__module__.partition(".")[0] == "torch":
         return _from_tensor(image)
     raise UserError(
-        f"cannot predict on {type(image).__name__}: give a path, a PIL image, a uint8 array [H, W, 3] "
-        "or a uint8 tensor [3, H, W]"
+        f"cannot predict on {type(image).__name__}: give a path, the bytes of a file, a PIL image, a uint8 array "
+        "[H, W, 3] or a uint8 tensor [3, H, W]"
+        + ("; cv2.imread gives None where it cannot read a file" if image is None else "")
     )
+
+
+class ImageBytes(io.BytesIO):
+    """An image file in memory, with the name that messages give it."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self._name = name
+
+    def __str__(self) -> str:
+        return self._name
+
+    @classmethod
+    def of(cls, source: Any) -> ImageBytes:
+        """The whole content of bytes, or of a file object from where it stands.
+
+        Raises:
+            UserError: a file opened as text, or nothing (left) to read.
+        """
+        name = getattr(source, "name", None)
+        name = printable(name) if isinstance(name, str) else f"{type(source).__name__} of an image"
+        try:
+            content = source.read() if hasattr(source, "read") else bytes(source)
+        except UnicodeDecodeError:
+            content = ""
+        except (OSError, ValueError) as error:
+            raise UserError(f"{name}: cannot be read ({error}); open it with mode 'rb'") from error
+        if not isinstance(content, bytes | bytearray | memoryview):
+            raise UserError(f"{name}: gives text, not bytes; open the file with mode 'rb'")
+        if not len(content):
+            raise UserError(f"{name}: holds no bytes; if it has been read before, call seek(0) first")
+        return cls(bytes(content), name)
 
 
 def _from_array(image: NDArray[Any]) -> NDArray[np.uint8]:
@@ -215,11 +240,11 @@ def _not_empty(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return pixels
 
 
-def read_upright(path: Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray[np.uint8]:
+def read_upright(path: Path | ImageBytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray[np.uint8]:
     """Decode a file to uint8 [H, W, 3] RGB, turned upright by its EXIF orientation."""
-    if path.is_dir():
+    if isinstance(path, Path) and path.is_dir():
         raise DataError(f"{printable(path)}: is a folder; give its files, or use the predict command")
-    if not path.exists():
+    if isinstance(path, Path) and not path.exists():
         raise DataError(f"{printable(path)}: no such file; check the name")
     pixels: NDArray[np.uint8] = read_image(path, max_pixels=max_pixels).permute(1, 2, 0).numpy()
     turned = pixels.swapaxes(0, 1) if (orientation := _orientation(path)) in (5, 6, 7, 8) else pixels
@@ -230,7 +255,7 @@ def read_upright(path: Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray
     return np.ascontiguousarray(turned)
 
 
-def _orientation(path: Path) -> int:
+def _orientation(path: Path | ImageBytes) -> int:
     """EXIF orientation 1..8; 1, upright, where there is none or it cannot be read (the pixels could be)."""
     try:
         with Image.open(path) as picture:

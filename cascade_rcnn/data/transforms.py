@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from cascade_rcnn.config import DataConfig, Semantics
+from cascade_rcnn.config import DataConfig, SemanticsName
 from cascade_rcnn.data.exact_resize import resize_like_opencv, resize_to_float, resize_with_pillow
 from cascade_rcnn.data.masks import nearest_indices
 
@@ -51,7 +51,7 @@ class Sample:
         return int(self.image.shape[-2]), int(self.image.shape[-1])
 
 
-def interpolation(config: DataConfig, semantics: Semantics = "mmdetection", *, training: bool) -> Interpolation:
+def interpolation(config: DataConfig, semantics: SemanticsName = "mmdetection", *, training: bool) -> Interpolation:
     """How pixels are resized: like Pillow (detectron2), or without antialiasing, like OpenCV (the others; the authors'
     release in float).
 
@@ -175,7 +175,7 @@ def photometric(image: Tensor, rng: np.random.Generator) -> Tensor:
     return distorted
 
 
-def _fitted(sample: Sample, short_side: int, long_side: int, how: Interpolation, semantics: Semantics) -> Sample:
+def _fitted(sample: Sample, short_side: int, long_side: int, how: Interpolation, semantics: SemanticsName) -> Sample:
     if semantics == "paper":
         return resize_as_detectron(sample, short_side, long_side, how)
     return resize(sample, fitted_size(sample.size, short_side, long_side), how)
@@ -186,7 +186,7 @@ def large_scale_jitter(
     config: DataConfig,
     rng: np.random.Generator,
     how: Interpolation,
-    semantics: Semantics = "mmdetection",
+    semantics: SemanticsName = "mmdetection",
 ) -> Sample:
     """Fit the image into a square of ``long_side`` times a random factor, then crop to the square at random.
 
@@ -204,7 +204,7 @@ def large_scale_jitter(
 
 
 def train_transform(
-    sample: Sample, config: DataConfig, rng: np.random.Generator, *, semantics: Semantics = "mmdetection"
+    sample: Sample, config: DataConfig, rng: np.random.Generator, *, semantics: SemanticsName = "mmdetection"
 ) -> Sample:
     """Resize (one size, a choice, a range, or large-scale jitter), flip, colour; random numbers from ``rng`` alone.
 
@@ -236,7 +236,7 @@ def _flip_at_random(sample: Sample, config: DataConfig, rng: np.random.Generator
     return sample
 
 
-def test_transform(sample: Sample, config: DataConfig, *, semantics: Semantics = "mmdetection") -> Sample:
+def test_transform(sample: Sample, config: DataConfig, *, semantics: SemanticsName = "mmdetection") -> Sample:
     """Resize to the size of test time."""
     short_side = config.test_short_side or max(config.short_side)
     how = interpolation(config, semantics, training=False)
@@ -244,7 +244,7 @@ def test_transform(sample: Sample, config: DataConfig, *, semantics: Semantics =
 
 
 def resize_for_test(
-    image: Tensor, config: DataConfig, *, semantics: Semantics = "mmdetection"
+    image: Tensor, config: DataConfig, *, semantics: SemanticsName = "mmdetection"
 ) -> tuple[Tensor, tuple[float, float]]:
     """An image as evaluation and prediction feed it.
 

@@ -1,4 +1,7 @@
-"""Pictures put together: a sheet of many pictures, and AP against IoU as a chart."""
+"""Pictures put together: a sheet of many pictures, and AP against IoU as a chart.
+
+The chart is drawn by hand because ``cascade-rcnn demo`` shows it with what every installation has.
+"""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cascade_rcnn.data.formats.citypersons import read_entries
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation import read_results
+from cascade_rcnn.evaluation.match_results import match_results
 from cascade_rcnn.evaluation.pairwise import areas, intersections, pair_up
 
 _IOU = 0.5
@@ -77,10 +78,10 @@ def evaluate_citypersons(
     is 1. Raises ``DataError``.
     """
     notes = [] if notes is None else notes
-    people = read_truth(truth)
-    table = read_results.parse_results(
-        read_results.read_json(results), name=str(results), images=people.image_ids, categories=people.categories
-    )
+    people, found = read_truth(truth), read_results.read_json(results)
+    if truth.suffix == ".json":
+        found = match_results(found, read_results.read_json(truth), str(results), str(truth), notes)
+    table = read_results.parse_results(found, name=str(results), images=people.image_ids, categories=people.categories)
     candidates = candidates_of(people, table)
     metrics: dict[str, float | None] = {}
     for name, subset in subsets.items():

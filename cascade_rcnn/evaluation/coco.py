@@ -22,7 +22,9 @@ from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.data.rle import rle_counts
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation import read_results
+from cascade_rcnn.evaluation.match_results import match_results
 from cascade_rcnn.evaluation.metrics import Metrics
+from cascade_rcnn.messages import few_names
 
 IouType = Literal["bbox", "segm"]
 IOUS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
@@ -89,6 +91,7 @@ def evaluate_coco_files(truth: Path, results: Path, *, notes: list[str] | None =
     """``evaluate_coco`` for boxes and, where the results have masks, for masks, reading each file once."""
     notes = [] if notes is None else notes
     dataset, found = read_results.read_json(truth), read_results.read_json(results)
+    found = match_results(found, dataset, str(results), str(truth), notes)
     annotations = dataset.get("annotations") if isinstance(dataset, dict) else None
     masked_truth = isinstance(annotations, list) and any(
         isinstance(one, dict) and one.get("segmentation") for one in annotations
@@ -124,15 +127,13 @@ def _metrics(table: CocoTable, iou_type: str, notes: list[str] | None) -> dict[s
         if absent:
             notes.append(
                 f"{iou_type}/AP/CLASS is undefined for classes without objects (other than crowds): "
-                f"{read_results.names_of(absent)}; means leave them out"
+                f"{few_names(sorted(absent))}; means leave them out"
             )
         bare = [key for key, value in metrics.items() if value is None and "/" not in key]
         if metrics["AP"] is None:
             notes.append(f"{iou_type}/*: the ground truth has no object that counts (none at all, or only crowds)")
         elif bare:
-            notes.append(
-                f"{iou_type}: no object of this size in the ground truth: {read_results.names_of(bare)} undefined"
-            )
+            notes.append(f"{iou_type}: no object of this size in the ground truth: {few_names(sorted(bare))} undefined")
     return {f"{iou_type}/{key}": value for key, value in metrics.items()}
 
 
@@ -327,8 +328,15 @@ def _faultless(
 
 def _compressed(mask: Any, height: int, width: int) -> dict[str, Any]:
     """An RLE as the library wants it, which does not check (runs beyond the image would be read past their end)."""
+    if isinstance(mask, list) and mask:
+        if any(polygon_points(polygon) < 3 for polygon in mask):
+            raise ValueError("polygon of fewer than three points")
+        from faster_coco_eval.core import mask as drawn
+
+        outline: dict[str, Any] = drawn.merge(drawn.frPyObjects(mask, height, width))
+        return outline
     if not isinstance(mask, dict):
-        raise ValueError("segmentation is not an RLE {'size', 'counts'}")
+        raise ValueError("segmentation is neither polygons nor an RLE {'size', 'counts'}")
     size = [int(side) for side in mask.get("size") or ()]
     runs = rle_counts({"size": size, "counts": mask.get("counts")}, height=height, width=width)
     if not isinstance(mask["counts"], list):

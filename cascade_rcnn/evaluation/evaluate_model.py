@@ -20,7 +20,7 @@ from cascade_rcnn.evaluation.coco import coco_truth, evaluate_coco
 from cascade_rcnn.evaluation.metrics import Metrics
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.run_model import Precision, detect, to_detections
-from cascade_rcnn.messages import printable
+from cascade_rcnn.messages import few_names, printable
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.progress import progress_bar
 
@@ -124,21 +124,18 @@ def match_classes(known: Sequence[str], split: DataSplit, checkpoint: str | Path
     Raises:
         DataError: the split has objects of classes that the checkpoint does not know; names both lists and a remedy.
     """
+    ours, theirs = few_names(known, most=20), few_names(split.class_names, most=20)
     strange = list(strange_classes(known, split))
     if strange:
         raise DataError(
             f"{printable(split.root)}: the classes do not fit {printable(checkpoint)}, which does not know "
-            f"{_listed(strange)}; data: {_listed(split.class_names)}; checkpoint: {_listed(known)}; rename the classes "
+            f"{few_names(strange, most=20)}; data: {theirs}; checkpoint: {ours}; rename the classes "
             "in the annotations, or train on this data set (cascade-rcnn train finetune --data ...)"
         )
     if not quiet and len(known) > len(split.class_names):
         print(
-            f"the checkpoint knows {len(known)} classes ({_listed(known)}), the data have {len(split.class_names)} "
-            f"of them ({_listed(split.class_names)}): the others are left out",
+            f"the checkpoint knows {len(known)} classes ({ours}), the data have {len(split.class_names)} "
+            f"of them ({theirs}): the others are left out",
             file=sys.stderr,
         )
     return [split.class_names.index(name) if name in split.class_names else -1 for name in known]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:20]) + (f", ... {len(names)} in all" if len(names) > 20 else "")

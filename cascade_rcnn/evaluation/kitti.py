@@ -4,8 +4,7 @@ Follows the C++ evaluation in its 40-point form of 2020 (and the Python ports): 
 limit is ignored (the kits of 2013 and 2017 counted it). docs/metrics.md has the list.
 
 Matching is greedy in the order of the label file and runs twice: once over all detections, to find the scores that lie
-at 41 recall positions, and once for each of these thresholds. Here all thresholds and all frames go together: round r
-treats the r-th labelled object of every frame.
+at 41 recall positions, and once for each of these thresholds.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation import read_results
 from cascade_rcnn.evaluation.pairwise import areas, intersections, ious, pair_up
+from cascade_rcnn.messages import few_names
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")
 DIFFICULTIES = ("easy", "moderate", "hard")
@@ -49,6 +49,13 @@ class _Pairs:
     objects: NDArray[np.int64]
     detections: NDArray[np.int64]
     overlaps: NDArray[np.float64]
+
+    def chosen(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> _Pairs:
+        return _Pairs(self.objects[rows], self.detections[rows], self.overlaps[rows])
+
+    def ordered(self, preference: NDArray[np.float64]) -> _Pairs:
+        """Each object's detections by falling ``preference`` [P], equal ones in file order."""
+        return self.chosen(np.lexsort((-preference, self.objects)))
 
 
 def evaluate_kitti(truth: Path, results: Path, *, notes: list[str] | None = None) -> dict[str, float | None]:
@@ -127,29 +134,26 @@ def _covered(labels: Boxes, detections: Boxes, least: float) -> NDArray[np.bool_
 def _curve(
     labels: Boxes, detections: Boxes, pairs: _Pairs, covered: NDArray[np.bool_], kind: str, difficulty: str
 ) -> NDArray[np.float64]:
+    """Precision at the 41 recall positions [41]; ``covered`` [D] detections in a DontCare region cost nothing."""
     valid = _valid(labels, kind, difficulty)
     height = np.abs(detections.boxes[:, 1] - detections.boxes[:, 3]).astype(np.int64)  # the program cuts to an integer
     small = height < _MIN_HEIGHT[difficulty]  # of any class: may be assigned, then counts nowhere
     regular = ~small & (detections.types == kind)
     scores = detections.numbers[:, 14]
-    keep = (small | regular)[pairs.detections]
-    pairs = _Pairs(pairs.objects[keep], pairs.detections[keep], pairs.overlaps[keep])
-    curve = np.zeros(_POSITIONS)
-    hits, _ = _assign(labels, pairs, scores[pairs.detections], scores, np.full(1, -np.inf), valid, regular)
-    hit_scores = scores[hits[0]]
-    thresholds = _thresholds(hit_scores, int(valid.sum()))[:_POSITIONS]
-    if len(thresholds) == 0:
-        return curve
-    # A regular detection beats an ignored one; regular ones are ranked by overlap, ignored ones by the file order.
+    pairs = pairs.chosen((small | regular)[pairs.detections])
+
+    # The scores at 41 recall positions, from a matching in which each object takes the highest score.
+    everything = np.ones((len(scores), 1), np.bool_)
+    hits = _match(pairs.ordered(scores[pairs.detections]), everything, valid, regular)[:, 0]
+    thresholds = _thresholds(scores[hits], int(valid.sum()))[:_POSITIONS]
+
+    # At each of them, each object takes the best overlap among the regular detections, else the first small one.
+    free = scores[:, None] >= np.array(thresholds)[None, :]  # [D, T]
     preference = np.where(regular[pairs.detections], pairs.overlaps, -1.0)
-    hits, taken = _assign(labels, pairs, preference, scores, thresholds, valid, regular)
-    counted = regular & ~covered
-    rising = np.sort(scores[counted])
-    for k, threshold in enumerate(thresholds):
-        alive = len(rising) - int(np.searchsorted(rising, threshold, side="left"))
-        false = alive - int(counted[taken[k]].sum())
-        true = len(hits[k])
-        curve[k] = true / (true + false) if true + false else 0.0
+    true = _match(pairs.ordered(preference), free, valid, regular).sum(axis=0)  # [T]
+    false = free[regular & ~covered].sum(axis=0)  # nobody took them
+    curve = np.zeros(_POSITIONS)
+    curve[: len(thresholds)] = true / np.maximum(true + false, 1)
     return np.asarray(np.maximum.accumulate(curve[::-1])[::-1])
 
 
@@ -167,55 +171,30 @@ def _thresholds(scores: NDArray[np.float64], valid: int) -> list[float]:
     return taken
 
 
-def _assign(
-    labels: Boxes,
-    pairs: _Pairs,
-    preference: NDArray[np.float64],
-    scores: NDArray[np.float64],
-    thresholds: list[float] | NDArray[np.float64],
-    valid: NDArray[np.bool_],
-    regular: NDArray[np.bool_],
-) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
-    """Gives each object in turn the free detection that it prefers (first of equals), for T thresholds at once.
+def _match(
+    pairs: _Pairs, free: NDArray[np.bool_], valid: NDArray[np.bool_], regular: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Gives each object in turn the first detection of its list that is still free, at T thresholds at once.
 
-    Returns, per threshold, the detections that are true positives and all detections that were taken.
+    ``free`` [D, T] says which detections reach which threshold; those that are given away are cleared in it. Returns
+    the true positives [D, T]: a ``regular`` detection (the others count nowhere) given to a ``valid`` object.
+
+    Example: A wants a, then b; B wants a. The scores are a 0.9, b 0.5.
+
+        threshold 0.7:  A takes a;  B finds a taken and gets nothing         true: a
+        threshold 0.4:  the same, though A could have b and leave a to B     true: a, b stays free (a false positive)
     """
-    columns = len(thresholds)
-    used, compact = np.unique(pairs.detections, return_inverse=True)
-    free = scores[used][:, None] >= np.asarray(thresholds)[None, :]  # [U, T]
-    hits: list[list[NDArray[np.int64]]] = [[] for _ in range(columns)]
-    taken: list[list[NDArray[np.int64]]] = [[] for _ in range(columns)]
-    for rows in _rounds(labels.frames, pairs.objects):
-        objects, found, value = pairs.objects[rows], compact[rows], preference[rows]
-        starts = np.flatnonzero(np.r_[True, objects[1:] != objects[:-1]])
-        lengths = np.diff(np.r_[starts, len(objects)])
-        open_value = np.where(free[found], value[:, None], -np.inf)  # [P, T]
-        largest = np.maximum.reduceat(open_value, starts, axis=0)
-        equal = open_value == np.repeat(largest, lengths, axis=0)
-        first = np.minimum.reduceat(np.where(equal, np.arange(len(objects))[:, None], len(objects)), starts, axis=0)
-        some = np.maximum.reduceat(free[found], starts, axis=0)  # [objects of this round, T]
-        counts = valid[objects[starts]]
-        for k in range(columns):
-            chosen = found[first[some[:, k], k]]
-            free[chosen, k] = False
-            detections = used[chosen]
-            taken[k].append(detections)
-            hits[k].append(detections[counts[some[:, k]] & regular[detections]])
-    none = np.zeros(0, np.int64)
-    return [np.concatenate([none, *part]) for part in hits], [np.concatenate([none, *part]) for part in taken]
-
-
-def _rounds(frames: NDArray[np.int64], objects: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Rows of the pairs, split so that a round holds at most one object of each frame, in the order of the file."""
-    if len(objects) == 0:
-        return []
-    unique, inverse = np.unique(objects, return_inverse=True)
-    frame = frames[unique]
-    starts = np.flatnonzero(np.r_[True, frame[1:] != frame[:-1]])
-    rank = np.arange(len(unique)) - np.repeat(starts, np.diff(np.r_[starts, len(unique)]))
-    round_of = rank[inverse]
-    order = np.argsort(round_of, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(round_of[order])) + 1)
+    hits = np.zeros_like(free)
+    current, unmatched = -1, np.zeros(0, np.bool_)
+    for one, detection in zip(pairs.objects.tolist(), pairs.detections.tolist()):
+        if one != current:
+            current, unmatched = one, np.ones(free.shape[1], np.bool_)  # [T]
+        given = unmatched & free[detection]  # the thresholds at which this object takes this detection
+        free[detection] &= ~given
+        unmatched &= ~given
+        if valid[one] and regular[detection]:
+            hits[detection] |= given
+    return hits
 
 
 def read_kitti_files(truth: Path, results: Path) -> tuple[Boxes, Boxes, set[str]]:
@@ -243,7 +222,7 @@ def _read(paths: list[Path], columns: str, *, known: frozenset[str] | None = Non
         lower = [word.lower() for word in words]
         for word, kind in zip(words, lower):
             if known is not None and kind not in known:
-                raise DataError(f"{path}: unknown type {word!r}: use {read_results.names_of(CLASSES)}")
+                raise DataError(f"{path}: unknown type {word!r}: use {few_names(sorted(CLASSES))}")
         frames += [frame] * len(words)
         types += lower
         tables.append(table)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rcnn.errors import DataError
+from cascade_rcnn.messages import few_names, shown
 
 
 class ResultTable(NamedTuple):
@@ -84,12 +85,13 @@ def _first_bad_line(path: Path, lines: list[str], columns: str, names: int, skip
         row = line.split()
         if row and len(row) != expected:
             return DataError(
-                f"{path}: line {number} has {len(row)} columns, not the {expected} of '{columns}': {_short(line)}"
+                f"{path}: line {number} has {len(row)} columns, not the {expected} of '{columns}': "
+                f"{shown(line.strip())}"
             )
         for value in row[names:]:
             if not _finite(value):
                 return DataError(
-                    f"{path}: line {number}: {_short(value)} is not a finite number: each line is '{columns}'"
+                    f"{path}: line {number}: {shown(value)} is not a finite number: each line is '{columns}'"
                 )
     return DataError(f"{path}: cannot be read as lines of '{columns}'")  # numbers that only NumPy refuses
 
@@ -124,35 +126,24 @@ def _entry_problem(
     entry: Any, images: Mapping[Hashable, int], categories: Collection[int], need_box: bool
 ) -> str | None:
     if not isinstance(entry, dict):
-        return f"{_short(entry)} is not an object with image_id, category_id, bbox and score"
+        return f"{shown(entry)} is not an object with image_id, category_id, bbox and score"
     for key in ("image_id", "category_id", "bbox", "score") if need_box else ("image_id", "category_id", "score"):
         if key not in entry:
             return f"has no {key!r}: each needs image_id, category_id, {'bbox' if need_box else 'segmentation'}, score"
     image, category, score = entry["image_id"], entry["category_id"], entry["score"]
     if isinstance(image, (list, dict)) or image not in images:
-        return f"image_id {_short(image)} is not in the ground truth: was it made for another split?"
+        return f"image_id {shown(image)} is not in the ground truth: was it made for another split?"
     if isinstance(category, (list, dict)) or category not in categories:
-        return f"category_id {_short(category)} is not in the ground truth, which has {_few(sorted(categories))}"
+        return f"category_id {shown(category)} is not in the ground truth, which has {few_names(sorted(categories))}"
     if not _number(score):
-        return f"score {_short(score)} is not a finite number"
+        return f"score {shown(score)} is not a finite number"
     if need_box:
         box = entry["bbox"]
         if not isinstance(box, (list, tuple, np.ndarray)) or len(box) != 4 or not all(map(_number, box)):
-            return f"bbox {_short(box)} is not four finite numbers x, y, width, height"
+            return f"bbox {shown(box)} is not four finite numbers x, y, width, height"
         if box[2] < 0 or box[3] < 0:
-            return f"bbox {_short(box)} has a negative width or height: give x, y, width, height"
+            return f"bbox {shown(box)} has a negative width or height: give x, y, width, height"
     return None
-
-
-def names_of(items: Collection[str], *, most: int = 8) -> str:
-    """A few names for a message."""
-    listed = sorted(items)
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more
-
-
-def _few(values: Sequence[Any], most: int = 8) -> str:
-    return ", ".join(map(str, values[:most])) + (", ..." if len(values) > most else "")
 
 
 def _number(value: Any) -> bool:
@@ -168,8 +159,3 @@ def _finite(word: str) -> bool:
 
 def _kind(value: Any) -> str:
     return {dict: "an object", str: "a string", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
-
-
-def _short(value: Any, most: int = 60) -> str:
-    text = value.strip() if isinstance(value, str) else repr(value)
-    return repr(text if len(text) <= most else text[: most - 3] + "...") if isinstance(value, str) else text[:most]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,9 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cascade_rcnn.atomic_files import write_json
+from cascade_rcnn.data.image_ids import coco_id, match_names
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation import read_results
+from cascade_rcnn.messages import shown
 
 
 def write_submission(format: str, split: DataSplit, detections: list[dict[str, Any]], out: Path) -> Path:
@@ -38,18 +40,6 @@ def voc_list_name(split: DataSplit) -> str:
     return split.name
 
 
-def write_json(path: Path, content: Any) -> Path:
-    """Strict JSON, written beside and renamed, so that a file of this name is always whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(content, allow_nan=False, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
-
-
 def _write_coco(split: DataSplit, detections: list[dict[str, Any]], table: read_results.ResultTable, out: Path) -> Path:
     ids = [record.image_id for record in split.records]
     content = [
@@ -59,7 +49,8 @@ def _write_coco(split: DataSplit, detections: list[dict[str, Any]], table: read_
             table.images.tolist(), table.categories.tolist(), table.boxes.tolist(), table.scores.tolist(), detections
         )
     ]
-    return write_json(out / "results.json", content)
+    write_json(out / "results.json", content, indent=1)
+    return out / "results.json"
 
 
 def _write_citypersons(
@@ -161,28 +152,32 @@ def _line(*values: str | float | np.float64 | NDArray[np.float64]) -> str:
 
 
 def submit_predictions(
-    format: str, predictions: Path, names: Sequence[str], classes: tuple[Sequence[str], Sequence[int]], *, out: Path
+    format: str,
+    predictions: Path,
+    names: Sequence[str],
+    classes: tuple[Sequence[str], Sequence[int]],
+    *,
+    out: Path,
+    ids: Mapping[str, int | str] | None = None,
 ) -> Path:
     """Write the detections of ``predictions`` on the images ``names`` in ``format`` below ``out``.
 
-    ``classes`` are the names and their category ids. COCO's image ids are the file names' digits, CityPersons' count
-    the images by name from 1, the others' are the names without ending. Raises ``DataError`` as ``write_submission``.
+    ``classes`` are the names and their category ids. ``ids`` gives the image id of each name, for COCO and CityPersons,
+    which know images by number (see ``submission_ids``); the others know them by name. Raises ``DataError`` as
+    ``write_submission``.
     """
     ordered = sorted(names)
-    ids: dict[str, int | str] = {}
-    for number, name in enumerate(ordered, start=1):
-        stem = PurePosixPath(name).stem
-        digits = stem.rpartition("_")[2]
-        by_digits = int(digits) if digits.isdecimal() else number
-        ids[name] = {"coco": by_digits, "citypersons": number}.get(format, stem if format != "widerface" else name)
+    if ids is None and format in ("coco", "citypersons"):
+        ids = submission_ids(format, ordered)
+    known = ids or {name: name if format == "widerface" else PurePosixPath(name).stem for name in ordered}
     found: list[dict[str, Any]] = json.loads(predictions.read_text(encoding="utf-8"))
-    detections = [entry | {"image_id": ids[entry["file_name"]]} for entry in found if entry["file_name"] in ids]
+    detections = [entry | {"image_id": known[entry["file_name"]]} for entry in found if entry["file_name"] in known]
     nothing = np.zeros(0)
     records = [
         ImageRecord(
             path=Path(name),
             file_name=name,
-            image_id=ids[name],
+            image_id=known[name],
             height=0,
             width=0,
             boxes=nothing.reshape(0, 4),
@@ -194,3 +189,39 @@ def submit_predictions(
     ]
     split = DataSplit(format, "test", Path(), records, tuple(classes[0]), tuple(classes[1]))
     return write_submission(format, split, detections, out)
+
+
+def submission_ids(
+    format: str, names: Sequence[str], listed: Mapping[str, int | str] | None = None, *, where: str = ""
+) -> dict[str, int | str]:
+    """The image id of each name: from ``listed`` (ids by file name, of the file ``where``), or from COCO's own names.
+
+    Raises:
+        DataError: an id that is not known, or one that two images have.
+    """
+    ids: dict[str, int | str] = {}
+    if listed is not None:
+        ids = {name: listed[one] for name, one in match_names(names, listed, where=where).items()}
+    elif format == "coco":
+        ids = {name: number for name in names if (number := coco_id(name)) is not None}
+    strange = [name for name in names if name not in ids]
+    if strange:
+        reason = f"is not among the images of {where}" if listed is not None else f"has no image id that {format} knows"
+        way = "leave it out, or give the list of this split" if listed is not None else _WAY_TO_IDS[format]
+        raise DataError(f"image {shown(strange[0])} ({len(strange)} of {len(names)}) {reason}: {way}")
+    first: dict[int | str, str] = {}
+    for name, image_id in ids.items():
+        if image_id in first:
+            raise DataError(
+                f"images {shown(first[image_id])} and {shown(name)} would both be image {image_id} of the submission: "
+                "predict on one of them only, or give --images-from"
+            )
+        first[image_id] = name
+    return ids
+
+
+_WAY_TO_IDS = {
+    "coco": "add --images-from FILE with the data set's json that lists its images (image_info_test2017.json, "
+    "instances_val.json)",
+    "citypersons": "add --images-from val_gt.json, which lists the images",
+}

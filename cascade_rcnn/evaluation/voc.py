@@ -17,6 +17,7 @@ from cascade_rcnn.data.formats.voc import list_entry, parse_xml, read_objects
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation import read_results
 from cascade_rcnn.evaluation.pairwise import best_of_each, ious, pair_up
+from cascade_rcnn.messages import few_names
 
 CLASSES = (
     "aeroplane",
@@ -135,7 +136,7 @@ def read_truth(root: Path, split: str) -> tuple[dict[str, ClassObjects], dict[st
     read_results.folder(root, "a VOC year folder with Annotations/ and ImageSets/Main/ (for example VOCdevkit/VOC2007)")
     listing = root / "ImageSets" / "Main" / f"{split}.txt"
     if not listing.is_file():
-        known = read_results.names_of([path.stem for path in listing.parent.glob("*.txt")]) or "none"
+        known = few_names(sorted(path.stem for path in listing.parent.glob("*.txt"))) or "none"
         raise DataError(f"{listing}: not found: choose --split among {known}")
     lines = [list_entry(line) for line in read_results.read_text(listing).splitlines() if line.strip()]
     image_ids = {name: row for row, name in enumerate(lines)}
@@ -185,7 +186,7 @@ def read_submission(results: Path, split: str, image_ids: dict[str, int]) -> dic
             raise DataError(f"{path}: image {names[line]!r} is not in the image set {split!r}: score another --split")
         detections[label] = ClassObjects(np.array(rows, np.int64), table[:, 1:], scores=table[:, 0])
     if not detections:
-        there = read_results.names_of([path.name for path in results.iterdir()], most=3) or "nothing"
+        there = few_names(sorted(path.name for path in results.iterdir()), most=3) or "nothing"
         raise DataError(f"{results}: no comp4_det_{split}_CLASS.txt in it (found {there}): give --split or the folder")
     return detections
 
@@ -203,7 +204,7 @@ def _check_classes(
     name = min(strange)
     raise DataError(
         f"{results}/comp4_det_{split}_{name}.txt: class {name!r} is in no annotation, "
-        f"which have {read_results.names_of(objects)}: rename or remove the file"
+        f"which have {few_names(sorted(objects))}: rename or remove the file"
     )
 
 
@@ -217,7 +218,7 @@ def _explain(
     missing = sorted(set(objects) - set(detections))
     if missing:
         notes.append(
-            f"no file comp4_det_{split}_CLASS.txt for {read_results.names_of(missing)}: undefined, and so are the "
+            f"no file comp4_det_{split}_CLASS.txt for {few_names(missing)}: undefined, and so are the "
             "means; write an empty file for a class that was never detected"
         )
     undefined = [name for name, value in area.items() if value is None and name in detections]
@@ -225,13 +226,13 @@ def _explain(
         defined = [value for value in area.values() if value is not None]
         rest = f"; the mean over the other {len(defined)} is {np.mean(defined):.4f}" if defined else ""
         notes.append(
-            f"voc/AP is undefined for {read_results.names_of(undefined)} (detections, but no object that counts), "
+            f"voc/AP is undefined for {few_names(sorted(undefined))} (detections, but no object that counts), "
             f"and so is voc/mAP, the plain mean{rest}"
         )
     zero = [name for name in detections if name not in objects or bool(np.all(objects[name].difficult))]
     if zero:
         notes.append(
-            f"without objects that count: {read_results.names_of(zero)}; the official 11-point AP of such a class is "
+            f"without objects that count: {few_names(sorted(zero))}; the official 11-point AP of such a class is "
             "0 and enters voc/mAP07"
         )
 

@@ -11,12 +11,12 @@ the image fills by itself is kept at zero. Compiled, that multiplication joins t
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -30,13 +30,12 @@ from torch import Tensor, nn
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.models.ops.winograd import WinogradConv2d
-from cascade_rcnn.models.rpn import RPN
+from cascade_rcnn.models.rpn import RPN, RPNOutputs
+from cascade_rcnn.rounding import ceil_div, round_up
 from cascade_rcnn.structures import ImageBatch, RawDetections
 
-_MOST_VARIANTS = 64  # of one function: sizes times batches; torch's own limit of 8 would fall back to eager silently
-
-
-_Outputs = tuple[list[Tensor], list[Tensor]]  # the RPN's logits and deltas of each level
+_MAX_VARIANTS = 64  # of one function: sizes times batches; torch's own limit of 8 would fall back to eager silently
+_STRIDES = (1, 2, 4, 8, 16, 32, 64)  # of the maps, from the image itself to p6
 
 
 def cache_folder() -> Path:
@@ -55,14 +54,14 @@ def check_compiler(device: torch.device) -> None:
         from torch.utils._triton import has_triton
 
         if not has_triton():
-            raise UserError("--compile needs Triton on a GPU: pip install triton, or leave --compile away")
+            raise UserError("--compile needs Triton on a GPU: pip install triton, or drop --compile")
         return
     usual = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
     name = os.environ.get("CXX") or usual
     if shutil.which(name) is None:
         raise UserError(
             f"--compile needs a C++ compiler, and {name!r} is not there: install one (Debian, Ubuntu: apt "
-            "install g++) or name it in the variable CXX, or leave --compile away"
+            "install g++) or name it in the variable CXX, or drop --compile"
         )
 
 
@@ -83,7 +82,10 @@ def compile_for_training(model: CascadeRCNN, *, fixed_sizes: bool) -> None:
     No CUDA graphs here: a step's gradients would have to be copied out of them before the next pass.
     """
     check_compiler(model.mean.device)
-    _prepare()
+    # Code is made while the steps run, so these hold for the rest of the process.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder())
+    for name, value in _dynamo_limit().items():
+        setattr(torch._dynamo.config, name, value)
     for part in (model.backbone, model.fpn, model.rpn):
         part.compile(dynamic=False if fixed_sizes else None)
     for head in model.cascade.box_heads:
@@ -92,13 +94,33 @@ def compile_for_training(model: CascadeRCNN, *, fixed_sizes: bool) -> None:
         head.features = torch.compile(head.features)  # type: ignore
 
 
-def _prepare() -> None:
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder())
+def _dynamo_limit() -> dict[str, int]:
+    """The setting of ``torch._dynamo.config`` that allows ``_MAX_VARIANTS``."""
     import torch._dynamo
 
-    config = torch._dynamo.config
-    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name in torch 2.6
-    setattr(config, name, _MOST_VARIANTS)
+    newer = hasattr(torch._dynamo.config, "recompile_limit")
+    return {"recompile_limit" if newer else "cache_size_limit": _MAX_VARIANTS}  # the second is its name in torch 2.6
+
+
+@contextmanager
+def _compiler_settings(*, freezing: bool) -> Iterator[None]:
+    """torch's settings for compiling, while a function is called that may have to be compiled.
+
+    The folder where code is kept has no other setting than an environment variable.
+    """
+    import torch._dynamo
+    import torch._inductor.config as inductor
+
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder())
+    try:
+        with torch._dynamo.config.patch(_dynamo_limit()), inductor.patch(freezing=freezing):
+            yield
+    finally:
+        if before is None:
+            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        else:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
 
 
 class CompiledCascadeRCNN(CascadeRCNN):
@@ -115,34 +137,35 @@ class CompiledCascadeRCNN(CascadeRCNN):
             bgr=model.bgr,
         )
         self.to(model.mean.device).eval()
-        _prepare()
         self._gpu = model.mean.device.type == "cuda"
         self._multiple = multiple
         self._batches: dict[tuple[int, int], int] = {}  # largest batch met, by (height, width)
-        self._own = _OwnPart()
-        self._own.watch(self)
+        self._unpadded = _UnpaddedPart()
+        self._unpadded.watch(self)
         # Anchors beyond the part that an image fills by itself belong to nobody, whatever the semantics.
         self.rpn.details = replace(self.rpn.details, mask_padding=True)
-        # reduce-overhead records CUDA graphs: one launch for each compiled part instead of one for each kernel
-        mode = "reduce-overhead" if self._gpu else None
-        self._trunk = torch.compile(self._eager_trunk, dynamic=False, mode=mode)
+        self.recorder = model.recorder  # on a GPU: the whole prediction as one graph, compiled parts and all others
+        self._trunk = torch.compile(self._eager_trunk, dynamic=False)
         for head in self.cascade.box_heads:
-            head.compile(mode=mode)  # on a CPU the number of RoIs varies: from the second on, for any number
+            head.compile()  # on a CPU the number of RoIs varies: from the second on, for any number
         for head in self.cascade.mask_heads:
-            head.features = torch.compile(head.features, mode=mode)  # type: ignore
+            head.features = torch.compile(head.features)  # type: ignore
 
-    def _eager_trunk(self, pixels: Tensor, sizes: Tensor, own: Tensor) -> tuple[list[Tensor], _Outputs]:
+    def _eager_trunk(self, pixels: Tensor, sizes: Tensor, unpadded: Tensor) -> tuple[list[Tensor], RPNOutputs]:
         """Everything of static shapes in one piece: the pyramid, and what the RPN says of it."""
-        self._own.sizes, self._own.canvas = own, (pixels.shape[2], pixels.shape[3])
+        self._unpadded.sizes, self._unpadded.canvas = unpadded, (pixels.shape[2], pixels.shape[3])
         pyramid = self.fpn(self.backbone(self.normalize(ImageBatch(pixels, sizes, sizes))))
         outputs = RPN.forward(self.rpn, pyramid)
-        return [self._own.with_border(level) for level in pyramid], outputs
+        return [self._unpadded.with_border(level) for level in pyramid], outputs
+
+    def _pyramid_and_rpn(self, images: ImageBatch) -> tuple[list[Tensor], RPNOutputs]:
+        made: tuple[list[Tensor], RPNOutputs] = self._trunk(
+            images.pixels, images.sizes, round_up(images.sizes, self._multiple)
+        )
+        return made
 
     def pyramid(self, images: ImageBatch) -> list[Tensor]:
-        own = -(-images.sizes // self._multiple) * self._multiple
-        pyramid, outputs = self._trunk(images.pixels, images.sizes, own)
-        self.rpn.forward = lambda _: outputs  # type: ignore  # it has run already
-        return pyramid  # type: ignore[no-any-return]
+        return self._pyramid_and_rpn(images)[0]
 
     @torch.no_grad()
     def detect(self, images: ImageBatch) -> RawDetections:
@@ -157,18 +180,18 @@ class CompiledCascadeRCNN(CascadeRCNN):
             return self._run(images)
 
     def _run(self, images: ImageBatch) -> RawDetections:
-        import torch._inductor.config as inductor
-
-        if self._gpu:
-            torch.compiler.cudagraph_mark_step_begin()  # what the last call's graphs wrote may be overwritten from here
         # Freezing lays weights out for the CPU's convolutions and joins these with what follows. Weights in that layout
         # cannot be kept on disk, so that half of the work is done again in each process; without it nothing is gained.
-        with inductor.patch(freezing=not self._gpu):
-            found = super().detect(images)
-        return found._map(torch.clone) if self._gpu else found  # nothing may point into a graph's memory
+        with _compiler_settings(freezing=not self._gpu):
+            return super().detect(images)
+
+    def _detect(self, images: ImageBatch) -> RawDetections:
+        pyramid, outputs = self._pyramid_and_rpn(images)
+        proposals = self.rpn.propose(pyramid, images.sizes, outputs)
+        return self.cascade.detect(pyramid, proposals, images)
 
 
-class _OwnPart:
+class _UnpaddedPart:
     """The part of each image in a batch that it would fill if it were alone, and zeros everywhere else."""
 
     def __init__(self) -> None:
@@ -185,24 +208,30 @@ class _OwnPart:
 
     def _before(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         x = inputs[0]
-        down, across = self._extent(x)
+        height, width = self._extent(x)
         row, column = torch.arange(x.shape[2], device=x.device), torch.arange(x.shape[3], device=x.device)
-        inside = (row[:, None] < down[:, None, None]) & (column < across[:, None, None])  # [B, h, w]
+        inside = (row[:, None] < height[:, None, None]) & (column < width[:, None, None])  # [B, h, w]
         return x * inside[:, None].to(x.dtype)
 
     def _extent(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and columns [B] of a map that belong to the images themselves."""
-        # 800 rows are 25 of stride 32 and 13 of stride 64: the next power of two
-        strides = [1 << round(math.log2(side / have)) for side, have in zip(self.canvas, x.shape[2:])]
-        down, across = (-(-self.sizes[:, axis] // stride) for axis, stride in enumerate(strides))
-        return down, across
+        """Rows and columns [B] of a map [B, C, h, w] that belong to the images themselves."""
+        stride = self._stride(x)
+        return ceil_div(self.sizes[:, 0], stride), ceil_div(self.sizes[:, 1], stride)
+
+    def _stride(self, x: Tensor) -> int:
+        """The stride at which the canvas has a map's height and width; every layer rounds up."""
+        shape = (x.shape[2], x.shape[3])
+        for stride in _STRIDES:
+            if (ceil_div(self.canvas[0], stride), ceil_div(self.canvas[1], stride)) == shape:
+                return stride
+        raise ValueError(f"a map of {shape} is no stride of {_STRIDES} on a canvas of {self.canvas}")
 
     def with_border(self, x: Tensor) -> Tensor:
         """Repeat an image's last row and column once: RoIAlign reads half a pixel beyond what is its own."""
-        down, across = self._extent(x)
-        column = torch.arange(x.shape[3], device=x.device) < across[:, None]  # [B, w]
+        height, width = self._extent(x)
+        column = torch.arange(x.shape[3], device=x.device) < width[:, None]  # [B, w]
         x = torch.where(column[:, None, None, :], x, F.pad(x[..., :-1], (1, 0)))
-        row = torch.arange(x.shape[2], device=x.device) < down[:, None]
+        row = torch.arange(x.shape[2], device=x.device) < height[:, None]
         return torch.where(row[:, None, :, None], x, F.pad(x[..., :-1, :], (0, 0, 1, 0)))
 
 
@@ -234,11 +263,14 @@ def _announced(what: str) -> Iterator[None]:
     print(f"compiling for {what} ... ", end="", file=sys.stderr, flush=True)
     before, start = _files(), time.perf_counter()
     try:
-        yield
+        with warnings.catch_warnings():
+            # float32 without TF32 is what was asked for
+            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
+            yield
     except (TorchDynamoException, CppCompileError, InvalidCxxCompiler) as error:
         print("failed", file=sys.stderr)
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"torch.compile failed ({reason}): leave --compile away") from error
+        raise UserError(f"torch.compile failed ({reason}): drop --compile") from error
     kept = "kept in" if _files() > before else "with code found in"
     print(f"{time.perf_counter() - start:.0f} s, {kept} {cache_folder()}", file=sys.stderr)
 

@@ -7,23 +7,22 @@ bitmaps unless ``.masks`` is read.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cascade_rcnn.data.contours import EXACT, Outline, Ring, outlines, with_slits
 from cascade_rcnn.data.rle import MaskCrop, encode_crop
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.inference.paste_masks import paste_in_whole_pixels, paste_mask
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass
@@ -44,28 +43,51 @@ class Detections:
     def __len__(self) -> int:
         return int(self.boxes.shape[0])
 
-    def __getitem__(self, index: int | slice | Tensor | NDArray[Any] | list[int] | list[bool]) -> Detections:
-        """The chosen detections: by position, slice, list of positions, or boolean mask [D]."""
-        if isinstance(index, int):
-            if not -len(self) <= index < len(self):
-                raise IndexError(f"detection {index}: there are {len(self)}")
-            index = [index]
-        if not isinstance(index, slice):
-            index = torch.as_tensor(index)
-            index = index.long() if index.numel() == 0 and index.dtype != torch.bool else index
-        probs = None if self.mask_probs is None else self.mask_probs[index]
-        return Detections(
-            self.boxes[index],
-            self.scores[index],
-            self.labels[index],
-            self.size,
-            self.class_names,
-            mask_probs=probs,
-            image=self.image,
-            image_id=self.image_id,
-            category_ids=self.category_ids,
-            whole_pixels=self.whole_pixels,
+    def __getitem__(self, index: SupportsIndex | slice | Tensor | NDArray[Any] | list[int] | list[bool]) -> Detections:
+        """The chosen detections: by position, slice, list of positions, or boolean mask [D].
+
+        A position is any whole number: ``int``, ``np.int64``, a tensor without dimensions as ``argmax()`` gives it.
+
+        Raises:
+            IndexError: no such position, a mask of another length, or an index that is none of these.
+        """
+        rows = self._rows(index)
+        probs = None if self.mask_probs is None else self.mask_probs[rows]
+        return replace(
+            self, boxes=self.boxes[rows], scores=self.scores[rows], labels=self.labels[rows], mask_probs=probs
         )
+
+    def __iter__(self) -> Iterator[Detections]:
+        """Each detection as ``Detections`` of length 1."""
+        return (self[row] for row in range(len(self)))
+
+    def _rows(self, index: Any) -> Tensor:
+        """Positions int64 [N] or mask bool [D]."""
+        if isinstance(index, slice):
+            return torch.tensor(range(len(self))[index], dtype=torch.int64)  # torch knows no step backwards
+        single = _whole_number(index)
+        if single is not None:
+            if not -len(self) <= single < len(self):
+                raise IndexError(f"detection {single}: there are {len(self)}")
+            return torch.tensor([single])
+        try:
+            rows = torch.as_tensor(index)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise IndexError(f"detections[{index!r}]: give a position, slice, positions or a mask") from error
+        rows = rows.long() if rows.numel() == 0 and rows.dtype != torch.bool else rows
+        if rows.dim() != 1 or rows.is_floating_point() or rows.is_complex():
+            kind = str(rows.dtype).removeprefix("torch.")
+            raise IndexError(f"an index of {kind} {list(rows.shape)}: give whole numbers [N] or a mask [{len(self)}]")
+        if rows.dtype == torch.bool:
+            if len(rows) != len(self):
+                raise IndexError(f"a mask of {len(rows)} for {len(self)} detections")
+            return rows
+        if rows.dtype == torch.uint8 and len(rows):  # NumPy takes these for positions, torch for a mask
+            raise IndexError("an index of uint8 may be positions or a mask: make it int64 or bool")
+        rows = rows.long()
+        if len(rows) and not (-len(self) <= int(rows.min()) and int(rows.max()) < len(self)):
+            raise IndexError(f"detections {rows.tolist()}: there are {len(self)}")
+        return rows
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in Counter(self.names).most_common(5))
@@ -103,10 +125,35 @@ class Detections:
             for box, probs in zip(self.boxes.double().numpy(), self.mask_probs.float().numpy()):
                 yield paste(probs, box, self.size)
 
-    def to_coco(self) -> list[dict[str, Any]]:
+    def outlines(self, *, tolerance: float = EXACT) -> list[list[Outline]]:
+        """The outline of each detection's mask: its parts, largest first, each with ``outer`` and ``holes`` [V, 2].
+
+        See ``polygons``, which has the holes in the ring itself.
+        """
+        if self.mask_probs is None and len(self):
+            raise UserError("no masks in these detections, so there are no outlines: use a model with masks")
+        return [outlines(crop, tolerance=tolerance) for crop in self.mask_crops()]
+
+    def polygons(self, *, tolerance: float = EXACT) -> list[list[Ring]]:
+        """The polygons of each detection's mask: one ring float64 [V, 2] of x, y per part, largest first.
+
+        Drawn again, they give exactly the mask's pixels. Coordinates are pixels of the image, the first one reaching
+        from 0 to 1. A hole is cut into its ring by a slit without width, so that formats and tools without holes show
+        it; ``outlines`` gives holes apart. An empty mask has no ring.
+
+        Args:
+            tolerance: pixels that a ring may lie off to have fewer points; above 0.2 pixels at the border may change.
+
+        Raises:
+            UserError: detections of a model without masks.
+        """
+        return [[with_slits(part) for part in parts] for parts in self.outlines(tolerance=tolerance)]
+
+    def to_coco(self, *, polygons: bool = False) -> list[dict[str, Any]]:
         """COCO results: ``image_id`` (when known), ``category_id``, ``bbox`` [x, y, w, h], ``score``, ``segmentation``.
 
-        Numbers keep their full float precision; masks are compressed RLE, pasted one at a time.
+        Numbers keep their full float precision; masks are compressed RLE, pasted one at a time, or ``polygons`` as
+        those of :meth:`polygons` (an empty mask stays RLE: COCO has no list without a polygon).
         """
         ids = self.category_ids or tuple(range(1, len(self.class_names) + 1))
         known: dict[str, Any] = {} if self.image_id is None else {"image_id": self.image_id}
@@ -115,7 +162,10 @@ class Detections:
         for (x1, y1, x2, y2), score, label in zip(self.boxes.tolist(), self.scores.tolist(), self.labels.tolist()):
             result = {**known, "category_id": ids[label], "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
             if self.mask_probs is not None:
-                result["segmentation"] = encode_crop(next(crops), self.size)
+                crop = next(crops)
+                rings = [with_slits(part) for part in outlines(crop)] if polygons else []
+                flat = [ring.reshape(-1).tolist() for ring in rings]
+                result["segmentation"] = flat or encode_crop(crop, self.size)
             results.append(result)
         return results
 
@@ -156,3 +206,15 @@ class Detections:
         except ValueError as error:
             raise UserError(f"{path}: unknown picture format {path.suffix!r}; use .jpg or .png") from error
         return path
+
+
+def _whole_number(index: Any) -> int | None:
+    """The number itself if it is one: of Python, NumPy or torch (also an array or tensor without dimensions)."""
+    if isinstance(index, (bool, np.bool_)) or getattr(index, "ndim", 0) != 0:
+        return None
+    if getattr(index, "dtype", None) in (torch.bool, np.dtype(np.bool_)):
+        return None
+    try:
+        return operator.index(index)
+    except TypeError:
+        return None

@@ -7,9 +7,11 @@ each side's own factor.
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import IO, Any, cast, overload
 
 import numpy as np
 import torch
@@ -23,11 +25,11 @@ from cascade_rcnn.data.dataset import Item
 from cascade_rcnn.data.images import to_array
 from cascade_rcnn.data.loader import Collate, bucket_sizes
 from cascade_rcnn.data.transforms import resize_for_test
-from cascade_rcnn.distributed import usable_device
+from cascade_rcnn.distributed import choose_device
 from cascade_rcnn.errors import CheckpointError, DataError, UserError
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.run_model import Precision, choose_precision, detect, to_detections
-from cascade_rcnn.messages import printable
+from cascade_rcnn.messages import printable, shown
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN, NoInitialValues
 from cascade_rcnn.models.ops.capabilities import triton_problem
@@ -35,18 +37,30 @@ from cascade_rcnn.models.ops.winograd import WinogradConv2d
 from cascade_rcnn.zoo.store import resolve
 
 _PRECISIONS = {"fp32": "float32", "tf32": "float32 with products in TF32", "bf16": "bfloat16"}
-ImageLike = str | Path | Image.Image | NDArray[np.uint8] | Tensor
+ImageLike = str | Path | bytes | IO[bytes] | Image.Image | NDArray[np.uint8] | Tensor
 
 
-def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """``auto`` takes a GPU if there is one.
+def checked_number(name: str, value: object, *, low: float, high: float = math.inf, whole: bool = False) -> None:
+    """Refuse what is no number, or none from ``low`` to ``high``; None stands for "as it is".
 
     Raises:
-        UserError: a device that torch does not know or that is not in this machine.
+        UserError: in one line, with the value.
     """
-    if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return usable_device(device)
+    kinds: tuple[Any, ...] = (numbers.Integral,) if whole else (numbers.Real,)
+    number: Any = value
+    if value is None or (type(value) is not bool and isinstance(number, kinds) and low <= number <= high):
+        return
+    limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
+    per_cent = high == 1 and type(value) in (int, float) and 1 < number <= 100
+    hint = f"; for {value} per cent write {number / 100:g}" if per_cent else ""
+    raise UserError(f"{name} {shown(value)}: give a {'whole ' if whole else ''}number {limits}{hint}")
+
+
+def _changed(config: Config, model: dict[str, Any], data: dict[str, Any]) -> Config:
+    """The recipe with those settings that are not None."""
+    new_model = dataclasses.replace(config.model, **{name: value for name, value in model.items() if value is not None})
+    new_data = dataclasses.replace(config.data, **{name: value for name, value in data.items() if value is not None})
+    return dataclasses.replace(config, model=new_model, data=new_data)
 
 
 def load(
@@ -58,6 +72,7 @@ def load(
     score_threshold: float | None = None,
     max_detections: int | None = None,
     stop_after_stage: int | None = None,
+    max_pixels: int | None = None,
 ) -> Detector:
     """A detector from a ``.safetensors`` checkpoint, a run folder (its best, else its last), or the name of published
     weights.
@@ -65,27 +80,34 @@ def load(
     Published weights (``cascade-rcnn models`` lists them) are downloaded, converted and kept when first used.
 
     ``score_threshold``, ``max_detections`` (raise it for dense scenes) and ``stop_after_stage`` replace the
-    checkpoint's own test-time settings. ``precision`` auto is float32, on recent NVIDIA GPUs with TF32 products.
+    checkpoint's own test-time settings, ``max_pixels`` its limit on the size of an image that is decoded.
+    ``precision`` auto is float32, on recent NVIDIA GPUs with TF32 products.
 
     ``compile`` makes code for each of the few sizes that images are padded to, when the first image of that size comes:
     that takes a minute and is told on stderr; what it finds is the same (docs/speed.md).
 
     Raises:
         CheckpointError: no such file or name, or one that is damaged or of another kind, or cannot be fetched.
-        ConfigError: a setting out of its range.
-        UserError: a device or precision that is not there, or no compiler.
+        ConfigError: more stages than there are.
+        UserError: a setting that is no number or out of its range, a device or precision that is not there, or no
+            compiler.
     """
+    checked_number("score_threshold", score_threshold, low=0, high=1)
+    checked_number("max_detections", max_detections, low=1, whole=True)
+    checked_number("stop_after_stage", stop_after_stage, low=0, whole=True)
+    checked_number("max_pixels", max_pixels, low=1, whole=True)
+    if not isinstance(compile, bool):
+        raise UserError(f"compile {shown(compile)}: give True or False")
     chosen = choose_device(device)
     precision = choose_precision(precision, chosen)
     path = resolve(path)
     checkpoint = load_checkpoint(path)
-    wanted = {
+    model_settings = {
         "score_threshold": score_threshold,
         "max_detections": max_detections,
         "stop_after_stage": stop_after_stage,
     }
-    changed: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
-    config = dataclasses.replace(checkpoint.config, model=dataclasses.replace(checkpoint.config.model, **changed))
+    config = _changed(checkpoint.config, model_settings, {"max_pixels": max_pixels})
     with NoInitialValues():
         model = build_model(config.model, len(checkpoint.class_names))
     try:
@@ -99,14 +121,20 @@ def load(
     checkpoint.state.clear()  # the file's pages are memory too, and the weights are about to be laid out anew
     model = model.to(chosen).optimize_for_inference()
     if compile:
-        from cascade_rcnn.inference.compiled import compile_for_inference
-
-        model = compile_for_inference(model, multiple=config.data.pad_multiple)
-        # The statistics of group norm would see the padding, as would Detectron's boxes: they may leave their image.
-        sees_padding = config.model.norm == "group" or config.model.semantics == "paper"
-        if config.data.pad_buckets is None and not sees_padding:
-            config = dataclasses.replace(config, data=dataclasses.replace(config.data, pad_buckets=True))
+        model, config = _compiled(model, config)
     return Detector(model, config, checkpoint.class_names, checkpoint.category_ids, precision=precision)
+
+
+def _compiled(model: CascadeRCNN, config: Config) -> tuple[CascadeRCNN, Config]:
+    """The compiled network, and its recipe with padding to a few sizes where that changes nothing."""
+    from cascade_rcnn.inference.compiled import compile_for_inference
+
+    model = compile_for_inference(model, multiple=config.data.pad_multiple)
+    # The statistics of group norm would see the padding, as would Detectron's boxes: they may leave their image.
+    sees_padding = config.model.norm == "group" or config.model.semantics == "paper"
+    if config.data.pad_buckets is None and not sees_padding:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, pad_buckets=True))
+    return model, config
 
 
 class Detector:
@@ -150,54 +178,86 @@ class Detector:
         words = [_PRECISIONS[choose_precision(self.precision, device)], "channels-last"]
         words += ["batch norm folded"] * (self.config.model.norm != "group")
         if device.type == "cuda":
-            words.append(f"no fused kernels ({problem})" if (problem := triton_problem()) else "fused kernels")
+            problem = triton_problem()
+            words.append(f"no fused kernels ({problem})" if problem else "fused kernels, CUDA graphs")
         words += ["Winograd"] * any(isinstance(part, WinogradConv2d) for part in model.modules())
         compiled = "not compiled (--compile)"
         if type(model) is not CascadeRCNN:
             sizes = bucket_sizes(data)
             compiled = f"compiled for {len(sizes)} sizes at most" if sizes else "compiled for each size"
-            compiled += ", CUDA graphs" * (device.type == "cuda")
         return f"{name}: {', '.join(words)}; {compiled}"
+
+    def to(self, device: str | torch.device) -> Detector:
+        """Move the network to another device, in place; gives the detector itself. ``auto`` as in ``load``.
+
+        Raises:
+            UserError: no such device, one without the detector's precision, or a compiled network.
+        """
+        chosen = choose_device(device)
+        if type(self.model) is not CascadeRCNN and isinstance(self.model, CascadeRCNN):
+            raise UserError(f"a compiled network stays on its device: load(..., device={str(device)!r}, compile=True)")
+        choose_precision(self.precision, chosen)
+        self.model.to(chosen)
+        return self
 
     @overload  # a str is also a sequence of str, but is meant as one path
     def predict(  # type: ignore[overload-overlap]
-        self, image: ImageLike, *, batch_size: int = 1, score_threshold: float | None = None
+        self,
+        image: ImageLike,
+        *,
+        batch_size: int = 1,
+        score_threshold: float | None = None,
+        max_pixels: int | None = None,
     ) -> Detections: ...
 
     @overload
     def predict(
-        self, image: Sequence[ImageLike], *, batch_size: int = 1, score_threshold: float | None = None
+        self,
+        image: Sequence[ImageLike],
+        *,
+        batch_size: int = 1,
+        score_threshold: float | None = None,
+        max_pixels: int | None = None,
     ) -> list[Detections]: ...
 
     def predict(
-        self, image: ImageLike | Sequence[ImageLike], *, batch_size: int = 1, score_threshold: float | None = None
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        *,
+        batch_size: int = 1,
+        score_threshold: float | None = None,
+        max_pixels: int | None = None,
     ) -> Detections | list[Detections]:
         """Objects of one image, or of each image of a list.
 
         Args:
-            image: a path, a ``PIL.Image``, a uint8 array [H, W, 3] RGB or [H, W] grey, a uint8 tensor [3, H, W]; or a
-                list of these, of any sizes. Files are turned upright by their EXIF orientation.
+            image: a path, the bytes of a file or an open file (``"rb"``), a ``PIL.Image``, a uint8 array [H, W, 3] RGB
+                or [H, W] grey, a uint8 tensor [3, H, W]; or a list of these, of any sizes. Files are turned upright by
+                their EXIF orientation.
             batch_size: images of a list that go through the network at once.
             score_threshold: leave out detections below it. Those below the model's own threshold never come; lower that
                 with ``load(..., score_threshold=)``.
+            max_pixels: refuse to decode a larger file; None: as loaded.
 
         Raises:
-            UserError: an image of a wrong type, dtype or shape, or a file that cannot be read.
+            UserError: an image of a wrong type, dtype or shape, a file that cannot be read, a number out of its range.
         """
-        if not isinstance(image, list | tuple):
-            return self.predict([cast(ImageLike, image)], score_threshold=score_threshold)[0]
-        if batch_size < 1:
-            raise UserError(f"batch_size {batch_size}: at least 1")
+        checked_number("batch_size", batch_size, low=1, whole=True)
+        checked_number("score_threshold", score_threshold, low=0, high=1)
+        checked_number("max_pixels", max_pixels, low=1, whole=True)
+        limit = self.config.data.max_pixels if max_pixels is None else max_pixels
+        one_image = not isinstance(image, list | tuple)
+        images = [cast(ImageLike, image)] if one_image else cast(Sequence[ImageLike], image)
         found: list[Detections] = []
-        for start in range(0, len(image), batch_size):
-            part = image[start : start + batch_size]
-            arrays = [to_array(one, max_pixels=self.config.data.max_pixels) for one in part]
+        for start in range(0, len(images), batch_size):
+            part = images[start : start + batch_size]
+            arrays = [to_array(one, max_pixels=limit) for one in part]
             for one, pixels, detections in zip(part, arrays, self._detect(arrays)):
                 detections.image = Path(one) if isinstance(one, str | Path) else pixels
                 if score_threshold is not None:
                     detections = detections[detections.scores >= score_threshold]
                 found.append(detections)
-        return found
+        return found[0] if one_image else found
 
     def _detect(self, arrays: Sequence[NDArray[np.uint8]]) -> list[Detections]:
         """One batch through the network."""

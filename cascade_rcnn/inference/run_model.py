@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.inference.detections import Detections
-from cascade_rcnn.models.boxes import scale_boxes
+from cascade_rcnn.messages import shown
+from cascade_rcnn.models.detectron_rules import scale_boxes
 from cascade_rcnn.structures import ImageBatch, RawDetections
 
 if TYPE_CHECKING:
@@ -31,6 +34,12 @@ class Inference:
     stages: int | None = None  # stop after so many
     score_threshold: float | None = None
     max_detections: int | None = None
+    max_pixels: int | None = None  # of an image that is decoded
+
+    def of_load(self) -> dict[str, Any]:
+        """The arguments of ``load`` in it."""
+        names = ("precision", "compile", "score_threshold", "max_detections", "max_pixels")
+        return {name: getattr(self, name) for name in names} | {"stop_after_stage": self.stages}
 
 
 AS_SAVED = Inference()
@@ -40,8 +49,11 @@ def choose_precision(precision: Precision, device: torch.device) -> Literal["fp3
     """``auto``: float32, and on NVIDIA GPUs that have it (from Ampere on) with products in TF32.
 
     Raises:
-        UserError: TF32 where there is none.
+        UserError: another word, or TF32 where there is none.
     """
+    words = get_args(Precision)
+    if precision not in words:
+        raise UserError(f"precision {shown(precision)}: choose one of {', '.join(words)}")
     has_tf32 = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 8
     if precision == "tf32" and not has_tf32:
         raise UserError(f"precision tf32: {device} has no such units; use auto, fp32 or bf16")
@@ -68,16 +80,42 @@ def _arithmetic(device: torch.device, precision: Precision) -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
-def detect(model: CascadeRCNN, images: ImageBatch, precision: Precision = "auto") -> RawDetections:
-    """Run a batch on the model's own device, in evaluation mode; the result is on the CPU."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    training = model.training
-    model.eval()
+_lock = Lock()
+_predicting: WeakKeyDictionary[CascadeRCNN, int] = WeakKeyDictionary()  # threads inside, of networks that train
+
+
+@contextmanager
+def _evaluation_mode(model: CascadeRCNN) -> Iterator[None]:
+    """The first thread inside takes a network out of its training mode, the last puts it back.
+
+    Each for itself would put it back while another still predicts.
+    """
+    with _lock:
+        inside = _predicting.get(model, 0)
+        switches = bool(inside) or model.training
+        if switches:
+            _predicting[model] = inside + 1
+        if model.training:
+            model.eval()
     try:
-        with torch.inference_mode(), _arithmetic(device, precision):
-            return model.detect(images.to(device, non_blocking=True)).to("cpu")
+        yield
     finally:
-        model.train(training)
+        with _lock:
+            if switches:
+                _predicting[model] -= 1
+            if switches and not _predicting[model]:
+                del _predicting[model]
+                model.train()
+
+
+def detect(model: CascadeRCNN, images: ImageBatch, precision: Precision = "auto") -> RawDetections:
+    """Run a batch on the model's own device, in evaluation mode; the result is on the CPU.
+
+    Threads may share a model, in training mode too.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with _evaluation_mode(model), torch.inference_mode(), _arithmetic(device, precision):
+        return model.detect(images.to(device, non_blocking=True)).to("cpu")
 
 
 def to_detections(

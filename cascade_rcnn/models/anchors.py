@@ -8,39 +8,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from cascade_rcnn.rounding import round_up
+
 
 class AnchorGenerator(nn.Module):
     """Anchors of side ``scale * stride``, ``ratios`` (height over width) and centres at ``(column, row) * stride``.
 
-    ``rounded`` rounds the base anchors to whole pixels, as torchvision does. ``whole_pixels`` are Detectron's: centres
-    at the cells' centres, sides rounded for a square of one stride before they are scaled.
+    ``rounded`` rounds the base anchors to whole pixels, as torchvision does.
     """
 
     def __init__(
-        self,
-        strides: Sequence[int],
-        *,
-        scales: Sequence[float],
-        ratios: Sequence[float],
-        rounded: bool = False,
-        whole_pixels: bool = False,
+        self, strides: Sequence[int], *, scales: Sequence[float], ratios: Sequence[float], rounded: bool = False
     ) -> None:
         super().__init__()
         self.strides = tuple(strides)
         self.per_cell = len(scales) * len(ratios)
-        base = []
-        for stride in strides:
-            centre = stride / 2 if whole_pixels else 0.0
-            for ratio in ratios:
-                for scale in scales:
-                    height, width = scale * stride * math.sqrt(ratio), scale * stride / math.sqrt(ratio)
-                    if whole_pixels:
-                        whole = round(stride / math.sqrt(ratio))
-                        height, width = scale * round(whole * ratio), scale * whole
-                    base.append((centre - width / 2, centre - height / 2, centre + width / 2, centre + height / 2))
+        base = [
+            self.cell_anchor(stride, scale, ratio) for stride in self.strides for ratio in ratios for scale in scales
+        ]
         table = torch.tensor(base).view(len(self.strides), self.per_cell, 4)
         self.register_buffer("base", table.round() if rounded else table, persistent=False)
         self.base: Tensor
+
+    def cell_anchor(self, stride: int, scale: float, ratio: float) -> tuple[float, float, float, float]:
+        """The anchor (x1, y1, x2, y2) of the cell at row and column 0."""
+        height, width = scale * stride * math.sqrt(ratio), scale * stride / math.sqrt(ratio)
+        return -width / 2, -height / 2, width / 2, height / 2
 
     def forward(self, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Anchors [H * W * A, 4] of each level, for feature maps of ``shapes`` (H, W): row, column, anchor."""
@@ -52,12 +45,12 @@ class AnchorGenerator(nn.Module):
             levels.append((shift[:, :, None, :] + base).reshape(-1, 4))
         return levels
 
-    def inside(self, shapes: Sequence[tuple[int, int]], sizes: Tensor, *, multiple: int = 32) -> Tensor:
+    def unpadded(self, shapes: Sequence[tuple[int, int]], sizes: Tensor, *, multiple: int = 32) -> Tensor:
         """Which anchors [B, sum(H * W * A)] start inside their image, each padded to ``multiple`` for itself.
 
         A batch is padded to its largest image; anchors in the rest of the padding belong to nobody.
         """
-        limits = padded_sizes(sizes, multiple)  # [B, 2]
+        limits = round_up(sizes, multiple)  # [B, 2]
         masks = []
         for stride, (height, width) in zip(self.strides, shapes):
             y = torch.arange(height, device=sizes.device) * stride
@@ -65,8 +58,3 @@ class AnchorGenerator(nn.Module):
             mask = (y[None, :, None] < limits[:, 0, None, None]) & (x[None, None, :] < limits[:, 1, None, None])
             masks.append(mask[..., None].expand(-1, -1, -1, self.per_cell).flatten(1))
         return torch.cat(masks, dim=1)
-
-
-def padded_sizes(sizes: Tensor, multiple: int = 32) -> Tensor:
-    """Sizes [B, 2] of images, each padded to ``multiple`` for itself."""
-    return torch.div(sizes + multiple - 1, multiple, rounding_mode="floor") * multiple

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cascade_rcnn.errors import CheckpointError, ConfigError
+from cascade_rcnn.models.ops.frozen_norm import FrozenStatisticsNorm, freeze_statistics
 
 STRIDES = (4, 8, 16, 32)
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
@@ -76,6 +77,8 @@ class Backbone(nn.Module):
             _move_stride_to_first_convolution(body, name)
         if norm == "group":
             _replace_batch_norm(body)
+        if norm in ("frozen_statistics", "frozen"):
+            freeze_statistics(body)
         self._frozen = self._modules_to_freeze(frozen_stages, name)
         self._return_selected_only()
         for module in self._frozen:
@@ -152,7 +155,8 @@ class Backbone(nn.Module):
             for before, after in itertools.pairwise(names):
                 conv, norm = children[before], children[after]
                 paired = after == before.replace("conv", "bn") or isinstance(module, nn.Sequential)
-                if paired and isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d and before != after:
+                foldable = isinstance(conv, nn.Conv2d) and type(norm) in (nn.BatchNorm2d, FrozenStatisticsNorm)
+                if paired and foldable and before != after:
                     _fold(conv, norm)
                     setattr(module, after, nn.Identity())
 

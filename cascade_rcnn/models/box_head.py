@@ -15,6 +15,7 @@ class BoxHead(nn.Module):
     """RoI features [R, C, 7, 7] to class logits [R, K + 1] and deltas [R, 4] (or [R, 4 K], one box per class)."""
 
     takes_rows = False  # wants RoI features as they lie in memory, [R, 49, C]
+    reads_rows = True  # can take them so; its weight is then reordered in each call
 
     def __init__(
         self, channels: int, num_classes: int, *, width: int = 1024, size: int = 7, class_agnostic: bool = True
@@ -44,13 +45,19 @@ class BoxHead(nn.Module):
         self.takes_rows = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = F.relu(self.fc1(x.flatten(1)))  # [R, width]
+        if x.dim() == 3 and not self.takes_rows:  # the weight is smaller than the features of a training step
+            x = F.linear(x.flatten(1), rows_weight(self.fc1.weight, x.shape[1]), self.fc1.bias)
+        else:
+            x = self.fc1(x.flatten(1))
+        x = F.relu(x)  # [R, width]
         x = F.relu(self.fc2(x))
         return self.classifier(x), self.deltas(x)
 
 
 class ConvBoxHead(BoxHead):
     """Four 3x3 convolutions and one fully connected layer (arXiv 1803.08494, 1811.08883, 2111.11429)."""
+
+    reads_rows = False
 
     def __init__(
         self,

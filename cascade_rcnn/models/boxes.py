@@ -1,8 +1,6 @@
 """Arithmetic of boxes: always float32, (x1, y1, x2, y2), width = x2 - x1.
 
-N, M boxes; leading dimensions broadcast. Detectron's boxes end with a pixel (width = x2 - x1 + 1): with x2 + 1 they are
-ours, and overlaps, areas and deltas the same numbers. What is left differs with ``whole_pixels``: such a box keeps a
-pixel when it is clipped, and it is its last pixel that is scaled.
+N, M boxes; leading dimensions broadcast.
 """
 
 from __future__ import annotations
@@ -22,24 +20,10 @@ def box_area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def clip_boxes(boxes: Tensor, sizes: Tensor, *, whole_pixels: bool = False) -> Tensor:
-    """Boxes [B, N, 4] clipped to images of ``sizes`` [B, 2] (height, width)."""
-    limits = sizes.flip(-1).to(boxes.dtype).repeat(1, 2)[:, None, :]  # [B, 1, 4] as (w, h, w, h)
-    if not whole_pixels:
-        return torch.minimum(boxes.clamp(min=0), limits)
-    one = _last_pixel(boxes)
-    return torch.minimum((boxes - one).clamp(min=0), limits - 1) + one
-
-
-def scale_boxes(boxes: Tensor, factors: Tensor) -> Tensor:
-    """Boxes of whole pixels [B, N, 4] in an image ``factors`` [B] times as large: first and last pixel are scaled."""
-    one = _last_pixel(boxes)
-    return (boxes - one) * factors.to(boxes.dtype)[:, None, None] + one
-
-
-def _last_pixel(boxes: Tensor) -> Tensor:
-    """(0, 0, 1, 1): how far a box reaches beyond its first and its last pixel's coordinates."""
-    return (torch.arange(4, device=boxes.device) >= 2).to(boxes.dtype)  # a literal would be copied, and waited for
+def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Boxes [B, N, 4] or [B, N, K, 4] clipped to images of ``sizes`` [B, 2] (height, width)."""
+    limits = sizes.flip(-1).to(boxes.dtype).repeat(1, 2)  # [B, 4] as (w, h, w, h)
+    return torch.minimum(boxes.clamp(min=0), limits.view(-1, *[1] * (boxes.dim() - 2), 4))
 
 
 def _intersection(a: Tensor, b: Tensor) -> Tensor:

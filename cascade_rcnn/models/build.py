@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -18,10 +17,18 @@ from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.models.anchors import AnchorGenerator
 from cascade_rcnn.models.backbone import STRIDES, Backbone
 from cascade_rcnn.models.box_head import BoxHead, ConvBoxHead
-from cascade_rcnn.models.cascade import Cascade, CascadeDetails
+from cascade_rcnn.models.cascade import Cascade, CascadeDetails, Stage, StageDetails
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
+from cascade_rcnn.models.detectron_rules import (
+    DetectronAnchorGenerator,
+    DetectronCascade,
+    DetectronRPN,
+    DetectronStage,
+    inclusive_nms_limit,
+)
 from cascade_rcnn.models.fpn import FeaturePyramid
 from cascade_rcnn.models.mask_head import MaskHead
+from cascade_rcnn.models.ops.roi_sampling import Frame, Sampling
 from cascade_rcnn.models.rpn import RPN, RPNDetails
 
 RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -30,7 +37,7 @@ DETECTRON_MEAN = (102.9801, 115.9465, 122.7717)  # BGR
 
 
 @dataclass(frozen=True, kw_only=True)
-class Semantics:
+class Rules:
     """One implementation's choices where the published ones differ (docs/parity.md)."""
 
     halving_loss_weights: bool  # stage losses 1, 0.5, 0.25 or 1, 1, 1
@@ -50,15 +57,14 @@ class Semantics:
     mask_padding: bool = True
     mmdetection_ranking: bool = False  # its float32 rounding where scores or overlaps tie
     anchors_inside: bool = False  # the RPN of a cascade (not of one stage) learns from anchors inside the image only
-    judge_last_boxes: bool = False  # the ensemble's classifiers all see the last stage's RoIs
     rounded_anchors: bool = False
     sampling_ratio: int = 0
-    aligned: bool = True
-    detectron: bool = False  # boxes of whole pixels, and the rules of its own that _build_rpn and _build_cascade name
+    roi_frame: Frame = Frame.ALIGNED
+    detectron: bool = False  # the authors' release, whose rules are in models/detectron_rules.py
 
 
 SEMANTICS = {
-    "mmdetection": Semantics(
+    "mmdetection": Rules(
         halving_loss_weights=True,
         resample=True,
         divide_gradient=False,
@@ -76,7 +82,7 @@ SEMANTICS = {
         anchors_inside=True,
         mmdetection_ranking=True,
     ),
-    "detectron2": Semantics(
+    "detectron2": Rules(
         halving_loss_weights=False,
         resample=False,
         divide_gradient=True,
@@ -93,7 +99,7 @@ SEMANTICS = {
         bgr=True,
         mask_padding=False,
     ),
-    "paper": Semantics(
+    "paper": Rules(
         halving_loss_weights=True,
         resample=False,
         divide_gradient=False,
@@ -108,12 +114,11 @@ SEMANTICS = {
         limit_shrinking=False,
         mean_of_logits=False,
         bgr=True,
-        judge_last_boxes=True,
         sampling_ratio=2,
-        aligned=False,
+        roi_frame=Frame.PLUS_ONE,
         detectron=True,
     ),
-    "torchvision": Semantics(
+    "torchvision": Rules(
         halving_loss_weights=False,
         resample=True,
         divide_gradient=False,
@@ -131,7 +136,7 @@ SEMANTICS = {
         mask_padding=False,
         rounded_anchors=True,
         sampling_ratio=2,
-        aligned=False,
+        roi_frame=Frame.UNALIGNED,
     ),
 }
 
@@ -193,17 +198,10 @@ def build_model(config: ModelConfig, num_classes: int, *, pretrained: bool = Fal
     return model.train()
 
 
-def _build_rpn(config: ModelConfig, semantics: Semantics) -> RPN:
+def _build_rpn(config: ModelConfig, semantics: Rules) -> RPN:
     one_stage, detectron = len(config.stage_ious) == 1, semantics.detectron
     train_proposals = config.train_proposals or (
         semantics.one_stage_train_proposals if one_stage else semantics.train_proposals
-    )
-    anchors = AnchorGenerator(
-        (*STRIDES, 64),
-        scales=config.anchor_scales,
-        ratios=config.anchor_ratios,
-        rounded=semantics.rounded_anchors,
-        whole_pixels=detectron,
     )
     details = RPNDetails(
         samples=config.rpn_samples,
@@ -214,51 +212,46 @@ def _build_rpn(config: ModelConfig, semantics: Semantics) -> RPN:
         pre_nms=(config.train_proposals or 2000, max(1000, config.test_proposals)),
         post_nms=(train_proposals, config.test_proposals),
         limit_shrinking=semantics.limit_shrinking,
+        nms_iou=inclusive_nms_limit(0.7) if detectron else 0.7,
         mask_padding=semantics.mask_padding,
-        spread_nms=semantics.mmdetection_ranking,
-        rank_by_probability=semantics.mmdetection_ranking,
         inside_only=detectron or (semantics.anchors_inside and not one_stage),
-        nms_iou=_at_the_limit(0.7) if detectron else 0.7,
-        whole_pixels=detectron,
-        padding_proposes=detectron,
-        clip_to_padding=detectron,
-        post_nms_of_batch=detectron,
-        box_mean_of_images=detectron,
+        offset_levels=semantics.mmdetection_ranking,
+        rank_by_probability=semantics.mmdetection_ranking,
     )
-    return RPN(config.fpn_channels, anchors, convs=config.rpn_convs, details=details)
+    make_anchors, make_rpn = (DetectronAnchorGenerator, DetectronRPN) if detectron else (AnchorGenerator, RPN)
+    anchors = make_anchors(
+        (*STRIDES, 64), scales=config.anchor_scales, ratios=config.anchor_ratios, rounded=semantics.rounded_anchors
+    )
+    return make_rpn(config.fpn_channels, anchors, convs=config.rpn_convs, details=details)
 
 
-def _at_the_limit(iou: float) -> float:
-    """The limit that makes "above" mean "from ``iou`` on": Detectron's NMS removes a box at the limit itself."""
-    return float(np.nextafter(np.float32(iou), np.float32(0)))
-
-
-def _build_cascade(config: ModelConfig, semantics: Semantics, num_classes: int) -> Cascade:
+def _build_stages(config: ModelConfig, semantics: Rules) -> list[Stage]:
     stages = len(config.stage_ious)
     falling = 0.5 if semantics.halving_loss_weights else 1.0
     weights = config.stage_loss_weights or tuple(falling**k for k in range(stages))
-    details = CascadeDetails(
-        ious=config.stage_ious,
-        loss_weights=weights,
-        samples=config.roi_samples,
-        resample=semantics.resample,
-        box_beta=semantics.one_stage_box_beta if stages == 1 else semantics.box_beta,
-        feature_gradient=1 / stages if semantics.divide_gradient else 1.0,
-        limit_shrinking=semantics.limit_shrinking,
-        mean_of_logits=semantics.mean_of_logits,
-        judge_last_boxes=semantics.judge_last_boxes,
-        sampling_ratio=semantics.sampling_ratio,
-        aligned=semantics.aligned,
-        masks=config.masks,
-        score_threshold=config.score_threshold,
-        nms=config.nms,
-        nms_iou=_at_the_limit(config.nms_iou) if semantics.detectron else config.nms_iou,
-        max_detections=config.max_detections,
-        whole_pixels=semantics.detectron,
-        add_truth=semantics.detectron,
-        spare_heads=semantics.detectron,
-        weigh_masks=not semantics.detectron,
-    )
+    make_stage = DetectronStage if semantics.detectron else Stage
+    made = []
+    for k, (iou, stds, weight) in enumerate(zip(config.stage_ious, stage_stds(config), weights)):
+        draws = semantics.resample or k == 0
+        feature_gradient = 1 / stages if semantics.divide_gradient else 1.0
+        details = StageDetails(
+            iou=iou,
+            stds=stds,
+            loss_weight=weight,
+            mask_weight=1.0 if semantics.detectron else weight,
+            samples=config.roi_samples if draws else None,
+            add_truth=draws or semantics.detectron,
+            keep_truth=not (semantics.resample or semantics.detectron),
+            box_beta=semantics.one_stage_box_beta if stages == 1 else semantics.box_beta,
+            feature_gradient=weight if semantics.detectron else feature_gradient,
+            limit_shrinking=semantics.limit_shrinking,
+        )
+        made.append(make_stage(details))
+    return made
+
+
+def _build_cascade(config: ModelConfig, semantics: Rules, num_classes: int) -> Cascade:
+    stages = len(config.stage_ious)
     choices: dict[str, Callable[..., BoxHead]] = {
         "2fc": BoxHead,
         "4conv1fc": partial(ConvBoxHead, group_norm=False),
@@ -276,7 +269,22 @@ def _build_cascade(config: ModelConfig, semantics: Semantics, num_classes: int) 
         MaskHead(config.fpn_channels, num_classes, width=config.mask_channels, group_norm=config.norm == "group")
         for _ in range(number)
     ]
-    cascade = Cascade(box_heads, mask_heads, stds=stage_stds(config), strides=STRIDES, details=details)
+    details = CascadeDetails(
+        mean_of_logits=semantics.mean_of_logits,
+        masks=config.masks,
+        score_threshold=config.score_threshold,
+        nms=config.nms,
+        nms_iou=inclusive_nms_limit(config.nms_iou) if semantics.detectron else config.nms_iou,
+        max_detections=config.max_detections,
+    )
+    make_cascade = DetectronCascade if semantics.detectron else Cascade
+    cascade = make_cascade(
+        _build_stages(config, semantics),
+        box_heads,
+        mask_heads,
+        sampling=Sampling(7, STRIDES, semantics.sampling_ratio, semantics.roi_frame),
+        details=details,
+    )
     if config.stop_after_stage:
         cascade.stages_at_test = config.stop_after_stage
     return cascade

@@ -6,7 +6,7 @@ pixels -> normalise -> backbone -> FPN -> RPN -> cascade -> masks -> detections
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,13 @@ from cascade_rcnn.models.backbone import Backbone
 from cascade_rcnn.models.box_head import BoxHead
 from cascade_rcnn.models.cascade import Cascade
 from cascade_rcnn.models.fpn import FeaturePyramid
+from cascade_rcnn.models.ops.capabilities import has_triton
 from cascade_rcnn.models.ops.winograd import use_winograd
 from cascade_rcnn.models.rpn import RPN
-from cascade_rcnn.structures import ImageBatch, OriginalFrame, RawDetections, Targets
+from cascade_rcnn.structures import ImageBatch, RawDetections, Targets
+
+if TYPE_CHECKING:
+    from cascade_rcnn.models.ops.cuda_graphs import Recorder
 
 
 class CascadeRCNN(nn.Module):
@@ -39,6 +43,7 @@ class CascadeRCNN(nn.Module):
         bgr: bool = False,
     ) -> None:
         super().__init__()
+        self.recorder: Recorder | None = None  # repeats predictions on a GPU from recordings
         self.backbone = backbone
         self.fpn = fpn
         self.rpn = rpn
@@ -53,27 +58,24 @@ class CascadeRCNN(nn.Module):
         """Weighted losses by name (``rpn_cls``, ``rpn_box``, ``s0.cls``, ...); their sum is what training minimises."""
         pyramid = self.pyramid(images)
         losses, proposals = self.rpn.loss(pyramid, images.sizes, targets)
-        return losses | self.cascade.loss(pyramid, proposals, images.sizes, targets, self._original(images))
+        return losses | self.cascade.loss(pyramid, proposals, images, targets)
 
     @torch.no_grad()
     def detect(self, images: ImageBatch) -> RawDetections:
         """Detections in pixels of the network input, sorted by falling score. Call ``eval()`` first."""
+        if self.recorder is None or not images.pixels.is_cuda:
+            return self._detect(images)
+        settings = (self.cascade.stages_at_test, self.cascade.details, self.rpn.details)
+        return self.recorder(self._detect, images, settings)
+
+    def _detect(self, images: ImageBatch) -> RawDetections:
         pyramid = self.pyramid(images)
         proposals = self.rpn.propose(pyramid, images.sizes)
-        return self.cascade.detect(pyramid, proposals, images.sizes, self._original(images))
+        return self.cascade.detect(pyramid, proposals, images)
 
     def forward(self, images: ImageBatch, targets: Targets) -> dict[str, Tensor]:
         """As :meth:`loss`: what a data-parallel wrapper calls."""
         return self.loss(images, targets)
-
-    def _original(self, images: ImageBatch) -> OriginalFrame | None:
-        """Where Detectron's boxes are matched and finished; without its scales, the longer sides give them."""
-        if not self.cascade.details.whole_pixels:
-            return None
-        scales = images.scales
-        if scales is None:
-            scales = images.sizes.amax(dim=1).float() / images.original_sizes.amax(dim=1)
-        return OriginalFrame(scales, images.original_sizes)
 
     def pyramid(self, images: ImageBatch) -> list[Tensor]:
         """Feature maps p2..p6 of a batch."""
@@ -96,7 +98,8 @@ class CascadeRCNN(nn.Module):
         """Trade training for speed on the device where the weights are: the same detections to float tolerance.
 
         Batch norms are folded; box heads read RoI features as they lie in memory; on a CPU wide convolutions take a
-        quarter of the multiplications.
+        quarter of the multiplications; on a GPU biases and ReLUs are added in one pass, and predictions of a shape that
+        has come before are repeated as CUDA graphs. Weights may not change afterwards.
         """
         self.eval().requires_grad_(False)
         self.backbone.fold_batch_norm()
@@ -106,9 +109,24 @@ class CascadeRCNN(nn.Module):
         if self.mean.device.type == "cpu":
             for module in (self.fpn, self.rpn, self.cascade.mask_heads):
                 use_winograd(module)
+        elif self.mean.device.type == "cuda" and has_triton():
+            self._use_the_gpu()
         for parameter in self.parameters():
             _lay_channels_last(parameter)
         return self
+
+    def _use_the_gpu(self) -> None:
+        from cascade_rcnn.models.ops.cuda_graphs import Recorder
+        from cascade_rcnn.models.ops.fused_bias import fuse_biases
+
+        for module in (self.backbone, self.fpn, self.rpn, self.cascade.box_heads, self.cascade.mask_heads):
+            fuse_biases(module)
+        self.recorder = Recorder()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CascadeRCNN:
+        if self.recorder is not None:
+            self.recorder.clear()  # recordings hold the weights' addresses
+        return super()._apply(fn, recurse)  # type: ignore[return-value]
 
 
 class NoInitialValues(TorchFunctionMode):

@@ -5,16 +5,28 @@ R RoIs, C channels, K classes, m mask bins per side (28), P positives.
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cascade_rcnn.models.matching import host_sync_is_free
 from cascade_rcnn.models.ops.capabilities import has_triton
+from cascade_rcnn.rounding import ceil_div
 from cascade_rcnn.structures import MaskCrops
 
 MAX_TABLE = 1 << 24  # pixels of object masks gathered at once
+
+
+@dataclass
+class MaskSamples:
+    """RoIs of a mask head's loss."""
+
+    boxes: Tensor  # float32 [B, P, 4]
+    labels: Tensor  # int64 [B, P], class of the object
+    valid: Tensor  # bool [B, P], positives whose object has a mask
+    targets: Tensor  # float32 [B, P, m, m], 0 or 1
 
 
 class MaskHead(nn.Module):
@@ -63,11 +75,11 @@ def _axis_weights(start: Tensor, length: Tensor, bins: int, *, image: Tensor, or
     because bilinear interpolation and averaging over a grid are.
     """
     count = (length / bins).ceil().clamp(min=1)  # samples per bin [P]
-    most = max(1, math.ceil(size / bins)) + 1
     # A RoI longer than the crop needs more samples than the crop has pixels: those outside weigh nothing.
-    most = max(most, int(count.max())) if start.device.type == "cpu" and len(count) else max(most, 64)
-    count = count.clamp(max=most)
-    sample = torch.arange(most, device=start.device)
+    limit = max(1, ceil_div(size, bins)) + 1
+    limit = max(limit, int(count.max())) if host_sync_is_free(start) and len(count) else max(limit, 64)
+    count = count.clamp(max=limit)
+    sample = torch.arange(limit, device=start.device)
     step = length / bins
     bin_start = start[:, None] + torch.arange(bins, device=start.device) * step[:, None]  # [P, bins]
     position = bin_start[..., None] + (sample + 0.5) * (step / count)[:, None, None]  # [P, bins, samples]

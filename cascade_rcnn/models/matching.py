@@ -30,43 +30,53 @@ class Matches:
 
 @dataclass
 class Samples:
-    """Boxes chosen for a loss, positives first; ``valid`` marks real rows."""
+    """Boxes chosen for a stage's loss; rows that are not ``valid`` are padding."""
 
     boxes: Tensor  # float32 [B, S, 4]
     valid: Tensor  # bool [B, S]
     positive: Tensor  # bool [B, S]
-    index: Tensor  # int64 [B, S], matched object
+    index: Tensor  # int64 [B, S], row of the matched object (any row where there is none)
+    matched_boxes: Tensor  # float32 [B, S, 4] of that object
+    matched_labels: Tensor  # int64 [B, S] of that object
     is_truth: Tensor  # bool [B, S], rows that are ground-truth boxes added to the proposals
     max_positives: int  # positives lie in the first so many rows
 
 
-def _asking_is_free(tensor: Tensor) -> bool:
+def host_sync_is_free(tensor: Tensor) -> bool:
     """Whether the host may look at numbers: on a GPU it would have to wait for them."""
     return tensor.device.type == "cpu"
 
 
+def rows_in_use(valid: Tensor) -> int:
+    """How many leading rows of ``valid`` [B, N] to compute: on a CPU those up to the last valid one, on a GPU all."""
+    if not host_sync_is_free(valid) or valid.shape[1] == 0:
+        return int(valid.shape[1])
+    used = valid.any(dim=0).nonzero()
+    return int(used[-1]) + 1 if len(used) else 1
+
+
 def _rows_at_once(objects: Tensor) -> int:
-    entries = MAX_TABLE_CPU if _asking_is_free(objects) else MAX_TABLE
+    entries = MAX_TABLE_CPU if host_sync_is_free(objects) else MAX_TABLE
     return max(1, entries // max(1, objects.shape[0] * objects.shape[1]))
 
 
-def _best(boxes: Tensor, usable: Tensor, objects: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _best(boxes: Tensor, valid: Tensor, objects: Tensor, object_valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Largest IoU [B, N] of each box [B, N, 4] with the valid objects [B, G, 4] of its image, that object's row
-    [B, N], and each object's largest IoU [B, G] with a usable box.
+    [B, N], and each object's largest IoU [B, G] with a valid box.
     """
     chunk = _rows_at_once(objects)
     values, rows = [], []
     best = boxes.new_full(objects.shape[:2], -1.0)
-    for part, real in zip(boxes.split(chunk, dim=1), usable.split(chunk, dim=1)):
-        table = pairwise_iou(part, objects).masked_fill_(~valid[:, None], -1.0)  # [B, n, G]
+    for part, part_valid in zip(boxes.split(chunk, dim=1), valid.split(chunk, dim=1)):
+        table = pairwise_iou(part, objects).masked_fill_(~object_valid[:, None], -1.0)  # [B, n, G]
         value, row = table.max(dim=2)
         values.append(value)
         rows.append(row)
-        best = torch.maximum(best, table.masked_fill_(~real[..., None], -1.0).amax(dim=1))
+        best = torch.maximum(best, table.masked_fill_(~part_valid[..., None], -1.0).amax(dim=1))
     return torch.cat(values, dim=1), torch.cat(rows, dim=1), best
 
 
-def _owners(boxes: Tensor, usable: Tensor, objects: Tensor, best: Tensor, iou: Tensor, *, min_iou: float) -> Tensor:
+def _owners(boxes: Tensor, valid: Tensor, objects: Tensor, best: Tensor, iou: Tensor, *, min_iou: float) -> Tensor:
     """For each box [B, N] the last object (1-based) whose best box it is, or 0.
 
     An object's best boxes are all that share its largest IoU ``best`` [B, G], if that is at least ``min_iou``. ``iou``
@@ -76,22 +86,22 @@ def _owners(boxes: Tensor, usable: Tensor, objects: Tensor, best: Tensor, iou: T
     eligible = (best >= min_iou) & (best > 0)
     number = torch.arange(1, objects.shape[1] + 1, device=boxes.device)
 
-    def owned(part: Tensor, real: Tensor) -> Tensor:
-        is_best = (pairwise_iou(part, objects) == best[:, None]) & eligible[:, None] & real[..., None]
+    def owned(part: Tensor, part_valid: Tensor) -> Tensor:
+        is_best = (pairwise_iou(part, objects) == best[:, None]) & eligible[:, None] & part_valid[..., None]
         return is_best.to(torch.int64).mul_(number).amax(dim=2)
 
-    if not _asking_is_free(boxes):
-        return torch.cat([owned(*pair) for pair in zip(boxes.split(chunk, dim=1), usable.split(chunk, dim=1))], dim=1)
+    if not host_sync_is_free(boxes):
+        return torch.cat([owned(*pair) for pair in zip(boxes.split(chunk, dim=1), valid.split(chunk, dim=1))], dim=1)
     lowest = best[eligible].amin() if eligible.any() else torch.inf
     owners = torch.zeros_like(iou, dtype=torch.int64)
-    for rows in (usable & (iou >= lowest))[0].nonzero().squeeze(1).split(chunk):
-        owners[:, rows] = owned(boxes[:, rows], usable[:, rows])
+    for rows in (valid & (iou >= lowest))[0].nonzero().squeeze(1).split(chunk):
+        owners[:, rows] = owned(boxes[:, rows], valid[:, rows])
     return owners
 
 
 def ignored_by_regions(boxes: Tensor, regions: Tensor, ignore: Tensor) -> Tensor:
     """Boxes [B, N] that lie mostly inside a region [B, G, 4] of their image that is to be ignored [B, G]."""
-    if _asking_is_free(boxes) and not ignore.any():
+    if host_sync_is_free(boxes) and not ignore.any():
         return torch.zeros(boxes.shape[:2], dtype=torch.bool)
     parts = [
         pairwise_iof(part, regions).masked_fill(~ignore[:, None], 0.0).amax(dim=2) > IGNORED_SHARE
@@ -103,7 +113,7 @@ def ignored_by_regions(boxes: Tensor, regions: Tensor, ignore: Tensor) -> Tensor
 @torch.no_grad()
 def match(
     boxes: Tensor,
-    usable: Tensor,
+    valid: Tensor,
     targets: Targets,
     *,
     positive_iou: float,
@@ -111,27 +121,29 @@ def match(
     best_box_iou: float | None = None,
     rematch_best: bool = True,
 ) -> Matches:
-    """Match boxes [B, N, 4] (those that are ``usable`` [B, N]) with the objects of their images.
+    """Match boxes [B, N, 4] (those that are ``valid`` [B, N]) with the objects of their images.
 
     Positive: IoU >= ``positive_iou``; negative: IoU < ``negative_iou``. With ``best_box_iou`` every object's best boxes
     are positive too if their IoU reaches it (the RPN's rule); ``rematch_best`` then hands them to that object
     (mmdetection) instead of leaving them with the object of their own largest IoU (detectron2, torchvision).
     """
-    # A CPU takes image by image, whose tables stay in its cache; a GPU takes all at once, in few launches.
-    together = 1 if _asking_is_free(boxes) else max(1, len(boxes))
-    found = []
-    for images in (slice(start, start + together) for start in range(0, len(boxes), together)):
-        real, objects = usable[images], targets.boxes[images]
-        iou, index, best = _best(boxes[images], real, objects, targets.valid[images])
-        positive = (iou >= positive_iou) & real
-        negative = (iou < negative_iou) & real
+
+    def of_images(images: slice) -> tuple[Tensor, Tensor, Tensor]:
+        some, some_valid, objects = boxes[images], valid[images], targets.boxes[images]
+        iou, index, best = _best(some, some_valid, objects, targets.valid[images])
+        positive = (iou >= positive_iou) & some_valid
+        negative = (iou < negative_iou) & some_valid
         if best_box_iou is not None:
-            owner = _owners(boxes[images], real, objects, best, iou, min_iou=best_box_iou)
+            owner = _owners(some, some_valid, objects, best, iou, min_iou=best_box_iou)
             positive = positive | (owner > 0)
             if rematch_best:
                 index = torch.where(owner > 0, owner - 1, index)
-        negative = negative & ~positive & ~ignored_by_regions(boxes[images], objects, targets.ignore[images])
-        found.append((index, positive, negative))
+        negative = negative & ~positive & ~ignored_by_regions(some, objects, targets.ignore[images])
+        return index, positive, negative
+
+    # A CPU takes image by image, whose tables stay in its cache; a GPU takes all at once, in few launches.
+    together = 1 if host_sync_is_free(boxes) else max(1, len(boxes))
+    found = [of_images(slice(start, start + together)) for start in range(0, len(boxes), together)]
     return Matches(*(torch.cat(column) for column in zip(*found)))
 
 

@@ -28,37 +28,46 @@ def nms_keep(
     valid: Tensor,
     iou: float,
     *,
-    spread: bool = False,
+    offset_groups: bool = False,
     runs: Sequence[int] | None = None,
-    most: int = 1 << 30,
+    max_keep: int = 1 << 30,
 ) -> Tensor:
     """Which boxes [B, M] survive greedy NMS among the valid ones of the same image and group.
 
-    ``boxes`` [B, M, 4], ``scores``, ``groups`` (non-negative) and ``valid`` [B, M]. ``spread`` moves each group to a
-    place of its own first, as mmdetection does: it changes nothing but the rounding of the IoU, which decides ties at
-    the limit. The last two save time on a GPU: ``runs``, lengths of the parts of M that are in falling order of score
-    and have no group in common; ``most``, how many boxes the caller will use at most, of an image and the best first.
+    ``boxes`` [B, M, 4], ``scores``, ``groups`` (non-negative) and ``valid`` [B, M]. ``offset_groups`` moves each group
+    to a place of its own first, as mmdetection does: it changes nothing but the rounding of the IoU, which decides ties
+    at the limit. The last two save time on a GPU: ``runs``, lengths of the parts of M that are in falling order of
+    score and have no group in common; ``max_keep``, how many boxes the caller will use at most, of an image and the
+    best first.
     """
-    batch, count = scores.shape
-    if spread and count:
+    if offset_groups and scores.shape[1]:
         boxes = boxes + (groups * (boxes.flatten(1).amax(dim=1, keepdim=True) + 1)).unsqueeze(-1)
     if boxes.is_cuda and has_triton():
         from cascade_rcnn.models.ops.nms_triton import nms_mask
 
-        return nms_mask(boxes, scores, groups, valid, iou, runs=runs, most=most)
-    image = torch.arange(batch, device=boxes.device)[:, None]
-    group = groups * batch + image
-    # Boxes that are no candidates go into a group of their own, so that shapes stay fixed; on a CPU they are left out.
-    rows = valid.flatten().nonzero().squeeze(1) if boxes.device.type == "cpu" else None
-    if rows is None:
-        group = torch.where(valid, group, -1 - image)
-    flat = (boxes.flatten(0, 1), scores.masked_fill(~valid, -1e30).flatten(), group.flatten())
-    if rows is not None:
-        flat = (flat[0][rows], flat[1][rows], flat[2][rows])
-    kept = batched_nms(*flat, iou)
-    keep = torch.zeros(batch * count, dtype=torch.bool, device=boxes.device)
-    keep[kept if rows is None else rows[kept]] = True
-    return keep.view(batch, count) & valid
+        return nms_mask(boxes, scores, groups, valid, iou, runs=runs, max_keep=max_keep)
+    batch = torch.arange(len(boxes), device=boxes.device)[:, None]
+    groups = groups * len(boxes) + batch  # groups of all images in one call
+    if boxes.device.type == "cpu":
+        return _nms_of_valid(boxes, scores, groups, valid, iou)
+    # Elsewhere shapes stay fixed: boxes that are no candidates go into a group of their own.
+    groups = torch.where(valid, groups, -1 - batch)
+    return _nms_of_all(boxes, scores.masked_fill(~valid, -1e30), groups, iou) & valid
+
+
+def _nms_of_valid(boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, iou: float) -> Tensor:
+    """bool [B, M]; boxes that are not valid cost nothing."""
+    rows = valid.flatten().nonzero().squeeze(1)
+    keep = torch.zeros(valid.numel(), dtype=torch.bool)
+    kept = batched_nms(boxes.flatten(0, 1)[rows], scores.flatten()[rows], groups.flatten()[rows], iou)
+    keep[rows[kept]] = True
+    return keep.view_as(valid)
+
+
+def _nms_of_all(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Tensor:
+    """bool [B, M]; every box takes part."""
+    kept = batched_nms(boxes.flatten(0, 1), scores.flatten(), groups.flatten(), iou)
+    return torch.zeros(scores.numel(), dtype=torch.bool, device=boxes.device).index_fill(0, kept, True).view_as(scores)
 
 
 def soft_nms_scores(boxes: Tensor, scores: Tensor, groups: Tensor, *, sigma: float = 0.5, keep: int = 100) -> Tensor:
@@ -93,26 +102,30 @@ def select_detections(
     ``nms``: "class" within each class, "agnostic" over all, "soft" lowers scores instead of removing boxes.
     """
     batch, _, classes = probabilities.shape
+    # the best scores of all boxes and classes: on a CPU those above the threshold, on a GPU a fixed number
     scores = probabilities.masked_fill(~valid[..., None], 0.0).flatten(1)  # [B, N * K]
-    wanted = scores > score_threshold
-    limit = MAX_CANDIDATES if boxes.device.type != "cpu" else int(wanted.sum(dim=1).amax()) if batch else 0
+    above = scores > score_threshold
+    limit = MAX_CANDIDATES if boxes.device.type != "cpu" else int(above.sum(dim=1).amax()) if batch else 0
     scores, rows = scores.topk(min(max(limit, 1), scores.shape[1]), dim=1)  # [B, M]
-    wanted = scores > score_threshold
     labels = rows % classes
     if boxes.dim() == 4:
         candidates = take(boxes.flatten(1, 2), rows)  # [B, M, 4]
     else:
         candidates = take(boxes, torch.div(rows, classes, rounding_mode="floor"))
-    wanted = wanted & ((candidates[..., 2:] - candidates[..., :2]).amin(dim=-1) > 0)
+    # remove low scores and empty boxes
+    candidate = (scores > score_threshold) & ((candidates[..., 2:] - candidates[..., :2]).amin(dim=-1) > 0)
+    # non-maximum suppression
     groups = torch.zeros_like(labels) if nms == "agnostic" else labels
     if nms == "soft":
         softened = [
-            soft_nms_scores(candidates[b], scores[b] * wanted[b], groups[b], keep=max_detections) for b in range(batch)
+            soft_nms_scores(candidates[b], scores[b] * candidate[b], groups[b], keep=max_detections)
+            for b in range(batch)
         ]
         scores = torch.stack(softened)
         keep = scores > score_threshold
     else:
-        keep = nms_keep(candidates, scores, groups, wanted, nms_iou, runs=[scores.shape[1]], most=max_detections)
+        keep = nms_keep(candidates, scores, groups, candidate, nms_iou, runs=[scores.shape[1]], max_keep=max_detections)
+    # the best of all classes
     scores = scores * keep
     best = scores.topk(min(max_detections, scores.shape[1]), dim=1)
     found = best.values > 0

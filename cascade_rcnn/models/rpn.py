@@ -1,6 +1,6 @@
 """Region proposal network (arXiv 1506.01497) on a feature pyramid.
 
-B images, A anchors of all levels, N proposals per image (padded).
+B images, L levels, A anchors of all levels (A_l of one), M candidates for NMS, N proposals per image (padded).
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade_rcnn.models.anchors import AnchorGenerator, padded_sizes
+from cascade_rcnn.models.anchors import AnchorGenerator
 from cascade_rcnn.models.boxes import clip_boxes, decode_boxes, encode_boxes, smooth_l1
 from cascade_rcnn.models.matching import choose, match, normalizer, take
 from cascade_rcnn.models.postprocess import nms_keep
 from cascade_rcnn.structures import Proposals, Targets
+
+RPNOutputs = tuple[list[Tensor], list[Tensor]]  # logits [B, A_l] and deltas [B, A_l, 4] of each level
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +35,18 @@ class RPNDetails:
     nms_iou: float = 0.7
     mask_padding: bool = True  # anchors in a batch's padding take no part
     inside_only: bool = False  # anchors that cross the image's border take no part in the loss
-    spread_nms: bool = False  # mmdetection's rounding in NMS
+    offset_levels: bool = False  # mmdetection's rounding in NMS
     rank_by_probability: bool = False  # order proposals by float32 probability instead of by logit
-    min_size: float = 0.0
-    # Detectron
-    whole_pixels: bool = False  # boxes keep a pixel when clipped, and those below one are left out
-    padding_proposes: bool = False  # in training anchors in a batch's padding propose too
-    clip_to_padding: bool = False  # at test time proposals may reach into the image's own padding
-    post_nms_of_batch: bool = False  # in training post_nms counts for all images of a batch together
-    box_mean_of_images: bool = False  # the box loss is averaged over each image's anchors, then over the images
+
+
+@dataclass
+class AnchorPredictions:
+    """What the network says of every anchor, level by level."""
+
+    logits: list[Tensor]  # [B, A_l]
+    deltas: list[Tensor]  # [B, A_l, 4]
+    anchors: list[Tensor]  # [A_l, 4]
+    valid: Tensor  # bool [B, A]; False in the part of the padding that is not the image's own
 
 
 class RPN(nn.Module):
@@ -67,7 +72,7 @@ class RPN(nn.Module):
         self.register_buffer("stds", torch.ones(4), persistent=False)
         self.stds: Tensor
 
-    def forward(self, pyramid: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, pyramid: list[Tensor]) -> RPNOutputs:
         """Logits [B, H*W*A] and deltas [B, H*W*A, 4] of each level, in the order of the anchors."""
         logits, deltas = [], []
         for feature in pyramid:
@@ -78,115 +83,142 @@ class RPN(nn.Module):
 
     def loss(self, pyramid: list[Tensor], sizes: Tensor, targets: Targets) -> tuple[dict[str, Tensor], Proposals]:
         """Losses ``rpn_cls`` and ``rpn_box``, and the proposals for the first stage (without gradient)."""
-        shapes = [(f.shape[-2], f.shape[-1]) for f in pyramid]
-        logits, deltas = self(pyramid)
-        levels = self.anchors(shapes)
-        proposals = self._proposals(logits, deltas, levels, shapes, sizes, training=True)
-        losses = self._losses(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(levels), shapes, sizes, targets)
-        return losses, proposals
+        predictions = self._predictions(pyramid, self(pyramid), sizes, training=True)
+        proposals = self._proposals(predictions, sizes, training=True)
+        return self._losses(predictions, sizes, targets), proposals
 
-    def propose(self, pyramid: list[Tensor], sizes: Tensor) -> Proposals:
-        """Proposals [B, N, 4] of images of ``sizes`` [B, 2], sorted by falling score."""
-        shapes = [(f.shape[-2], f.shape[-1]) for f in pyramid]
-        logits, deltas = self(pyramid)
-        return self._proposals(logits, deltas, self.anchors(shapes), shapes, sizes, training=False)
+    def propose(self, pyramid: list[Tensor], sizes: Tensor, outputs: RPNOutputs | None = None) -> Proposals:
+        """Proposals [B, N, 4] of images of ``sizes`` [B, 2], sorted by falling score.
 
-    def _usable(self, shapes: list[tuple[int, int]], sizes: Tensor, *, training: bool) -> Tensor:
-        inside = self.anchors.inside(shapes, sizes)
-        masked = self.details.mask_padding and not (training and self.details.padding_proposes)
-        return inside if masked else torch.ones_like(inside)
+        ``outputs``: what :meth:`forward` gave for this pyramid, where it has run already (compiled with the backbone).
+        """
+        predictions = self._predictions(pyramid, outputs or self(pyramid), sizes, training=False)
+        return self._proposals(predictions, sizes, training=False)
 
-    def _losses(
-        self,
-        logits: Tensor,  # [B, A]
-        deltas: Tensor,  # [B, A, 4]
-        anchors: Tensor,  # [A, 4]
-        shapes: list[tuple[int, int]],
-        sizes: Tensor,
-        targets: Targets,
-    ) -> dict[str, Tensor]:
+    def _predictions(
+        self, pyramid: list[Tensor], outputs: RPNOutputs, sizes: Tensor, *, training: bool
+    ) -> AnchorPredictions:
+        shapes = [(feature.shape[-2], feature.shape[-1]) for feature in pyramid]
+        valid = self.anchors.unpadded(shapes, sizes)
+        if not self._leaves_padding_out(training):
+            valid = torch.ones_like(valid)
+        return AnchorPredictions(*outputs, self.anchors(shapes), valid)
+
+    # Training
+
+    def _losses(self, predictions: AnchorPredictions, sizes: Tensor, targets: Targets) -> dict[str, Tensor]:
         details = self.details
+        logits, deltas = torch.cat(predictions.logits, 1), torch.cat(predictions.deltas, 1)  # [B, A], [B, A, 4]
         batch = logits.shape[0]
-        boxes = anchors.expand(batch, -1, -1)
-        usable = self._usable(shapes, sizes, training=True)
+        anchors = torch.cat(predictions.anchors).expand(batch, -1, -1)  # [B, A, 4]
+        valid = predictions.valid
         if details.inside_only:
-            limits = sizes.flip(-1)[:, None] + int(details.whole_pixels)  # [B, 1, 2] as (w, h)
-            usable = usable & (boxes[..., :2] >= 0).all(-1) & (boxes[..., 2:] < limits).all(-1)
+            valid = valid & self._inside_image(anchors, sizes)
+        # match anchors with objects
         matches = match(
-            boxes,
-            usable,
+            anchors,
+            valid,
             targets,
             positive_iou=0.7,
             negative_iou=0.3,
             best_box_iou=details.best_box_iou,
             rematch_best=details.rematch_best,
         )
-        rows, valid, positive, positives = choose(matches, details.samples, positive_share=0.5)
-        cls = F.binary_cross_entropy_with_logits(take(logits, rows), positive.float(), reduction="none")
-        rows, positive = rows[:, :positives], positive[:, :positives]
-        wanted = encode_boxes(take(boxes, rows), take(targets.boxes, take(matches.index, rows)), self.stds)
-        box = smooth_l1(take(deltas, rows), wanted, details.box_beta)  # [B, P, 4]
+        # draw a sample, half of it positive if there are so many
+        rows, drawn, positive, max_positives = choose(matches, details.samples, positive_share=0.5)
         if details.fixed_normalizer:
             total = torch.full((), float(details.samples * batch), device=logits.device)
         else:
-            total = normalizer(valid.sum())
+            total = normalizer(drawn.sum())
+        # objectness of the whole sample
+        cls = F.binary_cross_entropy_with_logits(take(logits, rows), positive.float(), reduction="none")
+        # boxes of the positives, which lie in front
+        rows, positive = rows[:, :max_positives], positive[:, :max_positives]
+        wanted = encode_boxes(take(anchors, rows), take(targets.boxes, take(matches.index, rows)), self.stds)
+        box = smooth_l1(take(deltas, rows), wanted, details.box_beta)  # [B, P, 4]
         box = torch.where(positive[..., None], box, 0.0)
-        if details.box_mean_of_images:
-            box_loss = (box.sum(dim=(1, 2)) / valid.sum(dim=1).clamp(min=1)).mean()
-        else:
-            box_loss = box.sum() / total
-        return {"rpn_cls": torch.where(valid, cls, 0.0).sum() / total, "rpn_box": box_loss}
+        return {
+            "rpn_cls": torch.where(drawn, cls, 0.0).sum() / total,
+            "rpn_box": self._mean_box_loss(box, drawn, total),
+        }
+
+    # Proposals
 
     @torch.no_grad()
-    def _proposals(
-        self,
-        logits: list[Tensor],
-        deltas: list[Tensor],
-        levels: list[Tensor],
-        shapes: list[tuple[int, int]],
-        sizes: Tensor,
-        *,
-        training: bool,
-    ) -> Proposals:
+    def _proposals(self, predictions: AnchorPredictions, sizes: Tensor, *, training: bool) -> Proposals:
         details = self.details
         pre_nms, post_nms = (pair[0 if training else 1] for pair in (details.pre_nms, details.post_nms))
-        usable = self._usable(shapes, sizes, training=training).split([len(anchors) for anchors in levels], dim=1)
-        if details.clip_to_padding and not training:
-            sizes = padded_sizes(sizes)
-        scores, groups, best_anchors, best_deltas = [], [], [], []
-        for level, anchors in enumerate(levels):
-            score = logits[level].detach().masked_fill(~usable[level], -torch.inf)
-            score, rows = score.topk(min(pre_nms, score.shape[1]), dim=1)
-            if details.rank_by_probability:
-                # Near 1 float32 probabilities of different logits are equal; then the earlier anchor comes first.
-                rows = rows.sort(dim=1).values
-                score = logits[level].detach().sigmoid().masked_fill(~usable[level], -torch.inf).gather(1, rows)
-                score, order = score.sort(dim=1, descending=True, stable=True)
-                rows = rows.gather(1, order)
+        # the best of each level by objectness, before NMS
+        valid = predictions.valid.split([len(anchors) for anchors in predictions.anchors], dim=1)
+        scores, levels, anchors, deltas = [], [], [], []
+        for level, (logits, level_valid) in enumerate(zip(predictions.logits, valid)):
+            score, rows = self._best_of_level(logits.detach(), level_valid, pre_nms)
             scores.append(score)
-            groups.append(torch.full_like(rows, level))
-            best_anchors.append(take(anchors.expand(len(score), -1, -1), rows))
-            best_deltas.append(take(deltas[level].detach(), rows))
-        score, group = torch.cat(scores, 1), torch.cat(groups, 1)  # [B, M]
-        anchor, delta = torch.cat(best_anchors, 1), torch.cat(best_deltas, 1)  # [B, M, 4]
-        box = decode_boxes(delta, anchor, self.stds, limit_shrinking=details.limit_shrinking)
-        box = clip_boxes(box, sizes, whole_pixels=details.whole_pixels)
-        side = (box[..., 2:] - box[..., :2]).amin(dim=-1)
-        real = torch.isfinite(score) & (side >= 1 if details.whole_pixels else side > details.min_size)
+            levels.append(torch.full_like(rows, level))
+            anchors.append(take(predictions.anchors[level].expand(len(score), -1, -1), rows))
+            deltas.append(take(predictions.deltas[level].detach(), rows))
+        score, level_of = torch.cat(scores, 1), torch.cat(levels, 1)  # [B, M]
+        # their boxes, clipped to the image
+        boxes = decode_boxes(
+            torch.cat(deltas, 1), torch.cat(anchors, 1), self.stds, limit_shrinking=details.limit_shrinking
+        )
+        boxes = self._clip(boxes, sizes, training=training)  # [B, M, 4]
+        # remove empty boxes
+        candidate = torch.isfinite(score) & self._has_extent(boxes)
+        # non-maximum suppression within each level
         keep = nms_keep(
-            box,
+            boxes,
             score,
-            group,
-            real,
+            level_of,
+            candidate,
             details.nms_iou,
-            spread=details.spread_nms,
+            offset_groups=details.offset_levels,
             runs=[one.shape[1] for one in scores],
-            most=post_nms,
+            max_keep=post_nms,
         )
         score = score.masked_fill(~keep, -torch.inf)
-        if details.post_nms_of_batch and training:
-            least = score.flatten().topk(min(post_nms, score.numel())).values[-1]
-            score = score.masked_fill(score < least, -torch.inf)
+        # the best of all levels
+        if training:
+            score = self._limit_per_batch(score, post_nms)
         score, rows = score.topk(min(post_nms, score.shape[1]), dim=1)
-        valid = torch.isfinite(score)
-        return Proposals(take(box, rows) * valid[..., None], score, valid)
+        found = torch.isfinite(score)
+        return Proposals(take(boxes, rows) * found[..., None], found, score)
+
+    def _best_of_level(self, logits: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The best ``count`` valid anchors of a level by ``logits`` [B, A_l]: scores [B, n], falling, and their rows.
+
+        Scores are -inf where fewer anchors are valid.
+        """
+        score, rows = logits.masked_fill(~valid, -torch.inf).topk(min(count, logits.shape[1]), dim=1)
+        if not self.details.rank_by_probability:
+            return score, rows
+        # Near 1 float32 probabilities of different logits are equal; then the earlier anchor comes first.
+        rows = rows.sort(dim=1).values
+        score = logits.sigmoid().masked_fill(~valid, -torch.inf).gather(1, rows)
+        score, order = score.sort(dim=1, descending=True, stable=True)
+        return score, rows.gather(1, order)
+
+    # What Detectron does differently (detectron_rules.py)
+
+    def _leaves_padding_out(self, training: bool) -> bool:
+        """Whether anchors in a batch's padding take no part."""
+        return self.details.mask_padding
+
+    def _inside_image(self, anchors: Tensor, sizes: Tensor) -> Tensor:
+        """Anchors [B, A, 4] that do not cross their image's border, bool [B, A]."""
+        limits = sizes.flip(-1)[:, None]  # [B, 1, 2] as (w, h)
+        return (anchors[..., :2] >= 0).all(-1) & (anchors[..., 2:] < limits).all(-1)
+
+    def _mean_box_loss(self, box: Tensor, drawn: Tensor, total: Tensor) -> Tensor:
+        """One number from the box loss [B, P, 4] (0 where not positive); ``drawn`` [B, S] marks the sample."""
+        return box.sum() / total
+
+    def _clip(self, boxes: Tensor, sizes: Tensor, *, training: bool) -> Tensor:
+        return clip_boxes(boxes, sizes)
+
+    def _has_extent(self, boxes: Tensor) -> Tensor:
+        return (boxes[..., 2:] - boxes[..., :2]).amin(dim=-1) > 0
+
+    def _limit_per_batch(self, score: Tensor, count: int) -> Tensor:
+        """In training: scores [B, M] with -inf for what is too much for the batch."""
+        return score

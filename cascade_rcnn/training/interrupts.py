@@ -53,7 +53,7 @@ class Watchdog:
         """Begin something that should end within the limit; costs an assignment."""
         self._what, self._since, self._reported = what, time.monotonic(), False
 
-    def rest(self) -> None:
+    def pause(self) -> None:
         """Nothing to watch for a while: an evaluation may take as long as it needs."""
         self._reported = True
 

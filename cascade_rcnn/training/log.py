@@ -9,103 +9,30 @@ tensorboard/    the same curves, where tensorboard is installed
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from PIL import Image
 
 from cascade_rcnn import distributed
 from cascade_rcnn.atomic_files import replace_file
+from cascade_rcnn.data.images import read_image
+from cascade_rcnn.data.records import ImageRecord
+from cascade_rcnn.drawing.annotations import draw_batch, draw_detections, draw_record, side_by_side
 from cascade_rcnn.errors import UserError
+from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.progress import steps_bar
+from cascade_rcnn.structures import ImageBatch, Targets
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-
-class LossWindow:
-    """The losses of the steps since they were last read, kept on the device so that no step waits for them.
-
-    A step is bad when its gradients (with fp16's loss scaling: its losses) are not finite; the optimizer has then
-    skipped it. On a CPU this is seen at once, on a GPU when the window is read, up to ``log_every`` steps later.
-    """
-
-    def __init__(self, *, max_bad: int, scaled: bool = False) -> None:
-        self._max_bad, self._scaled = max_bad, scaled
-        self._names: tuple[str, ...] = ()
-        self._passes: list[tuple[Tensor, tuple[str, ...]]] = []  # of the step that is under way
-        self._steps: list[tuple[int, Tensor, tuple[str, ...]]] = []  # step, [losses..., norm, bad, bad here], paths
-        self.bad_in_a_row = 0
-        self._last_bad = ""
-
-    def add_pass(self, losses: Mapping[str, Tensor], paths: tuple[str, ...]) -> None:
-        """Note the losses of one pass."""
-        self._names = tuple(losses)
-        self._passes.append((torch.stack([loss.detach().float() for loss in losses.values()]), paths))
-
-    def end_step(self, step: int, norm: Tensor) -> list[str]:
-        """Close the step of the passes so far; on a CPU returns what is to be said about it (see ``read``)."""
-        values = torch.stack([values for values, _ in self._passes]).mean(dim=0)
-        paths = tuple(path for _, names in self._passes for path in names)
-        self._passes.clear()
-        here = ~torch.isfinite(values).all()
-        bad = here if self._scaled else ~torch.isfinite(norm)
-        row = torch.cat([values, norm.detach().float().view(1), bad.float().view(1), here.float().view(1)])
-        self._steps.append((step, row, paths))
-        if row.device.type == "cpu" and not self._scaled:  # nothing to wait for, and every rank sees the same norm
-            return self._judge([(step, row, paths)])
-        return []
-
-    def read(self) -> tuple[dict[str, float], list[str]]:
-        """Means over the window's good steps and over the ranks, and messages about its bad steps.
-
-        The one place where the host waits for the device. Every rank calls it at the same step.
-        Raises UserError after ``max_bad`` bad steps in a row.
-        """
-        if not self._steps:
-            return {}, []
-        rows = torch.stack([row for _, row, _ in self._steps])  # [steps, losses + 3]
-        shared = rows[:, :-1].clone()
-        shared[~torch.isfinite(shared)] = 0
-        shared = distributed.mean_over_ranks(shared)  # "bad" becomes the share of ranks: above 0 where any is
-        messages = []
-        if rows.device.type != "cpu" or self._scaled:
-            judged = torch.cat([rows[:, :-2], (shared[:, -1:] > 0).float(), rows[:, -1:]], dim=1).cpu()
-            messages = self._judge([(step, row, paths) for (step, _, paths), row in zip(self._steps, judged)])
-        good = shared[:, -1] == 0
-        means = (shared[good] if bool(good.any()) else shared * float("nan")).mean(dim=0).tolist()
-        self._steps.clear()
-        values = dict(zip(self._names, means))
-        return {"loss": sum(values.values()), **values, "grad_norm": means[-2]}, messages
-
-    def _judge(self, steps: Sequence[tuple[int, Tensor, tuple[str, ...]]]) -> list[str]:
-        messages = []
-        for step, row, paths in steps:
-            *values, norm, bad, here = row.tolist()
-            if not bad:
-                self.bad_in_a_row = 0
-                continue
-            self.bad_in_a_row += 1
-            names = (
-                ", ".join(f"{name} {value:g}" for name, value in zip(self._names, values) if value - value != 0)
-                or f"gradient norm {norm:g}"
-            )  # inf - inf and nan - nan are nan
-            if here or distributed.world_size() == 1:
-                self._last_bad = f"step {step}: {names}; images {', '.join(paths)}"
-                messages.append(f"not finite, skipped: {self._last_bad}")
-            if self.bad_in_a_row >= self._max_bad:
-                raise UserError(
-                    f"the losses of {self.bad_in_a_row} steps in a row were not finite ({self._last_bad or names}); "
-                    "look at these images with 'cascade-rcnn check', or lower train.lr, raise train.warmup_steps, set "
-                    "train.clip_grad_norm to 10, or train.precision to fp32; --resume goes on from the last save"
-                )
-        return messages
+_DRAWN_BATCHES = 2  # the first ones of a run
+_DRAWN_SCORE = 0.3
 
 
 class RunLog:
@@ -116,6 +43,7 @@ class RunLog:
         self._bar: Any = None
         self._board: Any = None
         self._total = 0
+        self._batches_drawn = 0
         self._clock = _Clock()
 
     def __enter__(self) -> RunLog:
@@ -133,6 +61,7 @@ class RunLog:
         Lines that an interrupted run wrote beyond them are dropped: they will be written again.
         """
         self._total = total
+        self._batches_drawn = _DRAWN_BATCHES if step else 0  # a run that is resumed has drawn them
         self._clock.restart()
         if not self._active:
             return
@@ -151,6 +80,13 @@ class RunLog:
             self._bar[0].console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
             print(text, flush=True)
+
+    def say_from_any_rank(self, text: str) -> None:
+        """A line from any process: rank 0's log, or this process's own output with its number."""
+        if self._active:
+            self.say(text)
+        else:
+            print(f"rank {distributed.rank()}: {text}", flush=True)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -215,6 +151,22 @@ class RunLog:
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(f"val/{name}", value, step)
 
+    def batch(self, images: ImageBatch, targets: Targets, class_names: tuple[str, ...]) -> None:
+        """Draw a batch as the network sees it, if it is one of the first of the run."""
+        if not self._active or self._batches_drawn >= _DRAWN_BATCHES:
+            return
+        self._batches_drawn += 1
+        for number, drawn in enumerate(draw_batch(images, targets, class_names), start=1):
+            self.picture(f"train_batch{self._batches_drawn}_{number}", drawn)
+
+    def prediction(
+        self, number: int, record: ImageRecord, found: Detections, class_names: tuple[str, ...], *, max_pixels: int
+    ) -> None:
+        """Draw what was found in a validation image beside what is annotated."""
+        image = read_image(record.path, max_pixels=max_pixels)
+        drawn = draw_detections(image, found, score_threshold=_DRAWN_SCORE)
+        self.picture(f"validation_{number}", side_by_side(draw_record(record, class_names), drawn))
+
     def picture(self, name: str, image: Image.Image) -> None:
         """Save a drawing as ``images/<name>.jpg``."""
         if self._active:
@@ -278,7 +230,7 @@ def _peak_memory(device: torch.device) -> float:
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:
     """Add one line; not finite numbers become null, as JSON has none."""
-    clean = {key: None if isinstance(value, float) and value - value != 0 else value for key, value in record.items()}
+    clean = {key: value if _is_json(value) else None for key, value in record.items()}
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
@@ -287,6 +239,10 @@ def _append(path: Path, record: Mapping[str, Any]) -> None:
             f"{path}: cannot be written ({error.strerror}); free some space or make the folder writable, "
             "then go on with --resume"
         ) from error
+
+
+def _is_json(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _drop_beyond(path: Path, step: int) -> None:

@@ -1,6 +1,5 @@
-"""From gradients to new weights: schedule, optimizer, mixed precision, clipping, moving average.
+"""From gradients to new weights: optimizer, mixed precision, clipping, moving average.
 
-A step is one change of the weights; a pass is one batch through the network; ``accumulate`` passes make a step.
 Nothing here waits for a GPU: whether a step's gradients are finite stays on the device, and the optimizer's own fused
 kernel leaves the weights alone where they are not.
 """
@@ -17,43 +16,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from cascade_rcnn.config import TrainConfig
 from cascade_rcnn.errors import CheckpointError, ConfigError
-
-
-def passes_per_step(train: TrainConfig, world_size: int) -> int:
-    """``accumulate``, or for 0 as many as bring the images of a step closest to ``images_per_step``."""
-    images = train.batch_size * world_size
-    return train.accumulate or max(1, round(train.images_per_step / images))
-
-
-def scaled_lr(train: TrainConfig, images: int, *, passes: int = 1) -> tuple[float, str]:
-    """The learning rate for ``images`` per step (made in ``passes`` on each process), linear in their number (Goyal et
-    al. 2017), and a line about it.
-    """
-    rate = train.lr * images / train.images_per_step
-    line = f"learning rate {train.lr:g} is for {train.images_per_step} images per step; this run has {images}"
-    line += f" in {passes} passes, so " if passes > 1 else ", so "
-    return rate, line + (f"{rate:g}" if images != train.images_per_step else "it stays")
-
-
-def warmup_steps(train: TrainConfig, steps_per_epoch: int) -> int:
-    """``train.warmup_steps``, at most a third of the schedule, so that a short training reaches its rate too."""
-    return min(train.warmup_steps, max(1, train.epochs * steps_per_epoch // 3))
-
-
-def lr_factor(train: TrainConfig, step: int, *, steps_per_epoch: int) -> float:
-    """Share of the learning rate that ``step`` (0, 1, ... over the whole run) works with.
-
-    Warm-up is linear from ``warmup_factor`` to 1 and multiplies the schedule: multistep divides by ten at each
-    milestone, cosine falls to 0 at the end of the last epoch, step by step.
-    """
-    warmup = 1.0
-    if step < (last := warmup_steps(train, steps_per_epoch)):
-        warmup = train.warmup_factor + (1 - train.warmup_factor) * step / last
-    if train.schedule == "cosine":
-        share = step / (train.epochs * steps_per_epoch)
-        return warmup * (0.5 + 0.5 * math.cos(math.pi * min(share, 1.0)))
-    passed = sum(step >= milestone * steps_per_epoch for milestone in train.milestones)
-    return float(warmup * 0.1**passed)
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig, *, lr: float, fused: bool) -> torch.optim.Optimizer:

@@ -93,5 +93,5 @@ def _show_cache(what: str) -> None:
     print(printable(models_folder()))
     for name, size in have.items():
         print(f"  {name}  {size / 1e6:.0f} MB")
-    size = sum(have.values()) / 1e6
-    print(f"  {len(have)} checkpoints, {size:.0f} MB; 'cascade-rcnn models --cache clear' deletes them")
+    total = sum(have.values()) / 1e6
+    print(f"  {len(have)} checkpoints, {total:.0f} MB; 'cascade-rcnn models --cache clear' deletes them")

@@ -12,7 +12,7 @@ import pytest
 
 import locations
 from cascade_rcnn.errors import DataError
-from cascade_rcnn.evaluation.kitti import Boxes, evaluate_kitti, precision_curves, read_kitti_files
+from cascade_rcnn.evaluation.kitti import Boxes, _match, _Pairs, evaluate_kitti, precision_curves, read_kitti_files
 
 CASES = locations.FIXTURES / "metrics" / "kitti"
 NAMES = (
@@ -73,6 +73,18 @@ def test_perfect_detections_lose_to_rounding_as_officially(tmp_path: Path) -> No
             for level in LEVELS:
                 wanted = pytest.approx(numbers[points][level] / 100, abs=1e-8)
                 assert metrics[f"kitti/{name}/{level}/{points}"] == wanted, (name, points, level)
+
+
+def test_the_example_of_greedy_matching() -> None:
+    """A (0) wants a (0), then b (1); B (1) wants a. A never leaves a to B, so that b is a false positive."""
+    pairs = _Pairs(np.array([0, 0, 1]), np.array([0, 1, 0]), np.array([0.8, 0.6, 0.9]))
+    free = np.array([[0.9], [0.5]]) >= np.array([[0.7, 0.4]])
+    hits = _match(pairs, free, np.array([True, True]), np.array([True, True]))
+    assert hits.tolist() == [[True, True], [False, False]]
+    assert free.tolist() == [[False, False], [False, True]]
+    free = np.ones((2, 1), np.bool_)
+    hits = _match(pairs, free, np.array([False, True]), np.array([True, True]))
+    assert not hits.any() and free.tolist() == [[False], [True]]  # A counts nowhere, and still takes a
 
 
 def test_undefined_and_left_out_come_with_reasons(tmp_path: Path) -> None:

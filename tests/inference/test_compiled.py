@@ -26,9 +26,11 @@ from cascade_rcnn.data.loader import bucket_sizes
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.inference import compiled
 from cascade_rcnn.inference.compiled import cache_folder, check_compiler, compile_for_inference
+from cascade_rcnn.inference.run_model import detect
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.recipes import config_to_python
+from cascade_rcnn.rounding import round_up
 from cascade_rcnn.structures import ImageBatch, RawDetections
 from small_training import free_port, small_config
 
@@ -37,12 +39,12 @@ NETWORK = ModelConfig(
 )
 
 
-def network(**changes: Any) -> CascadeRCNN:
+def network(*, device: str = "cpu", **changes: Any) -> CascadeRCNN:
     torch.manual_seed(0)
     model = build_model(dataclasses.replace(NETWORK, **changes), 5).eval()
     seed_weights(model)
     model.std.fill_(57.0)  # random weights on Caffe's unscaled input would magnify rounding
-    return model.optimize_for_inference()
+    return model.to(device).optimize_for_inference()
 
 
 def batch(size: tuple[int, int], padded: tuple[int, int], *, seeds: tuple[int, ...] = (0,)) -> ImageBatch:
@@ -75,7 +77,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("semantics", ["mmdetection", "detectron2", "torchvision"])
 @pytest.mark.parametrize("size", [(90, 128), (96, 100), (64, 64)])
 def test_more_padding_changes_nothing(uncompiled: None, semantics: str, size: tuple[int, int]) -> None:
-    own = tuple(-(-side // 32) * 32 for side in size)
+    own = tuple(round_up(side, 32) for side in size)
     alone = network(semantics=semantics, masks="last").detect(batch(size, (own[0], own[1])))
     model = compile_for_inference(network(semantics=semantics, masks="last"))
     for padded in (own, (own[0] + 32, own[1]), (own[0] + 64, own[1] + 96)):
@@ -90,9 +92,8 @@ def test_more_padding_changes_no_level_of_the_rpn(uncompiled: None, padded: tupl
         pyramid = alone.pyramid(batch((90, 100), (96, 128)))
         shapes = [feature.shape[2:] for feature in pyramid]
         expected = alone.rpn(pyramid)
-        features = model.pyramid(batch((90, 100), padded))
+        features, found = model._pyramid_and_rpn(batch((90, 100), padded))
         wider = [feature.shape[2:] for feature in features]
-        found = model.rpn.forward(features)
     for kind in (0, 1):  # logits, deltas
         for (height, width), (rows, columns), own, all_ in zip(shapes, wider, expected[kind], found[kind]):
             part = all_.view(rows, columns, -1)[:height, :width]
@@ -102,11 +103,37 @@ def test_more_padding_changes_no_level_of_the_rpn(uncompiled: None, padded: tupl
 @pytest.mark.parametrize("name", ["recompile_limit", "cache_size_limit"])
 def test_many_sizes_are_allowed_whatever_torch_calls_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """torch 2.6 refuses a name that it does not know."""
-    config = types.SimpleNamespace(**{name: 8})
-    monkeypatch.setattr("torch._dynamo.config", config)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "cache")
-    compiled._prepare()
-    assert vars(config) == {name: 64}
+    monkeypatch.setattr("torch._dynamo.config", types.SimpleNamespace(**{name: 8}))
+    assert compiled._dynamo_limit() == {name: 64}
+
+
+def test_settings_of_torch_hold_during_a_call_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import torch._dynamo
+    import torch._inductor.config as inductor
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (limit,) = compiled._dynamo_limit()
+    for before in (None, str(Path(tempfile.gettempdir()) / "torchinductor_me")):
+        if before is None:
+            monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        else:
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before)
+        settings = getattr(torch._dynamo.config, limit), inductor.freezing
+        with compiled._compiler_settings(freezing=True):
+            assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cascade-rcnn" / "compiled")
+            assert (getattr(torch._dynamo.config, limit), inductor.freezing) == (64, True)
+        assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
+        assert (getattr(torch._dynamo.config, limit), inductor.freezing) == settings
+
+
+def test_a_map_that_is_no_stride_of_the_canvas_is_an_error() -> None:
+    part = compiled._UnpaddedPart()
+    part.sizes, part.canvas = torch.tensor([[90, 100]]), (160, 128)
+    assert [part._stride(torch.zeros(1, 1, 160 // s, 128 // s)) for s in (1, 2, 4, 8, 16, 32)] == [1, 2, 4, 8, 16, 32]
+    assert part._stride(torch.zeros(1, 1, 3, 2)) == 64, "160 rows are two and a half"
+    assert [int(side) for side in part._extent(torch.zeros(1, 1, 3, 2))] == [2, 2]
+    with pytest.raises(ValueError, match=r"a map of \(5, 5\) is no stride"):
+        part._stride(torch.zeros(1, 1, 5, 5))
 
 
 def test_a_failing_compiler_ends_its_line_before_the_error(
@@ -379,10 +406,11 @@ def test_two_processes_train_compiled(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_graphs_give_the_same_again_and_again() -> None:
-    eager, model = network(masks="last").cuda(), compile_for_inference(network(masks="last").cuda())
-    with torch.inference_mode():
-        for seed in (0, 1, 0, 2):
-            images = batch((90, 100), (128, 160), seeds=(seed,)).to("cuda")
-            alone = batch((90, 100), (96, 128), seeds=(seed,)).to("cuda")
-            assert_same(model.detect(images).to("cpu"), eager.detect(alone).to("cpu"))
+def test_compiled_code_in_cuda_graphs_gives_the_same_again_and_again() -> None:
+    eager = network(device="cuda", masks="last")
+    model = compile_for_inference(network(device="cuda", masks="last"))
+    for seed in (0, 1, 0, 2, 3, 1):
+        images = batch((90, 100), (128, 160), seeds=(seed,))
+        alone = batch((90, 100), (96, 128), seeds=(seed,))
+        assert_same(detect(model, images, "fp32"), detect(eager, alone, "fp32"))
+    assert model.recorder is not None and all(model.recorder._recordings.values())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import json
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,70 @@ def test_indexing_keeps_rows_together() -> None:
     assert len(list(detections)) == 5
     with pytest.raises(IndexError, match="there are 5"):
         detections[5]
+
+
+@pytest.mark.parametrize(
+    "make", [int, np.int64, np.uint8, np.array, torch.tensor, lambda row: torch.tensor(row).byte()]
+)
+def test_any_whole_number_chooses_one_detection(make: Callable[[int], Any]) -> None:
+    detections = make_detections(4)
+    for row in range(4):
+        one = detections[make(row)]
+        assert len(one) == 1 and one.boxes.tolist() == [detections.boxes[row].tolist()]
+        assert one.names == [detections.names[row]] and len(one.to_coco()) == 1
+        masks = one.masks
+        assert masks is not None and masks.shape == (1, 60, 80)
+    best = detections[detections.scores.argmax()]
+    assert float(best.scores[0]) == float(detections.scores.max())
+    assert [len(detections[row]) for row in np.argsort(-detections.scores.numpy())] == [1] * 4
+    with pytest.raises(IndexError, match="detection 4: there are 4"):
+        detections[make(4)]
+
+
+def test_slices_and_lists_of_positions() -> None:
+    detections = make_detections(5)
+    assert detections[::-1].scores.tolist() == detections.scores.tolist()[::-1]
+    assert detections[np.array([3, -1])].scores.tolist() == detections.scores[[3, 4]].tolist()
+    assert [len(one) for one in detections] == [1] * 5
+    assert len(detections[[True, False, False, False, True]]) == 2
+
+
+@pytest.mark.parametrize(
+    "index",
+    [0.5, True, torch.tensor(True), "a", None, [0.5], [7], [True], torch.ones(5).byte(), torch.ones(1, 2).long()],
+)
+def test_an_index_that_chooses_nothing_is_an_index_error(index: Any) -> None:
+    with pytest.raises(IndexError):
+        make_detections(5)[index]
+
+
+def test_polygons_are_the_masks_pixels() -> None:
+    detections = make_detections(6, size=(90, 120))
+    probs = torch.zeros(6, 28, 28)
+    probs[0, 2:26, 2:26] = 1
+    probs[0, 10:18, 9:15] = 0  # a hole
+    probs[1, :8] = probs[1, 20:] = 1  # two parts
+    probs[2:5] = torch.rand(3, 1, 7, 7, generator=torch.Generator().manual_seed(3)).repeat(1, 1, 4, 4)[:, 0]
+    detections.mask_probs = probs  # the last one is empty
+    polygons = detections.polygons()
+    masks = detections.masks
+    assert masks is not None and [len(parts) for parts in polygons][:2] == [1, 2] and polygons[5] == []
+    for mask, parts, result in zip(masks.numpy(), polygons, detections.to_coco(polygons=True)):
+        segmentation = result["segmentation"]
+        if parts:
+            assert segmentation == [ring.reshape(-1).tolist() for ring in parts]
+            segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, 90, 120))
+        assert np.array_equal(coco_mask.decode(segmentation).astype(bool), mask)
+    (outline,) = detections.outlines()[0]
+    assert len(outline.holes) == 1
+    json.dumps(detections.to_coco(polygons=True))
+
+
+def test_polygons_need_masks() -> None:
+    with pytest.raises(UserError, match="use a model with masks"):
+        make_detections(masks=False).polygons()
+    assert make_detections(0, masks=False).polygons() == []
+    assert "segmentation" not in make_detections(masks=False).to_coco(polygons=True)[0]
 
 
 def test_repr_says_what_was_found() -> None:

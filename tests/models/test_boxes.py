@@ -38,6 +38,13 @@ def test_growth_in_one_step_is_limited() -> None:
     assert (grown[0, 2] - grown[0, 0]).item() == pytest.approx(10 * 1000 / 16, rel=1e-5)
 
 
+@pytest.mark.parametrize(("limit_shrinking", "width"), [(True, 10 * 16 / 1000), (False, 0.0)])
+def test_shrinking_in_one_step_is_limited_if_asked(limit_shrinking: bool, width: float) -> None:
+    box = torch.tensor([[0.0, 0, 10, 10]])
+    shrunk = decode_boxes(torch.tensor([[0.0, 0, -50, -50]]), box, torch.ones(4), limit_shrinking=limit_shrinking)
+    assert (shrunk[0, 2] - shrunk[0, 0]).item() == pytest.approx(width, abs=1e-6)
+
+
 def test_padding_rows_encode_to_finite_values() -> None:
     assert torch.isfinite(encode_boxes(torch.zeros(3, 4), torch.zeros(3, 4), torch.ones(4))).all()
 
@@ -46,6 +53,12 @@ def test_boxes_are_clipped_to_each_image_of_a_batch() -> None:
     boxes = torch.tensor([[[-5.0, -5, 500, 500]], [[-5.0, -5, 500, 500]]])
     clipped = clip_boxes(boxes, torch.tensor([[100, 200], [30, 40]]))
     assert clipped[:, 0].tolist() == [[0, 0, 200, 100], [0, 0, 40, 30]]
+
+
+def test_boxes_of_every_class_are_clipped_to_each_image() -> None:
+    boxes = torch.tensor([-5.0, -5, 500, 500]).expand(2, 7, 3, 4)
+    clipped = clip_boxes(boxes, torch.tensor([[100, 200], [30, 40]]))
+    assert clipped[:, 6, 2].tolist() == [[0, 0, 200, 100], [0, 0, 40, 30]]
 
 
 def test_the_limit_is_that_of_the_published_code() -> None:

@@ -188,7 +188,7 @@ def test_other_heads_train_and_detect(box_head: str) -> None:
     assert model.eval().detect(squares()[0]).valid.any()
 
 
-def test_the_papers_ensemble_judges_the_last_boxes() -> None:
+def test_the_papers_ensemble_classifies_the_last_boxes() -> None:
     model = tiny_model(semantics="paper", masks="none", score_threshold=0.0, nms_iou=1.0, max_detections=30).eval()
     images, _ = squares(images=1)
     pyramid = model.pyramid(images)
@@ -196,7 +196,7 @@ def test_the_papers_ensemble_judges_the_last_boxes() -> None:
     boxes = proposals.boxes
     for k in range(2):
         _, deltas = model.cascade._run_stage(k, pyramid, boxes, proposals.valid)
-        boxes = model.cascade._decode(k, deltas, boxes, deltas, images.sizes)
-    judged = [model.cascade._run_stage(k, pyramid, boxes, proposals.valid)[0].softmax(-1) for k in range(3)]
-    expected = torch.stack(judged).mean(0)[0, proposals.valid[0], :-1].flatten().sort(descending=True).values[:30]
+        boxes = model.cascade.stages[k].move(deltas, boxes, deltas, images.sizes)
+    classified = [model.cascade._run_stage(k, pyramid, boxes, proposals.valid)[0].softmax(-1) for k in range(3)]
+    expected = torch.stack(classified).mean(0)[0, proposals.valid[0], :-1].flatten().sort(descending=True).values[:30]
     torch.testing.assert_close(model.detect(images).scores[0], expected, rtol=1e-4, atol=1e-5)

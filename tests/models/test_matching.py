@@ -21,14 +21,14 @@ def targets_of(boxes: torch.Tensor, *, ignore: torch.Tensor | None = None) -> Ta
     return targets
 
 
-def usable(boxes: torch.Tensor) -> torch.Tensor:
+def all_valid(boxes: torch.Tensor) -> torch.Tensor:
     return torch.ones(1, len(boxes), dtype=torch.bool)
 
 
 def test_roles_follow_the_thresholds() -> None:
     truth = torch.tensor([[0.0, 0, 10, 10]])
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 6], [0, 0, 10, 4], [50, 50, 60, 60]])  # IoU 1, .6, .4, 0
-    found = match(boxes[None], usable(boxes), targets_of(truth), positive_iou=0.7, negative_iou=0.5)
+    found = match(boxes[None], all_valid(boxes), targets_of(truth), positive_iou=0.7, negative_iou=0.5)
     assert found.positive[0].tolist() == [True, False, False, False]
     assert found.negative[0].tolist() == [False, False, True, True]
 
@@ -39,7 +39,7 @@ def test_an_objects_best_boxes_are_positive_whatever_their_overlap(rematch: bool
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 20, 10], [30, 0, 50, 10]])
     found = match(
         boxes[None],
-        usable(boxes),
+        all_valid(boxes),
         targets_of(truth),
         positive_iou=0.7,
         negative_iou=0.3,
@@ -54,9 +54,9 @@ def test_an_objects_best_boxes_are_positive_whatever_their_overlap(rematch: bool
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     boxes, truth = random_boxes(300), random_boxes(20, seed=7)
     arguments = {"positive_iou": 0.5, "negative_iou": 0.3, "best_box_iou": 0.1}
-    whole = match(boxes[None], usable(boxes), targets_of(truth), **arguments)
+    whole = match(boxes[None], all_valid(boxes), targets_of(truth), **arguments)
     monkeypatch.setattr(matching, "MAX_TABLE_CPU", 97)
-    parts = match(boxes[None], usable(boxes), targets_of(truth), **arguments)
+    parts = match(boxes[None], all_valid(boxes), targets_of(truth), **arguments)
     assert torch.equal(whole.index, parts.index)
     assert torch.equal(whole.positive, parts.positive)
     assert torch.equal(whole.negative, parts.negative)
@@ -73,12 +73,12 @@ def test_a_gpus_way_of_all_images_at_once_finds_the_same(
     targets.valid[:2, :7], targets.ignore[1:, 8:] = True, True  # the last image has no object
     boxes = torch.stack([random_boxes(200, seed=seed) for seed in (4, 5, 6)])
     boxes[0, 50:60] = boxes[0, 40:50]  # equal overlaps
-    real = torch.rand(3, 200) > 0.1
+    valid = torch.rand(3, 200) > 0.1
     arguments = {"positive_iou": 0.4, "negative_iou": 0.3, "best_box_iou": 0.05, "rematch_best": rematch}
-    each = match(boxes, real, targets, **arguments)
+    each = match(boxes, valid, targets, **arguments)
     monkeypatch.setattr(matching, "MAX_TABLE", table)
-    monkeypatch.setattr(matching, "_asking_is_free", lambda _: False)
-    together = match(boxes, real, targets, **arguments)
+    monkeypatch.setattr(matching, "host_sync_is_free", lambda _: False)
+    together = match(boxes, valid, targets, **arguments)
     assert each.positive[:2].any(dim=1).all() and not each.positive[2].any()
     for name in ("index", "positive", "negative"):
         assert torch.equal(getattr(each, name), getattr(together, name)), name
@@ -88,20 +88,44 @@ def test_negatives_inside_an_ignored_region_take_no_part() -> None:
     boxes = torch.tensor([[100.0, 100, 120, 120], [300, 300, 320, 320]])
     region = torch.tensor([[90.0, 90, 130, 130]])
     found = match(
-        boxes[None], usable(boxes), targets_of(torch.zeros(0, 4), ignore=region), positive_iou=0.5, negative_iou=0.5
+        boxes[None], all_valid(boxes), targets_of(torch.zeros(0, 4), ignore=region), positive_iou=0.5, negative_iou=0.5
     )
     assert found.negative[0].tolist() == [False, True]
 
 
+def test_a_negative_may_lie_half_inside_an_ignored_region() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [1.125, 0, 11.125, 10]])  # 0.4, 0.5, 0.5125 of each inside
+    region = torch.tensor([[6.0, 0, 100, 100]])
+    found = match(
+        boxes[None], all_valid(boxes), targets_of(torch.zeros(0, 4), ignore=region), positive_iou=0.5, negative_iou=0.5
+    )
+    assert found.negative[0].tolist() == [True, True, False]
+
+
+def test_boxes_that_are_not_valid_take_no_part() -> None:
+    boxes, truth = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60]]), torch.tensor([[0.0, 0, 10, 10]])
+    valid = torch.tensor([[False, True, False]])
+    found = match(boxes[None], valid, targets_of(truth), positive_iou=0.95, negative_iou=0.5, best_box_iou=0.3)
+    assert found.positive[0].tolist() == [False, True, False], "the best of the valid ones"
+    assert not found.negative.any()
+
+
+@pytest.mark.parametrize(("best_box_iou", "positive"), [(0.5, True), (0.51, False)])
+def test_an_objects_best_box_needs_a_least_overlap(best_box_iou: float, positive: bool) -> None:
+    boxes, truth = torch.tensor([[0.0, 0, 10, 5]]), torch.tensor([[0.0, 0, 10, 10]])  # IoU 0.5
+    arguments = {"positive_iou": 0.7, "negative_iou": 0.3, "best_box_iou": best_box_iou}
+    assert bool(match(boxes[None], all_valid(boxes), targets_of(truth), **arguments).positive) is positive
+
+
 def test_an_image_without_objects_has_negatives_only() -> None:
     boxes = random_boxes(10)
-    found = match(boxes[None], usable(boxes), Targets.empty(1), positive_iou=0.7, negative_iou=0.3, best_box_iou=0.0)
+    found = match(boxes[None], all_valid(boxes), Targets.empty(1), positive_iou=0.7, negative_iou=0.3, best_box_iou=0.0)
     assert not found.positive.any() and found.negative.all()
 
 
 def test_match_indices_are_the_largest_overlap() -> None:
     boxes, truth = random_boxes(50), random_boxes(8, seed=3)
-    found = match(boxes[None], usable(boxes), targets_of(truth), positive_iou=0.5, negative_iou=0.5)
+    found = match(boxes[None], all_valid(boxes), targets_of(truth), positive_iou=0.5, negative_iou=0.5)
     assert torch.equal(found.index[0], pairwise_iou(boxes, truth).argmax(dim=1))
 
 
@@ -120,18 +144,18 @@ def test_samples_hold_at_most_a_quarter_positives(
     positives: int, negatives: int, others: int, expected: tuple[int, int]
 ) -> None:
     matches = roles(positives, negatives, others)
-    rows, valid, positive, most = choose(matches, 64, positive_share=0.25)
+    rows, valid, positive, max_positives = choose(matches, 64, positive_share=0.25)
     assert (int(positive.sum()), int((valid & ~positive).sum())) == expected
     assert rows.shape[1] == min(64, positives + negatives + others)
     assert len(set(rows[0].tolist())) == rows.shape[1]  # nothing is taken twice
-    assert not positive[:, most:].any()
+    assert not positive[:, max_positives:].any()
     assert matches.positive[0, rows[0, positive[0]]].all()
     assert matches.negative[0, rows[0, (valid & ~positive)[0]]].all()
 
 
 def test_samples_beyond_the_number_of_boxes_take_all() -> None:
-    rows, valid, positive, most = choose(roles(30, 40, 0), 10**6, positive_share=0.25)
-    assert rows.shape[1] == 70 and valid.all() and positive.sum() == 30 and most == 70
+    rows, valid, positive, max_positives = choose(roles(30, 40, 0), 10**6, positive_share=0.25)
+    assert rows.shape[1] == 70 and valid.all() and positive.sum() == 30 and max_positives == 70
 
 
 def test_samples_are_drawn_evenly() -> None:

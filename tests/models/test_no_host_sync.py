@@ -23,7 +23,7 @@ from cascade_rcnn.config import TrainConfig
 from cascade_rcnn.inference.run_model import detect
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.structures import ImageBatch, Targets
-from cascade_rcnn.training.log import LossWindow
+from cascade_rcnn.training.losses import LossWindow
 from cascade_rcnn.training.optim import MovingAverage, Updater
 from tiny import squares, tiny_model
 
@@ -130,7 +130,7 @@ class Step:
 
     def __init__(self, model: CascadeRCNN, settings: TrainConfig) -> None:
         self.model = model.train()
-        self.updater = Updater(model, settings, lr=0.1, device=torch.device("cuda"))
+        self.updater = Updater(model, settings, lr=settings.lr, device=torch.device("cuda"))
         self.average = MovingAverage(model, 0.999)
         self.window = LossWindow(max_bad=10, scaled=self.updater.scales_loss)
 
@@ -150,7 +150,7 @@ CASES = [
     ("mmdetection", {"masks": "every"}, {"precision": "bf16", "clip_grad_norm": 10.0}),
     ("detectron2", {"masks": "every"}, {"precision": "fp32"}),
     ("paper", {"masks": "one"}, {"precision": "bf16"}),
-    ("paper", {"masks": "none"}, {"precision": "fp32"}),
+    ("paper", {"masks": "none", "norm": "frozen_statistics"}, {"precision": "fp32"}),
     ("torchvision", {"masks": "one"}, {"precision": "fp16", "optimizer": "adamw", "lr": 1e-4, "clip_grad_norm": 1.0}),
     ("mmdetection", {"masks": "none", "norm": "batch", "class_agnostic_boxes": False, "stage_ious": (0.5,)}, {}),
 ]
@@ -240,7 +240,9 @@ class _Kernel:
 def test_launching_the_kernels_never_waits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """The host's side of the operators that the tests above answer with a shape only."""
     from cascade_rcnn.models.ops import mask_targets_triton, nms_triton, roi_align_triton
+    from cascade_rcnn.models.ops.roi_sampling import Sampling
 
+    sampling = Sampling(7, (4, 8, 16, 32))
     kernels = {
         "_roi_align": roi_align_triton,
         "_compare": nms_triton,
@@ -253,9 +255,9 @@ def test_launching_the_kernels_never_waits(monkeypatch: pytest.MonkeyPatch, dtyp
     with FakeTensorMode(), NoWait():
         maps = [torch.empty(2, 32, 64 // s, 96 // s, device="cuda", dtype=dtype) for s in (4, 8, 16, 32)]
         boxes, valid = torch.empty(2, 9, 4, device="cuda"), torch.empty(2, 9, dtype=torch.bool, device="cuda")
-        rows = roi_align_triton.fused_forward(maps, boxes, valid, 7, (4, 8, 16, 32), 0, 1)
+        rows = roi_align_triton.fused_forward(maps, boxes, valid, sampling)
         shapes = [one.shape for one in maps]
-        gradients = roi_align_triton.fused_backward(rows, boxes, valid, shapes, 7, (4, 8, 16, 32), 0, 1)
+        gradients = roi_align_triton.fused_backward(rows, boxes, valid, shapes, sampling)
         kept = nms_triton._launch(boxes, valid.long(), valid, [4, 5], 0.5, 9)
         objects = torch.empty(2, 3, 2, dtype=torch.int64, device="cuda")
         targets = mask_targets_triton._launch(

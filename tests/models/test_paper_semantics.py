@@ -23,11 +23,11 @@ from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.data.transforms import detectron_scale, detectron_size
 from cascade_rcnn.inference.detector import Detector
 from cascade_rcnn.inference.paste_masks import paste_in_whole_pixels
-from cascade_rcnn.models.anchors import AnchorGenerator
-from cascade_rcnn.models.boxes import scale_boxes
-from cascade_rcnn.models.cascade import Cascade
+from cascade_rcnn.models.cascade import Cascade, Stage
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
-from cascade_rcnn.structures import ImageBatch
+from cascade_rcnn.models.detectron_rules import DetectronAnchorGenerator, DetectronStage, OriginalFrame
+from cascade_rcnn.rounding import round_up
+from cascade_rcnn.structures import ImageBatch, Proposals
 from detectron_rules import Array, Objects
 from tiny import TINY, tiny_model
 
@@ -106,9 +106,9 @@ def test_anchors_are_the_published_ones() -> None:
     )
     scales, ratios = (8.0, 16.0, 32.0), (0.5, 1.0, 2.0)
     assert (rules.cell_anchors(16, scales, ratios) + 1 == published).all()
-    ours = AnchorGenerator((16,), scales=scales, ratios=ratios, whole_pixels=True)
+    ours = DetectronAnchorGenerator((16,), scales=scales, ratios=ratios)
     assert (last_pixels(ours([(1, 1)])[0]) + 1 == published).all()
-    levels = AnchorGenerator(rules.STRIDES, scales=(8.0,), ratios=ratios, whole_pixels=True)
+    levels = DetectronAnchorGenerator(rules.STRIDES, scales=(8.0,), ratios=ratios)
     shapes = [(7, 5)] * 5
     for stride, made in zip(rules.STRIDES, levels(shapes)):
         assert (last_pixels(made) == rules.anchors(stride, 8.0, (7, 5))).all()
@@ -161,7 +161,7 @@ def test_detection_follows_detectron(b: int, monkeypatch: pytest.MonkeyPatch) ->
     scale = detectron_scale(SIZES[b], 120, 160)
     resized = rules.resize(picture(b), scale)
     h, w = resized.shape[:2]
-    frame = (-(-h // 32) * 32, -(-w // 32) * 32)  # at test time proposals reach into the padding
+    frame = (round_up(h, 32), round_up(w, 32))  # at test time proposals reach into the padding
     pixels = torch.zeros(1, 3, *frame)
     pixels[0, :, :h, :w] = torch.from_numpy(resized).permute(2, 0, 1)
     with torch.no_grad():
@@ -305,27 +305,34 @@ def test_later_stages_take_the_ground_truth_and_all_that_is_left(tmp_path: Path)
     """
     images, targets = training_batch(tmp_path, 0.0)
     model = lively_model(rpn=3, box=30, roi_samples=8, masks="none")
-    cascade, original = model.cascade, model._original(images)
-    truth = dataclasses.replace(targets, boxes=scale_boxes(targets.boxes, 1 / torch.tensor([1.6, 1.6])))
+    frame = OriginalFrame.of(images)
+    truth = dataclasses.replace(targets, boxes=frame.from_network(targets.boxes))
     boxes = targets.boxes[:, :1] + torch.linspace(0, 2, 30)[:, None]  # [2, 30, 4], the first a copy of an object
-    valid = torch.ones(2, 30, dtype=torch.bool)
-    assert cascade._sample(boxes, valid, truth, original, stage=1).valid.sum(dim=1).tolist() == [2, 2]
-    later = cascade._samples_of_later_stage(1, boxes, valid, truth, original)
-    assert later.valid.sum(dim=1).tolist() == [34, 31] and later.positive.sum(dim=1).tolist() == [34, 31]
-    judged = torch.cat([truth.boxes, scale_boxes(boxes, 1 / torch.tensor([1.6, 1.6]))], dim=1)
-    still = torch.zeros(*later.valid.shape, 4)
-    _, kept = cascade._refine(1, torch.zeros(*later.valid.shape, 4), still, later, images.sizes, judged, truth)
+    proposals = Proposals(boxes, torch.ones(2, 30, dtype=torch.bool))
+    first, later = model.cascade.stages[0], model.cascade.stages[1]
+    assert isinstance(first, DetectronStage) and isinstance(later, DetectronStage)
+    assert first.sample_in_original(proposals, truth, frame).valid.sum(dim=1).tolist() == [2, 2]
+    samples = later.sample_in_original(proposals, truth, frame)
+    assert samples.valid.sum(dim=1).tolist() == [34, 31] and samples.positive.sum(dim=1).tolist() == [34, 31]
+    still = torch.zeros(*samples.valid.shape, 4)
+    kept = later.refine(torch.zeros(*samples.valid.shape, 4), still, samples, images.sizes).valid
     assert not kept[:, : truth.valid.shape[1] + 1].any() and kept[:, truth.valid.shape[1] + 1 :].all()
 
 
-def test_stage_weights_spare_the_heads(tmp_path: Path) -> None:
+def test_stage_weights_do_not_lessen_the_gradients_of_the_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The authors divide the gradients of a stage's head by its weight: it weakens what reaches the features only."""
     images, targets = training_batch(tmp_path, 0.0)
     gradients = []
-    for spare in (False, True):
+    for plain_losses in (True, False):
         model = lively_model(rpn_samples=10**6, roi_samples=10**6, masks="none")
-        model.cascade.details = dataclasses.replace(model.cascade.details, spare_heads=spare)
-        losses = model.loss(images, targets)
+        with monkeypatch.context() as patch:
+            if plain_losses:
+                patch.setattr(DetectronStage, "loss", Stage.loss)
+                for stage in model.cascade.stages:
+                    stage.details = dataclasses.replace(stage.details, feature_gradient=1.0)
+            losses = model.loss(images, targets)
         torch.stack(list(losses.values())).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     for name, plain in gradients[0].items():

@@ -30,6 +30,7 @@ from cascade_rcnn.data.transforms import Interpolation, resize_for_test, resize_
 from cascade_rcnn.inference.detector import load
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
+from cascade_rcnn.rounding import round_up
 from cascade_rcnn.structures import ImageBatch
 
 DATA = locations.FIXTURES / "parity"
@@ -90,7 +91,7 @@ def network_input(case: Case) -> ImageBatch:
     image, _ = resize_for_test(pixels, config.data, semantics=config.model.semantics)
     height, width = image.shape[-2:]
     assert [height, width] == case.reference["resized_shape"].tolist()
-    padded = torch.zeros(1, 3, -(-height // 32) * 32, -(-width // 32) * 32, dtype=torch.uint8)
+    padded = torch.zeros(1, 3, round_up(height, 32), round_up(width, 32), dtype=torch.uint8)
     padded[0, :, :height, :width] = image
     return ImageBatch(padded, torch.tensor([[height, width]]), torch.tensor([pixels.shape[-2:]]))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.ops import batched_nms, nms
 
-from cascade_rcnn.models.postprocess import nms_keep, select_detections, soft_nms_scores
+from cascade_rcnn.models.postprocess import _nms_of_all, nms_keep, select_detections, soft_nms_scores
 from random_boxes import random_boxes
 
 OPTIONS = {"score_threshold": 0.05, "nms": "class", "nms_iou": 0.5, "max_detections": 100}
@@ -24,13 +24,35 @@ def test_nms_of_a_batch_equals_torchvisions_of_each_image() -> None:
         assert set(keep[b].nonzero().squeeze(1).tolist()) == set(expected.tolist())
 
 
-def test_spreading_groups_keeps_them_apart() -> None:
+def test_offset_groups_round_the_iou_where_the_group_lies() -> None:
+    """mmdetection's NMS over levels decides ties so: far from zero float32 has no eighths, and 5.125 becomes 5.
+
+    torchvision's NMS moves groups apart too where boxes are few, here by 1,500,000, where there are eighths.
+    """
+    far = 1_500_000.0
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 5.125], [far - 9, far - 9, far - 1, far - 1]]])
+    scores, valid = torch.tensor([[0.9, 0.8, 0.7]]), torch.ones(1, 3, dtype=torch.bool)
+    for group, stays in ((0, False), (1, True)):
+        groups = torch.full((1, 3), group)
+        assert not nms_keep(boxes, scores, groups, valid, 0.5)[0, 1]
+        assert bool(nms_keep(boxes, scores, groups, valid, 0.5, offset_groups=True)[0, 1]) is stays
+
+
+def test_groups_that_overlap_only_when_not_offset_stay_apart() -> None:
     boxes = random_boxes(60)[None]
     scores, groups = torch.rand(1, 60), torch.randint(0, 3, (1, 60))
     everything = torch.ones(1, 60, dtype=torch.bool)
-    assert torch.equal(
-        nms_keep(boxes, scores, groups, everything, 0.5), nms_keep(boxes, scores, groups, everything, 0.5, spread=True)
-    )
+    offset = nms_keep(boxes, scores, groups, everything, 0.5, offset_groups=True)
+    assert torch.equal(nms_keep(boxes, scores, groups, everything, 0.5), offset)
+    assert offset.sum() > nms_keep(boxes, scores, groups * 0, everything, 0.5).sum()
+
+
+def test_without_a_gpus_kernel_every_box_goes_to_nms_and_the_same_stay() -> None:
+    boxes, scores, groups = random_boxes(80)[None], torch.rand(1, 80), torch.randint(0, 3, (1, 80))
+    valid = torch.rand(1, 80) > 0.3
+    own_group = torch.where(valid, groups, -1)
+    kept = _nms_of_all(boxes, scores.masked_fill(~valid, -1e30), own_group, 0.5) & valid
+    assert torch.equal(kept, nms_keep(boxes, scores, groups, valid, 0.5))
 
 
 def two_overlapping_of_two_classes() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

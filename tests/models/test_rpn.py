@@ -1,8 +1,17 @@
-"""Anchors: size, shape, place and padding."""
+"""Anchors: size, shape, place and padding; which of them take part in the loss and become proposals."""
 
+import math
+from typing import Any
+
+import pytest
 import torch
+from torch import Tensor
 
+from cascade_rcnn.models import rpn as rpn_module
 from cascade_rcnn.models.anchors import AnchorGenerator
+from cascade_rcnn.models.rpn import RPN, RPNDetails
+from cascade_rcnn.structures import Targets
+from tiny import squares, tiny_model
 
 
 def test_anchors_have_the_scale_ratio_and_centre_asked_for() -> None:
@@ -26,6 +35,100 @@ def test_torchvisions_anchors_are_whole_pixels() -> None:
 
 def test_anchors_in_a_batchs_padding_are_outside() -> None:
     generator = AnchorGenerator((32,), scales=(1.0,), ratios=(1.0,))
-    inside = generator.inside([(3, 4)], torch.tensor([[96, 128], [33, 64]]))
+    inside = generator.unpadded([(3, 4)], torch.tensor([[96, 128], [33, 64]]))
     assert inside[0].all()
     assert inside[1].view(3, 4).tolist() == [[True, True, False, False], [True, True, False, False], [False] * 4]
+
+
+def rpn_of_one_level(scale: float = 1.0, **details: Any) -> RPN:
+    """Stride 8, one square anchor per cell; on features of zero every logit and delta is 0."""
+    anchors = AnchorGenerator((8,), scales=(scale,), ratios=(1.0,))
+    return RPN(
+        2, anchors, details=RPNDetails(**{"samples": 10**6, "fixed_normalizer": True, "nms_iou": 1.0, **details})
+    )
+
+
+def two_images() -> tuple[list[Tensor], Tensor, Targets]:
+    """The first fills the batch of 64 x 96 pixels, the second has 32 x 32 of them."""
+    return [torch.zeros(2, 2, 8, 12)], torch.tensor([[64, 96], [32, 32]]), Targets.empty(2)
+
+
+@pytest.mark.parametrize(
+    ("details", "anchors"),
+    [
+        ({"mask_padding": True}, 96 + 16),
+        ({"mask_padding": False}, 96 + 96),
+        ({"mask_padding": True, "inside_only": True}, 7 * 11 + 9),  # those of the first row and column cross the border
+        ({"mask_padding": True, "samples": 20}, 20 + 16),
+    ],
+)
+def test_anchors_in_a_batchs_padding_take_no_part_in_the_loss(details: dict[str, Any], anchors: int) -> None:
+    rpn = rpn_of_one_level(**details)
+    losses, _ = rpn.loss(*two_images())
+    one = math.log(2) / (rpn.details.samples * 2)  # the loss of an anchor, objectness 1/2
+    assert losses["rpn_cls"].item() / one == pytest.approx(anchors, rel=1e-4)
+    assert losses["rpn_box"].item() == 0
+
+
+@pytest.mark.parametrize(("mask_padding", "narrowest"), [(True, 16.0), (False, 8.0)])
+@pytest.mark.parametrize("training", [True, False])
+def test_anchors_in_a_batchs_padding_propose_nothing(mask_padding: bool, narrowest: float, training: bool) -> None:
+    """Clipped to the image, an anchor of 32 pixels is 16 wide at its left border; one in the padding is 8 or none."""
+    rpn = rpn_of_one_level(4.0, mask_padding=mask_padding)
+    pyramid, sizes, targets = two_images()
+    proposals = rpn.loss(pyramid, sizes, targets)[1] if training else rpn.propose(pyramid, sizes)
+    small = proposals.boxes[1][proposals.valid[1]]
+    assert (small[:, 2] - small[:, 0]).amin().item() == narrowest
+    assert small.amax() <= 32 and small.amin() >= 0
+
+
+def test_boxes_that_leave_the_image_are_no_proposals() -> None:
+    rpn = rpn_of_one_level()
+    pyramid, sizes, _ = two_images()
+    assert rpn.propose(pyramid, sizes).valid.any(dim=1).all()
+    torch.nn.init.constant_(rpn.deltas.bias, 100.0)  # a hundred anchors' sides to the right and down
+    proposals = rpn.propose(pyramid, sizes)
+    assert not proposals.valid.any() and not proposals.boxes.any()
+    assert proposals.scores is not None and (proposals.scores == -torch.inf).all()
+
+
+def test_outputs_that_are_there_already_are_used() -> None:
+    rpn = rpn_of_one_level()
+    pyramid, sizes, _ = two_images()
+    outputs = rpn(pyramid)
+    outputs[0][0][0, 50] = 3.0
+    best = rpn.propose(pyramid, sizes, outputs).boxes[0, 0]
+    assert best.tolist() == rpn.anchors([(8, 12)])[0][50].tolist()
+
+
+@pytest.mark.parametrize("semantics", ["mmdetection", "detectron2", "paper", "torchvision"])
+def test_each_semantics_has_its_rules(monkeypatch: pytest.MonkeyPatch, semantics: str) -> None:
+    seen: list[dict[str, Any]] = []
+    inner = rpn_module.nms_keep
+
+    def nms_keep(*arguments: Any, **options: Any) -> Tensor:
+        seen.append(options)
+        return inner(*arguments, **options)
+
+    monkeypatch.setattr(rpn_module, "nms_keep", nms_keep)
+    model = tiny_model(semantics=semantics, masks="none")
+    images, _ = squares(images=1)
+    model.rpn.propose(model.pyramid(images), images.sizes)
+    assert [options["offset_groups"] for options in seen] == [semantics == "mmdetection"]
+    details = model.rpn.details
+    assert details.limit_shrinking == (semantics == "mmdetection")
+    assert details.rematch_best == (semantics == "mmdetection")
+    assert details.mask_padding == (semantics in ("mmdetection", "paper"))
+    assert details.inside_only == (semantics in ("mmdetection", "paper"))
+    assert details.best_box_iou == (0.3 if semantics == "mmdetection" else 0.0)
+
+
+@pytest.mark.parametrize("limit_shrinking", [True, False])
+def test_proposals_shrink_as_the_details_say(limit_shrinking: bool) -> None:
+    rpn = rpn_of_one_level(limit_shrinking=limit_shrinking)
+    with torch.no_grad():
+        rpn.deltas.bias[2:] = -6.0
+    proposals = rpn.propose([torch.zeros(1, 2, 8, 12)], torch.tensor([[64, 96]]))
+    first = proposals.boxes[0, 0]
+    width = 8 * 16 / 1000 if limit_shrinking else 8 * math.exp(-6)
+    assert (first[2] - first[0]).item() == pytest.approx(width / 2, rel=1e-3), "half of it is in the image"

@@ -83,6 +83,20 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+@pytest.mark.parametrize("name", ["auto", "cuda", None])
+def test_each_process_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert distributed.choose_device(name) == torch.device("cuda", 2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert distributed.choose_device(name) == torch.device("cuda", 3)
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    assert distributed.choose_device(name, share_gpus=True) == torch.device("cuda", 1)
+    assert distributed.choose_device("cpu") == torch.device("cpu")
+
+
 def _without_objects(folder: Path, *, every: int) -> Path:
     """The small data set, with every second, third, ... training image stripped of its objects."""
     shutil.copytree(small_data(), folder)
@@ -222,7 +236,7 @@ def test_a_stalled_step_is_reported_with_rank_step_and_images(capfd: pytest.Capt
     assert "rank 3 for 0.0 minutes in step 7, images a.jpg, b.jpg; at test_a_stalled_step" in said
     with Watchdog(0.002) as watchdog:
         watchdog.now("step 8")
-        watchdog.rest()
+        watchdog.pause()
         time.sleep(0.3)
     with Watchdog(0.0) as watchdog:
         watchdog.now("step 9")

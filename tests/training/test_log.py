@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from cascade_rcnn.errors import UserError
-from cascade_rcnn.training.log import LossWindow, RunLog
+from cascade_rcnn.training.log import RunLog
+from cascade_rcnn.training.losses import LossWindow
 
 CPU = torch.device("cpu")
 NAN = float("nan")
@@ -39,8 +40,8 @@ def test_bad_steps_are_named_at_once_and_kept_out_of_the_means() -> None:
     assert _step(window, 2, 9.0, 9.0, norm=float("inf")) == [
         "not finite, skipped: step 2: gradient norm inf; images 2.jpg"
     ]
-    assert window.bad_in_a_row == 2
-    assert _step(window, 3, 3.0, 1.0) == [] and window.bad_in_a_row == 0
+    assert window.bad_in_a_row() == 2
+    assert _step(window, 3, 3.0, 1.0) == [] and window.bad_in_a_row() == 0
     assert window.read() == ({"loss": 3.0, "s0.cls": 2.0, "s0.box": 1.0, "grad_norm": 1.0}, [])
 
 
@@ -66,6 +67,18 @@ def test_a_scaled_loss_may_overflow_in_its_gradients() -> None:
         _step(window, step, NAN, 1.0, norm=NAN)
     with pytest.raises(UserError, match="2 steps in a row"):
         window.read()
+
+
+def test_bad_steps_that_nobody_has_read_are_counted_when_the_run_is_saved() -> None:
+    window = LossWindow(max_bad=9, scaled=True)  # judged when it is read, as on a GPU
+    window.restore(2)
+    _step(window, 0, NAN, 1.0)
+    assert window.bad_in_a_row() == 3
+    window.read()
+    assert window.bad_in_a_row() == 3
+    for step, loss in enumerate((NAN, 1.0, NAN), start=1):
+        _step(window, step, loss, 1.0)
+    assert window.bad_in_a_row() == 1
 
 
 def test_numbers_go_to_files_and_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

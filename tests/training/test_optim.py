@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from typing import Any
 
@@ -17,60 +16,10 @@ from cascade_rcnn.training.optim import (
     MovingAverage,
     Updater,
     build_optimizer,
-    lr_factor,
-    passes_per_step,
     precision_of,
-    scaled_lr,
 )
 
 CPU = torch.device("cpu")
-
-
-def test_the_multistep_schedule_of_1x() -> None:
-    """Warm-up over 500 steps from 0.001, a tenth after epochs 8 and 11 of 12: 7,330 steps each for COCO on 8 GPUs."""
-    train = TrainConfig(epochs=12, milestones=(8, 11), warmup_steps=500, warmup_factor=0.001)
-    factors = {
-        step: lr_factor(train, step, steps_per_epoch=7330)
-        for step in (0, 250, 500, 8 * 7330 - 1, 8 * 7330, 11 * 7330 - 1, 11 * 7330, 12 * 7330 - 1)
-    }
-    expected = [0.001, 0.5005, 1, 1, 0.1, 0.1, 0.01, 0.01]
-    assert list(factors.values()) == pytest.approx(expected)
-
-
-def test_the_cosine_schedule_falls_step_by_step_to_zero() -> None:
-    train = TrainConfig(epochs=2, milestones=(), schedule="cosine", warmup_steps=0)
-    factors = [lr_factor(train, step, steps_per_epoch=50) for step in range(101)]
-    assert factors[0] == 1 and factors[50] == pytest.approx(0.5) and factors[100] == pytest.approx(0)
-    assert all(a > b for a, b in itertools.pairwise(factors))
-
-
-def test_without_warm_up_the_first_step_has_the_whole_rate() -> None:
-    assert lr_factor(TrainConfig(warmup_steps=0), 0, steps_per_epoch=10) == 1
-
-
-def test_the_rate_is_linear_in_the_images_of_a_step() -> None:
-    train = TrainConfig(lr=0.02, images_per_step=16)
-    assert scaled_lr(train, 4) == (0.005, "learning rate 0.02 is for 16 images per step; this run has 4, so 0.005")
-    assert scaled_lr(train, 16) == (0.02, "learning rate 0.02 is for 16 images per step; this run has 16, so it stays")
-    assert scaled_lr(train, 64)[0] == pytest.approx(0.08)
-    assert "this run has 16 in 8 passes, so it stays" in scaled_lr(train, 16, passes=8)[1]
-
-
-@pytest.mark.parametrize(
-    ("accumulate", "batch", "world", "passes"),
-    [
-        (1, 2, 1, 1),
-        (3, 2, 1, 3),
-        (0, 2, 1, 8),
-        (0, 2, 8, 1),
-        (0, 2, 3, 3),
-        (0, 4, 16, 1),
-        (0, 1, 1, 16),
-    ],
-)
-def test_accumulation_brings_the_step_to_its_images(accumulate: int, batch: int, world: int, passes: int) -> None:
-    train = TrainConfig(accumulate=accumulate, batch_size=batch, images_per_step=16)
-    assert passes_per_step(train, world) == passes
 
 
 def _model() -> nn.Module:
@@ -222,10 +171,3 @@ def test_the_moving_average_leaves_counters_alone() -> None:
     model = nn.BatchNorm1d(2)
     assert "ema.running_mean" in MovingAverage(model, 0.9).tensors()
     assert "ema.num_batches_tracked" not in MovingAverage(model, 0.9).tensors()
-
-
-def test_a_short_training_warms_up_for_a_third_of_it_at_most() -> None:
-    train = TrainConfig(epochs=2, milestones=(), warmup_steps=500, warmup_factor=0.0)
-    factors = [lr_factor(train, step, steps_per_epoch=15) for step in range(12)]
-    assert factors == pytest.approx([step / 10 for step in range(10)] + [1.0, 1.0])
-    assert lr_factor(train, 250, steps_per_epoch=10_000) == pytest.approx(0.5)

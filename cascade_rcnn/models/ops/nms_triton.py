@@ -104,7 +104,7 @@ def _compare(
             tl.store(words + (base + rows) * width + column_block - row_block, tl.sum(bits, axis=1), mask=row_used)
 
 
-@triton.jit(do_not_specialize=[*_ENDS, "count", "width", "most"])
+@triton.jit(do_not_specialize=[*_ENDS, "count", "width", "max_keep"])
 def _walk(
     valid,
     words,
@@ -119,13 +119,13 @@ def _walk(
     end7,
     count,
     width,
-    most,
+    max_keep,
     RUNS: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Sets ``keep`` for what stays of one run of one image; ends after the block with the ``most``-th box that does."""
+    """Sets ``keep`` for what stays of one run of one image; ends after the block in which ``max_keep`` is reached."""
     start, end = _bounds(tl.program_id(0) % RUNS, end0, end1, end2, end3, end4, end5, end6, end7)
     base = (tl.program_id(0) // RUNS).to(tl.int64) * count
     last = start
@@ -139,14 +139,14 @@ def _walk(
     bit = tl.arange(0, BLOCK).to(tl.int64)
     kept = 0
     block = 0
-    while (block < blocks) & (kept < most):
+    while (block < blocks) & (kept < max_keep):
         places = start + block * BLOCK + tl.arange(0, BLOCK)
         used = tl.load(valid + base + places, mask=places < end, other=0) != 0
         alive = tl.sum(used.to(tl.int64) << bit, 0) & ~tl.sum(tl.where(index == block, removed, 0), 0)
-        own = words + (base + start + block * BLOCK) * width
+        block_words = words + (base + start + block * BLOCK) * width
         left = end - start - block * BLOCK
         for row in tl.static_range(BLOCK):
-            word = tl.load(own + row * width, mask=row < left, other=0)
+            word = tl.load(block_words + row * width, mask=row < left, other=0)
             alive = alive & ~tl.where(((alive >> row) & 1) != 0, word, 0)
         stays = ((alive >> bit) & 1) != 0
         tl.store(keep + base + places, stays.to(tl.int8), mask=stays)
@@ -156,7 +156,7 @@ def _walk(
             for first in range(0, BLOCK, UNROLL):
                 for step in tl.static_range(UNROLL):
                     wanted = behind & (((alive >> (first + step)) & 1) != 0)
-                    place = own + (first + step) * width + index - block
+                    place = block_words + (first + step) * width + index - block
                     removed = removed | tl.load(place, mask=wanted, other=0)
         block += 1
 
@@ -167,7 +167,9 @@ def _limit(iou: float) -> float:
     return float(nearest if float(nearest) <= iou else np.nextafter(nearest, np.float32(-1)))
 
 
-def _launch(boxes: Tensor, groups: Tensor, valid: Tensor, lengths: Sequence[int], limit: float, most: int) -> Tensor:
+def _launch(
+    boxes: Tensor, groups: Tensor, valid: Tensor, lengths: Sequence[int], limit: float, max_keep: int
+) -> Tensor:
     batch, count = valid.shape
     if len(lengths) > MAX_RUNS or sum(lengths) != count:
         raise ValueError(f"{len(lengths)} runs of {sum(lengths)} boxes; at most {MAX_RUNS} that make up {count}")
@@ -202,7 +204,7 @@ def _launch(boxes: Tensor, groups: Tensor, valid: Tensor, lengths: Sequence[int]
             *ends,
             count,
             blocks,
-            most,
+            max_keep,
             RUNS=runs,
             BLOCK=_BLOCK,
             WIDTH=width,
@@ -214,15 +216,15 @@ def _launch(boxes: Tensor, groups: Tensor, valid: Tensor, lengths: Sequence[int]
 
 @torch.library.custom_op("cascade_rcnn::nms_of_runs", mutates_args=())
 def nms_of_runs(
-    boxes: Tensor, groups: Tensor, valid: Tensor, lengths: Sequence[int], limit: float, most: int
+    boxes: Tensor, groups: Tensor, valid: Tensor, lengths: Sequence[int], limit: float, max_keep: int
 ) -> Tensor:
     """Which boxes stay, bool [B, M]: greedy NMS of each run, in the order in which its boxes come.
 
     ``boxes`` float32 [B, M, 4]; ``groups`` integers [B, M], other groups do not remove each other; ``valid`` bool
-    [B, M]; ``lengths`` of the runs, together M; ``limit`` float32, IoU above it removes. ``most``: a run may end when
-    so many stay (the next ones are then left out).
+    [B, M]; ``lengths`` of the runs, together M; ``limit`` float32, IoU above it removes. ``max_keep``: a run may end
+    when so many stay (the next ones are then left out).
     """
-    return _launch(boxes, groups, valid, lengths, limit, most)
+    return _launch(boxes, groups, valid, lengths, limit, max_keep)
 
 
 @nms_of_runs.register_fake
@@ -231,14 +233,21 @@ def _same_shape(boxes: Tensor, groups: Tensor, valid: Tensor, *_: object) -> Ten
 
 
 def nms_mask(
-    boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, iou: float, *, runs: Sequence[int] | None, most: int
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor,
+    valid: Tensor,
+    iou: float,
+    *,
+    runs: Sequence[int] | None,
+    max_keep: int,
 ) -> Tensor:
     """As :func:`cascade_rcnn.models.postprocess.nms_keep`, on a GPU and without a wait for it."""
     limit = _limit(iou)
     if runs is not None:
-        keep: Tensor = nms_of_runs(boxes.float(), groups, valid, list(runs), limit, most)
+        keep: Tensor = nms_of_runs(boxes.float(), groups, valid, list(runs), limit, max_keep)
         return keep
     order = scores.masked_fill(~valid, -torch.inf).sort(dim=1, descending=True, stable=True).indices
     sorted_boxes = boxes.float().gather(1, order[..., None].expand(-1, -1, 4))
-    keep = nms_of_runs(sorted_boxes, groups.gather(1, order), valid.gather(1, order), [order.shape[1]], limit, most)
+    keep = nms_of_runs(sorted_boxes, groups.gather(1, order), valid.gather(1, order), [order.shape[1]], limit, max_keep)
     return torch.zeros_like(keep).scatter(1, order, keep)

@@ -22,7 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cascade_rcnn.models.ops.roi_sampling import Frame, Sampling
+
 MAX_LEVELS = 5
+# One code for all sizes of images: Triton would otherwise make one for each pattern of sides that 16 divides.
+_SIDES = [f"{side}{level}" for side in ("height", "width") for level in range(MAX_LEVELS)]
 _BLOCK = 256  # channels of a program: 16 bytes of bfloat16 per lane of one warp
 
 
@@ -64,7 +68,7 @@ def _axis(begin, end, scale, SIZE: tl.constexpr, RATIO: tl.constexpr, ALIGNED: t
     return start, side, samples
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_SIDES, "count"])
 def _roi_align(
     map0,
     map1,
@@ -95,7 +99,7 @@ def _roi_align(
     SIZE: tl.constexpr,
     RATIO: tl.constexpr,
     ALIGNED: tl.constexpr,
-    WHOLE_PIXELS: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
     HAS_VALID: tl.constexpr,
     BACKWARD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -113,7 +117,7 @@ def _roi_align(
     # floor(log2(sqrt(area) / 56 + 1e-6)) by comparison, which needs no logarithm exact to the last bit.
     area = tl.maximum(x2 - x1, 0.0) * tl.maximum(y2 - y1, 0.0)
     reach = tl.div_rn(tl.sqrt_rn(area), area * 0.0 + 56.0) + 1e-6
-    if WHOLE_PIXELS:
+    if PLUS_ONE:
         x2 -= 1.0
         y2 -= 1.0
     maps, height, width, scale = map0, height0, width0, scale0
@@ -157,19 +161,10 @@ def _roi_align(
 
 
 def _launch(
-    maps: Sequence[Tensor],
-    boxes: Tensor,
-    valid: Tensor | None,
-    rows: Tensor,
-    strides: Sequence[int],
-    *,
-    size: int,
-    ratio: int,
-    frame: int,
-    backward: bool,
+    maps: Sequence[Tensor], boxes: Tensor, valid: Tensor | None, rows: Tensor, sampling: Sampling, *, backward: bool
 ) -> None:
     """``maps`` are L contiguous ``[B, H_l, W_l, C]``, ``rows`` is contiguous ``[B, N, S * S, C]``."""
-    levels, channels = len(maps), maps[0].shape[3]
+    levels, channels, size = len(maps), maps[0].shape[3], sampling.size
     if levels > MAX_LEVELS:
         raise ValueError(f"{levels} feature levels; the kernel takes at most {MAX_LEVELS}")
     if rows.numel() == 0:
@@ -177,7 +172,7 @@ def _launch(
     pad = [0] * (MAX_LEVELS - levels)
     padded = [*maps, *(maps[0] for _ in pad)]
     heights, widths = [m.shape[1] for m in padded], [m.shape[2] for m in padded]
-    scales = [1.0 / stride for stride in strides] + [1.0 for _ in pad]
+    scales = [1.0 / stride for stride in sampling.strides] + [1.0 for _ in pad]
     boxes = boxes.contiguous()
     flags = boxes if valid is None else valid.contiguous().view(torch.uint8)
     block = min(_BLOCK, triton.next_power_of_2(channels))
@@ -195,9 +190,9 @@ def _launch(
             channels,
             LEVELS=levels,
             SIZE=size,
-            RATIO=max(ratio, 0),
-            ALIGNED=frame == 1,
-            WHOLE_PIXELS=frame == 2,
+            RATIO=max(sampling.ratio, 0),
+            ALIGNED=sampling.frame is Frame.ALIGNED,
+            PLUS_ONE=sampling.frame is Frame.PLUS_ONE,
             HAS_VALID=valid is not None,
             BACKWARD=backward,
             BLOCK=block,
@@ -205,33 +200,18 @@ def _launch(
         )
 
 
-def fused_forward(
-    features: Sequence[Tensor],
-    boxes: Tensor,
-    valid: Tensor | None,
-    size: int,
-    strides: Sequence[int],
-    ratio: int,
-    frame: int,
-) -> Tensor:
+def fused_forward(features: Sequence[Tensor], boxes: Tensor, valid: Tensor | None, sampling: Sampling) -> Tensor:
     """``[B, N, S * S, C]`` of the features' type; arguments as ``roi_align.roi_align_rows``."""
     maps = [feature.permute(0, 2, 3, 1).contiguous() for feature in features]  # no copy where channels-last
-    rows = maps[0].new_empty(*boxes.shape[:2], size * size, maps[0].shape[3])
-    _launch(maps, boxes, valid, rows, strides, size=size, ratio=ratio, frame=frame, backward=False)
+    rows = maps[0].new_empty(*boxes.shape[:2], sampling.size**2, maps[0].shape[3])
+    _launch(maps, boxes, valid, rows, sampling, backward=False)
     return rows
 
 
 def fused_backward(
-    gradient: Tensor,
-    boxes: Tensor,
-    valid: Tensor | None,
-    shapes: Sequence[Sequence[int]],
-    size: int,
-    strides: Sequence[int],
-    ratio: int,
-    frame: int,
+    gradient: Tensor, boxes: Tensor, valid: Tensor | None, shapes: Sequence[Sequence[int]], sampling: Sampling
 ) -> list[Tensor]:
     """Gradients of the features, of the type of ``gradient [B, N, S * S, C]``, summed in float32."""
     maps = [torch.zeros(b, h, w, c, dtype=torch.float32, device=gradient.device) for b, c, h, w in shapes]
-    _launch(maps, boxes, valid, gradient.contiguous(), strides, size=size, ratio=ratio, frame=frame, backward=True)
+    _launch(maps, boxes, valid, gradient.contiguous(), sampling, backward=True)
     return [m.to(gradient.dtype).permute(0, 3, 1, 2) for m in maps]

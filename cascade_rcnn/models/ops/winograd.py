@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cascade_rcnn.rounding import round_up
+
 TILE = 4  # outputs per side
 PATCH = TILE + 2  # inputs per side
 _POINTS = (0.0, math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2.0), -math.sqrt(2.0))
@@ -139,7 +141,7 @@ def _patches(maps: Tensor, first: int, last: int, across: int) -> Tensor:
 
 def _whole_tiles(x: Tensor, weight: Tensor) -> Tensor:
     """Room for the result, [B, H, W, out] with both sides rounded up to whole tiles."""
-    down, across = (-(-side // TILE) * TILE for side in x.shape[2:])
+    down, across = (round_up(side, TILE) for side in x.shape[2:])
     return x.new_empty(x.shape[0], down, across, weight.shape[2])
 
 

@@ -29,7 +29,7 @@ class Case:
     valid: Tensor
     iou: float = 0.5
     runs: tuple[int, ...] | None = None
-    most: int = 10**6
+    max_keep: int = 10**6
 
 
 def crowded(batch: int, count: int, *, seed: int, whole: bool = False) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ def run_case(case: Case, device: str = "cpu") -> Tensor:
     from cascade_rcnn.models.ops.nms_triton import nms_mask
 
     tensors = [value.to(device) for value in (case.boxes, case.scores, case.groups, case.valid)]
-    return nms_mask(*tensors, case.iou, runs=case.runs, most=case.most)
+    return nms_mask(*tensors, case.iou, runs=case.runs, max_keep=case.max_keep)
 
 
 def ends_early() -> Case:
@@ -223,7 +223,7 @@ def test_on_the_device_without_a_wait(number: int) -> None:
 
     torch.cuda.set_sync_debug_mode("error")
     try:
-        keep = nms_mask(*tensors, case.iou, runs=case.runs, most=case.most)
+        keep = nms_mask(*tensors, case.iou, runs=case.runs, max_keep=case.max_keep)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(keep.cpu(), expected)
@@ -240,7 +240,7 @@ def test_sixteen_images_of_nine_thousand_boxes_need_little_memory() -> None:
 
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    keep = nms_mask(*tensors, case.iou, runs=lengths, most=9000)
+    keep = nms_mask(*tensors, case.iou, runs=lengths, max_keep=9000)
     assert torch.cuda.max_memory_allocated() - before < 64e6
     assert torch.equal(keep.cpu(), expected_of(case))
 

@@ -8,8 +8,10 @@ from torchvision.ops import roi_align as torchvision_roi_align
 from cascade_rcnn.models.ops import roi_align as module
 from cascade_rcnn.models.ops.capabilities import has_triton, triton_problem
 from cascade_rcnn.models.ops.roi_align import assign_levels, roi_align, roi_align_rows, rows_weight
+from cascade_rcnn.models.ops.roi_sampling import Frame, Sampling
 
 STRIDES = (4, 8, 16, 32)
+SEVEN = Sampling(7, STRIDES)
 
 
 def pyramid(
@@ -34,17 +36,9 @@ def some_boxes(*, batch: int = 2, count: int = 60, height: int = 96, width: int 
     return boxes
 
 
-def expected(
-    features: list[Tensor],
-    boxes: Tensor,
-    *,
-    output_size: int,
-    valid: Tensor | None = None,
-    sampling_ratio: int = 0,
-    aligned: bool = True,
-) -> Tensor:
+def expected(features: list[Tensor], boxes: Tensor, sampling: Sampling = SEVEN, valid: Tensor | None = None) -> Tensor:
     levels = assign_levels(boxes, len(features))
-    result = features[0].new_zeros(*boxes.shape[:2], features[0].shape[1], output_size, output_size)
+    result = features[0].new_zeros(*boxes.shape[:2], features[0].shape[1], sampling.size, sampling.size)
     for image in range(boxes.shape[0]):
         for level, (feature, stride) in enumerate(zip(features, STRIDES)):
             chosen = levels[image] == level
@@ -53,10 +47,10 @@ def expected(
             pooled = torchvision_roi_align(
                 feature[image : image + 1],
                 [boxes[image][chosen].to(feature.dtype)],
-                output_size,
+                sampling.size,
                 1 / stride,
-                sampling_ratio,
-                aligned,
+                sampling.ratio,
+                sampling.frame is Frame.ALIGNED,
             )
             result[image] = result[image].index_put((chosen.nonzero().squeeze(1),), pooled)
     return result
@@ -68,17 +62,31 @@ def test_levels_follow_the_box_size_and_are_clamped() -> None:
     assert assign_levels(boxes, 4).tolist() == [0, 0, 0, 1, 2, 2, 3, 3]
 
 
-@pytest.mark.parametrize("output_size", [7, 14])
-@pytest.mark.parametrize("sampling_ratio", [0, 1, 2, 5])
-@pytest.mark.parametrize("aligned", [True, False])
-def test_equals_torchvision(output_size: int, sampling_ratio: int, aligned: bool) -> None:
-    features, boxes = pyramid(), some_boxes()
-    options = {"output_size": output_size, "sampling_ratio": sampling_ratio, "aligned": aligned}
-    ours = roi_align(features, boxes, strides=STRIDES, **options)
-    torch.testing.assert_close(ours, expected(features, boxes, **options), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("size", [7, 14])
+@pytest.mark.parametrize("ratio", [0, 1, 2, 5])
+@pytest.mark.parametrize("frame", [Frame.ALIGNED, Frame.UNALIGNED])
+def test_equals_torchvision(size: int, ratio: int, frame: Frame) -> None:
+    features, boxes, sampling = pyramid(), some_boxes(), Sampling(size, STRIDES, ratio, frame)
+    ours = roi_align(features, boxes, sampling)
+    torch.testing.assert_close(ours, expected(features, boxes, sampling), rtol=1e-5, atol=1e-5)
 
 
-def test_whole_pixels_choose_the_level_by_the_box_and_read_up_to_its_last_pixel() -> None:
+def test_one_bin_is_the_mean_that_the_docstring_works_out() -> None:
+    feature = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    first_bin = roi_align([feature], torch.tensor([[[10.0, 20, 66, 76]]]), Sampling(7, (4,)))[0, 0, :, 0, 0]
+    rows, columns = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.25, 0.5, 0.25])
+    torch.testing.assert_close(first_bin, torch.einsum("chw,h,w->c", feature[0, :, 5:8, 2:5], rows, columns))
+
+
+def test_groups_keep_their_boxes_in_order() -> None:
+    keys = torch.tensor([[1, 2, 3], [0, 9, 9], [1, 2, 3], [1, 1, 8], [0, 9, 9], [1, 2, 3]])
+    order, groups = module._sorted_by_taps(keys)
+    assert order.tolist() == [1, 4, 3, 0, 2, 5]
+    assert groups == [[0, 9, 9, 2], [1, 1, 8, 1], [1, 2, 3, 3]]
+    assert module._sorted_by_taps(keys[:0])[1] == []
+
+
+def test_detectrons_boxes_choose_the_level_by_the_box_and_read_up_to_its_last_pixel() -> None:
     features, boxes = pyramid(), some_boxes()
     boxes[0, 0] = torch.tensor([3.0, 3, 115, 115])  # 112 pixels wide: the second level, although x2 - x1 is 111 there
     boxes[0, 1] = torch.tensor([3.0, 3, 114, 114])
@@ -91,27 +99,24 @@ def test_whole_pixels_choose_the_level_by_the_box_and_read_up_to_its_last_pixel(
             everything[b, n] = torchvision_roi_align(
                 features[level][b : b + 1], [legacy[b, n : n + 1]], 7, 1 / STRIDES[level], 2, False
             )[0]
-    ours = roi_align(features, boxes, output_size=7, strides=STRIDES, sampling_ratio=2, whole_pixels=True)
+    ours = roi_align(features, boxes, Sampling(7, STRIDES, 2, Frame.PLUS_ONE))
     torch.testing.assert_close(ours, everything, rtol=1e-5, atol=1e-5)
 
 
 def test_channels_last_and_contiguous_features_give_the_same_bits() -> None:
     features, boxes = pyramid(), some_boxes()
     other = [feature.contiguous(memory_format=torch.channels_last) for feature in features]
-    assert torch.equal(*(roi_align_rows(f, boxes, output_size=7, strides=STRIDES) for f in (features, other)))
+    assert torch.equal(*(roi_align_rows(f, boxes, SEVEN) for f in (features, other)))
 
 
-@pytest.mark.parametrize("sampling_ratio", [0, 2])
-def test_gradient_equals_torchvision(sampling_ratio: int) -> None:
-    boxes = some_boxes()
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_gradient_equals_torchvision(ratio: int) -> None:
+    boxes, sampling = some_boxes(), Sampling(7, STRIDES, ratio)
     valid = torch.arange(boxes.shape[1]).expand(boxes.shape[:2]) % 5 != 0
     found = []
-    for function in (
-        lambda f, **options: roi_align(f, boxes, strides=STRIDES, **options),
-        lambda f, **options: expected(f, boxes, **options),
-    ):
+    for function in (roi_align, expected):
         features = [feature.requires_grad_() for feature in pyramid()]
-        pooled = function(features, output_size=7, valid=valid, sampling_ratio=sampling_ratio)
+        pooled = function(features, boxes, sampling, valid)
         pooled.backward(torch.randn(pooled.shape, generator=torch.Generator().manual_seed(2)))
         found.append([feature.grad for feature in features])
     for ours, theirs in zip(*found):
@@ -123,13 +128,13 @@ def test_gradient_is_the_derivative() -> None:
         feature.requires_grad_() for feature in pyramid(batch=1, channels=1, height=32, width=64, dtype=torch.float64)
     ]
     boxes = some_boxes(batch=1, count=8, height=32, width=64)
-    assert torch.autograd.gradcheck(lambda *f: roi_align_rows(f, boxes, output_size=2, strides=STRIDES), features)
+    assert torch.autograd.gradcheck(lambda *f: roi_align_rows(f, boxes, Sampling(2, STRIDES)), features)
 
 
 def test_boxes_that_are_not_valid_give_zeros_and_no_gradient() -> None:
     features, boxes = [feature.requires_grad_() for feature in pyramid()], some_boxes()
     valid = torch.zeros(boxes.shape[:2], dtype=torch.bool)
-    pooled = roi_align_rows(features, boxes, output_size=7, strides=STRIDES, valid=valid)
+    pooled = roi_align_rows(features, boxes, SEVEN, valid)
     assert pooled.shape == (2, 60, 49, 5)
     assert not pooled.any()
     pooled.sum().backward()
@@ -138,7 +143,7 @@ def test_boxes_that_are_not_valid_give_zeros_and_no_gradient() -> None:
 
 def test_no_boxes_at_all() -> None:
     features = [feature.requires_grad_() for feature in pyramid()]
-    pooled = roi_align(features, torch.zeros(2, 0, 4), output_size=7, strides=STRIDES)
+    pooled = roi_align(features, torch.zeros(2, 0, 4), SEVEN)
     assert pooled.shape == (2, 0, 5, 7, 7)
     pooled.sum().backward()
 
@@ -146,30 +151,30 @@ def test_no_boxes_at_all() -> None:
 def test_boxes_that_are_not_finite_do_no_harm() -> None:
     boxes = torch.tensor([[[float("nan")] * 4, [0, 0, float("inf"), 9], [0, 0, 30, 30]]])
     features = pyramid(batch=1)
-    pooled = roi_align(features, boxes, output_size=7, strides=STRIDES)
+    pooled = roi_align(features, boxes, SEVEN)
     assert not pooled[:, :2].any()
-    torch.testing.assert_close(pooled[:, 2:], expected(features, boxes[:, 2:], output_size=7), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pooled[:, 2:], expected(features, boxes[:, 2:]), rtol=1e-5, atol=1e-5)
 
 
 def test_half_precision_is_summed_in_float32() -> None:
     features, boxes = pyramid(dtype=torch.bfloat16), some_boxes()
-    exact = expected([feature.float() for feature in features], boxes, output_size=7)
-    pooled = roi_align(features, boxes, output_size=7, strides=STRIDES)
+    exact = expected([feature.float() for feature in features], boxes)
+    pooled = roi_align(features, boxes, SEVEN)
     assert pooled.dtype == torch.bfloat16
     torch.testing.assert_close(pooled, exact.bfloat16(), rtol=8e-3, atol=1e-5)
 
 
 def test_a_large_number_of_boxes_is_cut_into_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     features, boxes = pyramid(), some_boxes()
-    whole = roi_align_rows(features, boxes, output_size=7, strides=STRIDES)
+    whole = roi_align_rows(features, boxes, SEVEN)
     monkeypatch.setattr(module, "_CHUNK", 1)
-    assert torch.equal(roi_align_rows(features, boxes, output_size=7, strides=STRIDES), whole)
+    assert torch.equal(roi_align_rows(features, boxes, SEVEN), whole)
 
 
 def test_export_uses_torchvision_with_the_same_numbers() -> None:
     class Pool(torch.nn.Module):
         def forward(self, features: list[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
-            return roi_align(features, boxes, output_size=7, strides=STRIDES, valid=valid)
+            return roi_align(features, boxes, SEVEN, valid)
 
     features, boxes = pyramid(), some_boxes()
     valid = torch.rand(boxes.shape[:2], generator=torch.Generator().manual_seed(3)) > 0.3
@@ -179,7 +184,7 @@ def test_export_uses_torchvision_with_the_same_numbers() -> None:
     assert not any("cascade_rcnn" in name for name in names)
     torch.testing.assert_close(
         program.module()(features, boxes, valid),
-        expected(features, boxes, output_size=7, valid=valid),
+        expected(features, boxes, SEVEN, valid),
         rtol=1e-5,
         atol=1e-5,
     )
@@ -194,7 +199,7 @@ def test_operator_keeps_the_contract_of_torch_compile() -> None:
 
 def test_compiles_into_one_graph_with_its_gradient() -> None:
     def pool(features: list[Tensor], boxes: Tensor) -> Tensor:
-        return roi_align(features, boxes * 2, output_size=7, strides=STRIDES).relu()
+        return roi_align(features, boxes * 2, SEVEN).relu()
 
     boxes, found = some_boxes(), []
     for function in (pool, torch.compile(pool, fullgraph=True, backend="aot_eager")):
@@ -208,8 +213,8 @@ def test_compiles_into_one_graph_with_its_gradient() -> None:
 def test_head_weights_reordered_for_rows_give_the_same_product() -> None:
     features, boxes = pyramid(), some_boxes()
     weight = torch.randn(11, 5 * 49, generator=torch.Generator().manual_seed(4))
-    pooled = roi_align(features, boxes, output_size=7, strides=STRIDES)
-    rows = roi_align_rows(features, boxes, output_size=7, strides=STRIDES)
+    pooled = roi_align(features, boxes, SEVEN)
+    rows = roi_align_rows(features, boxes, SEVEN)
     torch.testing.assert_close(
         rows.flatten(2) @ rows_weight(weight, 49).T, pooled.flatten(2) @ weight.T, rtol=1e-4, atol=1e-4
     )
@@ -217,7 +222,7 @@ def test_head_weights_reordered_for_rows_give_the_same_product() -> None:
 
 def test_wrong_number_of_strides_is_refused() -> None:
     with pytest.raises(ValueError, match="4 feature maps for 3 strides"):
-        roi_align(pyramid(), some_boxes(), output_size=7, strides=STRIDES[:3])
+        roi_align(pyramid(), some_boxes(), Sampling(7, STRIDES[:3]))
 
 
 def test_kernels_are_left_alone_where_triton_cannot_start_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,20 @@ import torch
 from torch import Tensor
 
 from cascade_rcnn.models.ops.roi_align import _plain_backward, _plain_forward, roi_align_rows
+from cascade_rcnn.models.ops.roi_sampling import Frame, Sampling
 from interpreting import interpreted_results
 
 triton = pytest.importorskip("triton")
 
 STRIDES = (4, 16, 32)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CASES = [("float32", 0, 1), ("bfloat16", 0, 1), ("float32", 2, 1), ("float32", 0, 0), ("float32", 2, 2)]
+CASES = [
+    ("float32", Sampling(2, STRIDES)),
+    ("bfloat16", Sampling(2, STRIDES)),
+    ("float32", Sampling(2, STRIDES, 2)),
+    ("float32", Sampling(2, STRIDES, 0, Frame.UNALIGNED)),
+    ("float32", Sampling(2, STRIDES, 2, Frame.PLUS_ONE)),
+]
 
 
 def inputs(dtype: str, *, channels: int = 6) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -42,14 +49,14 @@ def interpret(out: Path) -> None:
     from cascade_rcnn.models.ops.roi_align_triton import fused_backward, fused_forward
 
     results = []
-    for dtype, ratio, frame in CASES:
+    for dtype, sampling in CASES:
         features, boxes, valid = inputs(dtype)
-        rows = fused_forward(features, boxes, valid, 2, STRIDES, ratio, frame)
+        rows = fused_forward(features, boxes, valid, sampling)
         shapes = [feature.shape for feature in features]
-        results.append((rows, fused_backward(gradient_for(rows), boxes, valid, shapes, 2, STRIDES, ratio, frame)))
+        results.append((rows, fused_backward(gradient_for(rows), boxes, valid, shapes, sampling)))
     features, boxes, _ = inputs("float32")
-    results.append((fused_forward(features, boxes, None, 2, STRIDES, 0, 1), []))
-    results.append((fused_forward(features, boxes[:, :0], None, 2, STRIDES, 0, 1), []))
+    results.append((fused_forward(features, boxes, None, Sampling(2, STRIDES)), []))
+    results.append((fused_forward(features, boxes[:, :0], None, Sampling(2, STRIDES)), []))
     torch.save(results, out)
 
 
@@ -58,29 +65,27 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Tensor, 
     return interpreted_results(__file__, tmp_path_factory.mktemp("triton"))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{d}-ratio{r}-frame{f}" for d, r, f in CASES])
+@pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{d}-ratio{s.ratio}-{s.frame.name}" for d, s in CASES])
 def test_kernel_equals_the_plain_path_forward_and_backward(
     interpreted: list[tuple[Tensor, list[Tensor]]], case: int
 ) -> None:
-    dtype, ratio, frame = CASES[case]
+    dtype, sampling = CASES[case]
     features, boxes, valid = inputs(dtype)
     rows, gradients = interpreted[case]
     assert rows.any()
     tolerance = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}[dtype]
-    expected = _plain_forward(features, boxes, valid, 2, STRIDES, ratio, frame)
+    expected = _plain_forward(features, boxes, valid, sampling)
     assert rows.dtype == expected.dtype
     torch.testing.assert_close(rows, expected, rtol=tolerance, atol=tolerance)
     shapes = [feature.shape for feature in features]
-    for ours, plain in zip(
-        gradients, _plain_backward(gradient_for(rows), boxes, valid, shapes, 2, STRIDES, ratio, frame)
-    ):
+    for ours, plain in zip(gradients, _plain_backward(gradient_for(rows), boxes, valid, shapes, sampling)):
         assert ours.any()
         torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
 
 
 def test_kernel_without_a_mask_and_without_boxes(interpreted: list[tuple[Tensor, list[Tensor]]]) -> None:
     features, boxes, _ = inputs("float32")
-    expected = _plain_forward(features, boxes, None, 2, STRIDES, 0, 1)
+    expected = _plain_forward(features, boxes, None, Sampling(2, STRIDES))
     torch.testing.assert_close(interpreted[-2][0], expected, rtol=1e-5, atol=1e-5)
     assert interpreted[-1][0].shape == (2, 0, 4, 6)
 
@@ -104,7 +109,7 @@ def test_kernel_compiles_for_gpus_with_vector_accesses(
         "SIZE": 7,
         "RATIO": 0,
         "ALIGNED": True,
-        "WHOLE_PIXELS": False,
+        "PLUS_ONE": False,
         "HAS_VALID": True,
         "BACKWARD": backward,
         "BLOCK": 256,
@@ -148,7 +153,7 @@ def test_on_the_device_at_full_size(dtype: str) -> None:
         arguments = (boxes.to(device), upstream.to(device, DTYPES[dtype]))
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
-        rows = roi_align_rows(maps, arguments[0], output_size=7, strides=(4, 8, 16, 32))
+        rows = roi_align_rows(maps, arguments[0], Sampling(7, (4, 8, 16, 32)))
         rows.backward(arguments[1])
         torch.cuda.set_sync_debug_mode("default")
         found.append([rows.detach().cpu(), *(m.grad.cpu() for m in maps if m.grad is not None)])
@@ -166,7 +171,7 @@ def test_deterministic_algorithms_take_the_plain_path_on_the_device() -> None:
         runs = []
         for _ in range(2):
             maps = [feature.cuda().requires_grad_() for feature in features]
-            rows = roi_align_rows(maps, boxes.cuda(), output_size=7, strides=STRIDES, valid=valid.cuda())
+            rows = roi_align_rows(maps, boxes.cuda(), Sampling(7, STRIDES), valid.cuda())
             rows.square().sum().backward()
             runs.append([m.grad for m in maps])
     finally:

@@ -1,4 +1,4 @@
-"""Winograd's convolution against torch's own, in double precision as the judge."""
+"""Winograd's convolution against torch's own, in double precision as the reference."""
 
 import pytest
 import torch
@@ -39,11 +39,11 @@ def test_rounding_error_is_near_that_of_float32_and_half_of_the_usual_points(mon
     conv = layer(256, 256)
     x = torch.randn(1, 256, 24, 32).relu()
     assert conv.bias is not None
-    judge = torch.conv2d(x.double(), conv.weight.double(), conv.bias.double(), 1, 1)
+    exact = torch.conv2d(x.double(), conv.weight.double(), conv.bias.double(), 1, 1)
 
     def error() -> float:
         winograd._bases.cache_clear()
-        return float((WinogradConv2d(conv)(x) - judge).square().mean().sqrt() / judge.std())
+        return float((WinogradConv2d(conv)(x) - exact).square().mean().sqrt() / exact.std())
 
     ours = error()
     monkeypatch.setattr(winograd, "_POINTS", (0.0, 1.0, -1.0, 2.0, -2.0))
