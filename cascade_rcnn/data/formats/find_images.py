@@ -137,7 +137,10 @@ class ImageFinder:
 
     def _elsewhere(self, name: str, size: tuple[int, int]) -> Path | None:
         """The only picture of this name anywhere below the root, or the only one that shares most of its path."""
-        found = [path for path in self._index().get(same_name(_ends(name)[-1][-1]), []) if self._may_be(path)]
+        last = same_name(_ends(name)[-1][-1])
+        found = [path for path in self._index().get(last, []) if self._may_be(path)]
+        if not found and all(size):  # with another ending too; the size has to speak for it
+            found = [path for path in self._index().get(stem_of(last), []) if self._may_be(path)]
         if len(found) > 1:
             wanted = [same_name(part) for part in _ends(name)[0]]
             shared = [_common_end(wanted, [same_name(part) for part in path.parts]) for path in found]
@@ -184,7 +187,8 @@ class ImageFinder:
         if self._everywhere is None:
             self._everywhere = defaultdict(list)
             for path in files.list_files_below(self.root, skip=_OTHER_PICTURES):
-                self._everywhere[same_name(path.name)].append(path)
+                for key in {same_name(path.name), same_name(path.stem)}:
+                    self._everywhere[key].append(path)
         return self._everywhere
 
 

@@ -68,11 +68,11 @@ def _labelme_files(folder: Path) -> list[Path]:
     paths = files.list_files_below(folder, {".json"})
     if not any(_looks_like_labelme(path) for path in paths[:_LOOK_AT]):
         return []
-    return [path for path in paths if _looks_like_labelme(path)]
+    return [path for path in paths if _looks_like_labelme(path, keys=1)]  # a damaged file among them is told of
 
 
-def _looks_like_labelme(path: Path) -> bool:
-    """By the first and last kilobytes: two of labelme's keys."""
+def _looks_like_labelme(path: Path, keys: int = 2) -> bool:
+    """By the first and last kilobytes: some of labelme's keys."""
     try:
         with path.open("rb") as stream:
             head = stream.read(65536)
@@ -81,7 +81,8 @@ def _looks_like_labelme(path: Path) -> bool:
     except OSError:
         return False
     return (
-        head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and sum(key in head or key in tail for key in _KEYS) >= 2
+        head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
+        and sum(key in head or key in tail for key in _KEYS) >= keys
     )
 
 
@@ -162,7 +163,7 @@ def _class_names(root: Path, found: dict[str, list[Path]]) -> tuple[str, ...]:
         except DataError:
             continue  # its split will say so
         used.update(label for shape in shapes if (label := _label(shape)) and _kind(shape) in _READERS)
-    names = [name for name in dict.fromkeys(listed) if name in used] + sorted(used - set(listed))
+    names = [*dict.fromkeys(listed), *sorted(used - set(listed))]
     return tuple(name for name in names if name not in (_IGNORE, *_BACKGROUND))
 
 

@@ -77,9 +77,9 @@ def test_labelme_s_own_words_mean_ignore_and_background(tmp_path: Path) -> None:
     root = _labelme(tmp_path, *shapes)
     (root / "labels.txt").write_text("__ignore__\n_background_\nwing nut\nscrew\nbolt\n")
     split = open_split(root, "all")
-    assert split.class_names == ("wing nut", "bolt")  # in the order of labels.txt, those that occur
+    assert split.class_names == ("wing nut", "screw", "bolt")  # all of labels.txt, in its order
     assert split.records[0].ignore.tolist() == [True, True, False]
-    assert split.records[0].labels.tolist() == [0, 0, 1]
+    assert split.records[0].labels.tolist() == [0, 0, 2]
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,15 @@ def test_labelme_pictures_that_were_renamed_with_their_json_are_not_mixed_up(tmp
         brought.save_picture(tmp_path / f"{seed:03d}.jpg", seed)
         brought.labelme_json(tmp_path / f"{seed:03d}.json", seed, f"{seed - 1:03d}.jpg")  # the name before
     assert brought.on_their_objects(open_split(tmp_path, "all")) == (6, 6)
+
+
+def test_a_damaged_file_of_labelme_is_told_of(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        brought.save_picture(tmp_path / f"{seed}.jpg", seed)
+        brought.labelme_json(tmp_path / f"{seed}.json", seed, f"{seed}.jpg")
+    (tmp_path / "2.json").write_text((tmp_path / "2.json").read_text()[:120])
+    with pytest.raises(DataError, match=r"2\.json: not valid JSON"):
+        open_split(tmp_path, "all")
 
 
 @pytest.mark.parametrize("name", ["coco", "voc", "kitti", "widerface"])
