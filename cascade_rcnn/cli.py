@@ -340,7 +340,7 @@ def _convert_data(words: Sequence[str]) -> int:
     parser = _parser("convert-data", "cascade-rcnn convert-data VOCdevkit my_coco --to coco")
     parser.add_argument("source", type=Path, metavar="SRC", help="data set; its format is recognised")
     parser.add_argument("dest", type=Path, metavar="DST", help="folder to write")
-    parser.add_argument("--to", required=True, choices=("coco", "voc", "yolo"), help="format to write")
+    parser.add_argument("--to", required=True, choices=("coco", "voc", "yolo", "labelme"), help="format to write")
     args = parser.parse_all(words)
 
     from cascade_rcnn.data.formats.convert import run_convert_data
@@ -443,7 +443,7 @@ COMMANDS: dict[str, _Command] = {
         "Converts a checkpoint of another library.",
         "What it is and how its network was built is read from the weights; no code in it is run.",
     ),
-    "convert-data": _Command(_convert_data, "Converts a data set to COCO, VOC or YOLO."),
+    "convert-data": _Command(_convert_data, "Converts a data set to COCO, VOC, YOLO or labelme."),
     "config": _Command(_config, "Prints a recipe with all its settings, or lists all recipes."),
     "benchmark": _Command(_benchmark, "Shows where the time goes, beside torchvision and the machine's own limit."),
 }

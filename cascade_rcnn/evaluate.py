@@ -14,6 +14,7 @@ from cascade_rcnn.atomic_files import write_json
 from cascade_rcnn.config import Config
 from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.data.records import DataSplit
+from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation.evaluate_model import detect_split, evaluate_results, match_classes
 from cascade_rcnn.evaluation.metrics import Metrics, print_metrics
 from cascade_rcnn.inference.run_model import AS_SAVED, Inference
@@ -49,7 +50,7 @@ def run_evaluate(
         detector = load(checkpoint, device=world.device, **inference.of_load())
         if world.is_main:
             print(detector.choices())
-        chosen = open_split(data, split or detector.config.data.val)
+        chosen = _open(data, split or detector.config.data.val, submission)
         class_map = match_classes(detector.class_names, chosen, checkpoint, quiet=not world.is_main)
         results = detect_split(
             detector.model,
@@ -68,9 +69,7 @@ def run_evaluate(
             print_metrics(metrics, notes=notes, title=title)
             _print_published(Path(checkpoint), metrics)
         if metrics and out is not None:
-            path = out / "metrics.json" if out.is_dir() or not out.suffix else out
-            write_json(path, metrics)
-            print(f"metrics: {printable(path)}")
+            _write_metrics(metrics, out)
         return distributed.broadcast(metrics)
 
 
@@ -97,11 +96,43 @@ def _print_published(checkpoint: Path, metrics: Metrics) -> None:
             )
 
 
+def _write_metrics(metrics: Metrics, out: Path) -> None:
+    path = out / "metrics.json" if out.is_dir() or not out.suffix else out
+    write_json(path, metrics)
+    print(f"metrics: {printable(path)}")
+
+
+def _open(data: str | Path, name: str, submission: Path | None) -> DataSplit:
+    """The split; one without objects is refused where they are all that is asked for."""
+    split = open_split(data, name)
+    if submission is None and not any(len(record.boxes) for record in split.records):
+        raise DataError(
+            f"{printable(split.root)}: split {split.name!r} has no objects in its {len(split):,} images: nothing to "
+            "measure; name another --split, or write the detections with --submission OUT"
+        )
+    return split
+
+
 def _official(split: DataSplit, results: list[dict[str, Any]], submission: Path | None, notes: list[str]) -> Metrics:
-    """The benchmark's own metric, from the very files that one would submit; nothing for formats without one."""
+    """The benchmark's own metric, from the very files that one would submit; nothing for formats without one.
+
+    Where nobody asked for those files, what keeps them from being written is a note, not an error.
+    """
     own_metric = split.format in FORMATS and split.format != "coco"
     if submission is None and not (own_metric and split.truth is not None):
         return {}
+    try:
+        return _score_submission(split, results, submission, notes, own_metric=own_metric)
+    except DataError as error:
+        if submission is not None:
+            raise
+        notes.append(f"the metric of {split.format} is left out: {error}")
+        return {}
+
+
+def _score_submission(
+    split: DataSplit, results: list[dict[str, Any]], submission: Path | None, notes: list[str], *, own_metric: bool
+) -> Metrics:
     from cascade_rcnn.evaluation.submission import voc_list_name, write_submission
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -195,7 +195,7 @@ def test_degenerate_boxes_everywhere_leave_nothing_to_train_on(place: Path, refu
 @pytest.mark.parametrize("box", [[float("nan"), 0, 5, 5], [0, 0, 5], None, ["a", 0, 5, 5]])
 def test_a_box_that_is_none_names_file_and_annotation(box: Any, place: Path, refused: Callable[..., str]) -> None:
     path = _annotations(place)
-    _change(path, lambda values: values["annotations"][0].update(bbox=box))
+    _change(path, lambda values: values["annotations"][0].update(bbox=box, segmentation=[]))
     _says(refused(*TRAIN), path.name)
 
 

@@ -283,3 +283,36 @@ def test_a_split_without_annotations_gives_a_submission_only(tmp_path: Path) -> 
     )
     assert metrics == {} and not (tmp_path / "m.json").exists()
     assert isinstance(json.loads((tmp_path / "sub" / "results.json").read_text()), list)
+
+
+def test_a_split_without_objects_and_without_submission_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 48, "width": 64}],
+        "categories": [{"id": 3, "name": "Pedestrian"}],
+        "annotations": [],
+    }
+    root = write_coco(tmp_path / "data", content, split="test")
+    checkpoint = save_untrained(tmp_path / "p.safetensors", ("Pedestrian",))
+    with pytest.raises(DataError, match=r"'test' has no objects in its 1 images: nothing to measure.*--submission"):
+        run_evaluate(checkpoint, data=root, split="test", device="cpu")
+
+
+@pytest.mark.parametrize(("name", "official"), [("wing nut", True), ("bolt/screw", False)])
+def test_class_names_that_no_submission_holds_do_not_stop_an_evaluation(
+    name: str, official: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_voc(tmp_path / "data")
+    for path in root.glob("Annotations/*.xml"):
+        path.write_text(path.read_text().replace("cat", name))
+    checkpoint = save_untrained(tmp_path / "p.safetensors", (name,), masks="none")
+    split = open_split(root, "val")
+    monkeypatch.setattr(
+        "cascade_rcnn.evaluation.evaluate_model.detect", lambda _, images, *__: Oracle(split).detect(images)
+    )
+    metrics = run_evaluate(checkpoint, data=root, split="val", device="cpu")
+    assert metrics["bbox/AP"] == pytest.approx(1.0)
+    assert (metrics.get("voc/mAP") == pytest.approx(1.0)) == official
+    assert ("the metric of voc is left out" in capsys.readouterr().out) != official
+    if not official:
+        with pytest.raises(DataError, match="cannot stand in a text submission"):
+            run_evaluate(checkpoint, data=root, split="val", device="cpu", submission=tmp_path / "sub")

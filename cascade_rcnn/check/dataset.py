@@ -16,6 +16,7 @@ from cascade_rcnn.check.objects import check_classes, check_objects
 from cascade_rcnn.check.report import Report, new_report
 from cascade_rcnn.config import Config, DataConfig, ModelConfig
 from cascade_rcnn.data.formats.open import describe_split, disjoint_splits, open_split, recognise
+from cascade_rcnn.data.formats.unlisted import report_unlisted
 from cascade_rcnn.data.images import IMAGE_SUFFIXES
 from cascade_rcnn.data.problems import Problems, advice
 from cascade_rcnn.data.records import DataSplit
@@ -58,6 +59,7 @@ def _check(root: Path, split: str | None, data: DataConfig, model: ModelConfig) 
     if opened:
         check_classes(opened, problems)
         check_same_images(opened, problems)
+        report_unlisted(root, opened, problems)
     report.problems = problems.items
     return report, opened
 

@@ -18,6 +18,7 @@ from cascade_rcnn.check.objects import boxes_are_corners, mask_is_off
 from cascade_rcnn.data import files
 from cascade_rcnn.data.formats.write import write_coco
 from cascade_rcnn.data.masks import segmentation_area, segmentation_box
+from cascade_rcnn.data.problems import READ_ANYWAY, REWRITTEN
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.messages import printable, shown
@@ -43,9 +44,10 @@ def fix_dataset(splits: Sequence[DataSplit], out: Path) -> list[str]:
 def fix_split(split: DataSplit) -> tuple[DataSplit, list[str]]:
     """A repaired split and the list of changes: recoded, clipped, merged and dropped boxes, sizes, dropped images."""
     changes = [
-        f"{problem.where}: left out ({problem.kind}: {problem.message})"
+        f"{problem.where}: {'rewritten' if problem.kind in REWRITTEN else 'left out'} "
+        f"({problem.kind}: {problem.message})"
         for problem in split.problems
-        if problem.kind != "made-split"
+        if problem.kind in REWRITTEN or problem.kind not in READ_ANYWAY
     ]
     suspects, total = boxes_are_corners(split)
     corners = split.format == "coco" and total >= 3 and suspects >= 0.25 * total

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rcnn.config import DataConfig, ModelConfig
+from cascade_rcnn.data.formats.classes import similar_names, strange_classes
 from cascade_rcnn.data.masks import segmentation_box
 from cascade_rcnn.data.problems import Problems
 from cascade_rcnn.data.records import DataSplit, ImageRecord
@@ -265,13 +266,22 @@ def check_classes(splits: list[DataSplit], problems: Problems) -> None:
     first = splits[0]
     where = f"{first.root} {first.name}"
     for split in splits[1:]:
-        if (split.class_names, split.category_ids) != (first.class_names, first.category_ids):
-            only = sorted(set(split.class_names) ^ set(first.class_names)) or ["the order or the ids"]
+        if strange := strange_classes(first.class_names, split):
+            listed = ", ".join(f"{shown(name)} ({number} objects)" for name, number in list(strange.items())[:6])
             problems.add(
                 "different-classes",
                 f"{split.root} {split.name}",
-                f"classes differ from those of {first.name!r}: {', '.join(map(shown, only[:6]))}",
+                f"classes that {first.name!r} does not have: {listed}",
             )
+        elif (split.class_names, split.category_ids) != (first.class_names, first.category_ids):
+            only = sorted(set(split.class_names) ^ set(first.class_names)) or ["the order or the ids"]
+            problems.add(
+                "other-classes",
+                f"{split.root} {split.name}",
+                f"classes are not listed as in {first.name!r}: {', '.join(map(shown, only[:6]))}",
+            )
+    for one, other in similar_names(sorted({name for split in splits for name in split.class_names})):
+        problems.add("similar-classes", where, f"{shown(one)} and {shown(other)}")
     table = _table(first)
     counts = np.bincount(table.labels[~table.ignore], minlength=len(first.class_names))
     names = dict(enumerate(first.class_names))

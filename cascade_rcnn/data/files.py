@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cascade_rcnn.data.images import IMAGE_SUFFIXES
+from cascade_rcnn.data.images import read_image as read_image  # importable from here as before
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.messages import printable, shown
 
 # Words for the same split; a name may carry a year (train2017)
-_SAME_SPLIT = (("train", "training"), ("val", "valid", "validation", "dev"), ("test", "testing"))
+_SAME_SPLIT = (
+    ("train", "training", "trn"),
+    ("val", "valid", "validation", "validate", "dev", "eval"),
+    ("test", "testing", "tst"),
+)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -52,6 +58,8 @@ def read_json(path: Path) -> Any:
     data = read_bytes(path)
     try:
         return json.loads(data)
+    except UnicodeDecodeError:
+        raise DataError(f"{printable(path)}: the text is not UTF-8; save it as UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{printable(path)}: not valid JSON ({error}); restore or export it again") from None
 
@@ -84,14 +92,39 @@ def list_files(folder: Path, suffixes: frozenset[str] | set[str] = IMAGE_SUFFIXE
     """Files of a folder with one of the suffixes, sorted by name; none where it cannot be listed."""
     try:
         with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if Path(entry.name).suffix.lower() in suffixes]
+            names = [entry.name for entry in entries if _has_ending(entry.name, suffixes)]
     except OSError:
         return []
     return [folder / name for name in sorted(names)]
 
 
+def _has_ending(name: str, suffixes: frozenset[str] | set[str]) -> bool:
+    """Archives from macOS hold a ``._a.jpg`` beside each ``a.jpg``, which is no picture."""
+    return os.path.splitext(name)[1].lower() in suffixes and not name.startswith("._")  # noqa: PTH122
+
+
+def list_files_below(
+    folder: Path,
+    suffixes: frozenset[str] | set[str] = IMAGE_SUFFIXES,
+    *,
+    skip: frozenset[str] = frozenset(),
+) -> list[Path]:
+    """``list_files`` of a folder and all folders below it, except hidden ones and those named in ``skip``."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(
+            name for name in folders if not name.startswith((".", "__MACOSX")) and name.lower() not in skip
+        )
+        below = Path(place)
+        found += [below / name for name in sorted(names) if _has_ending(name, suffixes)]
+    return found
+
+
 def safe_path(root: Path, folder: Path, name: object) -> Path:
-    """The file ``name`` of ``folder``. Raises ``ValueError`` with a reason where it is no name below ``root``."""
+    """The file ``name`` of ``folder``. Raises ``ValueError`` with a reason where it is no name below ``root``.
+
+    Nothing has to exist. The path is relative where ``root`` is, also for an absolute name.
+    """
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"image name {shown(name)} is not a name")
     try:
@@ -103,11 +136,13 @@ def safe_path(root: Path, folder: Path, name: object) -> Path:
     # Lexically: links inside the data set may lead to another disk, names in an annotation file may not
     path = os.path.normpath(os.path.join(folder, name.replace("\\", "/")))  # noqa: PTH118
     base = os.path.normpath(root)
-    if base != "." and not path.startswith(base.rstrip(os.sep) + os.sep):
-        raise ValueError(f"image name {shown(name)} leads out of {printable(root)}")
-    if base == "." and (path.startswith((os.sep, os.pardir + os.sep)) or os.path.splitdrive(path)[0]):
-        raise ValueError(f"image name {shown(name)} leads out of the data set's folder")
-    return Path(path)
+    if not os.path.isabs(path) and not path.startswith(os.pardir) and base == ".":  # noqa: PTH117
+        return Path(path)
+    whole, top = os.path.abspath(path), os.path.abspath(base)  # noqa: PTH100
+    if not whole.startswith(top.rstrip(os.sep) + os.sep):
+        there = "the data set's folder" if base == "." else printable(root)
+        raise ValueError(f"image name {shown(name)} leads out of {there}")
+    return Path(base) / os.path.relpath(whole, top) if not os.path.isabs(base) else Path(whole)  # noqa: PTH117
 
 
 def split_synonyms(name: str) -> tuple[str, ...]:
@@ -118,10 +153,22 @@ def split_synonyms(name: str) -> tuple[str, ...]:
     return (name,)
 
 
-def resolve_split(names: Sequence[str], wanted: str, root: Path) -> str:
-    """The split of a data set that a user's word means: itself, a synonym, or the one that adds a year.
+def split_word(name: str) -> str:
+    """train, val or test where a folder or file name holds a word for one of them (val2017, Valid, train_images).
 
-    Raises ``DataError`` that lists the splits and says how to hold a part out.
+    Empty where it holds none, or words for several (train_and_val).
+    """
+    words = {word.rstrip("0123456789") for word in re.split(r"[^a-z0-9]+", name.lower())}
+    found = [group[0] for group in _SAME_SPLIT if words & set(group)]
+    return found[0] if len(found) == 1 else ""
+
+
+def resolve_split(names: Sequence[str], wanted: str, root: Path) -> str:
+    """The split of a data set that a user's word means, the one rule for all formats and commands.
+
+    In this order: the name itself, a synonym (``valid`` for ``val``), a synonym with a year (``train2017``), the one
+    name that holds such a word (``my_train``), or the only split there is for ``all``. Raises ``DataError`` that lists
+    the splits and says how to hold a part out.
     """
     words = split_synonyms(wanted)
     for word in words:
@@ -129,14 +176,16 @@ def resolve_split(names: Sequence[str], wanted: str, root: Path) -> str:
             if name.lower() == word.lower():
                 return name
     with_year = [n for n in names for w in words if n.lower().startswith(w) and n[len(w) :].strip("-_").isdigit()]
-    if len(with_year) == 1:
-        return with_year[0]
+    group = next((group[0] for group in _SAME_SPLIT if wanted.lower() in group), None)
+    likely = with_year or [name for name in names if group and split_word(name) == group]
+    if len(likely) == 1:
+        return likely[0]
     if wanted == "all" and len(names) == 1:
         return names[0]
-    if len(with_year) > 1:
-        raise DataError(f"{printable(root)}: split {shown(wanted)} could be {' or '.join(with_year)}; name one of them")
+    if len(likely) > 1:
+        raise DataError(f"{printable(root)}: split {shown(wanted)} could be {' or '.join(likely)}; name one of them")
     have = ", ".join(names) or "none"
-    part = next((n for n in names if n.lower().startswith("train")), names[0] if names else "all")
+    part = next((n for n in names if split_word(n) == "train"), names[0] if names else "all")
     raise DataError(
         f"{printable(root)}: no split {shown(wanted)} (there are: {have}); name one of them, or hold a part out: "
         f"--data.train {part}:0-90 --data.val {part}:90-100"

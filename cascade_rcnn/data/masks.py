@@ -15,13 +15,16 @@ import math
 import struct
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rcnn.data.records import Segmentation
-from cascade_rcnn.data.rle import decode_packed_rle, pack_rle, rle_counts
+from cascade_rcnn.data.rle import decode_packed_rle, pack_rle, rle_counts, unite_rles
+from cascade_rcnn.data.rle import encode_rle as encode_rle  # importable from here as before
 from cascade_rcnn.errors import DataError
+from cascade_rcnn.messages import shown
 
 _GRID = 5  # COCO's rasteriser rounds polygon corners to fifths of a pixel: int(5 x + 0.5)
 _POLYGONS = b"P"
@@ -141,6 +144,54 @@ def transform_window(
 # An RLE lists the lengths of runs of 0 and 1 in column order, beginning with 0. Compressed, each length (from the third
 # on as its difference to the length two before) is written in groups of five bits, lowest first, one character each:
 # 48 + group + 32 if another follows; the last group's top bit is the sign.
+
+
+def usual_segmentation(value: Any) -> Segmentation | None:
+    """A mask in COCO's spelling, whichever of the spellings in use it was written in; None where there is none.
+
+    Read are: polygons, one polygon that stands alone, a list of points ([[x, y], ...]), lists of points within
+    a list, an RLE, a list of RLEs (united), counts written 12.0 or as Python prints bytes (b'...'). What the lists
+    hold is not looked at: ``polygon_points`` and ``rle_counts`` do that. Raises ``ValueError`` for anything else.
+    """
+    if not value:
+        return None
+    if isinstance(value, dict):
+        return _usual_rle(value)
+    if not isinstance(value, list):
+        raise ValueError(f"segmentation {shown(value)} is neither polygons nor RLE")
+    if all(isinstance(part, dict) for part in value):
+        rles = [_usual_rle(part) for part in value]
+        return rles[0] if len(rles) == 1 else unite_rles(rles)
+    if not isinstance(value[0], list):
+        return [value]
+    if _are_points(value):
+        return [[number for point in value for number in point]]
+    while len(value) == 1 and isinstance(value[0], list) and value[0] and isinstance(value[0][0], list):
+        value = value[0]  # a level too many around all polygons, or around all points
+        if _are_points(value):
+            return [[number for point in value for number in point]]
+    return [[number for point in part for number in point] if _are_points(part) else part for part in value]
+
+
+def _are_points(value: Any) -> bool:
+    """[[x, y], [x, y], [x, y], ...]: no polygon has only two numbers."""
+    return (
+        isinstance(value, list)
+        and len(value) >= 3
+        and all(isinstance(point, list) and len(point) == 2 and not isinstance(point[0], list) for point in value)
+    )
+
+
+def _usual_rle(rle: dict[str, Any]) -> dict[str, Any]:
+    counts = rle.get("counts")
+    if isinstance(counts, str) and counts[:2] in ("b'", 'b"') and counts[-1:] == counts[1]:
+        rle = rle | {"counts": counts[2:-1].replace("\\\\", "\\")}
+    elif isinstance(counts, list):
+        rle = rle | {"counts": [int(run) if type(run) is float and run.is_integer() else run for run in counts]}
+    size = rle.get("size")
+    if isinstance(size, list):
+        rle = rle | {"size": [int(side) if type(side) is float and side.is_integer() else side for side in size]}
+    return rle
 
 
 def polygon_points(polygon: object) -> int:

@@ -30,7 +30,7 @@ class Kind:
     refuses: bool = False
 
 
-_FIX = "mend it, or let `cascade-rcnn check DATA --fix OUT` write a copy without it"
+_FIX = "fix it in the file, or drop such objects with `cascade-rcnn check DATA --fix OUT`"
 
 
 KINDS: dict[str, Kind] = {
@@ -59,6 +59,66 @@ KINDS: dict[str, Kind] = {
         refuses=True,
     ),
     "bad-mask": Kind("error", "mask that does not decode to the image's size", _FIX, refuses=True),
+    "bad-flag": Kind(
+        "error", "flag that is neither yes nor no", "write 0 or 1 (iscrowd, ignore, difficult)", refuses=True
+    ),
+    "corner-fractions": Kind(
+        "error",
+        "YOLO boxes stored as corners (x1 y1 x2 y2) where centre and size (cx cy w h) are wanted",
+        "`--fix OUT` rewrites them",
+        refuses=True,
+    ),
+    "xywh-as-corners": Kind(
+        "error",
+        "VOC boxes stored as x, y, width, height where xmin, ymin, xmax, ymax are wanted",
+        "`--fix OUT` rewrites them",
+        refuses=True,
+    ),
+    "pose-labels": Kind(
+        "error",
+        "label files that look like pose labels, without kpt_shape in the data file",
+        "add kpt_shape: [NUMBER OF POINTS, 2 or 3] to data.yaml: the boxes are then read, the points left out",
+        refuses=True,
+    ),
+    "other-format": Kind(
+        "error", "annotation of a kind that is not supported", "export the task as 'CVAT for images 1.1'", refuses=True
+    ),
+    "orphan-label": Kind(
+        "error",
+        "label file without its image",
+        "complete the images: these objects are left out; or delete the label files",
+    ),
+    "unlabelled-image": Kind(
+        "warning",
+        "image without a label file",
+        "label it, or take it out of the folder",
+    ),
+    "unlisted-image": Kind("note", "image that no list of a split names", "left out; fine if it is meant"),
+    "image-name": Kind(
+        "note", "image names that are not those on the disk", "the only file that can be meant is used; nothing to do"
+    ),
+    "image-elsewhere": Kind(
+        "warning",
+        "image found under another ending or in another folder",
+        "the only file that can be meant is used; look at some with `--draw 12`",
+    ),
+    "box-from-mask": Kind("note", "object without a box", "its box is taken from its mask"),
+    "other-shape": Kind(
+        "warning",
+        "shape that holds no area (point, line, ...) or is not read",
+        "it is left out; draw boxes or polygons",
+    ),
+    "rotated-box": Kind(
+        "note",
+        "rotated boxes",
+        "an upright box around each is learned, its corners are the mask; rotated boxes are not predicted",
+    ),
+    "keypoints": Kind("note", "pose labels", "boxes are read, keypoints are left out"),
+    "merged-category": Kind("warning", "categories of the same name", "they are read as one class"),
+    "similar-classes": Kind(
+        "warning", "class names that differ only in spelling", "if they mean the same, rename them in the annotations"
+    ),
+    "other-path": Kind("note", "folder that the data file names, but is not here", "the folders beside it are read"),
     "unknown-image": Kind("warning", "object of an image that is not listed", "it is left out; list the image"),
     "empty-box": Kind("warning", "box without area", "it is left out of training; `--fix OUT` drops it for good"),
     "outside-box": Kind(
@@ -89,13 +149,13 @@ KINDS: dict[str, Kind] = {
     "all-crowd": Kind(
         "error",
         "every object marked as crowd",
-        "crowds are never learnt: set iscrowd to 0, or `--fix OUT`",
+        "crowds are never learned: set iscrowd to 0, or `--fix OUT`",
         refuses=True,
     ),
     "no-learnable-objects": Kind(
         "error", "split without any object to learn", "look for a wrong split or folder", refuses=True
     ),
-    "unreadable-split": Kind("error", "split that cannot be read", "mend the file that is named", refuses=True),
+    "unreadable-split": Kind("error", "split that cannot be read", "fix the file that is named", refuses=True),
     "no-images": Kind(
         "error",
         "split without image files",
@@ -126,7 +186,7 @@ KINDS: dict[str, Kind] = {
     "duplicate-box": Kind("warning", "same box and class twice in an image", "`--fix OUT` keeps one"),
     "mask-off-box": Kind("warning", "mask that does not fit its box", "`--fix OUT` takes the box from the mask"),
     "missing-mask": Kind(
-        "warning", "object without a mask in a data set with masks", "its box is learnt, its mask is not"
+        "warning", "object without a mask in a data set with masks", "its box is learned, its mask is not"
     ),
     "same-image-in-splits": Kind(
         "error", "same image in two splits", "results on the second are worth nothing: take it out of one"
@@ -135,11 +195,14 @@ KINDS: dict[str, Kind] = {
     "different-classes": Kind(
         "error",
         "splits with different lists of classes",
-        "write the same categories into every annotation file",
+        "rename or drop them in the annotations, or label them in the training split too",
         refuses=True,
     ),
+    "other-classes": Kind(
+        "note", "splits that list their classes differently", "classes are matched by name; nothing to do"
+    ),
     "class-without-objects": Kind(
-        "warning", "class without objects in the training split", "it cannot be learnt; a misspelt twin?"
+        "warning", "class without objects in the training split", "it cannot be learned; is it a misspelled duplicate?"
     ),
     "stray-class": Kind(
         "warning",
@@ -147,7 +210,7 @@ KINDS: dict[str, Kind] = {
         "a typing error or a slip of the mouse? rename, drop or label more",
     ),
     "class-imbalance": Kind(
-        "note", "classes of very different frequency", "rare classes are learnt late; look at AP per class"
+        "note", "classes of very different frequency", "rare classes are learned late; look at AP per class"
     ),
     "image-without-objects": Kind(
         "note", "image without objects", "used as background (data.keep_empty); fine if it is meant"
@@ -171,6 +234,33 @@ KINDS: dict[str, Kind] = {
         "warning", "image with more objects than detections are kept", "raise model.max_detections"
     ),
 }
+
+
+# Kinds that tell how something was read; nothing is left out for them
+READ_ANYWAY = frozenset(
+    [
+        "made-split",
+        "image-name",
+        "image-elsewhere",
+        "box-from-mask",
+        "rotated-box",
+        "keypoints",
+        "corner-fractions",
+        "xywh-as-corners",
+        "relative-boxes",
+        "merged-category",
+        "similar-classes",
+        "other-path",
+        "unlisted-image",
+        "unlabelled-image",
+        "other-classes",
+    ]
+)
+
+# Of these, kinds whose copy by `--fix` differs from what the file says
+REWRITTEN = frozenset(
+    {"corner-fractions", "xywh-as-corners", "relative-boxes", "box-from-mask", "image-name", "image-elsewhere"}
+)
 
 
 def advice(kind: str) -> str:

@@ -30,7 +30,7 @@ class ImageRecord:
     width: int
     boxes: NDArray[np.float64]  # [G, 4] xyxy, width = x2 - x1
     labels: NDArray[np.int64]  # [G], index into the split's class names (0 for regions of no class)
-    ignore: NDArray[np.bool_]  # [G], not to be learnt: crowd, DontCare, difficult, invalid
+    ignore: NDArray[np.bool_]  # [G], not to be learned: crowd, DontCare, difficult, invalid
     areas: NDArray[np.float64]  # [G], of the mask where there is one, else of the box
     segmentations: list[Segmentation | None] | None = None  # [G], None when the data set has no masks
     # [G] each; the format's own facts: "iscrowd", "difficult", "truncated", "occluded", "visible_boxes" [G, 4], "ids"
@@ -42,7 +42,7 @@ class ImageRecord:
 class DataSplit:
     """A list of images with one vocabulary of class names."""
 
-    format: str  # "coco", "voc", "kitti", "citypersons", "widerface", "yolo"
+    format: str  # a name of ``data.formats.open``: "coco", "voc", "yolo", ...
     name: str  # "train", "val", "test", or the data set's own word
     root: Path  # the folder the user named
     records: list[ImageRecord]
@@ -60,3 +60,19 @@ class DataSplit:
 #
 # Readers leave out what cannot be learnt from (an empty box) and count it; what would silently change the data set (an
 # unknown category, a repeated image id) refuses the training. ``check`` reads without refusing and reports everything.
+
+
+def empty_record(path: Path, name: str, image_id: int | str, size: tuple[int, int], *, source: str) -> ImageRecord:
+    """An image of ``size`` (height, width; 0 where unknown) without objects."""
+    none = np.zeros(0)
+    return ImageRecord(
+        path,
+        name,
+        image_id,
+        *size,
+        boxes=np.zeros((0, 4)),
+        labels=none.astype(np.int64),
+        ignore=none.astype(np.bool_),
+        areas=none,
+        source=source,
+    )

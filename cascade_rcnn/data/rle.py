@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,6 +111,14 @@ def encode_rle(mask: NDArray[np.bool_]) -> dict[str, Any]:
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     counts = np.diff(np.concatenate(([0], changes, [flat.size]))).tolist() if flat.size else []
     return {"size": [int(height), int(width)], "counts": [0, *counts] if flat.size and flat[0] else counts}
+
+
+def unite_rles(rles: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The uncompressed RLE of pixels that any of the masks holds. Raises ``ValueError`` for different sizes."""
+    for rle in rles:
+        if rle_counts(rle, height=0, width=0) and rle["size"] != rles[0]["size"]:
+            raise ValueError(f"RLEs of sizes {rles[0]['size']} and {rle['size']} in one object")
+    return encode_rle(np.any([decode_rle(rle) for rle in rles], axis=0))
 
 
 def encode_crop(crop: MaskCrop, size: tuple[int, int]) -> dict[str, Any]:

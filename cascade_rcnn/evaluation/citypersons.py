@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cascade_rcnn.data.formats.matlab import read_mat
+from cascade_rcnn.data.formats.citypersons import read_entries
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation import read_results
 from cascade_rcnn.evaluation.match_results import match_results
@@ -194,12 +194,11 @@ def read_truth(path: Path) -> People:
 def _read_mat(path: Path) -> People:
     if not path.is_file():
         raise DataError(f"{path}: not found: give val_gt.json or anno_val.mat")
-    variables = read_mat(path)
-    try:
-        cells = next(value for key, value in variables.items() if key.startswith("anno_")).ravel()
-        tables = [np.asarray(cell.ravel()[0][2], np.float64).reshape(-1, 10) for cell in cells]
-    except (StopIteration, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: not a CityPersons annotation file ({error}): give anno_val.mat") from error
+    tables = []
+    for number, entry in enumerate(read_entries(path), start=1):
+        if isinstance(entry, ValueError):
+            raise DataError(f"{path}: image {number}: {entry}: give anno_val.mat")
+        tables.append(entry[2])
     rows = np.repeat(np.arange(len(tables)), [len(one) for one in tables])
     table = np.concatenate([*tables, np.zeros((0, 10))])
     size, seen = table[:, 3] * table[:, 4], table[:, 8] * table[:, 9]

@@ -16,8 +16,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from cascade_rcnn.data.formats.write import coco_dict
 from cascade_rcnn.data.masks import polygon_points
-from cascade_rcnn.data.records import DataSplit, Segmentation
+from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.data.rle import rle_counts
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation import read_results
@@ -352,28 +353,11 @@ def coco_truth(split: DataSplit) -> dict[str, Any]:
     Image ids are the records' own, category ids the split's. ``iscrowd`` comes from the attribute of that name, else
     the records' ``ignore`` flags stand for it: such objects neither cost nor reward. Segmentations where present.
     """
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for record in split.records:
-        images.append(
-            {"id": record.image_id, "file_name": record.file_name, "height": record.height, "width": record.width}
-        )
-        crowd = record.attributes.get("iscrowd", record.ignore)
-        masks: Sequence[Segmentation | None] = record.segmentations or [None] * len(record.boxes)
-        corners = record.boxes.astype(np.float64)
-        boxes = np.c_[corners[:, :2], corners[:, 2:] - corners[:, :2]].tolist()
-        for g, (box, label, mask) in enumerate(zip(boxes, record.labels.tolist(), masks)):
-            one = {
-                "id": len(annotations) + 1,
-                "image_id": record.image_id,
-                "category_id": split.category_ids[label],
-                "bbox": box,
-                "area": float(record.areas[g]),
-                "iscrowd": int(crowd[g]),
-            }
-            annotations.append(one | ({"segmentation": mask} if mask is not None else {}))
-    categories = [{"id": key, "name": name} for key, name in zip(split.category_ids, split.class_names)]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    content = coco_dict(split, image_ids=[record.image_id for record in split.records])
+    for number, one in enumerate(content["annotations"], start=1):
+        one["id"] = number  # COCO's evaluation takes an object with the id 0 for none
+        one.pop("ignore", None)
+    return {key: content[key] for key in ("images", "annotations", "categories")}
 
 
 def curve(metrics: Metrics, kind: str = "bbox") -> list[tuple[float, float | None]]:

@@ -12,6 +12,7 @@ import torch
 from cascade_rcnn import distributed
 from cascade_rcnn.config import Config
 from cascade_rcnn.data.dataset import DetectionDataset
+from cascade_rcnn.data.formats.classes import strange_classes
 from cascade_rcnn.data.loader import eval_loader
 from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.errors import DataError
@@ -121,10 +122,10 @@ def match_classes(known: Sequence[str], split: DataSplit, checkpoint: str | Path
     """The split's label of each class that the checkpoint knows, by name; -1 where the split has no such class.
 
     Raises:
-        DataError: the split has classes that the checkpoint does not know; names both lists and the way out.
+        DataError: the split has objects of classes that the checkpoint does not know; names both lists and a remedy.
     """
     ours, theirs = few_names(known, most=20), few_names(split.class_names, most=20)
-    strange = [name for name in split.class_names if name not in known]
+    strange = list(strange_classes(known, split))
     if strange:
         raise DataError(
             f"{printable(split.root)}: the classes do not fit {printable(checkpoint)}, which does not know "

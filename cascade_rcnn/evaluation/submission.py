@@ -70,7 +70,7 @@ def _write_voc(split: DataSplit, _: list[dict[str, Any]], table: read_results.Re
     for label, class_name in zip(split.category_ids, split.class_names):
         rows = np.flatnonzero(table.categories == label)
         lines = [_line(names[table.images[row]], table.scores[row], *corners[row]) for row in rows]
-        wanted[out / f"comp4_det_{listing}_{_file_name(class_name)}.txt"] = lines
+        wanted[out / f"comp4_det_{listing}_{_file_name(class_name, blanks=True)}.txt"] = lines
     return _write_files(out, wanted, pattern=f"comp4_det_{listing}_*.txt")
 
 
@@ -137,8 +137,12 @@ def _names(split: DataSplit, format: str) -> list[str]:
     return names
 
 
-def _file_name(name: str) -> str:
-    if not name or name in (".", "..") or any(character in "/\\" or character.isspace() for character in name):
+def _file_name(name: str, *, blanks: bool = False) -> str:
+    """A name that may stand in a file's name, and with ``blanks`` False in a line of words too."""
+    bad = any(
+        character in "/\\" or not character.isprintable() or (character.isspace() and not blanks) for character in name
+    )
+    if not name.strip() or name in (".", "..") or bad:
         raise DataError(f"{name!r} cannot stand in a text submission (blank or slash): rename it in the data set")
     return name
 

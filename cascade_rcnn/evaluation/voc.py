@@ -7,13 +7,13 @@ threshold does not count here (the kit: it does). Both agree on everything else,
 
 from __future__ import annotations
 
-import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cascade_rcnn.data.formats.voc import list_entry, parse_xml, read_objects
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation import read_results
 from cascade_rcnn.evaluation.pairwise import best_of_each, ious, pair_up
@@ -138,7 +138,7 @@ def read_truth(root: Path, split: str) -> tuple[dict[str, ClassObjects], dict[st
     if not listing.is_file():
         known = few_names(sorted(path.stem for path in listing.parent.glob("*.txt"))) or "none"
         raise DataError(f"{listing}: not found: choose --split among {known}")
-    lines = [_image_name(line) for line in read_results.read_text(listing).splitlines() if line.strip()]
+    lines = [list_entry(line) for line in read_results.read_text(listing).splitlines() if line.strip()]
     image_ids = {name: row for row, name in enumerate(lines)}
     if len(image_ids) != len(lines):
         twice = next(name for row, name in enumerate(lines) if image_ids[name] != row)
@@ -157,32 +157,17 @@ def read_truth(root: Path, split: str) -> tuple[dict[str, ClassObjects], dict[st
     return objects, image_ids
 
 
-def _image_name(line: str) -> str:
-    """``000001``, or ``000001  -1`` of a list per class."""
-    name, _, flag = line.strip().rpartition(" ")
-    return name.strip() if name and flag in ("1", "-1", "0") else line.strip()
-
-
 def _read_annotation(path: Path) -> list[tuple[str, tuple[float, float, float, float], bool]]:
-    text = read_results.read_text(path)
-    if "<!DOCTYPE" in text or "<!ENTITY" in text:
-        raise DataError(f"{path}: declares a document type, which VOC annotations never do: remove it")
-    try:
-        root = ElementTree.fromstring(text)
-    except ElementTree.ParseError as error:
-        raise DataError(f"{path}: not XML ({error}): repair the file") from error
     found = []
-    for element in root.iter("object"):
-        label = (element.findtext("name") or "").strip()
-        sides = [element.findtext(f"bndbox/{side}") or "" for side in ("xmin", "ymin", "xmax", "ymax")]
-        try:
-            xmin, ymin, xmax, ymax = map(float, sides)
-            difficult = int(float(element.findtext("difficult") or 0)) != 0
-        except (ValueError, OverflowError) as error:
-            raise DataError(f"{path}: object {label!r} has no readable bndbox or difficult: {error}") from error
-        if not label or not np.isfinite((xmin, ymin, xmax, ymax)).all():
-            raise DataError(f"{path}: object {label!r} with box {sides}: a name and four finite numbers are needed")
-        found.append((label, (xmin, ymin, xmax, ymax), difficult))
+    for item in read_objects(parse_xml(path)):
+        if not item.name or item.shape != "bndbox" or not np.isfinite(item.corners).all():
+            raise DataError(
+                f"{path}: object {item.name!r} has no readable bndbox ({list(item.corners)}): a name and four finite "
+                "numbers are needed"
+            )
+        if item.flags["difficult"] is None:
+            raise DataError(f"{path}: object {item.name!r}: difficult is neither 0 nor 1: correct it")
+        found.append((item.name, item.corners, item.difficult))
     return found
 
 

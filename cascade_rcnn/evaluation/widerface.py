@@ -7,6 +7,7 @@ single precision and differs in the sixth digit. docs/metrics.md has the list.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rcnn.data.formats.matlab import read_mat
+from cascade_rcnn.data.formats.widerface import cell, read_faces
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation import read_results
 from cascade_rcnn.evaluation.pairwise import best_of_each, ious, pair_up
@@ -108,20 +110,22 @@ def read_truth(root: Path) -> Faces:
     images: dict[tuple[str, str], int] = {}
     rows, boxes = [], []
     counted: dict[str, list[NDArray[np.bool_]]] = {name: [] for name in SETTINGS}
-    try:
-        for e, event in enumerate(table["event_list"].ravel()):
-            names = table["file_list"].ravel()[e].ravel()
-            for f, name in enumerate(names):
-                found = np.asarray(table["face_bbx_list"].ravel()[e].ravel()[f], np.float64).reshape(-1, 4)
-                rows.append(np.full(len(found), len(images)))
-                boxes.append(found)
-                for setting, cells in lists.items():
-                    inside = np.zeros(len(found), np.bool_)
-                    inside[np.asarray(cells.ravel()[e].ravel()[f]).ravel().astype(np.int64) - 1] = True
-                    counted[setting].append(inside)
-                images[str(event.item()), str(name.item())] = len(images)
-    except (IndexError, ValueError, AttributeError, TypeError) as error:
-        raise DataError(f"{path}: not the official cell layout ({error}): download it again") from error
+    numbers: Counter[int] = Counter()
+    for faces in read_faces(path, table):
+        if isinstance(faces, ValueError):
+            raise DataError(f"{path}: not the official cell layout ({faces}): download it again")
+        number = numbers[faces.event_row]
+        numbers[faces.event_row] += 1
+        rows.append(np.full(len(faces.boxes), len(images)))
+        boxes.append(faces.boxes)
+        for setting, cells in lists.items():
+            inside = np.zeros(len(faces.boxes), np.bool_)
+            try:
+                inside[cell(cells, faces.event_row, number).reshape(-1).astype(np.int64) - 1] = True
+            except (ValueError, IndexError) as error:
+                raise DataError(f"{path}: not the official cell layout ({error}): download it again") from error
+            counted[setting].append(inside)
+        images[faces.event, faces.name] = len(images)
     flat = np.concatenate([*boxes, np.zeros((0, 4))])
     flat[:, 2:] += flat[:, :2]
     evaluated = {name: np.concatenate([*parts, np.zeros(0, np.bool_)]) for name, parts in counted.items()}

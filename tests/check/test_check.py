@@ -226,7 +226,7 @@ def test_different_class_lists_are_found(tmp_path: Path) -> None:
     content = _content()
     content["categories"][1]["name"] = "Dog"
     root = _write(_write(tmp_path, _content()), content, split="val", seed=1)
-    assert _kinds(root) == {"different-classes": 1}
+    assert _kinds(root) == {"different-classes": 1, "similar-classes": 1}
 
 
 def test_more_objects_than_detections_are_found(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_equals_plain_loops_on_crowded_boxes_with_ties(seed: int) -> None:
         ("results/comp4_det_test_dog.txt", b"\xff\xfe1", "not UTF-8"),
         ("ImageSets/Main/test.txt", "000037\n000037\n", "listed twice"),
         ("ImageSets/Main/test.txt", "123456\n", "has no"),
-        ("Annotations/000037.xml", "<annotation>", "not XML"),
+        ("Annotations/000037.xml", "<annotation>", "not usable XML"),
         ("Annotations/000037.xml", "<!DOCTYPE a [<!ENTITY b 'c'>]><annotation/>", "document type"),
         ("Annotations/000037.xml", "<a><object><name>dog</name></object></a>", "no readable bndbox"),
     ],

@@ -6,6 +6,7 @@ Pedestrians are the one class; riders, sitting and other persons, groups and mar
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rcnn.data import files
+from cascade_rcnn.data.formats.find_images import ImageFinder
 from cascade_rcnn.data.formats.matlab import read_mat, text
 from cascade_rcnn.data.images import image_size
 from cascade_rcnn.data.problems import Problems
@@ -50,20 +52,23 @@ def read_citypersons(root: Path, split: str, *, problems: Problems | None = None
     found = _annotations(root)
     name = files.resolve_split(list(found), split, root)
     path = found[name]
-    variables = list(read_mat(path).values())
-    if len(variables) != 1 or not isinstance(variables[0], np.ndarray):
-        raise DataError(f"{printable(path)}: {len(variables)} variables where CityPersons has one, anno_{name}_aligned")
     folder = next((root / base for base in ("leftImg8bit", "images") if (root / base).is_dir()), root / "leftImg8bit")
+    entries: list[tuple[int, str, NDArray[np.float64]]] = []
+    for number, entry in enumerate(read_entries(path), start=1):
+        if isinstance(entry, ValueError):
+            problems.add("bad-annotation", f"{printable(path)}, image {number}", str(entry))
+        else:
+            city, image, rows = entry
+            entries.append((number, f"{name}/{city}/{image}", rows))
+    finder = ImageFinder(root, [folder], split=name)
+    images = finder.find([image for _, image, _ in entries], [(0, 0)] * len(entries), problems, printable(path))
     records = []
-    for number, entry in enumerate(variables[0].reshape(-1)):
-        place = f"{printable(path)}, image {number + 1}"
-        try:
-            city, image, rows = _fields(entry)
-            file = files.safe_path(root, folder, f"{name}/{city}/{image}")
-        except ValueError as error:
-            problems.add("bad-annotation", place, str(error))
-            continue
-        records.append(_read_record(file, number + 1, rows, place, problems))
+    for (number, _, rows), file in zip(entries, images):
+        place = f"{printable(path)}, image {number}"
+        if isinstance(file, ValueError):
+            problems.add("bad-annotation", place, str(file))
+        else:
+            records.append(_read_record(file, number, rows, place, problems))
     truth = root / "evaluation" / "val_gt.json"
     return DataSplit(
         "citypersons",
@@ -75,6 +80,22 @@ def read_citypersons(root: Path, split: str, *, problems: Problems | None = None
         truth=truth if name == "val" and files.is_file(truth) else path,
         problems=problems.items,
     )
+
+
+def read_entries(path: Path) -> Iterator[tuple[str, str, NDArray[np.float64]] | ValueError]:
+    """City, image name and rows [G, 10] of each image of an ``anno_*.mat``, for training and official evaluation.
+
+    A row is class, x, y, width, height, id, and x, y, width, height of the visible part. An entry that cannot be read
+    is a ``ValueError`` with the reason. Raises ``DataError`` for another file.
+    """
+    variables = list(read_mat(path).values())
+    if len(variables) != 1 or not isinstance(variables[0], np.ndarray):
+        raise DataError(f"{printable(path)}: {len(variables)} variables where CityPersons has one, anno_SPLIT_aligned")
+    for entry in variables[0].reshape(-1):
+        try:
+            yield _fields(entry)
+        except ValueError as error:
+            yield error
 
 
 def _fields(entry: Any) -> tuple[str, str, NDArray[np.float64]]:

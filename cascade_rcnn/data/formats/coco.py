@@ -5,6 +5,7 @@ Boxes are stored as x, y, width, height. Crowds are ignore regions. Masks stay a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rcnn.data import files
+from cascade_rcnn.data.formats.find_images import ImageFinder
 from cascade_rcnn.data.images import image_size
-from cascade_rcnn.data.masks import polygon_points, segmentation_area
+from cascade_rcnn.data.masks import polygon_points, segmentation_area, segmentation_box, usual_segmentation
 from cascade_rcnn.data.problems import Problems
-from cascade_rcnn.data.records import DataSplit, ImageRecord, Segmentation
+from cascade_rcnn.data.records import DataSplit, ImageRecord, Segmentation, empty_record
 from cascade_rcnn.data.rle import rle_counts
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.messages import printable, shown
@@ -52,6 +54,10 @@ def coco_files(root: Path) -> dict[str, Path]:
         if found := _jsons(folder):
             return found
     found = {child.name: child / _ROBOFLOW for child in files.subfolders(root) if files.is_file(child / _ROBOFLOW)}
+    if not found:  # annotations/train/anything.json, one json per folder
+        for child in files.subfolders(root / "annotations"):
+            if files.split_word(child.name) and len(inner := _jsons(child)) == 1:
+                found[child.name] = next(iter(inner.values()))
     return found or _jsons(root)
 
 
@@ -107,10 +113,9 @@ def read_coco(root: Path, split: str, *, problems: Problems | None = None) -> Da
             raise DataError(f"{printable(path)}: no list {key!r}; this is not a COCO instances file")
         lists[key] = data[key]
     where = printable(path)
-    categories = _read_categories(lists["categories"], lists["annotations"], where, problems)
-    labels = {category: label for label, category in enumerate(categories)}
+    categories, labels = _read_categories(lists["categories"], lists["annotations"], where, problems)
     records = _read_images(lists["images"], root, path, name, problems)
-    index = {record.image_id: number for number, record in enumerate(records)}
+    index = _Ids({record.image_id: number for number, record in enumerate(records)})
     rows = _read_annotations(lists["annotations"], records, index, labels, where, problems)
     has_masks = any(rows.segmentation)
     _distribute(rows, records, has_masks)
@@ -127,75 +132,134 @@ def read_coco(root: Path, split: str, *, problems: Problems | None = None) -> Da
     )
 
 
-def _read_categories(entries: list[Any], annotations: list[Any], where: str, problems: Problems) -> dict[int, str]:
-    """Names by id, in the order of the ids."""
+def _whole(value: object) -> object:
+    """A number written 1.0 as 1; anything else as it is."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+class _Ids:
+    """Finds what an id stands for; "12" and 12 are the same where only one of them is listed."""
+
+    def __init__(self, known: dict[Any, int]) -> None:
+        self.known = known
+        texts = Counter(str(key) for key in known)
+        self._by_text = {str(key): number for key, number in known.items() if texts[str(key)] == 1}
+
+    def get(self, value: object) -> int | None:
+        value = _whole(value)
+        if type(value) not in (int, str):
+            return None
+        found = self.known.get(value)
+        return found if found is not None else self._by_text.get(str(value).strip())
+
+
+def _flag(value: object) -> bool:
+    """A flag as it is written: 1, 1.0, true, "1", "true". Raises ``ValueError`` for what is neither yes nor no."""
+    if isinstance(value, str):
+        value = {"0": 0, "false": 0, "no": 0, "": 0, "1": 1, "true": 1, "yes": 1}.get(value.strip().lower(), value)
+    if value is None:
+        return False
+    if not isinstance(value, int | float) or value not in (0, 1):
+        raise ValueError(f"{shown(value)} is neither 0 nor 1")
+    return bool(value)
+
+
+def _read_categories(
+    entries: list[Any], annotations: list[Any], where: str, problems: Problems
+) -> tuple[dict[int, str], _Ids]:
+    """Names by id, in the order of the ids, and the label of each id."""
+    used = {_whole(row.get("category_id")) for row in annotations if isinstance(row, dict) and _is_id(row)}
     names: dict[int, str] = {}
-    for position, entry in enumerate(entries):
+    same: dict[int, int] = {}  # id of a repeated name: the id of the first
+    for position, entry in enumerate(_without_parent(entries, used)):
         place = f"{where}, categories[{position}]"
-        number, name = (entry.get("id"), entry.get("name")) if isinstance(entry, dict) else (None, None)
+        number, name = (_whole(entry.get("id")), entry.get("name")) if isinstance(entry, dict) else (None, None)
+        if isinstance(number, str) and number.strip().isdecimal() and len(number) < 10:
+            number = int(number)
         if type(number) is not int or not isinstance(name, str) or not name.strip() or abs(number) > 2**31:
             problems.add("bad-annotation", place, "a category needs a whole number as id and a name")
-        elif number in names or name in names.values():
+        elif number in names or number in same:
             problems.add("duplicate-category", place, f"category {number} {shown(name)} is listed twice")
+        elif name in names.values():
+            first = next(key for key, known in names.items() if known == name)
+            problems.add(
+                "duplicate-category", place, f"category {number} {shown(name)} is listed twice, first with id {first}"
+            )
+            same[number] = first
         else:
             names[number] = name
-    # Roboflow writes the project's name as category 0, parent of all others, and never uses it
-    parents = {entry.get("supercategory") for entry in entries if isinstance(entry, dict) and entry.get("id") != 0}
-    first = names.get(0)
-    if (
-        first is not None
-        and len(names) > 1
-        and parents == {first}
-        and not any(isinstance(row, dict) and row.get("category_id") == 0 for row in annotations)
-    ):
-        del names[0]
-    return dict(sorted(names.items()))
+    names = dict(sorted(names.items()))
+    labels = {number: label for label, number in enumerate(names)}
+    return names, _Ids(labels | {number: labels[first] for number, first in same.items()})
+
+
+def _is_id(row: dict[str, Any]) -> bool:
+    return isinstance(row.get("category_id"), int | float | str)
+
+
+def _without_parent(entries: list[Any], used: set[object]) -> list[Any]:
+    """Roboflow writes the project's name as category 0, parent of all others, and never uses it.
+
+    The project may be called as one of its classes: without the parent that class is no repetition.
+    """
+    known = [entry for entry in entries if isinstance(entry, dict)]
+    first = next((entry for entry in known if _whole(entry.get("id")) == 0), None)
+    parents = [entry.get("supercategory") for entry in known if _whole(entry.get("id")) != 0]
+    if first is None or not parents or 0 in used or any(parent != first.get("name") for parent in parents):
+        return entries
+    return [entry for entry in entries if entry is not first]
 
 
 def _read_images(entries: list[Any], root: Path, path: Path, split: str, problems: Problems) -> list[ImageRecord]:
     base = (
         root if not files.is_file(root) else (path.parent.parent if path.parent.name == "annotations" else path.parent)
     )
-    names = (entry.get("file_name") for entry in entries[:8] if isinstance(entry, dict))
-    folder = _image_folder(base, path, split, [name for name in names if isinstance(name, str)])
-    records: list[ImageRecord] = []
+    kept: list[tuple[str, Any, Any, int, int]] = []  # place, id, name, height, width
     seen: set[int | str] = set()
     for position, entry in enumerate(entries):
         place = f"{printable(path)}, images[{position}]"
-        if not isinstance(entry, dict) or type(entry.get("id")) not in (int, str):
+        image_id = _whole(entry.get("id")) if isinstance(entry, dict) else None
+        if type(image_id) not in (int, str):
             problems.add("bad-annotation", place, "an image needs an id (whole number or text) and a file_name")
             continue
-        image_id, name = entry["id"], entry.get("file_name")
+        assert isinstance(image_id, int | str)
         if image_id in seen:
             problems.add("duplicate-image-id", place, f"image id {shown(image_id)} is used twice")
             continue
-        try:
-            file = files.safe_path(base, folder, name)
-        except ValueError as error:
-            problems.add("unsafe-path", place, str(error))
+        height, width = (_side(entry.get(key)) for key in ("height", "width"))
+        if height is None or width is None:
+            values = f"height {shown(entry.get('height'))}, width {shown(entry.get('width'))}"
+            problems.add("bad-number", place, f"{values} is no size")
             continue
-        height, width = entry.get("height") or 0, entry.get("width") or 0
-        if type(height) is not int or type(width) is not int or not (0 <= height < 10**6 and 0 <= width < 10**6):
-            problems.add("bad-number", place, f"height {shown(height)}, width {shown(width)} is no size")
+        seen.add(image_id)
+        kept.append((place, image_id, entry.get("file_name"), height, width))
+    folder = _image_folder(base, path, split, [name for _, _, name, _, _ in kept[:8] if isinstance(name, str)])
+    found = ImageFinder(base, [folder, path.parent], split=split).find(
+        [name for _, _, name, _, _ in kept],
+        [(height, width) for _, _, _, height, width in kept],
+        problems,
+        printable(path),
+    )
+    records: list[ImageRecord] = []
+    for (place, image_id, name, height, width), file in zip(kept, found):
+        if isinstance(file, ValueError):
+            problems.add("unsafe-path", place, str(file))
             continue
         if not (height and width):
             height, width = image_size(file) or (0, 0)
-        seen.add(image_id)
-        records.append(
-            ImageRecord(
-                file,
-                str(name),
-                image_id,
-                height,
-                width,
-                np.zeros((0, 4)),
-                np.zeros(0, np.int64),
-                np.zeros(0, np.bool_),
-                np.zeros(0),
-                source=place,
-            )
-        )
+        record = empty_record(file, str(name), image_id, (height, width), source=place)
+        records.append(record)
     return records
+
+
+def _side(value: object) -> int | None:
+    """A height or width: 120, 120.0 or "120"; 0 where there is none; None for what is no size."""
+    value = _whole(value)
+    if isinstance(value, str) and value.strip().isdecimal() and len(value) < 10:
+        value = int(value)
+    if value is None:
+        return 0
+    return value if type(value) is int and 0 <= value < 10**6 else None
 
 
 def _image_folder(base: Path, path: Path, split: str, names: list[str]) -> Path:
@@ -208,77 +272,108 @@ def _image_folder(base: Path, path: Path, split: str, names: list[str]) -> Path:
         + [base / "images", base / "data", base / "JPEGImages", *plain]
     )
     for word in words:
-        likely += [base / word / "images"]
+        likely += [base / word / "images", base / word / "data"]
+    likely += [path.parent / "images", base / "images" / "default"]
     folders = list(dict.fromkeys(folder for folder in likely if folder.is_dir()))
 
     def hits(folder: Path) -> int:
-        return sum(files.is_file(folder / name) for name in names)
+        return sum(files.is_file(folder / name.replace("\\", "/")) for name in names)
 
     return max(folders, key=hits) if folders else base / "images"
 
 
 def _read_annotations(
-    entries: list[Any],
-    records: list[ImageRecord],
-    index: dict[int | str, int],
-    labels: dict[int, int],
-    where: str,
-    problems: Problems,
+    entries: list[Any], records: list[ImageRecord], index: _Ids, labels: _Ids, where: str, problems: Problems
 ) -> _Rows:
     rows = _Rows()
+    from_masks: list[str] = []
     for position, entry in enumerate(entries):
         place = f"{where}, annotations[{position}]"
         if not isinstance(entry, dict):
             problems.add("bad-annotation", place, f"a {type(entry).__name__} where an object is wanted")
             continue
-        image_id, category = entry.get("image_id"), entry.get("category_id")
-        image = index.get(image_id) if type(image_id) in (int, str) else None  # type: ignore[arg-type]
+        image, label = index.get(entry.get("image_id")), labels.get(entry.get("category_id"))
         if image is None:
-            problems.add("unknown-image", place, f"image_id {shown(image_id)} is not in the list of images")
-            continue
-        if type(category) is not int or category not in labels:
             problems.add(
-                "unknown-category",
-                place,
-                f"category_id {shown(category)} is not in the list of "
-                f"categories ({', '.join(map(str, list(labels)[:12]))}{', ...' if len(labels) > 12 else ''})",
+                "unknown-image", place, f"image_id {shown(entry.get('image_id'))} is not in the list of images"
+            )
+            continue
+        if label is None:
+            listed = ", ".join(map(str, list(labels.known)[:12])) + (", ..." if len(labels.known) > 12 else "")
+            category = shown(entry.get("category_id"))
+            problems.add(
+                "unknown-category", place, f"category_id {category} is not in the list of categories ({listed})"
             )
             continue
         record = records[image]
-        box = _read_box(entry.get("bbox"), record, place, problems)
-        if box is None:
-            continue
+        crowd, ignore = _read_flags(entry, place, problems)
         try:
             segmentation = _read_segmentation(entry.get("segmentation"), record, place, problems)
         except ValueError as error:
             problems.add("bad-mask", place, str(error))
             continue
-        crowd, area, number = bool(entry.get("iscrowd")), entry.get("area"), entry.get("id")
+        box = _box_of_mask(entry.get("bbox"), segmentation, record)
+        if box is not None:
+            from_masks.append(place)
+        else:
+            box = _read_box(entry.get("bbox"), record, place, problems)
+        if box is None:
+            continue
+        area, number = entry.get("area"), entry.get("id")
         if not isinstance(area, int | float) or not 0 <= area < 1e18:
             area = segmentation_area(segmentation) or box[2] * box[3]
         rows.image.append(image)
         rows.boxes.append(box)
-        rows.label.append(labels[category])
+        rows.label.append(label)
         rows.crowd.append(crowd)
-        rows.ignore.append(crowd or bool(entry.get("ignore")))
+        rows.ignore.append(crowd or ignore)
         rows.area.append(float(area))
         rows.ids.append(number if type(number) is int and abs(number) < 2**62 else position + 1)
         rows.segmentation.append(segmentation)
+    if from_masks:
+        problems.add("box-from-mask", where, f"{len(from_masks):,} objects have no box, the first is {from_masks[0]}")
     return rows
+
+
+def _read_flags(entry: dict[str, Any], place: str, problems: Problems) -> tuple[bool, bool]:
+    """(iscrowd, ignore) of an annotation; what is neither yes nor no is told, and means that the object is ignored."""
+    flags = []
+    for key in ("iscrowd", "ignore"):
+        try:
+            flags.append(_flag(entry.get(key)))
+        except ValueError as error:
+            problems.add("bad-flag", place, f"{key} {error}")
+            flags.append(True)
+    return flags[0], flags[1]
+
+
+def _box_of_mask(
+    box: object, segmentation: Segmentation | None, record: ImageRecord
+) -> tuple[float, float, float, float] | None:
+    """The box around a mask, where the annotation has none (or one of four zeros)."""
+    if segmentation is None or (box and box != [0, 0, 0, 0]):
+        return None
+    around = segmentation_box(segmentation)
+    if around is None or (around[2:] <= around[:2]).any():
+        return None
+    if (around[2:] <= 0).any() or (record.width and (around[:2] >= (record.width, record.height)).any()):
+        return None  # outside: told of as of every other box
+    x1, y1, x2, y2 = around.tolist()
+    return x1, y1, x2 - x1, y2 - y1
 
 
 def _read_box(
     box: object, record: ImageRecord, place: str, problems: Problems
 ) -> tuple[float, float, float, float] | None:
-    """x, y, width, height of a box that can be learnt from."""
+    """x, y, width, height of a box that can be learned from."""
     if not isinstance(box, list) or len(box) != 4:
         problems.add("bad-annotation", place, f"bbox {shown(box)} where [x, y, width, height] is wanted")
         return None
-    x, y, width, height = box
-    # abs() < 1e9 is false for NaN, infinity and numbers too large for a float
-    if not all(type(value) in (int, float) and abs(value) < 1e9 for value in box):
+    numbers = _numbers(box)
+    if numbers is None:
         problems.add("bad-number", place, f"bbox {shown(box)} of {shown(record.file_name)}")
         return None
+    x, y, width, height = numbers
     if width <= 0 or height <= 0:
         problems.add("empty-box", place, f"bbox {shown(box)} of {shown(record.file_name)} has no area")
         return None
@@ -289,29 +384,40 @@ def _read_box(
             f"bbox {shown(box)} lies outside {shown(record.file_name)} ({record.width} x {record.height})",
         )
         return None
-    return float(x), float(y), float(width), float(height)
+    return x, y, width, height
+
+
+def _numbers(values: list[Any]) -> list[float] | None:
+    """Finite numbers, also where all of them are written as text; None for anything else."""
+    if all(isinstance(value, str) for value in values):
+        try:
+            values = [float(value) for value in values]
+        except ValueError:
+            return None
+    # abs() < 1e9 is false for NaN, infinity and numbers too large for a float
+    if not all(type(value) in (int, float) and abs(value) < 1e9 for value in values):
+        return None
+    return [float(value) for value in values]
 
 
 def _read_segmentation(value: object, record: ImageRecord, place: str, problems: Problems) -> Segmentation | None:
-    """The mask as it is written; polygons with fewer than three points are left out. Raises ``ValueError``."""
-    if not value:
+    """The mask in COCO's spelling; polygons with fewer than three points are left out. Raises ``ValueError``."""
+    mask = usual_segmentation(value)
+    if isinstance(mask, dict):
+        rle_counts(mask, height=record.height, width=record.width)
+        return mask
+    if not mask:
         return None
-    if isinstance(value, dict):
-        rle_counts(value, height=record.height, width=record.width)
-        return value
-    if not isinstance(value, list):
-        raise ValueError(f"segmentation {shown(value)} is neither polygons nor RLE")
-    polygons = value if isinstance(value[0], list) else [value]  # some tools write a single polygon unwrapped
-    enough = [polygon_points(polygon) >= 3 for polygon in polygons]
+    enough = [polygon_points(polygon) >= 3 for polygon in mask]
     if all(enough):
-        return polygons
+        return mask
     problems.add(
         "short-polygon",
         place,
         f"{enough.count(False)} of {len(enough)} polygons of an object of "
         f"{shown(record.file_name)} have fewer than 3 points",
     )
-    return [polygon for polygon, keep in zip(polygons, enough) if keep] or None
+    return [polygon for polygon, keep in zip(mask, enough) if keep] or None
 
 
 def _distribute(rows: _Rows, records: list[ImageRecord], has_masks: bool) -> None:

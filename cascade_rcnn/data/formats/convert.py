@@ -1,38 +1,57 @@
-"""``cascade-rcnn convert-data SRC DST --to coco|voc|yolo``: a data set in another layout, pictures linked."""
+"""``cascade-rcnn convert-data SRC DST --to coco|voc|yolo|labelme``: a data set in another layout, pictures linked."""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
 
+from cascade_rcnn.data import files
+from cascade_rcnn.data.formats.classes import with_same_classes
 from cascade_rcnn.data.formats.open import describe_split, disjoint_splits, open_split
-from cascade_rcnn.data.formats.write import write_coco, write_voc, write_yolo, write_yolo_index
+from cascade_rcnn.data.formats.write import write_coco, write_labelme, write_voc, write_yolo, write_yolo_index
+from cascade_rcnn.data.problems import READ_ANYWAY
 from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.messages import printable, shown
 
-_WRITERS = {"coco": write_coco, "voc": write_voc, "yolo": write_yolo}
+_WRITERS = {"coco": write_coco, "voc": write_voc, "yolo": write_yolo, "labelme": write_labelme}
 
 
 def convert_data(src: Path, dst: Path, *, to: str) -> tuple[list[DataSplit], Counter[str]]:
-    """Writes all splits of ``src`` into the empty folder ``dst`` in the format ``to``.
+    """Writes all splits of ``src`` into the empty folder ``dst`` in the format ``to``, with one list of classes.
 
     Returns the splits and what was counted on the way: images linked or copied, objects that the format cannot hold.
-    Raises ``DataError`` where ``dst`` is not empty, ``to`` unknown or the source broken.
+    Raises ``DataError`` where ``dst`` is not empty, ``to`` unknown, the source broken or none of its images there.
     """
     if to not in _WRITERS:
-        raise DataError(f"--to {shown(to)}: choose coco, voc or yolo")
+        raise DataError(f"--to {shown(to)}: choose coco, voc, yolo or labelme")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise DataError(f"{printable(dst)}: not an empty folder; name a new one")
     counts: Counter[str] = Counter()
     splits = [open_split(src, name) for name in disjoint_splits(src)]
+    for split in splits:
+        _refuse_empty(split)
+    splits = with_same_classes(splits)
     dst.mkdir(parents=True, exist_ok=True)
     for split in splits:
         counts.update(_WRITERS[to](split, dst))
-        counts.update(f"left out: {problem.kind}" for problem in split.problems)
+        counts.update(f"left out: {problem.kind}" for problem in split.problems if problem.kind not in READ_ANYWAY)
     if to == "yolo":
         write_yolo_index(splits, dst)
-    return splits, +counts
+    return splits, Counter({what: number for what, number in counts.items() if number})
+
+
+def _refuse_empty(split: DataSplit) -> None:
+    """A set without images would be written without a word; what was meant is found where the images are looked for."""
+    where = f"{printable(split.root)}: split {split.name!r}"
+    if not split.records:
+        reason = next((f" ({problem.where}: {problem.message})" for problem in split.problems), "")
+        raise DataError(f"{where} has no images that can be read{reason}; complete them, or take the split away")
+    if not any(files.is_file(record.path) for record in split.records):
+        raise DataError(
+            f"{where}: none of its {len(split):,} images is there; the first is looked for at "
+            f"{printable(split.records[0].path)}; put them there"
+        )
 
 
 def run_convert_data(src: Path, dst: Path, *, to: str) -> int:
@@ -40,6 +59,9 @@ def run_convert_data(src: Path, dst: Path, *, to: str) -> int:
     splits, counts = convert_data(src, dst, to=to)
     for split in splits:
         print(describe_split(split))
+        for problem in split.problems:
+            if problem.kind in READ_ANYWAY:
+                print(f"  {problem.kind}: {problem.where}: {problem.message}")
     for what, number in counts.items():
         print(f"  {number:,} {what}")
     print(f"written to {printable(dst)} as {to}; train with --data {printable(dst)}")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cascade_rcnn.data import files
+from cascade_rcnn.data.formats.find_images import ImageFinder, stem_of
 from cascade_rcnn.data.images import image_size
 from cascade_rcnn.data.problems import Problems
 from cascade_rcnn.data.records import DataSplit, ImageRecord
@@ -40,7 +41,7 @@ def _has_a_label(path: Path, labels: Path) -> bool:
     except DataError:
         return True  # reading the split will say what is wrong with it
     have = {file.stem for file in files.list_files(labels, {".txt"})}
-    return any(name in have for name in names) and path.stem != "test"
+    return any(name in have or stem_of(name.rsplit("/", 1)[-1]) in have for name in names) and path.stem != "test"
 
 
 def _label_folder(root: Path) -> Path | None:
@@ -71,23 +72,39 @@ def read_kitti(root: Path, split: str, *, problems: Problems | None = None) -> D
     names, where = _image_names(root, labels, name, problems)
     classes = _classes(labels, labels.stat().st_mtime_ns)
     index = {word.lower(): label for label, word in enumerate(classes)}
-    images = {path.stem: path for path in files.list_files(labels.parent / "image_2")}
-    records = []
+    listed: list[tuple[str, Path]] = []
     for number, word in enumerate(names):
         place = f"{where}, line {number + 1}"
-        try:
-            path = files.safe_path(root, labels, f"{word}.txt")
-        except ValueError as error:
-            problems.add("unsafe-path", place, str(error))
-            continue
-        if not files.is_file(path):
+        path = _label_path(root, labels, word)
+        if isinstance(path, ValueError):
+            problems.add("unsafe-path", place, str(path))
+        elif not files.is_file(path):
             problems.add("missing-annotation", place, f"{shown(word)} has no file {printable(path)}")
-            continue
-        image = images.get(word, labels.parent / "image_2" / f"{word}.png")
-        records.append(_read_record(path, word, image, index, problems))
+        else:
+            listed.append((path.stem, path))
+    folder = labels.parent / "image_2"
+    by_stem = {path.stem: path for path in files.list_files(folder)}
+    wanted = [by_stem[word].name if word in by_stem else f"{word}.png" for word, _ in listed]
+    found = ImageFinder(labels.parent, [folder]).find(wanted, [(0, 0)] * len(wanted), problems, printable(labels))
+    records = [
+        _read_record(path, word, image if isinstance(image, Path) else folder / name, index, problems)
+        for (word, path), image, name in zip(listed, found, wanted)
+    ]
     return DataSplit(
         "kitti", name, root, records, classes, tuple(range(1, len(classes) + 1)), truth=labels, problems=problems.items
     )
+
+
+def _label_path(root: Path, labels: Path, word: str) -> Path | ValueError:
+    """The label file of a line of a list: ``000001``, or a path such as ``image_2/000001.png``."""
+    names = [f"{word}.txt", f"{stem_of(word.replace(chr(92), '/').rsplit('/', 1)[-1])}.txt"]
+    paths: list[Path | ValueError] = []
+    for name in names:
+        try:
+            paths.append(files.safe_path(root, labels, name))
+        except ValueError as error:
+            paths.append(error)
+    return next((path for path in paths if isinstance(path, Path) and files.is_file(path)), paths[0])
 
 
 def _image_names(root: Path, labels: Path, split: str, problems: Problems) -> tuple[list[str], str]:

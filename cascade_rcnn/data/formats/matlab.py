@@ -18,7 +18,8 @@ from cascade_rcnn.data import files
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.messages import printable, shown
 
-# scipy's reader is compiled code that a damaged file can crash: a process of its own tries each file first.
+# Kept because scipy's reader is compiled code that a damaged download can end with a segmentation fault: the training
+# would stop without a word. A process of its own tries each file first.
 _TRIAL = """
 import os, sys, warnings
 from scipy.io import loadmat

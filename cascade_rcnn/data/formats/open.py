@@ -2,6 +2,8 @@
 
 A split is named by the data set's own word or a synonym (val, valid); two are joined with a plus; a part is named by
 per cent, ``train:0-90`` and ``train:90-100``, always the same images whatever the order of the list.
+
+Two exports side by side (``train/`` and ``val/``, each a data set of its own) are one data set with those splits.
 """
 
 from __future__ import annotations
@@ -9,17 +11,20 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cascade_rcnn.data import files
 from cascade_rcnn.data.formats.citypersons import citypersons_splits, read_citypersons
+from cascade_rcnn.data.formats.classes import with_same_classes
 from cascade_rcnn.data.formats.coco import coco_files, read_coco
+from cascade_rcnn.data.formats.cvat import cvat_splits, read_cvat
 from cascade_rcnn.data.formats.kitti import kitti_splits, read_kitti
+from cascade_rcnn.data.formats.labelme import labelme_splits, read_labelme
 from cascade_rcnn.data.formats.voc import read_voc, voc_splits
 from cascade_rcnn.data.formats.widerface import read_widerface, widerface_splits
 from cascade_rcnn.data.formats.yolo import read_yolo, yolo_splits
-from cascade_rcnn.data.problems import Problems
+from cascade_rcnn.data.problems import READ_ANYWAY, Problems
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.messages import printable, shown
@@ -34,28 +39,75 @@ _FORMATS: dict[str, tuple[_Names, _Reader, str]] = {
     "widerface": (widerface_splits, read_widerface, "WIDER FACE: wider_face_split/*_bbx_gt.txt, WIDER_train/images"),
     "kitti": (kitti_splits, read_kitti, "KITTI: training/label_2/*.txt with training/image_2"),
     "yolo": (yolo_splits, read_yolo, "YOLO: data.yaml, or classes.txt with images/ and labels/"),
+    "cvat": (cvat_splits, read_cvat, "CVAT for images: annotations.xml with images/"),
     "voc": (voc_splits, read_voc, "VOC: Annotations/*.xml with JPEGImages/ and ImageSets/Main/*.txt"),
+    "labelme": (labelme_splits, read_labelme, "labelme: a json beside each image"),
 }
 
 
-def recognise(root: Path | str) -> str:
-    """The format of a data set: coco, citypersons, widerface, kitti, voc or yolo.
+@dataclass(frozen=True, slots=True)
+class _Export:
+    """A data set in a folder that is named as a split."""
 
-    Raises ``DataError`` that lists what was looked for and what is there.
+    folder: Path
+    format: str
+    split: str  # as its reader calls it
+
+
+def recognise(root: Path | str) -> str:
+    """The format of a data set: coco, citypersons, widerface, kitti, yolo, cvat, voc or labelme.
+
+    Of exports side by side it is theirs ("coco, voc" where they differ). Raises ``DataError`` that lists what was
+    looked for and what is there.
     """
     root = Path(root)
     if not (files.is_dir(root) or files.is_file(root)):
         raise DataError(f"{printable(root)}: no such folder; give the data set's folder")
-    for name, (find, _, _) in _FORMATS.items():
-        if any(True for _ in find(root)):
-            return name
+    if name := _own_format(root):
+        return name
+    if exports := _side_by_side(root):
+        return ", ".join(dict.fromkeys(export.format for export in exports.values()))
     raise DataError(_not_recognised(root))
 
 
+def _own_format(root: Path) -> str | None:
+    """The format of a folder as one data set; None where it is several side by side, or none."""
+    name = _format_of(root)
+    if name in ("yolo", "voc", "labelme"):  # these look into train/ and val/, and would miss one of another format
+        formats = {export.format for export in _side_by_side(root).values()}
+        return name if len(formats) < 2 else None
+    return name
+
+
+def _format_of(root: Path) -> str | None:
+    return next((name for name, (find, _, _) in _FORMATS.items() if any(True for _ in find(root))), None)
+
+
+def _side_by_side(root: Path) -> dict[str, _Export]:
+    """The splits of data sets in the folders train/, val/, ...; a folder of one split gives it its name."""
+    found: dict[str, _Export] = {}
+    for child in files.subfolders(root) if files.is_dir(root) else []:
+        outer, word = child.name, files.split_word(child.name)
+        format = _format_of(child) if word else None
+        if word and format is None:  # unzipped into a folder of its own
+            below = [folder for folder in files.subfolders(child) if _format_of(folder)]
+            child, format = (below[0], _format_of(below[0])) if len(below) == 1 else (child, None)
+        if format is None:
+            continue
+        inner = list(_FORMATS[format][0](child))
+        same = [name for name in inner if files.split_word(name) == word]
+        if len(inner) == 1 or len(same) == 1:
+            found[outer] = _Export(child, format, (same or inner)[0])
+        else:
+            found |= {f"{outer}_{name}": _Export(child, format, name) for name in inner}
+    return found
+
+
 def splits(root: Path | str) -> list[str]:
-    """Names of the splits of a data set, as the data set writes them."""
+    """Names of the splits of a data set, as the data set writes them; what ``check``, ``train``, ``evaluate`` find."""
     root = Path(root)
-    return list(_FORMATS[recognise(root)][0](root))
+    name = recognise(root)
+    return list(_FORMATS[name][0](root) if _own_format(root) else _side_by_side(root))
 
 
 def disjoint_splits(root: Path | str) -> list[str]:
@@ -79,13 +131,23 @@ def open_split(root: Path | str, split: str, *, strict: bool = True) -> DataSpli
             ``DataSplit.problems`` lists what was left out.
     """
     root = Path(root)
-    reader = _FORMATS[recognise(root)][1]
+    recognise(root)
     parts = []
     for word in split.split("+"):
         name, _, share = word.strip().partition(":")
-        part = reader(root, name, problems=Problems(strict=strict))
+        part = _read(root, name, Problems(strict=strict))
         parts.append(_share(part, share, root) if share else part)
     return parts[0] if len(parts) == 1 else _join(parts, split)
+
+
+def _read(root: Path, name: str, problems: Problems) -> DataSplit:
+    if format := _own_format(root):
+        return _FORMATS[format][1](root, name, problems=problems)
+    exports = _side_by_side(root)
+    chosen = files.resolve_split(list(exports), name, root)
+    export = exports[chosen]
+    split = _FORMATS[export.format][1](export.folder, export.split, problems=problems)
+    return replace(split, name=chosen)
 
 
 def _share(split: DataSplit, share: str, root: Path) -> DataSplit:
@@ -105,19 +167,32 @@ def _share(split: DataSplit, share: str, root: Path) -> DataSplit:
         return hashlib.sha256(record.file_name.encode("utf-8", "surrogateescape")).digest()
 
     shuffled = sorted(range(len(split)), key=lambda number: place(split.records[number]))
-    chosen = sorted(shuffled[round(len(split) * start / 100) : round(len(split) * end / 100)])
+    chosen = sorted(shuffled[_bound(len(split), start) : _bound(len(split), end)])
+    if not chosen:
+        raise DataError(
+            f"{printable(root)}: part {share} of split {split.name!r} holds none of its {len(split)} images; "
+            "take a larger part"
+        )
     # The truth file speaks of all images: whoever scores a part writes its own (writers.coco_dict)
     return replace(split, name=f"{split.name}:{share}", records=[split.records[n] for n in chosen], truth=None)
 
 
+def _bound(images: int, percent: float) -> int:
+    """Where a per cent falls in a list; of few images both sides still get one, as 90 % of four."""
+    if images < 2 or percent in (0, 100):
+        return round(images * percent / 100)
+    return min(max(round(images * percent / 100), 1), images - 1)
+
+
 def _join(parts: list[DataSplit], name: str) -> DataSplit:
-    first = parts[0]
-    for part in parts[1:]:
-        if (part.class_names, part.category_ids) != (first.class_names, first.category_ids):
+    first = max(parts, key=lambda part: len(part.class_names))
+    for part in parts:
+        if not set(part.class_names) <= set(first.class_names):
             raise DataError(
                 f"{printable(first.root)}: splits {first.name!r} and {part.name!r} have different "
                 f"classes ({', '.join(first.class_names)}; {', '.join(part.class_names)}); make them equal"
             )
+    parts = with_same_classes([first, *parts])[1:]
     records = [record for part in parts for record in part.records]
     if len({record.image_id for record in records}) < len(records):
         records = [
@@ -130,7 +205,7 @@ def _join(parts: list[DataSplit], name: str) -> DataSplit:
             for record in records
         ]
     return replace(
-        first,
+        parts[0],
         name=name,
         records=records,
         truth=None,
@@ -158,7 +233,7 @@ def describe_split(split: DataSplit) -> str:
     text += f", {_count(ignored, 'ignore region')}" if ignored else ""
     text += f", {_count(len(split.class_names), 'class', 'classes')} ({classes})"
     text += ", masks" if split.has_masks else ""
-    left_out = Counter(problem.kind for problem in split.problems)
+    left_out = Counter(problem.kind for problem in split.problems if problem.kind not in READ_ANYWAY)
     return text + "".join(f", {number} x {kind}" for kind, number in left_out.items())
 
 
@@ -168,10 +243,13 @@ def _count(number: int, one: str, many: str = "") -> str:
 
 def _not_recognised(root: Path) -> str:
     wanted = "; ".join(text for _, _, text in _FORMATS.values())
-    for child in files.subfolders(root):
-        for name, (find, _, _) in _FORMATS.items():
-            if any(True for _ in find(child)):
-                return f"{printable(root)}: no data set here, but {printable(child)} is {name}: name that"
+    inside = [(child, name) for child in files.subfolders(root) if (name := _format_of(child))]
+    if len(inside) > 1:
+        listed = ", ".join(f"{printable(child)} ({name})" for child, name in inside[:4])
+        return f"{printable(root)}: no data set here, but several below: {listed}; name one of them"
+    if inside:
+        child, name = inside[0]
+        return f"{printable(root)}: no data set here, but {printable(child)} is {name}: name that"
     if _is_folder_per_class(root):
         return (
             f"{printable(root)}: a folder per class holds no boxes and is not supported; draw boxes with a "

@@ -6,14 +6,16 @@ of zeros.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rcnn.data import files
+from cascade_rcnn.data.formats.find_images import ImageFinder
 from cascade_rcnn.data.formats.matlab import read_mat, text
 from cascade_rcnn.data.images import image_size
 from cascade_rcnn.data.problems import Problems
@@ -52,14 +54,15 @@ def read_widerface(root: Path, split: str, *, problems: Problems | None = None) 
     path = found[name]
     folders = (root / f"WIDER_{name}" / "images", root / f"WIDER_{name}", root / "images" / name, root / "images")
     folder = next((folder for folder in folders if folder.is_dir()), folders[0])
+    entries = list(_read_text(path, problems) if path.suffix == ".txt" else _read_matlab(path, problems))
+    finder = ImageFinder(root, [folder], split=name)
+    images = finder.find([image for image, _, _ in entries], [(0, 0)] * len(entries), problems, printable(path))
     records = []
-    for image, place, rows in _read_text(path, problems) if path.suffix == ".txt" else _read_matlab(path, problems):
-        try:
-            file = files.safe_path(root, folder, image)
-        except ValueError as error:
-            problems.add("unsafe-path", place, str(error))
-            continue
-        records.append(_read_record(file, image, rows, place, problems))
+    for (image, place, rows), file in zip(entries, images):
+        if isinstance(file, ValueError):
+            problems.add("unsafe-path", place, str(file))
+        else:
+            records.append(_read_record(file, image, rows, place, problems))
     truth = next((root / base for base in ("ground_truth", "eval_tools/ground_truth") if (root / base).is_dir()), None)
     return DataSplit(
         "widerface",
@@ -120,37 +123,65 @@ def _row(line: str) -> list[float] | None:
 
 def _read_matlab(path: Path, problems: Problems) -> Iterator[_Entry]:
     content = read_mat(path)
+    numbers: Counter[str] = Counter()
+    for entry in read_faces(path, content):
+        if isinstance(entry, ValueError):
+            problems.add("bad-annotation", printable(path), str(entry))
+            continue
+        number = numbers[entry.event]
+        numbers[entry.event] += 1
+        columns = []
+        for column in _COLUMNS:
+            table = content.get(f"{column}_label_list")
+            try:
+                values = None if table is None else cell(table, entry.event_row, number)
+                columns.append(np.zeros(len(entry.boxes)) if values is None else values.reshape(len(entry.boxes)))
+            except ValueError as error:
+                problems.add("bad-annotation", entry.place, f"{column}: {error}")
+                break
+        else:
+            yield (
+                f"{entry.event}/{entry.name}.jpg",
+                entry.place,
+                np.concatenate([entry.boxes, np.stack(columns, axis=1)], axis=1),
+            )
+
+
+class Faces(NamedTuple):
+    """The faces of one image of an official .mat file."""
+
+    event: str
+    name: str  # without ending
+    event_row: int
+    boxes: NDArray[np.float64]  # [G, 4] x, y, width, height
+    place: str
+
+
+def read_faces(path: Path, content: dict[str, Any]) -> Iterator[Faces | ValueError]:
+    """The images of ``wider_face_*.mat`` in the order of the file, for training as for the official evaluation.
+
+    An event that cannot be read is a ``ValueError`` with the reason. Raises ``DataError`` for another file.
+    """
     missing = [key for key in ("event_list", "file_list", "face_bbx_list") if key not in content]
     if missing:
         raise DataError(f"{printable(path)}: no variable {', '.join(missing)}; this is not WIDER FACE's file")
-    events = content["event_list"].reshape(-1)
-    for number, event in enumerate(events):
+    for row, event in enumerate(content["event_list"].reshape(-1)):
         try:
-            columns = [
-                _cells(content[f"{column}_label_list"], number) if f"{column}_label_list" in content else None
-                for column in _COLUMNS
-            ]
-            names, boxes = _cells(content["file_list"], number), _cells(content["face_bbx_list"], number)
-            for image, file in enumerate(names):
-                rows = np.asarray(boxes[image], dtype=np.float64).reshape(-1, 4)
-                extra = [
-                    np.zeros(len(rows))
-                    if column is None
-                    else np.asarray(column[image], dtype=np.float64).reshape(len(rows))
-                    for column in columns
-                ]
-                yield (
-                    f"{text(event)}/{text(file)}.jpg",
-                    f"{printable(path)}, event {number + 1}, image {image + 1}",
-                    np.concatenate([rows, np.stack(extra, axis=1)], axis=1),
-                )
-        except (ValueError, TypeError, IndexError) as error:
-            problems.add("bad-annotation", f"{printable(path)}, event {number + 1}", f"{error}")
+            names = content["file_list"].reshape(-1)[row].reshape(-1)
+            for number, name in enumerate(names):
+                boxes = cell(content["face_bbx_list"], row, number).reshape(-1, 4)
+                place = f"{printable(path)}, event {row + 1}, image {number + 1}"
+                yield Faces(text(event), text(name), row, boxes, place)
+        except (ValueError, TypeError, IndexError, AttributeError) as error:
+            yield ValueError(f"event {row + 1}: {error}")
 
 
-def _cells(table: Any, number: int) -> Any:
-    cells = table.reshape(-1)[number]
-    return cells.reshape(-1) if isinstance(cells, np.ndarray) else cells
+def cell(table: Any, event: int, image: int) -> NDArray[np.float64]:
+    """The numbers of an image in a table of cells by event. Raises ``ValueError`` where there are none."""
+    try:
+        return np.asarray(table.reshape(-1)[event].reshape(-1)[image], dtype=np.float64)
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"{error}") from None
 
 
 def _read_record(path: Path, name: str, rows: NDArray[np.float64], place: str, problems: Problems) -> ImageRecord:

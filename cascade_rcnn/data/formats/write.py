@@ -1,4 +1,4 @@
-"""Writing a split as COCO json, VOC folder or YOLO txt: for ``convert-data``, for ``check --fix``, for evaluation.
+"""Writing a split as COCO json, VOC, YOLO txt or labelme: for ``convert-data``, ``check --fix`` and evaluation.
 
 Pictures are hard-linked where source and destination share a file system, else linked by name, else copied.
 """
@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
+
 from cascade_rcnn.data import files
+from cascade_rcnn.data.formats.labelme import labelme_json, labelme_shapes
+from cascade_rcnn.data.masks import segmentation_box
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.messages import printable
@@ -28,17 +32,19 @@ def coco_image_ids(split: DataSplit) -> list[int]:
     return list(range(1, len(ids) + 1))
 
 
-def coco_dict(split: DataSplit, *, names: Sequence[str] | None = None) -> dict[str, Any]:
+def coco_dict(
+    split: DataSplit, *, names: Sequence[str] | None = None, image_ids: Sequence[int | str] | None = None
+) -> dict[str, Any]:
     """A split of any format as COCO's object of images, annotations and categories.
 
     Ignore regions become crowds, which COCO's evaluation neither rewards nor punishes. ``names`` replaces the
-    images' file names.
+    images' file names, ``image_ids`` the whole numbers of ``coco_image_ids``.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     used = Counter(number for record in split.records for number in record.attributes.get("ids", ()))
     keep_ids = bool(used) and max(used.values()) == 1 and all("ids" in record.attributes for record in split.records)
-    for place, (record, image_id) in enumerate(zip(split.records, coco_image_ids(split))):
+    for place, (record, image_id) in enumerate(zip(split.records, image_ids or coco_image_ids(split))):
         images.append(
             {
                 "id": image_id,
@@ -48,12 +54,14 @@ def coco_dict(split: DataSplit, *, names: Sequence[str] | None = None) -> dict[s
             }
         )
         crowd = record.attributes.get("iscrowd", record.ignore)
-        for row, box in enumerate(record.boxes.tolist()):
+        corners = record.boxes.astype(np.float64)
+        boxes = np.c_[corners[:, :2], corners[:, 2:] - corners[:, :2]].tolist()
+        for row, box in enumerate(boxes):
             entry: dict[str, Any] = {
                 "id": int(record.attributes["ids"][row]) if keep_ids else len(annotations) + 1,
                 "image_id": image_id,
                 "category_id": split.category_ids[int(record.labels[row])],
-                "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                "bbox": box,
                 "area": float(record.areas[row]),
                 "iscrowd": int(crowd[row]),
             }
@@ -148,6 +156,29 @@ def write_yolo_index(splits: Sequence[DataSplit], out: Path) -> None:
     lines.append("names:\n")
     lines += [f"  {number}: {json.dumps(name)}\n" for number, name in enumerate(splits[0].class_names)]
     _write(out / "data.yaml", "".join(lines))
+
+
+def write_labelme(split: DataSplit, out: Path) -> Counter[str]:
+    """Writes ``SPLIT/NAME.json`` beside ``SPLIT/NAME.jpg``: polygons or bitmaps for masks, else rectangles.
+
+    The parts of an object share a ``group_id``; ignore regions are marked as ``difficult``.
+    """
+    names = [name.replace("/", "_") for name in _new_names(split)]
+    folder = out / _word(split)
+    counts = _place_images(split.records, [folder / name for name in names])
+    for record, name in zip(split.records, names):
+        shapes: list[dict[str, Any]] = []
+        for row, box in enumerate(record.boxes.tolist()):
+            mask = record.segmentations[row] if record.segmentations is not None else None
+            around = segmentation_box(mask)
+            if around is not None and np.abs(around - record.boxes[row]).max() > 1:
+                counts["boxes that differ from their masks, which alone labelme can hold"] += 1
+            shapes += labelme_shapes(
+                split.class_names[int(record.labels[row])], box, mask, group=row + 1, ignore=bool(record.ignore[row])
+            )
+        _write((folder / name).with_suffix(".json"), labelme_json(shapes, name, (record.height, record.width)))
+    _write(out / "labels.txt", "".join(f"{name}\n" for name in split.class_names))
+    return counts
 
 
 def _word(split: DataSplit) -> str:

@@ -75,7 +75,7 @@ def test_same_name_in_two_splits_stays_two_images(tmp_path: Path) -> None:
 
 def test_refusals_and_the_command_s_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scenes.write_kitti(tmp_path / "in")
-    with pytest.raises(DataError, match="choose coco, voc or yolo"):
+    with pytest.raises(DataError, match="choose coco, voc, yolo or labelme"):
         convert_data(tmp_path / "in", tmp_path / "out", to="tfrecord")
     assert run_convert_data(tmp_path / "in", tmp_path / "out", to="yolo") == 0
     printed = capsys.readouterr().out
