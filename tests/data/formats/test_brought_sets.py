@@ -562,6 +562,16 @@ def test_vanished_pictures_and_pictures_without_annotation_are_counted(name: str
     assert counts["missing-image"] == 1 and counts["unlabelled-image"] + counts["unlisted-image"] == 1
 
 
+def test_pictures_of_a_split_that_is_not_checked_are_not_called_unlabelled(tmp_path: Path) -> None:
+    for name, seeds in (("train", (1, 2)), ("val", (3,)), ("test", (4,))):
+        content = brought.coco(tmp_path / "images", seeds)
+        brought.write_json(tmp_path / "annotations" / f"instances_{name}.json", content)
+    assert "unlabelled-image" not in check_dataset(tmp_path, split="train,val").counts
+    brought.save_picture(tmp_path / "images" / "extra.jpg", 9)
+    found = check_dataset(tmp_path, split="train,val").of("unlabelled-image")
+    assert [problem.message.split(" images")[0] for problem in found] == ["1 of 5"]
+
+
 def test_files_of_other_endings_are_pictures_too(tmp_path: Path) -> None:
     root = brought.yolo_set(tmp_path)
     for path, ending in zip(sorted(root.glob("images/train/*.jpg")), (".jfif", ".JPEG", ".jpe")):
