@@ -183,8 +183,8 @@ def read_voc(root: Path, split: str, *, problems: Problems | None = None) -> Dat
     )
     labels = {name: label for label, name in enumerate(names)}
     records: list[ImageRecord] = []
-    official = len(chosen) == 1 and chosen[0].file is not None and chosen[0].annotations.name == "Annotations"
-    official = official and chosen[0].file == chosen[0].folder / "ImageSets" / "Main" / f"{chosen[0].file.stem}.txt"
+    usual = chosen[0].folder / "ImageSets" / "Main" / f"{chosen[0].name}.txt"
+    official = len(chosen) == 1 and chosen[0].file == usual and chosen[0].annotations.name == "Annotations"
     for entry in chosen:
         part, plain = _read_list(entry, labels, problems)
         records += part
