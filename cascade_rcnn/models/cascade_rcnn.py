@@ -135,7 +135,8 @@ class CascadeRCNN(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> CascadeRCNN:
         if self.recorder is not None:
             self.recorder.clear()  # recordings hold the weights' addresses
-        return super()._apply(fn, recurse)  # type: ignore[return-value]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 class NoInitialValues(TorchFunctionMode):
