@@ -16,7 +16,7 @@ from cascade_rcnn.models.backbone import Backbone
 from cascade_rcnn.models.box_head import BoxHead
 from cascade_rcnn.models.cascade import Cascade
 from cascade_rcnn.models.fpn import FeaturePyramid
-from cascade_rcnn.models.ops.capabilities import has_triton
+from cascade_rcnn.models.ops.capabilities import followed, has_triton
 from cascade_rcnn.models.ops.winograd import use_winograd
 from cascade_rcnn.models.rpn import RPN
 from cascade_rcnn.structures import ImageBatch, RawDetections, Targets
@@ -63,7 +63,7 @@ class CascadeRCNN(nn.Module):
     @torch.no_grad()
     def detect(self, images: ImageBatch) -> RawDetections:
         """Detections in pixels of the network input, sorted by falling score. Call ``eval()`` first."""
-        if self.recorder is None or not images.pixels.is_cuda:
+        if self.recorder is None or not images.pixels.is_cuda or followed():
             return self._detect(images)
         settings = (self.cascade.stages_at_test, self.cascade.details, self.rpn.details)
         return self.recorder(self._detect, images, settings)
@@ -126,7 +126,8 @@ class CascadeRCNN(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> CascadeRCNN:
         if self.recorder is not None:
             self.recorder.clear()  # recordings hold the weights' addresses
-        return super()._apply(fn, recurse)  # type: ignore[return-value]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 class NoInitialValues(TorchFunctionMode):

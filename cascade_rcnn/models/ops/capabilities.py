@@ -1,4 +1,4 @@
-"""What this machine can run: Triton kernels."""
+"""What can be run now: Triton kernels on this machine, and nothing but torch's operations where these are followed."""
 
 from __future__ import annotations
 
@@ -28,3 +28,8 @@ def triton_problem() -> str:
 def has_triton() -> bool:
     """Whether the kernels of ``*_triton.py`` can be used on a GPU."""
     return not triton_problem()
+
+
+def followed() -> bool:
+    """Whether torch's compiler or an exporter writes down the operations: it would not see a kernel or a recording."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None

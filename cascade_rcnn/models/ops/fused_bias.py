@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
+from cascade_rcnn.models.ops.capabilities import followed
+
 
 def _bias_relu(x: Tensor, bias: Tensor, *, relu: bool) -> Tensor:
-    if x.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and not torch.compiler.is_compiling():
+    if x.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and not followed():
         from cascade_rcnn.models.ops.bias_relu_triton import bias_relu_
 
         return bias_relu_(x, bias, relu=relu)
