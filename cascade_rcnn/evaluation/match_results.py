@@ -10,8 +10,7 @@ from typing import Any
 
 from cascade_rcnn.data.image_ids import match_names
 from cascade_rcnn.errors import DataError
-from cascade_rcnn.evaluation import read_results
-from cascade_rcnn.messages import shown
+from cascade_rcnn.messages import few_names, shown
 
 
 def match_results(found: Any, dataset: Any, where: str, truth: str, notes: list[str]) -> Any:
@@ -79,7 +78,7 @@ def _with_category_ids(
         return [one | {"category_id": ids[one["category"]]} for one in found]
     if len(strange) < len(names):
         raise DataError(
-            f"{where}: class {shown(strange[0])} is not in {truth}, which has {read_results.names_of(ids)}: "
+            f"{where}: class {shown(strange[0])} is not in {truth}, which has {few_names(ids)}: "
             "rename it there, or take these results out"
         )
     notes.append(f"no class of the results is in the truth by name ({shown(strange[0])}, ...): category_id was used")
