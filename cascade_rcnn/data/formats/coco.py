@@ -178,7 +178,8 @@ def _read_images(entries: list[Any], root: Path, path: Path, split: str, problem
         if type(height) is not int or type(width) is not int or not (0 <= height < 10**6 and 0 <= width < 10**6):
             problems.add("bad-number", place, f"height {shown(height)}, width {shown(width)} is no size")
             continue
-        if not (height and width):
+        sized = bool(height and width)
+        if not sized:
             height, width = image_size(file) or (0, 0)
         seen.add(image_id)
         records.append(
@@ -193,6 +194,7 @@ def _read_images(entries: list[Any], root: Path, path: Path, split: str, problem
                 np.zeros(0, np.bool_),
                 np.zeros(0),
                 source=place,
+                sized=sized,
             )
         )
     return records

@@ -187,7 +187,8 @@ def _read_record(
 ) -> ImageRecord:
     where = printable(path)
     width, height = (_number(tree.findtext(f"size/{side}")) for side in ("width", "height"))
-    if not (1 <= width < 10**6 and 1 <= height < 10**6):
+    sized = 1 <= width < 10**6 and 1 <= height < 10**6
+    if not sized:
         height, width = image_size(image) or (0, 0)
     boxes, kept, flags = [], [], []
     for position, item in enumerate(tree.iterfind("object")):
@@ -218,6 +219,7 @@ def _read_record(
         areas,
         attributes=attributes,
         source=where,
+        sized=sized,
     )
 
 

@@ -1,0 +1,233 @@
+"""Which view of a picture its labels count, and how labels go from one view to the other.
+
+One rule for training, evaluation, ``check``, ``--fix``, ``convert-data`` and every drawing: the size that the annotation
+itself gives decides. Where that fits both views (a square picture, one that is mirrored or upside down) nothing in the
+file can say, and the user is asked (``data.orientation``). YOLO, KITTI, WIDER FACE and CityPersons give no size; their
+pictures are read upright, as the trainers and tools of these formats do, which read with OpenCV or a browser.
+
+G objects of a picture; sizes are (height, width).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cascade_rcnn.config import Orientation
+from cascade_rcnn.data.files import is_file
+from cascade_rcnn.data.images import Frame, Header, Size, read_header, turn
+from cascade_rcnn.data.masks import nearest_indices, segmentation_area
+from cascade_rcnn.data.records import DataSplit, ImageRecord, Segmentation
+from cascade_rcnn.data.rle import decode_rle, encode_rle
+from cascade_rcnn.errors import DataError
+from cascade_rcnn.messages import printable
+
+FORMATS_WITHOUT_SIZES = frozenset({"yolo", "kitti", "citypersons", "widerface"})
+WAY_OUT = (
+    "say --orientation upright if it was labelled as viewers show it, else stored "
+    "(in training --data.orientation upright)"
+)
+
+
+class OrientationError(DataError):
+    """A picture of which nothing says how it was labelled; unlike a damaged one it is not to be passed over."""
+
+
+def view_of(
+    annotated: Size | None, stored: Size, tag: int, wanted: Orientation, *, sizeless: bool = False
+) -> Frame | Literal["undecided", "differs"]:
+    """The view that labels count.
+
+    Args:
+        annotated: the size that the annotation itself gives, None where it gives none.
+        stored: size of the picture as stored.
+        tag: its orientation, 1 to 8.
+        wanted: ``data.orientation``, asked where the size does not decide.
+        sizeless: the format has no sizes at all.
+
+    Returns:
+        ``differs`` where the annotation speaks of a picture of another size.
+    """
+    upright = stored[::-1] if tag >= 5 else stored
+    if annotated is not None:
+        if annotated not in (stored, upright):
+            return "differs"
+        if stored != upright:
+            return "stored" if annotated == stored else "upright"
+    if tag == 1:
+        return "upright"
+    if wanted != "auto":
+        return wanted
+    return "upright" if sizeless and annotated is None else "undecided"
+
+
+def annotated_size(record: ImageRecord, split_format: str) -> Size | None:
+    """(height, width) where the record's annotation gives them by itself."""
+    if split_format in FORMATS_WITHOUT_SIZES or not record.sized or not (record.height and record.width):
+        return None
+    return record.height, record.width
+
+
+def record_view(
+    record: ImageRecord, split_format: str, header: Header, wanted: Orientation
+) -> Frame | Literal["undecided", "differs"]:
+    """``view_of`` a record and its picture."""
+    sizeless = split_format in FORMATS_WITHOUT_SIZES
+    annotated = annotated_size(record, split_format)
+    return view_of(annotated, header.stored, header.orientation, wanted, sizeless=sizeless)
+
+
+def view_decider(
+    annotated: Size | None, wanted: Orientation, *, path: str, sizeless: bool
+) -> Callable[[Size, int], Frame]:
+    """For ``read_image``: decides by what the opened file says.
+
+    The function raises ``OrientationError`` where nothing decides, ``DataError`` where the sizes differ.
+    """
+
+    def decide(stored: Size, tag: int) -> Frame:
+        view = view_of(annotated, stored, tag, wanted, sizeless=sizeless)
+        if view == "undecided":
+            raise OrientationError(undecided(path, stored, tag) + f"; {WAY_OUT}")
+        if view == "differs":
+            assert annotated is not None
+            raise DataError(
+                f"{printable(path)}: is {stored[1]}x{stored[0]}"
+                + (f" ({stored[0]}x{stored[1]} upright)" if tag >= 5 else "")
+                + f", the annotation says {annotated[1]}x{annotated[0]}; run cascade-rcnn check on the data"
+            )
+        return view
+
+    return decide
+
+
+def undecided(path: object, stored: Size, tag: int) -> str:
+    """What cannot be decided, without the way out."""
+    return (
+        f"{printable(path)}: {stored[1]} x {stored[0]} with orientation tag {tag}, and the annotation does not say "
+        "whether its boxes count the pixels as stored or upright"
+    )
+
+
+def settle(split: DataSplit, wanted: Orientation) -> DataSplit:
+    """The split with every picture's labels in a view that the copy itself shows, for whoever writes it elsewhere.
+
+    Pictures whose labels count the stored pixels, and those that only ``wanted`` decided, are marked to be written
+    upright (``ImageRecord.turn``), the former's labels turned along; all others stay.
+
+    Raises:
+        OrientationError: the first picture that nothing decides.
+    """
+    records = []
+    for record in split.records:
+        header = read_header(record.path) if is_file(record.path) else None
+        if header is None or header.error or header.orientation == 1:
+            records.append(record)
+            continue
+        view = record_view(record, split.format, header, wanted)
+        if view == "undecided":
+            raise OrientationError(undecided(record.path, header.stored, header.orientation) + f"; {WAY_OUT}")
+        records.append(record if view == "differs" else settled(record, header, view, split.format))
+    return replace(split, records=records)
+
+
+def settled(record: ImageRecord, header: Header, view: Frame, split_format: str) -> ImageRecord:
+    """A record of one picture as ``settle`` leaves it, where ``view`` is what its labels count."""
+    tag = header.orientation
+    if tag == 1:
+        return record
+    if view == "stored":
+        return turned_record(record, header.stored, tag)
+    annotated = annotated_size(record, split_format)
+    told = view_of(annotated, header.stored, tag, "auto", sizeless=split_format in FORMATS_WITHOUT_SIZES) != view
+    return replace(record, turn=tag) if told else record
+
+
+def turned_record(record: ImageRecord, stored: Size, tag: int) -> ImageRecord:
+    """Labels that count the stored pixels, turned with the picture, which is marked to be written upright."""
+    upright = stored[::-1] if tag >= 5 else stored
+    masks = record.segmentations
+    return replace(
+        record,
+        height=upright[0],
+        width=upright[1],
+        boxes=turn_boxes(record.boxes, stored, tag),
+        segmentations=None if masks is None else [mask and turn_mask(mask, stored, tag) for mask in masks],
+        attributes={
+            name: turn_boxes(values, stored, tag) if name.endswith("boxes") else values
+            for name, values in record.attributes.items()
+        },
+        sized=True,
+        turn=tag,
+    )
+
+
+def turn_points(points: NDArray[np.float64], stored: Size, tag: int) -> NDArray[np.float64]:
+    """Points [N, 2] (x, y) in the picture as stored, where they lie upright."""
+    height, width = stored
+    x, y = points[:, 0], points[:, 1]
+    if tag in (5, 6, 7, 8):
+        x, y, height, width = y, x, width, height
+    if tag in (3, 4, 7, 8):
+        y = height - y
+    if tag in (2, 3, 6, 7):
+        x = width - x
+    return np.stack([x, y], axis=1)
+
+
+def turn_boxes(boxes: NDArray[Any], stored: Size, tag: int) -> NDArray[np.float64]:
+    """Boxes [G, 4] xyxy as ``turn_points``."""
+    corners = turn_points(np.asarray(boxes, dtype=np.float64).reshape(-1, 2), stored, tag).reshape(-1, 2, 2)
+    return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+
+
+def turn_mask(mask: Segmentation, stored: Size, tag: int) -> Segmentation:
+    """Polygons point by point; run lengths pixel by pixel, those of another size left as they are."""
+    if isinstance(mask, dict):
+        if tuple(mask["size"]) != stored:
+            return mask
+        return encode_rle(turn(decode_rle(mask), tag))
+    return [
+        turn_points(np.asarray(polygon, dtype=np.float64).reshape(-1, 2), stored, tag).reshape(-1).tolist()
+        for polygon in mask
+    ]
+
+
+def scaled_record(record: ImageRecord, size: Size) -> ImageRecord:
+    """Labels of a picture that was resized to ``size``: boxes and polygons by each side's factor, run lengths by nearest
+    neighbour.
+    """
+    old = (record.height, record.width)
+    factor = np.array([size[1] / old[1], size[0] / old[0]])
+
+    def scale(mask: Segmentation) -> Segmentation:
+        if isinstance(mask, dict):
+            if tuple(mask["size"]) != old:
+                return mask
+            pixels = decode_rle(mask)
+            return encode_rle(pixels[nearest_indices(old[0], size[0])][:, nearest_indices(old[1], size[1])])
+        return [(np.asarray(polygon).reshape(-1, 2) * factor).reshape(-1).tolist() for polygon in mask]
+
+    masks = record.segmentations
+    scaled = replace(
+        record,
+        height=size[0],
+        width=size[1],
+        boxes=record.boxes * np.tile(factor, 2),
+        areas=record.areas * factor.prod(),
+        segmentations=None if masks is None else [mask and scale(mask) for mask in masks],
+        attributes={
+            name: values * np.tile(factor, 2) if name.endswith("boxes") else values
+            for name, values in record.attributes.items()
+        },
+    )
+    for row, mask in enumerate(scaled.segmentations or ()):
+        if isinstance(mask, dict):
+            scaled.areas[row] = segmentation_area(mask)
+    return scaled
+
+
