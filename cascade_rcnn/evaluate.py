@@ -6,13 +6,17 @@ cascade-rcnn evaluate runs/demo --data runs/demo/data --out metrics.json
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cascade_rcnn import distributed
 from cascade_rcnn.atomic_files import write_json
+from cascade_rcnn.config import Config, Orientation
 from cascade_rcnn.data.formats.open import open_split
+from cascade_rcnn.data.orientation import refuse_undecided
 from cascade_rcnn.data.records import DataSplit
+from cascade_rcnn.data.split_levels import with_range
 from cascade_rcnn.evaluation.evaluate_model import detect_split, evaluate_results, match_classes
 from cascade_rcnn.evaluation.metrics import Metrics, print_metrics
 from cascade_rcnn.inference.run_model import AS_SAVED, Inference
@@ -26,6 +30,7 @@ def run_evaluate(
     *,
     data: str | Path,
     split: str = "",
+    orientation: Orientation | None = None,
     out: Path | None = None,
     submission: Path | None = None,
     device: str = "auto",
@@ -36,6 +41,7 @@ def run_evaluate(
     Args:
         data: folder of the data set; its format is recognised.
         split: name of the split; empty: the one that the checkpoint was validated on.
+        orientation: ``data.orientation`` of this data set; None: as in the training.
         out: JSON file (or folder, for ``metrics.json`` in it) for the metrics.
         submission: folder for the results in the benchmark's own format; a split without annotations gives only that.
 
@@ -53,10 +59,11 @@ def run_evaluate(
             stop_after_stage=inference.stages,
             score_threshold=inference.score_threshold,
             max_detections=inference.max_detections,
+            range=inference.range,
         )
         if world.is_main:
             print(detector.choices())
-        chosen = open_split(data, split or detector.config.data.val)
+        chosen, detector.config = _open(data, split, detector.config, orientation, quiet=not world.is_main)
         class_map = match_classes(detector.class_names, chosen, checkpoint, quiet=not world.is_main)
         results = detect_split(
             detector.model,
@@ -78,11 +85,15 @@ def run_evaluate(
             print_metrics(metrics, notes=notes, title=title)
             _print_published(Path(checkpoint), metrics)
         if metrics and out is not None:
-            path = out / "metrics.json" if out.is_dir() or not out.suffix else out
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, metrics)
-            print(f"metrics: {printable(path)}")
+            _write(metrics, out)
         return distributed.broadcast(metrics)
+
+
+def _write(metrics: Metrics, out: Path) -> None:
+    path = out / "metrics.json" if out.is_dir() or not out.suffix else out
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, metrics)
+    print(f"metrics: {printable(path)}")
 
 
 def _print_published(checkpoint: Path, metrics: Metrics) -> None:
@@ -96,6 +107,19 @@ def _print_published(checkpoint: Path, metrics: Metrics) -> None:
             print(
                 f"{kind} AP: {100 * measured:.1f} here, {published:.1f} published by {entry.library} ({entry.dataset})"
             )
+
+
+def _open(
+    root: str | Path, split: str, config: Config, orientation: Orientation | None, *, quiet: bool
+) -> tuple[DataSplit, Config]:
+    """The split, and the configuration with what is known of its pictures' orientation and range."""
+    data = replace(config.data, orientation=orientation or config.data.orientation)
+    chosen = open_split(root, split or data.val, orientation=data.orientation)
+    refuse_undecided(chosen, data.orientation)
+    data, line = with_range(data, chosen)
+    if line and not quiet:
+        print(line)
+    return chosen, replace(config, data=data)
 
 
 def _official(split: DataSplit, results: list[dict[str, Any]], submission: Path | None, notes: list[str]) -> Metrics:

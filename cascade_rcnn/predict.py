@@ -78,6 +78,7 @@ def run_predict(
         stop_after_stage=inference.stages,
         score_threshold=inference.score_threshold,
         max_detections=inference.max_detections,
+        range=inference.range,
     )
     print(detector.choices())
     summary = PredictSummary(results=results_path(out, part))
@@ -162,7 +163,8 @@ class _Job:
 
     def _read(self, file: InputFile) -> tuple[InputFile, NDArray[np.uint8] | DataError]:
         try:
-            return file, to_array(file.path, max_pixels=self.detector.config.data.max_pixels)
+            data = self.detector.config.data
+            return file, to_array(file.path, max_pixels=data.max_pixels, range=data.range)
         except DataError as error:
             return file, error
 

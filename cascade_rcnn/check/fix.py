@@ -1,6 +1,8 @@
 """``check --fix OUT``: a repaired copy of the annotations as COCO json, pictures linked, every change listed.
 
-What cannot be decided by a program (a stray class, an image in two splits, a turned image) is left as it is.
+What cannot be decided by a program (a stray class, an image in two splits) is left as it is. Pictures whose labels
+count the pixels as stored are written upright with their labels turned; labels of a resized picture are scaled with it;
+a picture that was cropped or squashed since is left out, since nothing says where its objects are now.
 """
 
 from __future__ import annotations
@@ -13,34 +15,57 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cascade_rcnn.check.images import read_header, truncation
+from cascade_rcnn.check.images import truncation
 from cascade_rcnn.check.objects import boxes_are_corners, mask_is_off
+from cascade_rcnn.config import Orientation
 from cascade_rcnn.data import files
 from cascade_rcnn.data.formats.write import write_coco
+from cascade_rcnn.data.images import Header, Size, read_header
 from cascade_rcnn.data.masks import segmentation_area, segmentation_box
+from cascade_rcnn.data.orientation import annotated_size, record_view, scaled_record, settled, turned_record
+from cascade_rcnn.data.problems import KINDS
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.messages import printable, shown
 
 
-def fix_dataset(splits: Sequence[DataSplit], out: Path) -> list[str]:
+def fix_dataset(splits: Sequence[DataSplit], out: Path, *, orientation: Orientation = "auto") -> list[str]:
     """Writes the repaired splits into the empty folder ``out`` and returns the changes, also in ``changes.txt``.
 
     ``splits`` were opened with ``strict=False``: what their readers left out stays out and is listed.
+    ``orientation`` is ``data.orientation``.
+
+    Raises:
+        DataError: ``out`` is in use, or a split's objects would all be lost; nothing is written then.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{printable(out)}: not an empty folder; name a new one")
+    fixed = [fix_split(split, orientation=orientation) for split in splits]
+    for split, (repaired, done) in zip(splits, fixed):
+        _refuse_emptied(split, repaired, done)
     out.mkdir(parents=True, exist_ok=True)
-    changes: list[str] = []
-    for split in splits:
-        fixed, done = fix_split(split)
-        changes += done
-        write_coco(fixed, out)
+    for repaired, _ in fixed:
+        write_coco(repaired, out)
+    changes = [change for _, done in fixed for change in done]
     (out / "changes.txt").write_text("".join(printable(change) + "\n" for change in changes), encoding="utf-8")
     return changes
 
 
-def fix_split(split: DataSplit) -> tuple[DataSplit, list[str]]:
+def _refuse_emptied(split: DataSplit, repaired: DataSplit, changes: list[str]) -> None:
+    """A copy without any object is no repair: what the objects were lost by must be mended by hand."""
+    lost = [problem for problem in split.problems if KINDS[problem.kind].severity != "note"]
+    had = sum(len(record.boxes) for record in split.records)
+    if not any(len(record.boxes) for record in repaired.records) and (had or lost):
+        first = lost[0] if lost else None
+        dropped = next((change for change in changes if " dropped " in change), "none is usable")
+        reason = f"{len(lost):,} x {first.kind}, first {first.where}: {first.message}" if first else dropped
+        raise DataError(
+            f"{printable(split.root)} {split.name}: no object would be left ({reason}); nothing was written: mend the "
+            "annotations by hand"
+        )
+
+
+def fix_split(split: DataSplit, *, orientation: Orientation = "auto") -> tuple[DataSplit, list[str]]:
     """A repaired split and the list of changes: recoded, clipped, merged and dropped boxes, sizes, dropped images."""
     changes = [
         f"{problem.where}: left out ({problem.kind}: {problem.message})"
@@ -52,7 +77,8 @@ def fix_split(split: DataSplit) -> tuple[DataSplit, list[str]]:
     learnable = any((~record.ignore).any() for record in split.records)
     all_crowd = not learnable and any(record.attributes.get("iscrowd", np.zeros(1)).any() for record in split.records)
     relative = _are_relative(split)
-    records = []
+    records: list[ImageRecord] = []
+    wrong_sizes = _sizes_are_wrong(split)
     have_images = any(files.is_file(record.path) for record in split.records)  # none at all: not downloaded yet
     for record in split.records:
         if have_images and (reason := _unusable(record)):
@@ -72,7 +98,10 @@ def fix_split(split: DataSplit) -> tuple[DataSplit, list[str]]:
             record.ignore[:] = False
             record.attributes["iscrowd"] = np.zeros_like(record.ignore, dtype=np.int64)
         if have_images:
-            changes += _fix_size(record)
+            seen = _fit_picture(record, split, changes, orientation=orientation, wrong_sizes=wrong_sizes)
+            if seen is None:
+                continue
+            record = seen
         records.append(_fix_objects(record, changes))
     where = f"{printable(split.root)} {split.name}"
     changes += [f"{where}: all boxes rewritten from corners to x, y, width, height"] * corners
@@ -109,15 +138,78 @@ def _areas(record: ImageRecord) -> NDArray[np.float64]:
     return areas
 
 
-def _fix_size(record: ImageRecord) -> list[str]:
+def _sizes_are_wrong(split: DataSplit) -> bool:
+    """Whether the annotation's sizes, not its boxes, are wrong: some boxes leave the size that is annotated, and all
+    lie within the picture that is there (width and height swapped, one size written for all).
+    """
+    leaves = False
+    for record in split.records:
+        annotated = annotated_size(record, split.format)
+        if annotated is None or not len(record.boxes) or not files.is_file(record.path):
+            continue
+        header = read_header(record.path)
+        if header.error or header.orientation != 1 or header.stored == annotated:
+            continue
+        far = record.boxes[:, 2:].max(axis=0)
+        if (far > np.array(header.stored[::-1]) + 1).any():
+            return False
+        leaves = leaves or bool((far > np.array(annotated[::-1]) + 1).any())
+    return leaves
+
+
+def _fit_picture(
+    record: ImageRecord, split: DataSplit, changes: list[str], *, orientation: Orientation, wrong_sizes: bool
+) -> ImageRecord | None:
+    """The record with its labels where the objects are in the picture that is there; None where nobody can know.
+
+    Where only the user can say how it was labelled it stays as it is.
+    """
     header = read_header(record.path)
-    if (record.height, record.width) == (header.height, header.width):
-        return []
-    change = (
-        f"{record.source}: size {record.width} x {record.height} set to the file's {header.width} x {header.height}"
-    )
-    record.height, record.width = header.height, header.width
-    return [change]
+    view = record_view(record, split.format, header, orientation)
+    if view == "undecided":
+        return record
+    if view != "differs":
+        fitted = settled(record, header, view)
+        if fitted.turn != 1:
+            what = "with its labels turned along" if view == "stored" else "as its labels are"
+            changes.append(f"{record.source}: image written upright (orientation tag {fitted.turn}), {what}")
+        return fitted
+    old = f"{record.source}: size {record.width} x {record.height}"
+    if wrong_sizes and header.orientation == 1:
+        changes.append(f"{old} set to the file's {header.width} x {header.height}, within which all boxes lie")
+        return replace(record, height=header.height, width=header.width)
+    targets = _same_shape((record.height, record.width), header)
+    if not targets:
+        changes.append(
+            f"{record.source}: image {shown(record.file_name)} dropped with its {len(record.boxes)} objects (it is "
+            f"{header.width} x {header.height}, the annotation says {record.width} x {record.height}: cropped, "
+            "squashed or another picture)"
+        )
+        return None
+    if len(targets) > 1 and orientation == "auto":
+        return record  # nobody knows whether it was labelled as stored; the check of the copy says so
+    upright = "upright" in targets and (len(targets) == 1 or orientation == "upright")
+    scaled = scaled_record(record, header.upright if upright else header.stored)
+    changes.append(f"{old}: labels scaled to the file's {scaled.width} x {scaled.height}")
+    if not upright and header.orientation != 1:
+        changes.append(f"{record.source}: image written upright, with its labels turned along")
+        return turned_record(scaled, header.stored, header.orientation)
+    return scaled if len(targets) == 1 else replace(scaled, turn=header.orientation)
+
+
+def _same_shape(annotated: Size, header: Header) -> set[str]:
+    """The views of the picture that are the annotated size, larger or smaller, up to the rounding of a side."""
+    views = {"upright": header.upright, "stored": header.stored}
+    if header.orientation == 1:
+        del views["stored"]
+    return {name for name, size in views.items() if _is_scaled(annotated, size)}
+
+
+def _is_scaled(old: Size, new: Size) -> bool:
+    wide, high = new[1] / old[1], new[0] / old[0]
+    if 0.97 < wide < 1.03 and max(abs(old[0] - new[0]), abs(old[1] - new[1])) > 1:
+        return False  # nobody resizes by so little: a margin was cut off
+    return abs(old[0] * wide - new[0]) <= 1 or abs(old[1] * high - new[1]) <= 1
 
 
 def _fix_objects(record: ImageRecord, changes: list[str]) -> ImageRecord:

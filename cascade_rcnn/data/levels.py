@@ -8,7 +8,7 @@ training, evaluation and prediction. H, W: height and width; C: 1 or 3 channels.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,16 +102,40 @@ def _scaled(levels: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
 class Levels:
     """The levels in use of some pictures, and where nearly all pixels lie."""
 
-    pictures: int
     low: float
     high: float
-    usual_low: float  # 0.1 per cent of the pixels are darker
-    usual_high: float  # 0.1 per cent are brighter
     whole: bool  # whole numbers
+    sample: NDArray[np.float64]  # pixels, as many of each picture
+
+    @staticmethod
+    def of(parts: Sequence[Levels]) -> Levels | None:
+        """Levels of several pictures together; None for none."""
+        if not parts:
+            return None
+        return Levels(
+            min(part.low for part in parts),
+            max(part.high for part in parts),
+            all(part.whole for part in parts),
+            np.concatenate([part.sample for part in parts]),
+        )
+
+    @property
+    def usual_low(self) -> float:
+        """0.1 per cent of the pixels are darker."""
+        return float(np.percentile(self.sample, 0.1))
+
+    @property
+    def usual_high(self) -> float:
+        """0.1 per cent of the pixels are brighter."""
+        return float(np.percentile(self.sample, 99.9))
+
+    def share_outside(self, low: float, high: float) -> float:
+        """Share of the pixels that a range clips."""
+        return float(((self.sample < low) | (self.sample > high)).mean())
 
     def __str__(self) -> str:
         depth = self.depth
-        share = f", {(self.high - self.low) / depth:.1%} of 0 to {depth:g}" if 0 <= self.low and depth else ""
+        share = f", {(self.high - self.low) / depth:.1%} of 0 to {depth:g}" if self.low >= 0 and depth else ""
         return (
             f"levels {self.low:g} to {self.high:g}{share}; 99.8% of the pixels lie in "
             f"{self.usual_low:g} to {self.usual_high:g}"
@@ -142,23 +166,16 @@ class Levels:
 
 def levels_of(pictures: Iterable[NDArray[Any]]) -> Levels | None:
     """Levels in use of pictures [H, W] or [H, W, C]; None where there is no finite pixel."""
-    lows, highs, samples, whole = [], [], [], True
+    parts = []
     for levels in pictures:
         flat = levels.reshape(-1)
-        whole = whole and flat.dtype.kind in "iu"
         finite = flat[np.isfinite(flat)] if flat.dtype.kind == "f" else flat
         if finite.size:
-            lows.append(float(finite.min()))
-            highs.append(float(finite.max()))
-            samples.append(finite[:: max(1, finite.size // _SAMPLE)].astype(np.float64))
-    if not lows:
-        return None
-    usual = np.percentile(np.concatenate(samples), (0.1, 99.9)).tolist()
-    return Levels(len(lows), min(lows), max(highs), usual[0], usual[1], whole)
+            sample = finite[:: max(1, finite.size // _SAMPLE)].astype(np.float64)
+            parts.append(Levels(float(finite.min()), float(finite.max()), flat.dtype.kind in "iu", sample))
+    return Levels.of(parts)
 
 
 def written(low: float, high: float) -> str:
     """Two levels as ``data.range`` takes them."""
     return f"{low:.9g} {high:.9g}"
-
-

@@ -1,9 +1,10 @@
 """Which view of a picture its labels count, and how labels go from one view to the other.
 
-One rule for training, evaluation, ``check``, ``--fix``, ``convert-data`` and every drawing: the size that the annotation
-itself gives decides. Where that fits both views (a square picture, one that is mirrored or upside down) nothing in the
-file can say, and the user is asked (``data.orientation``). YOLO, KITTI, WIDER FACE and CityPersons give no size; their
-pictures are read upright, as the trainers and tools of these formats do, which read with OpenCV or a browser.
+One rule for training, evaluation, ``check``, ``--fix``, ``convert-data`` and every drawing: the size that the
+annotation itself gives decides. Where that fits both views (a square picture, one that is mirrored or upside down)
+nothing in the file can say, and the user is asked (``data.orientation``). YOLO, KITTI, WIDER FACE and CityPersons give
+no size; their pictures are read upright, as the trainers and tools of these formats do, which read with OpenCV or a
+browser.
 
 G objects of a picture; sizes are (height, width).
 """
@@ -116,8 +117,8 @@ def undecided(path: object, stored: Size, tag: int) -> str:
 def settle(split: DataSplit, wanted: Orientation) -> DataSplit:
     """The split with every picture's labels in a view that the copy itself shows, for whoever writes it elsewhere.
 
-    Pictures whose labels count the stored pixels, and those that only ``wanted`` decided, are marked to be written
-    upright (``ImageRecord.turn``), the former's labels turned along; all others stay.
+    Pictures whose labels count the stored pixels, and those whose size would not say that theirs are upright, are
+    marked to be written upright (``ImageRecord.turn``), the former's labels turned along; all others stay.
 
     Raises:
         OrientationError: the first picture that nothing decides.
@@ -131,20 +132,28 @@ def settle(split: DataSplit, wanted: Orientation) -> DataSplit:
         view = record_view(record, split.format, header, wanted)
         if view == "undecided":
             raise OrientationError(undecided(record.path, header.stored, header.orientation) + f"; {WAY_OUT}")
-        records.append(record if view == "differs" else settled(record, header, view, split.format))
+        records.append(record if view == "differs" else settled(record, header, view))
     return replace(split, records=records)
 
 
-def settled(record: ImageRecord, header: Header, view: Frame, split_format: str) -> ImageRecord:
+def refuse_undecided(split: DataSplit, wanted: Orientation) -> None:
+    """Raises ``OrientationError`` for the first picture that nothing decides; reads headers only."""
+    if wanted != "auto" or split.format in FORMATS_WITHOUT_SIZES:
+        return
+    for record in split.records:
+        header = read_header(record.path)
+        if not header.error and record_view(record, split.format, header, wanted) == "undecided":
+            raise OrientationError(undecided(record.path, header.stored, header.orientation) + f"; {WAY_OUT}")
+
+
+def settled(record: ImageRecord, header: Header, view: Frame) -> ImageRecord:
     """A record of one picture as ``settle`` leaves it, where ``view`` is what its labels count."""
-    tag = header.orientation
-    if tag == 1:
+    if header.orientation == 1:
         return record
     if view == "stored":
-        return turned_record(record, header.stored, tag)
-    annotated = annotated_size(record, split_format)
-    told = view_of(annotated, header.stored, tag, "auto", sizeless=split_format in FORMATS_WITHOUT_SIZES) != view
-    return replace(record, turn=tag) if told else record
+        return turned_record(record, header.stored, header.orientation)
+    ambiguous = header.stored == header.upright  # the copy's own size could not say it
+    return replace(record, turn=header.orientation) if ambiguous else record
 
 
 def turned_record(record: ImageRecord, stored: Size, tag: int) -> ImageRecord:
@@ -198,8 +207,8 @@ def turn_mask(mask: Segmentation, stored: Size, tag: int) -> Segmentation:
 
 
 def scaled_record(record: ImageRecord, size: Size) -> ImageRecord:
-    """Labels of a picture that was resized to ``size``: boxes and polygons by each side's factor, run lengths by nearest
-    neighbour.
+    """Labels of a picture that was resized to ``size``: boxes and polygons by each side's factor, run lengths by
+    nearest neighbour.
     """
     old = (record.height, record.width)
     factor = np.array([size[1] / old[1], size[0] / old[0]])
@@ -229,5 +238,3 @@ def scaled_record(record: ImageRecord, size: Size) -> ImageRecord:
         if isinstance(mask, dict):
             scaled.areas[row] = segmentation_area(mask)
     return scaled
-
-

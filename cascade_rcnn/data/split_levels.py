@@ -5,39 +5,42 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
 from cascade_rcnn.config import DataConfig
 from cascade_rcnn.data.files import is_file
 from cascade_rcnn.data.images import read_header, read_levels
-from cascade_rcnn.data.levels import Levels, levels_of, written
+from cascade_rcnn.data.levels import levels_of, written
 from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.errors import DataError
 
-_LOOKED_AT = 200  # pictures, spread evenly: headers first, so that a set of 8-bit pictures costs milliseconds
+_T = TypeVar("_T")
+_HEADERS, _DECODED = 2000, 200  # pictures of a split that are looked at, spread evenly
+_NEVER_DEEP = frozenset({".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp"})
 
 
-def deep_paths(split: DataSplit, *, limit: int = _LOOKED_AT) -> list[Path]:
-    """Pictures of more than 8 bits among ``limit`` of a split, spread evenly over it."""
-    count = len(split.records)
-    chosen = [split.records[place * count // min(limit, count)].path for place in range(min(limit, count))]
-    return [path for path in chosen if is_file(path) and read_header(path).deep]
+def spread(items: Sequence[_T], limit: int) -> list[_T]:
+    """At most ``limit`` of the items, spread evenly over them."""
+    count = min(limit, len(items))
+    return [items[place * len(items) // count] for place in range(count)]
 
 
-def read_all(paths: Sequence[Path], *, max_pixels: int) -> Iterator[NDArray[Any]]:
+def deep_paths(split: DataSplit) -> list[Path]:
+    """Pictures of a split with more than 8 bits per channel, of at most 2000 headers and spread evenly."""
+    candidates = [record.path for record in split.records if record.path.suffix.lower() not in _NEVER_DEEP]
+    deep = [path for path in spread(candidates, _HEADERS) if is_file(path) and read_header(path).deep]
+    return spread(deep, _DECODED)
+
+
+def read_all(paths: Sequence[Path], *, data: DataConfig) -> Iterator[NDArray[Any]]:
     """Their levels one after the other, without those that cannot be read."""
     for path in paths:
         try:
-            yield read_levels(path, max_pixels=max_pixels)
+            yield read_levels(path, max_pixels=data.max_pixels)
         except DataError:
             continue  # check names it
-
-
-def levels_in_use(split: DataSplit, *, max_pixels: int) -> Levels | None:
-    """What the deep pictures of a split use; None where there are none."""
-    return levels_of(read_all(deep_paths(split), max_pixels=max_pixels))
 
 
 def with_range(data: DataConfig, split: DataSplit) -> tuple[DataConfig, str]:
@@ -47,7 +50,7 @@ def with_range(data: DataConfig, split: DataSplit) -> tuple[DataConfig, str]:
     """
     if data.range != "auto":
         return data, ""
-    levels = levels_in_use(split, max_pixels=data.max_pixels)
+    levels = levels_of(read_all(deep_paths(split), data=data))
     if levels is None:
         return data, ""
     range = written(*levels.range())

@@ -58,6 +58,7 @@ def load(
     score_threshold: float | None = None,
     max_detections: int | None = None,
     stop_after_stage: int | None = None,
+    range: str | None = None,
 ) -> Detector:
     """A detector from a ``.safetensors`` checkpoint, a run folder (its best, else its last), or the name of published
     weights.
@@ -65,7 +66,8 @@ def load(
     Published weights (``cascade-rcnn models`` lists them) are downloaded, converted and kept when first used.
 
     ``score_threshold``, ``max_detections`` (raise it for dense scenes) and ``stop_after_stage`` replace the
-    checkpoint's own test-time settings. ``precision`` auto is float32, on recent NVIDIA GPUs with TF32 products.
+    checkpoint's own test-time settings; ``range`` its ``data.range``, the levels of pictures of more than 8 bits that
+    become black and white, e.g. ``"0 4095"``. ``precision`` auto is float32, on recent NVIDIA GPUs with TF32 products.
 
     ``compile`` makes code for each of the few sizes that images are padded to, when the first image of that size comes:
     that takes a minute and is told on stderr; what it finds is the same (docs/speed.md).
@@ -86,6 +88,8 @@ def load(
     }
     changed: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
     config = dataclasses.replace(checkpoint.config, model=dataclasses.replace(checkpoint.config.model, **changed))
+    if range is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, range=range))
     with NoInitialValues():
         model = build_model(config.model, len(checkpoint.class_names))
     try:
@@ -191,7 +195,9 @@ class Detector:
         found: list[Detections] = []
         for start in range(0, len(image), batch_size):
             part = image[start : start + batch_size]
-            arrays = [to_array(one, max_pixels=self.config.data.max_pixels) for one in part]
+            arrays = [
+                to_array(one, max_pixels=self.config.data.max_pixels, range=self.config.data.range) for one in part
+            ]
             for one, pixels, detections in zip(part, arrays, self._detect(arrays)):
                 detections.image = Path(one) if isinstance(one, str | Path) else pixels
                 if score_threshold is not None:

@@ -31,6 +31,7 @@ class Inference:
     stages: int | None = None  # stop after so many
     score_threshold: float | None = None
     max_detections: int | None = None
+    range: str | None = None  # of pictures of more than 8 bits (``data.range``)
 
 
 AS_SAVED = Inference()

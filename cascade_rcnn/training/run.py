@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from cascade_rcnn import distributed
 from cascade_rcnn.atomic_files import write_json
 from cascade_rcnn.checkpoint import BEST, LAST, STATE, load_training, save_checkpoint, save_training
 from cascade_rcnn.config import Config, finetune_schedule
-from cascade_rcnn.data.dataset import DetectionDataset
+from cascade_rcnn.data.dataset import DetectionDataset, read_record
 from cascade_rcnn.data.formats.open import open_split
-from cascade_rcnn.data.images import read_image
 from cascade_rcnn.data.loader import Upload, train_loader
 from cascade_rcnn.data.records import DataSplit, ImageRecord
+from cascade_rcnn.data.split_levels import with_range
 from cascade_rcnn.drawing.annotations import draw_batch, draw_detections, draw_record, side_by_side
 from cascade_rcnn.errors import CheckpointError, ConfigError, DataError, UserError
 from cascade_rcnn.evaluation.evaluate_model import evaluate_model, match_classes
@@ -67,10 +68,9 @@ class Run:
     def __init__(self, config: Config, out: Path, world: distributed.World, log: RunLog, *, resume: bool) -> None:
         self.out, self.world, self.log = out, world, log
         resuming = _claim_folder(out, world, log, resume=resume or world.restarts > 0)
-        self.data = open_split(config.data.root, config.data.train)
+        self.data, self.validation, config = _open_splits(config, log)
         self.config = config = finetune_schedule(config, len(self.data))
         settings = config.train
-        self.validation = open_split(config.data.root, config.data.val) if settings.evaluate_every else None
         self._class_map = match_classes(self.data.class_names, self.validation, out) if self.validation else None
         images = config.data
         if settings.compile and images.pad_buckets is None:
@@ -245,8 +245,10 @@ class Run:
             return evaluate_model(self.model, self.config, self.validation, class_map=self._class_map, look=look)
 
     def _draw_prediction(self, number: int, record: ImageRecord, found: Detections) -> None:
-        truth = draw_record(record, self.validation.class_names if self.validation else ())
-        image = read_image(record.path, max_pixels=self.config.data.max_pixels)
+        assert self.validation is not None
+        image = read_record(record, self.validation.format, self.config.data)
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        truth = draw_record(record, self.validation.class_names, image=picture)
         drawn = draw_detections(image, found, score_threshold=_DRAWN_SCORE)
         self.log.picture(f"validation_{number}", side_by_side(truth, drawn))
 
@@ -397,6 +399,17 @@ def refuse_overwriting(out: Path, *, resume: bool) -> bool:
     if not found and (out / LAST).exists():
         raise ConfigError(f"{out}: its {STATE} is gone, so it cannot go on; begin anew in another folder with --out")
     return found
+
+
+def _open_splits(config: Config, log: RunLog) -> tuple[DataSplit, DataSplit | None, Config]:
+    """The splits to learn from and to evaluate on, and the configuration with the range of their deep pictures."""
+    data = config.data
+    training = open_split(data.root, data.train, orientation=data.orientation)
+    validation = open_split(data.root, data.val, orientation=data.orientation) if config.train.evaluate_every else None
+    data, line = with_range(data, training)
+    if line:
+        log.say(line)
+    return training, validation, replace(config, data=data)
 
 
 def _claim_folder(out: Path, world: distributed.World, log: RunLog, *, resume: bool) -> bool:

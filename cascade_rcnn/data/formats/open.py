@@ -71,9 +71,7 @@ def disjoint_splits(root: Path | str) -> list[str]:
     ]
 
 
-def open_split(
-    root: Path | str, split: str, *, strict: bool = True, orientation: Orientation = "auto"
-) -> DataSplit:
+def open_split(root: Path | str, split: str, *, strict: bool = True, orientation: Orientation = "auto") -> DataSplit:
     """Reads a split of a data set of any known format.
 
     Args:
