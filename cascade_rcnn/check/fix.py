@@ -207,7 +207,7 @@ def _same_shape(annotated: Size, header: Header) -> set[str]:
 
 def _is_scaled(old: Size, new: Size) -> bool:
     wide, high = new[1] / old[1], new[0] / old[0]
-    if 0.97 < wide < 1.03 and max(abs(old[0] - new[0]), abs(old[1] - new[1])) > 1:
+    if 0.9 < wide < 1.1 and max(abs(old[0] - new[0]), abs(old[1] - new[1])) > 1:
         return False  # nobody resizes by so little: a margin was cut off
     return abs(old[0] * wide - new[0]) <= 1 or abs(old[1] * high - new[1]) <= 1
 

@@ -24,8 +24,8 @@ def scene(seed: int, size: tuple[int, int]) -> tuple[NDArray[np.uint8], Box]:
     rng = np.random.default_rng(seed)
     height, width = size
     pixels = rng.integers(0, 60, (height, width, 3), dtype=np.uint8)
-    w, h = int(rng.integers(width // 6, width // 3)), int(rng.integers(height // 6, height // 3))
-    x, y = int(rng.integers(0, width - w)), int(rng.integers(0, height - h))
+    w, h = (2 * int(rng.integers(side // 12, side // 6)) for side in (width, height))  # even, to be halved exactly
+    x, y = 2 * int(rng.integers(0, (width - w) // 2)), 2 * int(rng.integers(0, (height - h) // 2))
     pixels[y : y + h, x : x + w] = 230
     return pixels, (x, y, x + w, y + h)
 
