@@ -44,7 +44,7 @@ def _check(root: Path, split: str | None, data: DataConfig, model: ModelConfig) 
     report = new_report(root, recognise(root))
     problems = Problems(strict=False)
     names = [word for word in split.split(",") if word] if split else _training_first(disjoint_splits(root))
-    opened = []
+    opened: list[DataSplit] = []
     for name in names:
         try:
             part = open_split(root, name, strict=False, orientation=data.orientation)

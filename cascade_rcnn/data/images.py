@@ -145,8 +145,8 @@ def _orientation(picture: Image.Image) -> int:
 
 def _has_late_exif(picture: Image.Image) -> bool:
     """Whether a PNG file has its EXIF behind the pixels, as the standard allows; only chunks' heads are read."""
-    assert picture.fp is not None
-    stream, start = picture.fp, picture.fp.tell()
+    stream = picture.fp  # type: ignore[attr-defined]
+    start = stream.tell()
     try:
         stream.seek(8)
         while len(head := stream.read(8)) == 8:
