@@ -20,9 +20,9 @@ from cascade_rcnn.check.objects import boxes_are_corners, mask_is_off
 from cascade_rcnn.config import Orientation
 from cascade_rcnn.data import files
 from cascade_rcnn.data.formats.write import write_coco
-from cascade_rcnn.data.images import Header, Size, read_header
+from cascade_rcnn.data.images import read_header
 from cascade_rcnn.data.masks import segmentation_area, segmentation_box
-from cascade_rcnn.data.orientation import annotated_size, record_view, scaled_record, settled, turned_record
+from cascade_rcnn.data.orientation import annotated_size, fit_resized, record_view, settled
 from cascade_rcnn.data.problems import KINDS
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
@@ -167,7 +167,8 @@ def _fit_picture(
     header = read_header(record.path)
     view = record_view(record, split.format, header, orientation)
     if view == "undecided":
-        return record
+        # a size that is the file's own would decide in the copy what nobody has decided
+        return record if record.sized else replace(record, height=0, width=0)
     if view != "differs":
         fitted = settled(record, header, view)
         if fitted.turn != 1:
@@ -178,38 +179,23 @@ def _fit_picture(
     if wrong_sizes and header.orientation == 1:
         changes.append(f"{old} set to the file's {header.width} x {header.height}, within which all boxes lie")
         return replace(record, height=header.height, width=header.width)
-    targets = _same_shape((record.height, record.width), header)
-    if not targets:
+    fitted, why = fit_resized(record, header, orientation)
+    if why == "undecided":
+        changes.append(
+            f"{old} is another than the file's {header.width} x {header.height} and its orientation tag "
+            f"{header.orientation} leaves open how it was labelled: not scaled; say --orientation upright or stored"
+        )
+        return record
+    if fitted is None:
         changes.append(
             f"{record.source}: image {shown(record.file_name)} dropped with its {len(record.boxes)} objects (it is "
             f"{header.width} x {header.height}, the annotation says {record.width} x {record.height}: cropped, "
             "squashed or another picture)"
         )
         return None
-    if len(targets) > 1 and orientation == "auto":
-        return record  # nobody knows whether it was labelled as stored; the check of the copy says so
-    upright = "upright" in targets and (len(targets) == 1 or orientation == "upright")
-    scaled = scaled_record(record, header.upright if upright else header.stored)
-    changes.append(f"{old}: labels scaled to the file's {scaled.width} x {scaled.height}")
-    if not upright and header.orientation != 1:
-        changes.append(f"{record.source}: image written upright, with its labels turned along")
-        return turned_record(scaled, header.stored, header.orientation)
-    return scaled if len(targets) == 1 else replace(scaled, turn=header.orientation)
-
-
-def _same_shape(annotated: Size, header: Header) -> set[str]:
-    """The views of the picture that are the annotated size, larger or smaller, up to the rounding of a side."""
-    views = {"upright": header.upright, "stored": header.stored}
-    if header.orientation == 1:
-        del views["stored"]
-    return {name for name, size in views.items() if _is_scaled(annotated, size)}
-
-
-def _is_scaled(old: Size, new: Size) -> bool:
-    wide, high = new[1] / old[1], new[0] / old[0]
-    if 0.9 < wide < 1.1 and max(abs(old[0] - new[0]), abs(old[1] - new[1])) > 1:
-        return False  # nobody resizes by so little: a margin was cut off
-    return abs(old[0] * wide - new[0]) <= 1 or abs(old[1] * high - new[1]) <= 1
+    turned = ", and the image is written upright" if fitted.turn != 1 else ""
+    changes.append(f"{old}: labels scaled to the file's {fitted.width} x {fitted.height}{turned}")
+    return fitted
 
 
 def _fix_objects(record: ImageRecord, changes: list[str]) -> ImageRecord:
@@ -225,7 +211,7 @@ def _fix_objects(record: ImageRecord, changes: list[str]) -> ImageRecord:
         if around is not None and mask_is_off(box, around, record):
             box[:] = around
             changes.append(f"{place}: box {old} set to its mask's {np.round(around, 2).tolist()}")
-        clipped = np.clip(box, 0, (record.width, record.height, record.width, record.height))
+        clipped = np.clip(box, 0, (record.width or np.inf, record.height or np.inf) * 2)
         if np.abs(clipped - box).max() > 0:
             if np.abs(clipped - box).max() > 1e-6:
                 changes.append(f"{place}: box {np.round(box, 2).tolist()} clipped to {np.round(clipped, 2).tolist()}")

@@ -52,7 +52,8 @@ def deep_pixels(picture: Image.Image, reopen: Callable[[], Image.Image]) -> NDAr
     with reopen() as again:
         again.tile = [(*tile[:3], _other_bytes(tile)) for tile in again.tile]
         low = np.asarray(again)[..., :3]
-    return (high << 8) | low
+    levels: NDArray[np.uint16] = (high << 8) | low
+    return levels
 
 
 def _other_bytes(tile: Any) -> Any:

@@ -22,6 +22,7 @@ from cascade_rcnn.config import Orientation
 from cascade_rcnn.data.files import is_file
 from cascade_rcnn.data.images import Frame, Header, Size, read_header, turn
 from cascade_rcnn.data.masks import nearest_indices, segmentation_area
+from cascade_rcnn.data.problems import Problem
 from cascade_rcnn.data.records import DataSplit, ImageRecord, Segmentation
 from cascade_rcnn.data.rle import decode_rle, encode_rle
 from cascade_rcnn.errors import DataError
@@ -114,26 +115,66 @@ def undecided(path: object, stored: Size, tag: int) -> str:
     )
 
 
-def settle(split: DataSplit, wanted: Orientation) -> DataSplit:
+def settle(split: DataSplit, wanted: Orientation, *, sizes: bool = True) -> DataSplit:
     """The split with every picture's labels in a view that the copy itself shows, for whoever writes it elsewhere.
 
     Pictures whose labels count the stored pixels, and those whose size would not say that theirs are upright, are
     marked to be written upright (``ImageRecord.turn``), the former's labels turned along; all others stay.
 
+    ``sizes``: the copy gives the annotation's sizes. Without them nobody could see there that a picture is of another
+    size than was labelled: those that were resized are scaled, others are left out and join ``DataSplit.problems``.
+
     Raises:
         OrientationError: the first picture that nothing decides.
     """
-    records = []
+    records, problems = [], list(split.problems)
     for record in split.records:
         header = read_header(record.path) if is_file(record.path) else None
-        if header is None or header.error or header.orientation == 1:
+        if header is None or header.error:
             records.append(record)
             continue
         view = record_view(record, split.format, header, wanted)
-        if view == "undecided":
+        fitted, why = (record, "") if view != "differs" or sizes else fit_resized(record, header, wanted)
+        if "undecided" in (view, why):
             raise OrientationError(undecided(record.path, header.stored, header.orientation) + f"; {WAY_OUT}")
-        records.append(record if view == "differs" else settled(record, header, view))
-    return replace(split, records=records)
+        if fitted is None:
+            text = (
+                f"{record.file_name} is {header.width} x {header.height}, labelled at {record.width} x {record.height}"
+            )
+            problems.append(Problem("size-mismatch", record.source, printable(text)))
+            continue
+        records.append(fitted if view in ("differs", "undecided") else settled(record, header, view))
+    return replace(split, records=records, problems=problems)
+
+
+def fit_resized(
+    record: ImageRecord, header: Header, wanted: Orientation
+) -> tuple[ImageRecord | None, Literal["", "undecided", "other"]]:
+    """The labels of a picture that is of another size than annotated, scaled to it and, if they count the stored pixels,
+    turned upright.
+
+    None, with a word why: ``undecided`` where only the user can say which view was labelled, ``other`` where the picture
+    is of another shape: cropped, padded, squashed, or another picture altogether.
+    """
+    annotated = (record.height, record.width)
+    views: dict[Frame, Size] = {"upright": header.upright}
+    if header.orientation != 1:
+        views["stored"] = header.stored
+    fits = [view for view, size in views.items() if _is_resized(annotated, size)]
+    if not fits:
+        return None, "other"
+    if len(fits) > 1 and wanted == "auto":
+        return None, "undecided"
+    view = fits[0] if len(fits) == 1 or wanted == "auto" else wanted
+    return settled(scaled_record(record, views[view]), header, view), ""
+
+
+def _is_resized(old: Size, new: Size) -> bool:
+    """Whether one size is the other times a factor, up to the rounding of a side."""
+    wide, high = new[1] / old[1], new[0] / old[0]
+    if 0.9 < wide < 1.1 and max(abs(old[0] - new[0]), abs(old[1] - new[1])) > 1:
+        return False  # nobody resizes by so little: a margin was cut off
+    return abs(old[0] * wide - new[0]) <= 1 or abs(old[1] * high - new[1]) <= 1
 
 
 def refuse_undecided(split: DataSplit, wanted: Orientation) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 import turned_pictures
 from cascade_rcnn.check.dataset import check_dataset, run_check
 from cascade_rcnn.config import Config, DataConfig
+from cascade_rcnn.data.formats.convert import convert_data
 from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.errors import DataError
 from turned_pictures import on_their_objects
@@ -123,3 +124,27 @@ def test_samples_are_drawn_as_training_reads_them(tmp_path: Path, capsys: pytest
     with Image.open(tmp_path / "deep" / "samples.png") as one, Image.open(tmp_path / "flat" / "samples.png") as other:
         deep, flat = (np.asarray(sheet.convert("L")).astype(int) for sheet in (one, other))
     assert np.abs(deep - flat).mean() < 1  # neither black nor white
+
+
+def test_fix_decides_nothing_that_only_the_user_can(tmp_path: Path) -> None:
+    unsized = turned_pictures.write_coco(tmp_path / "a", 6, sized=False)
+    assert run_check(unsized, fix=tmp_path / "fixed_a") == 1
+    assert _kinds(tmp_path / "fixed_a") == {"undecided-orientation": 4}
+    resized = turned_pictures.write_coco(tmp_path / "b", 3, labelled="stored")
+    _resize(resized, (30, 40))
+    assert run_check(resized, fix=tmp_path / "fixed_b") == 1
+    assert "say --orientation" in (tmp_path / "fixed_b" / "changes.txt").read_text()
+    recipe = Config(data=DataConfig(orientation="stored"))
+    assert run_check(resized, fix=tmp_path / "fixed_c", recipe=recipe) == 0
+    assert on_their_objects(open_split(tmp_path / "fixed_c", "train"))[0] == 4
+
+
+def test_yolo_has_no_sizes_that_would_show_a_cropped_picture(tmp_path: Path) -> None:
+    root = turned_pictures.write_coco(tmp_path / "a", 1)
+    for name, size in (("0.png", (30, 40)), ("1.png", (60, 60))):  # half as large; squashed
+        with Image.open(root / "train" / name) as picture:
+            changed = picture.resize(size, Image.Resampling.NEAREST)
+        changed.save(root / "train" / name)
+    _, counts = convert_data(root, tmp_path / "b", to="yolo")
+    assert counts["left out: size-mismatch"] == 1
+    assert on_their_objects(open_split(tmp_path / "b", "train"))[0] == 3
