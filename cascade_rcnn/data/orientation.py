@@ -150,11 +150,11 @@ def settle(split: DataSplit, wanted: Orientation, *, sizes: bool = True) -> Data
 def fit_resized(
     record: ImageRecord, header: Header, wanted: Orientation
 ) -> tuple[ImageRecord | None, Literal["", "undecided", "other"]]:
-    """The labels of a picture that is of another size than annotated, scaled to it and, if they count the stored pixels,
-    turned upright.
+    """The labels of a picture that is of another size than annotated, scaled to it and, if they count the stored
+    pixels, turned upright.
 
-    None, with a word why: ``undecided`` where only the user can say which view was labelled, ``other`` where the picture
-    is of another shape: cropped, padded, squashed, or another picture altogether.
+    None, with a word why: ``undecided`` where only the user can say which view was labelled, ``other`` where the
+    picture is of another shape: cropped, padded, squashed, or another picture altogether.
     """
     annotated = (record.height, record.width)
     views: dict[Frame, Size] = {"upright": header.upright}

@@ -32,7 +32,10 @@ def convert_data(
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise DataError(f"{printable(dst)}: not an empty folder; name a new one")
     counts: Counter[str] = Counter()
-    splits = [settle(open_split(src, name, orientation=orientation), orientation) for name in disjoint_splits(src)]
+    splits = [
+        settle(open_split(src, name, orientation=orientation), orientation, sizes=to != "yolo")
+        for name in disjoint_splits(src)
+    ]
     dst.mkdir(parents=True, exist_ok=True)
     for split in splits:
         counts.update(_WRITERS[to](split, dst))
