@@ -75,21 +75,21 @@ def run_evaluate(
         )
         if not world.is_main:
             return distributed.broadcast({})
-        metrics: Metrics = {}
         notes: list[str] = []
-        if any(len(record.boxes) for record in chosen.records):
-            metrics = evaluate_results(results, detector.config, chosen, notes=notes)
+        labelled = any(len(record.boxes) for record in chosen.records)
+        metrics = evaluate_results(results, detector.config, chosen, notes=notes) if labelled else {}
         metrics |= _official(chosen, results, submission, notes)
         if metrics:
             title = f"{printable(checkpoint)} on {chosen.name} of {printable(chosen.root)}"
             print_metrics(metrics, notes=notes, title=title)
             _print_published(Path(checkpoint), metrics)
-        if metrics and out is not None:
             _write(metrics, out)
         return distributed.broadcast(metrics)
 
 
-def _write(metrics: Metrics, out: Path) -> None:
+def _write(metrics: Metrics, out: Path | None) -> None:
+    if out is None:
+        return
     path = out / "metrics.json" if out.is_dir() or not out.suffix else out
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, metrics)

@@ -65,9 +65,9 @@ def load(
 
     Published weights (``cascade-rcnn models`` lists them) are downloaded, converted and kept when first used.
 
-    ``score_threshold``, ``max_detections`` (raise it for dense scenes) and ``stop_after_stage`` replace the
-    checkpoint's own test-time settings; ``range`` its ``data.range``, the levels of pictures of more than 8 bits that
-    become black and white, e.g. ``"0 4095"``. ``precision`` auto is float32, on recent NVIDIA GPUs with TF32 products.
+    ``score_threshold``, ``max_detections`` (raise it for dense scenes), ``stop_after_stage`` and ``range`` (of pictures
+    of more than 8 bits: ``"0 4095"``) replace the checkpoint's own test-time settings.
+    ``precision`` auto is float32, on recent NVIDIA GPUs with TF32 products.
 
     ``compile`` makes code for each of the few sizes that images are padded to, when the first image of that size comes:
     that takes a minute and is told on stderr; what it finds is the same (docs/speed.md).
@@ -87,9 +87,8 @@ def load(
         "stop_after_stage": stop_after_stage,
     }
     changed: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
-    config = dataclasses.replace(checkpoint.config, model=dataclasses.replace(checkpoint.config.model, **changed))
-    if range is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, range=range))
+    config = _with_range(checkpoint.config, range)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changed))
     with NoInitialValues():
         model = build_model(config.model, len(checkpoint.class_names))
     try:
@@ -111,6 +110,10 @@ def load(
         if config.data.pad_buckets is None and not sees_padding:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, pad_buckets=True))
     return Detector(model, config, checkpoint.class_names, checkpoint.category_ids, precision=precision)
+
+
+def _with_range(config: Config, range: str | None) -> Config:
+    return config if range is None else dataclasses.replace(config, data=dataclasses.replace(config.data, range=range))
 
 
 class Detector:
