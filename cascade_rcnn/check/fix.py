@@ -179,23 +179,23 @@ def _fit_picture(
     if wrong_sizes and header.orientation == 1:
         changes.append(f"{old} set to the file's {header.width} x {header.height}, within which all boxes lie")
         return replace(record, height=header.height, width=header.width)
-    fitted, why = fit_resized(record, header, orientation)
+    scaled, why = fit_resized(record, header, orientation)
     if why == "undecided":
         changes.append(
             f"{old} is another than the file's {header.width} x {header.height} and its orientation tag "
             f"{header.orientation} leaves open how it was labelled: not scaled; say --orientation upright or stored"
         )
         return record
-    if fitted is None:
+    if scaled is None:
         changes.append(
             f"{record.source}: image {shown(record.file_name)} dropped with its {len(record.boxes)} objects (it is "
             f"{header.width} x {header.height}, the annotation says {record.width} x {record.height}: cropped, "
             "squashed or another picture)"
         )
         return None
-    turned = ", and the image is written upright" if fitted.turn != 1 else ""
-    changes.append(f"{old}: labels scaled to the file's {fitted.width} x {fitted.height}{turned}")
-    return fitted
+    turned = ", and the image is written upright" if scaled.turn != 1 else ""
+    changes.append(f"{old}: labels scaled to the file's {scaled.width} x {scaled.height}{turned}")
+    return scaled
 
 
 def _fix_objects(record: ImageRecord, changes: list[str]) -> ImageRecord:

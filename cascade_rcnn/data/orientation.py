@@ -143,7 +143,7 @@ def settle(split: DataSplit, wanted: Orientation, *, sizes: bool = True) -> Data
             )
             problems.append(Problem("size-mismatch", record.source, printable(text)))
             continue
-        records.append(fitted if view in ("differs", "undecided") else settled(record, header, view))
+        records.append(settled(record, header, view) if view in ("stored", "upright") else fitted)
     return replace(split, records=records, problems=problems)
 
 

@@ -66,8 +66,8 @@ def load(
     Published weights (``cascade-rcnn models`` lists them) are downloaded, converted and kept when first used.
 
     ``score_threshold``, ``max_detections`` (raise it for dense scenes), ``stop_after_stage`` and ``range`` (of pictures
-    of more than 8 bits: ``"0 4095"``) replace the checkpoint's own test-time settings.
-    ``precision`` auto is float32, on recent NVIDIA GPUs with TF32 products.
+    of more than 8 bits: ``"0 4095"``) replace what the checkpoint says. ``precision`` auto is float32, on recent NVIDIA
+    GPUs with TF32 products.
 
     ``compile`` makes code for each of the few sizes that images are padded to, when the first image of that size comes:
     that takes a minute and is told on stderr; what it finds is the same (docs/speed.md).
@@ -87,8 +87,7 @@ def load(
         "stop_after_stage": stop_after_stage,
     }
     changed: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
-    config = _with_range(checkpoint.config, range)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changed))
+    config = _changed(checkpoint.config, changed, range)
     with NoInitialValues():
         model = build_model(config.model, len(checkpoint.class_names))
     try:
@@ -112,8 +111,9 @@ def load(
     return Detector(model, config, checkpoint.class_names, checkpoint.category_ids, precision=precision)
 
 
-def _with_range(config: Config, range: str | None) -> Config:
-    return config if range is None else dataclasses.replace(config, data=dataclasses.replace(config.data, range=range))
+def _changed(config: Config, model: dict[str, Any], range: str | None) -> Config:
+    data = config.data if range is None else dataclasses.replace(config.data, range=range)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **model), data=data)
 
 
 class Detector:
