@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from cascade_rcnn import __version__
-from cascade_rcnn.config import Config
+from cascade_rcnn.config import Config, pixel_range
 from cascade_rcnn.errors import ConfigError, UserError
 from cascade_rcnn.messages import one_line
 from cascade_rcnn.recipes import apply_overrides, config_names, config_to_python, load_config, settings_help
@@ -114,6 +114,7 @@ def _evaluate(words: Sequence[str]) -> None:
     parser.add_argument("--split", default="", metavar="NAME", help="split (the one of the recipe, mostly val)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the metrics as JSON, values in 0..1")
     parser.add_argument("--submission", type=Path, metavar="DIR", help="also write the benchmark's own result files")
+    _add_orientation(parser, default=" (as saved)")
     _add_device(parser)
     args = parser.parse_all(words)
 
@@ -123,6 +124,7 @@ def _evaluate(words: Sequence[str]) -> None:
         args.checkpoint,
         data=args.data,
         split=args.split,
+        orientation=args.orientation,
         out=args.out,
         submission=args.submission,
         device=args.device,
@@ -242,8 +244,13 @@ def _check(words: Sequence[str]) -> int:
         metavar="NAME",
         help="recipe whose input scale and anchors objects are measured against (the defaults)",
     )
+    _add_orientation(parser)
+    parser.add_argument("--range", type=_range, metavar="LOW HIGH", help=_RANGE_HELP)
     args = parser.parse_all(words)
-    recipe = load_config(args.config) if args.config else None
+    recipe = load_config(args.config) if args.config else Config()
+    said = {"orientation": args.orientation, "range": args.range}
+    data = dataclasses.replace(recipe.data, **{name: value for name, value in said.items() if value is not None})
+    recipe = dataclasses.replace(recipe, data=data)
 
     from cascade_rcnn.check.dataset import run_check
 
@@ -341,11 +348,12 @@ def _convert_data(words: Sequence[str]) -> int:
     parser.add_argument("source", type=Path, metavar="SRC", help="data set; its format is recognised")
     parser.add_argument("dest", type=Path, metavar="DST", help="folder to write")
     parser.add_argument("--to", required=True, choices=("coco", "voc", "yolo", "labelme"), help="format to write")
+    _add_orientation(parser)
     args = parser.parse_all(words)
 
     from cascade_rcnn.data.formats.convert import run_convert_data
 
-    return run_convert_data(args.source, args.dest, to=args.to)
+    return run_convert_data(args.source, args.dest, to=args.to, orientation=args.orientation or "auto")
 
 
 def _config(words: Sequence[str]) -> None:
@@ -546,6 +554,7 @@ def _add_device(parser: _Parser) -> None:
         "--max-detections", type=_count, metavar="N", help="find at most N per image (as saved, mostly 100)"
     )
     parser.add_argument("--stages", type=_count, metavar="N", help="use the first N stages of the cascade only (all)")
+    parser.add_argument("--range", type=_range, metavar="LOW HIGH", help=_RANGE_HELP + " (as saved)")
     parser.add_argument(
         "--max-pixels", type=_count, metavar="N", help="decode images of at most N pixels (as saved, mostly 100000000)"
     )
@@ -567,6 +576,26 @@ def _inference(args: argparse.Namespace) -> Inference:
         score_threshold=args.score_threshold,
         max_detections=args.max_detections,
         max_pixels=args.max_pixels,
+        range=args.range,
+    )
+
+
+_RANGE_HELP = "levels of 16-bit and float pictures that become black and white, in quotes; or dtype, or percentile"
+
+
+def _range(text: str) -> str:
+    try:
+        pixel_range(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _add_orientation(parser: _Parser, *, default: str = "") -> None:
+    parser.add_argument(
+        "--orientation",
+        choices=("auto", "stored", "upright"),
+        help="what labels count of pictures with an orientation tag where their size does not say" + default,
     )
 
 

@@ -13,11 +13,31 @@ from typing import Literal
 from cascade_rcnn.errors import ConfigError
 
 SemanticsName = Literal["mmdetection", "detectron2", "paper", "torchvision"]
+Orientation = Literal["auto", "stored", "upright"]
 
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(message)
+
+
+def pixel_range(text: str) -> Literal["auto", "dtype", "percentile"] | tuple[float, float]:
+    """What ``data.range`` says: one of its words, or the two levels that become black and white.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if text in ("auto", "dtype", "percentile"):
+        return text  # type: ignore[return-value]
+    try:
+        low, high = (float(word) for word in text.replace(",", " ").split())
+    except ValueError:
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ConfigError(
+            f"data.range {text!r}: auto, dtype, percentile, or the levels that become black and white, e.g. '0 4095'"
+        )
+    return low, high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +174,10 @@ class DataConfig:
     """Pad to one of six sizes, so that code is made six times at most; None: where something is compiled."""
     max_pixels: int = 100_000_000
     """Refuse to decode an image with more pixels than this."""
+    orientation: Orientation = "auto"
+    """What labels count of pictures with an orientation tag where their own size does not say: stored or upright."""
+    range: str = "auto"
+    """Levels of 16-bit and float pictures that become black and white: auto, dtype, percentile, or two numbers."""
 
     def __post_init__(self) -> None:
         _require(
@@ -171,6 +195,11 @@ class DataConfig:
         _require(0 <= self.flip <= 1, f"data.flip {self.flip}: a probability")
         _require(self.repeat >= 1, f"data.repeat {self.repeat}: at least 1")
         _require(self.workers >= 0, f"data.workers {self.workers}: 0 loads in the main process")
+        _require(
+            self.orientation in ("auto", "stored", "upright"),
+            f"data.orientation {self.orientation!r}: auto, stored or upright",
+        )
+        pixel_range(self.range)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,14 +6,17 @@ cascade-rcnn evaluate runs/demo --data runs/demo/data --out metrics.json
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cascade_rcnn import distributed
 from cascade_rcnn.atomic_files import write_json
-from cascade_rcnn.config import Config
+from cascade_rcnn.config import Config, DataConfig, Orientation
 from cascade_rcnn.data.formats.open import open_split
+from cascade_rcnn.data.orientation import refuse_undecided
 from cascade_rcnn.data.records import DataSplit
+from cascade_rcnn.data.split_levels import with_range
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation.evaluate_model import detect_split, evaluate_results, match_classes
 from cascade_rcnn.evaluation.metrics import Metrics, print_metrics
@@ -28,6 +31,7 @@ def run_evaluate(
     *,
     data: str | Path,
     split: str = "",
+    orientation: Orientation | None = None,
     out: Path | None = None,
     submission: Path | None = None,
     device: str = "auto",
@@ -38,6 +42,7 @@ def run_evaluate(
     Args:
         data: folder of the data set; its format is recognised.
         split: name of the split; empty: the one that the checkpoint was validated on.
+        orientation: ``data.orientation`` of this data set; None: as in the training.
         out: JSON file (or folder, for ``metrics.json`` in it) for the metrics.
         submission: folder for the results in the benchmark's own format; a split without annotations gives only that.
 
@@ -50,7 +55,13 @@ def run_evaluate(
         detector = load(checkpoint, device=world.device, **inference.of_load())
         if world.is_main:
             print(detector.choices())
-        chosen = _open(data, split or detector.config.data.val, submission)
+        settings = detector.config.data
+        settings = replace(settings, val=split or settings.val, orientation=orientation or settings.orientation)
+        chosen = _open(data, settings, submission)
+        settings, line = with_range(settings, chosen)
+        if line and world.is_main:
+            print(line)
+        detector.config = replace(detector.config, data=settings)
         class_map = match_classes(detector.class_names, chosen, checkpoint, quiet=not world.is_main)
         results = detect_split(
             detector.model,
@@ -102,14 +113,15 @@ def _write_metrics(metrics: Metrics, out: Path) -> None:
     print(f"metrics: {printable(path)}")
 
 
-def _open(data: str | Path, name: str, submission: Path | None) -> DataSplit:
+def _open(data: str | Path, settings: DataConfig, submission: Path | None) -> DataSplit:
     """The split; one without objects is refused where they are all that is asked for."""
-    split = open_split(data, name)
+    split = open_split(data, settings.val, orientation=settings.orientation)
     if submission is None and not any(len(record.boxes) for record in split.records):
         raise DataError(
             f"{printable(split.root)}: split {split.name!r} has no objects in its {len(split):,} images: nothing to "
             "measure; name another --split, or write the detections with --submission OUT"
         )
+    refuse_undecided(split, settings.orientation)
     return split
 
 

@@ -241,7 +241,8 @@ class _Job:
 
     def _read(self, file: InputFile) -> tuple[InputFile, NDArray[np.uint8] | DataError]:
         try:
-            return file, to_array(file.path, max_pixels=self.detector.config.data.max_pixels)
+            data = self.detector.config.data
+            return file, to_array(file.path, max_pixels=data.max_pixels, range=data.range)
         except DataError as error:
             return file, error
 

@@ -13,6 +13,7 @@ import os
 import signal
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from cascade_rcnn.check.dataset import check_before_training
 from cascade_rcnn.config import Config, finetune_schedule
 from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.data.loader import Upload, train_loader
+from cascade_rcnn.data.split_levels import with_range
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.evaluation.evaluate_model import match_classes
 from cascade_rcnn.messages import one_line
@@ -91,7 +93,11 @@ def set_up(config: Config, out: Path, world: distributed.World, log: RunLog, *, 
     """The data, the network, its optimizer; on top of them what an interrupted run has saved."""
     resuming = claim_folder(out, world, log, resume=resume or world.restarts > 0)
 
-    data = open_split(config.data.root, config.data.train)
+    data = open_split(config.data.root, config.data.train, orientation=config.data.orientation)
+    images, line = with_range(config.data, data)
+    if line:
+        log.say(line)
+    config = replace(config, data=images)
     config = finetune_schedule(config, len(data))
     settings = config.train
     validation = open_validation(config, log) if settings.evaluate_every else None

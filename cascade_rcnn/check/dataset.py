@@ -11,6 +11,7 @@ import json
 import os
 from pathlib import Path
 
+from cascade_rcnn.cache import cache_folder
 from cascade_rcnn.check.images import check_images, check_same_images
 from cascade_rcnn.check.objects import check_classes, check_objects
 from cascade_rcnn.check.report import Report, new_report
@@ -18,12 +19,13 @@ from cascade_rcnn.config import Config, DataConfig, ModelConfig
 from cascade_rcnn.data.formats.open import describe_split, disjoint_splits, open_split, recognise
 from cascade_rcnn.data.formats.unlisted import report_unlisted
 from cascade_rcnn.data.images import IMAGE_SUFFIXES
-from cascade_rcnn.data.problems import Problems, advice
+from cascade_rcnn.data.problems import KINDS, Problems, advice
 from cascade_rcnn.data.records import DataSplit
+from cascade_rcnn.data.split_levels import with_range
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.messages import printable
 
-_VERSION = 1  # of the cache; raise it when a check changes
+_VERSION = 2  # of the cache; raise it when a check changes
 _WATCHED = IMAGE_SUFFIXES | {".json", ".xml", ".txt", ".mat", ".yaml", ".yml", ".names"}
 
 
@@ -44,18 +46,20 @@ def _check(root: Path, split: str | None, data: DataConfig, model: ModelConfig) 
     report = new_report(root, recognise(root))
     problems = Problems(strict=False)
     names = [word for word in split.split(",") if word] if split else _training_first(disjoint_splits(root))
-    opened = []
+    opened: list[DataSplit] = []
     for name in names:
         try:
-            part = open_split(root, name, strict=False)
+            part = open_split(root, name, strict=False, orientation=data.orientation)
         except DataError as error:
             problems.add("unreadable-split", f"{printable(root)} {name}", str(error))
             continue
+        if not opened:
+            data, _ = with_range(data, part)  # the first split is the one that training takes it from
         opened.append(part)
         report.splits.append(describe_split(part))
         problems.items.extend(part.problems)
         check_objects(part, problems, data=data, model=model)
-        check_images(part, problems, max_pixels=data.max_pixels)
+        check_images(part, problems, data=data)
     if opened:
         check_classes(opened, problems)
         check_same_images(opened, problems)
@@ -83,7 +87,8 @@ def check_before_training(config: Config) -> Report:
     report = _load(cache)
     if report is None:
         for name in names:
-            open_split(root, name)  # the reader's own refusals first: they name file and value
+            # the reader's own refusals first: they name file and value
+            open_split(root, name, orientation=config.data.orientation)
         report = check_dataset(root, split=",".join(names), data=config.data, model=config.model)
         _save(cache, report)
     if report.has("error") or report.has("warning"):
@@ -107,8 +112,7 @@ def _cache_file(root: Path, settings: str) -> Path:
                 except OSError:
                     continue  # a dangling link
                 digest.update(f"{folder}/{name} {stat.st_size} {stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(home) / "cascade-rcnn" / "checks" / f"{digest.hexdigest()[:32]}.json"
+    return cache_folder("checks") / f"{digest.hexdigest()[:32]}.json"
 
 
 def _load(path: Path) -> Report | None:
@@ -136,7 +140,7 @@ def run_check(
 
     ``out`` is the folder for ``report.json`` and ``samples.png`` (the current one where only ``draw`` is given);
     ``recipe`` gives the input scale and the anchors that objects are measured against (else the defaults).
-    Returns 1 where errors were found and nothing was repaired, else 0.
+    Returns 1 where errors were found, or are left in the copy that ``fix`` wrote, else 0.
     """
     recipe = recipe or Config()
     report, splits = _check(data, None, recipe.data, recipe.model)
@@ -148,19 +152,35 @@ def run_check(
         from cascade_rcnn.drawing.sample_sheet import draw_samples
 
         sheet = (out or Path()) / "samples.png"
-        draw_samples(splits, draw, marked={problem.where for problem in report.problems}).save(sheet)
+        marked = {problem.where for problem in report.problems}
+        draw_samples(splits, draw, marked=marked, data=_drawn_as(recipe.data, splits)).save(sheet)
         print(f"{draw} samples drawn to {printable(sheet)}")
     if fix is not None:
-        from cascade_rcnn.check.fix import fix_dataset
-
-        changes = fix_dataset(splits, fix)
-        for change in changes[:20]:
-            print(f"changed: {printable(change)}")
-        if len(changes) > 20:
-            print(f"and {len(changes) - 20:,} more")
-        print(
-            f"{len(changes):,} changes, all listed in {printable(fix / 'changes.txt')}; "
-            f"train with --data {printable(fix)}"
-        )
-        return 0
+        return _fix(splits, fix, recipe)
     return int(report.has("error"))
+
+
+def _drawn_as(data: DataConfig, splits: list[DataSplit]) -> DataConfig:
+    return with_range(data, splits[0])[0] if splits else data
+
+
+def _fix(splits: list[DataSplit], out: Path, recipe: Config) -> int:
+    """Writes the repaired copy, checks it like any data set, and says what is left."""
+    from cascade_rcnn.check.fix import fix_dataset
+
+    changes = fix_dataset(splits, out, orientation=recipe.data.orientation)
+    for change in changes[:20]:
+        print(f"changed: {printable(change)}")
+    if len(changes) > 20:
+        print(f"and {len(changes) - 20:,} more")
+    print(f"{len(changes):,} changes, all listed in {printable(out / 'changes.txt')}")
+    left, _ = _check(out, None, recipe.data, recipe.model)
+    for kind, number in left.counts.items():
+        if KINDS[kind].severity != "note":
+            first = left.of(kind)[0]
+            print(f"left: {KINDS[kind].severity} {number:,} x {kind}, e.g. {first.where}: {first.message}")
+    if left.has("error"):
+        print(f"the copy still has errors; what to do stands in: cascade-rcnn check {printable(out)}")
+    else:
+        print(f"the copy was checked: no errors; train with --data {printable(out)}")
+    return int(left.has("error"))

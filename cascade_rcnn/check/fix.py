@@ -1,6 +1,8 @@
 """``check --fix OUT``: a repaired copy of the annotations as COCO json, pictures linked, every change listed.
 
-What cannot be decided by a program (a stray class, an image in two splits, a turned image) is left as it is.
+What cannot be decided by a program (a stray class, an image in two splits) is left as it is. Pictures whose labels
+count the pixels as stored are written upright with their labels turned; labels of a resized picture are scaled with it;
+a picture that was cropped or squashed since is left out, since nothing says where its objects are now.
 """
 
 from __future__ import annotations
@@ -13,35 +15,61 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cascade_rcnn.check.images import read_header, truncation
+from cascade_rcnn.check.images import truncation
 from cascade_rcnn.check.objects import boxes_are_corners, mask_is_off
+from cascade_rcnn.config import Orientation
 from cascade_rcnn.data import files
 from cascade_rcnn.data.formats.write import write_coco
+from cascade_rcnn.data.images import read_header
 from cascade_rcnn.data.masks import segmentation_area, segmentation_box
-from cascade_rcnn.data.problems import READ_ANYWAY, REWRITTEN
+from cascade_rcnn.data.orientation import annotated_size, fit_resized, record_view, settled
+from cascade_rcnn.data.problems import KINDS, READ_ANYWAY, REWRITTEN
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.messages import printable, shown
 
 
-def fix_dataset(splits: Sequence[DataSplit], out: Path) -> list[str]:
+def fix_dataset(splits: Sequence[DataSplit], out: Path, *, orientation: Orientation = "auto") -> list[str]:
     """Writes the repaired splits into the empty folder ``out`` and returns the changes, also in ``changes.txt``.
 
     ``splits`` were opened with ``strict=False``: what their readers left out stays out and is listed.
+    ``orientation`` is ``data.orientation``.
+
+    Raises:
+        DataError: ``out`` is in use, or a split's objects would all be lost; nothing is written then.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{printable(out)}: not an empty folder; name a new one")
+    fixed = [fix_split(split, orientation=orientation) for split in splits]
+    for split, (repaired, done) in zip(splits, fixed):
+        _refuse_emptied(split, repaired, done)
     out.mkdir(parents=True, exist_ok=True)
-    changes: list[str] = []
-    for split in splits:
-        fixed, done = fix_split(split)
-        changes += done
-        write_coco(fixed, out)
+    for repaired, _ in fixed:
+        write_coco(repaired, out)
+    changes = [change for _, done in fixed for change in done]
     (out / "changes.txt").write_text("".join(printable(change) + "\n" for change in changes), encoding="utf-8")
     return changes
 
 
-def fix_split(split: DataSplit) -> tuple[DataSplit, list[str]]:
+def _refuse_emptied(split: DataSplit, repaired: DataSplit, changes: list[str]) -> None:
+    """A copy without any object is no repair: what the objects were lost by must be mended by hand."""
+    lost = [
+        problem
+        for problem in split.problems
+        if KINDS[problem.kind].severity != "note" and problem.kind not in READ_ANYWAY
+    ]
+    had = sum(len(record.boxes) for record in split.records)
+    if not any(len(record.boxes) for record in repaired.records) and (had or lost):
+        first = lost[0] if lost else None
+        dropped = next((change for change in changes if " dropped " in change), "none is usable")
+        reason = f"{len(lost):,} x {first.kind}, first {first.where}: {first.message}" if first else dropped
+        raise DataError(
+            f"{printable(split.root)} {split.name}: no object would be left ({reason}); nothing was written: mend the "
+            "annotations by hand"
+        )
+
+
+def fix_split(split: DataSplit, *, orientation: Orientation = "auto") -> tuple[DataSplit, list[str]]:
     """A repaired split and the list of changes: recoded, clipped, merged and dropped boxes, sizes, dropped images."""
     changes = [
         f"{problem.where}: {'rewritten' if problem.kind in REWRITTEN else 'left out'} "
@@ -54,7 +82,8 @@ def fix_split(split: DataSplit) -> tuple[DataSplit, list[str]]:
     learnable = any((~record.ignore).any() for record in split.records)
     all_crowd = not learnable and any(record.attributes.get("iscrowd", np.zeros(1)).any() for record in split.records)
     relative = _are_relative(split)
-    records = []
+    records: list[ImageRecord] = []
+    wrong_sizes = _sizes_are_wrong(split)
     have_images = any(files.is_file(record.path) for record in split.records)  # none at all: not downloaded yet
     for record in split.records:
         if have_images and (reason := _unusable(record)):
@@ -74,7 +103,10 @@ def fix_split(split: DataSplit) -> tuple[DataSplit, list[str]]:
             record.ignore[:] = False
             record.attributes["iscrowd"] = np.zeros_like(record.ignore, dtype=np.int64)
         if have_images:
-            changes += _fix_size(record)
+            seen = _fit_picture(record, split, changes, orientation=orientation, wrong_sizes=wrong_sizes)
+            if seen is None:
+                continue
+            record = seen
         records.append(_fix_objects(record, changes))
     where = f"{printable(split.root)} {split.name}"
     changes += [f"{where}: all boxes rewritten from corners to x, y, width, height"] * corners
@@ -111,15 +143,64 @@ def _areas(record: ImageRecord) -> NDArray[np.float64]:
     return areas
 
 
-def _fix_size(record: ImageRecord) -> list[str]:
+def _sizes_are_wrong(split: DataSplit) -> bool:
+    """Whether the annotation's sizes, not its boxes, are wrong: some boxes leave the size that is annotated, and all
+    lie within the picture that is there (width and height swapped, one size written for all).
+    """
+    leaves = False
+    for record in split.records:
+        annotated = annotated_size(record, split.format)
+        if annotated is None or not len(record.boxes) or not files.is_file(record.path):
+            continue
+        header = read_header(record.path)
+        if header.error or header.orientation != 1 or header.stored == annotated:
+            continue
+        far = record.boxes[:, 2:].max(axis=0)
+        if (far > np.array(header.stored[::-1]) + 1).any():
+            return False
+        leaves = leaves or bool((far > np.array(annotated[::-1]) + 1).any())
+    return leaves
+
+
+def _fit_picture(
+    record: ImageRecord, split: DataSplit, changes: list[str], *, orientation: Orientation, wrong_sizes: bool
+) -> ImageRecord | None:
+    """The record with its labels where the objects are in the picture that is there; None where nobody can know.
+
+    Where only the user can say how it was labelled it stays as it is.
+    """
     header = read_header(record.path)
-    if (record.height, record.width) == (header.height, header.width):
-        return []
-    change = (
-        f"{record.source}: size {record.width} x {record.height} set to the file's {header.width} x {header.height}"
-    )
-    record.height, record.width = header.height, header.width
-    return [change]
+    view = record_view(record, split.format, header, orientation)
+    if view == "undecided":
+        # a size that is the file's own would decide in the copy what nobody has decided
+        return record if record.sized else replace(record, height=0, width=0)
+    if view != "differs":
+        fitted = settled(record, header, view)
+        if fitted.turn != 1:
+            what = "with its labels turned along" if view == "stored" else "as its labels are"
+            changes.append(f"{record.source}: image written upright (orientation tag {fitted.turn}), {what}")
+        return fitted
+    old = f"{record.source}: size {record.width} x {record.height}"
+    if wrong_sizes and header.orientation == 1:
+        changes.append(f"{old} set to the file's {header.width} x {header.height}, within which all boxes lie")
+        return replace(record, height=header.height, width=header.width)
+    scaled, why = fit_resized(record, header, orientation)
+    if why == "undecided":
+        changes.append(
+            f"{old} is another than the file's {header.width} x {header.height} and its orientation tag "
+            f"{header.orientation} leaves open how it was labelled: not scaled; say --orientation upright or stored"
+        )
+        return record
+    if scaled is None:
+        changes.append(
+            f"{record.source}: image {shown(record.file_name)} dropped with its {len(record.boxes)} objects (it is "
+            f"{header.width} x {header.height}, the annotation says {record.width} x {record.height}: cropped, "
+            "squashed or another picture)"
+        )
+        return None
+    turned = ", and the image is written upright" if scaled.turn != 1 else ""
+    changes.append(f"{old}: labels scaled to the file's {scaled.width} x {scaled.height}{turned}")
+    return scaled
 
 
 def _fix_objects(record: ImageRecord, changes: list[str]) -> ImageRecord:
@@ -135,7 +216,7 @@ def _fix_objects(record: ImageRecord, changes: list[str]) -> ImageRecord:
         if around is not None and mask_is_off(box, around, record):
             box[:] = around
             changes.append(f"{place}: box {old} set to its mask's {np.round(around, 2).tolist()}")
-        clipped = np.clip(box, 0, (record.width, record.height, record.width, record.height))
+        clipped = np.clip(box, 0, (record.width or np.inf, record.height or np.inf) * 2)
         if np.abs(clipped - box).max() > 0:
             if np.abs(clipped - box).max() > 1e-6:
                 changes.append(f"{place}: box {np.round(box, 2).tolist()} clipped to {np.round(clipped, 2).tolist()}")

@@ -1,46 +1,29 @@
-"""Checks of image files by their headers and ends: nothing is decoded unless its end looks torn."""
+"""Checks of image files by their headers and ends: nothing is decoded but files whose end looks torn, and a sample of
+those with more than 8 bits per channel, for their levels.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cascade_rcnn.config import DataConfig, Orientation, pixel_range
 from cascade_rcnn.data.files import is_file
-from cascade_rcnn.data.images import quiet_pillow
+from cascade_rcnn.data.images import Header, quiet_pillow, read_header
+from cascade_rcnn.data.levels import Levels, levels_of, written
+from cascade_rcnn.data.orientation import record_view, undecided
 from cascade_rcnn.data.problems import Problems
 from cascade_rcnn.data.records import DataSplit, ImageRecord
+from cascade_rcnn.data.split_levels import read_all, spread
 from cascade_rcnn.messages import printable, shown
 
-_ORIENTATION = 0x0112
+_LEVELS_OF = 200  # deep pictures of a split that are decoded, spread evenly
+_DARK = 0.0625  # of the range: sixteen grey levels of 256
+_CLIPPED = 0.01
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # what a whole file ends with, perhaps before some padding
-
-
-@dataclass(frozen=True)
-class _Header:
-    height: int
-    width: int
-    orientation: int  # EXIF: 1 as stored, 3 upside down, 5 to 8 turned on the side
-    error: str  # why the file is no image
-
-
-def read_header(path: Path) -> _Header:
-    """Size and EXIF orientation of an image file; ``error`` says why it is none."""
-    from PIL import Image
-
-    with quiet_pillow():
-        try:
-            with Image.open(path) as image:
-                orientation = 1
-                if image.info.get("exif"):
-                    orientation = int(image.getexif().get(_ORIENTATION, 1) or 1)
-                return _Header(image.height, image.width, orientation, "")
-        except Exception as error:  # decoders raise what they like on damaged headers
-            reason = "empty file" if path.stat().st_size == 0 else " ".join(str(error).split())
-            return _Header(0, 0, 1, reason.replace(str(path), path.name) or type(error).__name__)
 
 
 def truncation(path: Path) -> str:
@@ -63,7 +46,7 @@ def truncation(path: Path) -> str:
     return ""
 
 
-def check_images(split: DataSplit, problems: Problems, *, max_pixels: int) -> None:
+def check_images(split: DataSplit, problems: Problems, *, data: DataConfig) -> None:
     """Adds missing, unreadable, truncated, huge, turned images, and sizes that differ from the annotation's."""
     missing = [record for record in split.records if not is_file(record.path)]
     if len(missing) == len(split) and missing:
@@ -74,19 +57,30 @@ def check_images(split: DataSplit, problems: Problems, *, max_pixels: int) -> No
         )
         return
     absent = set(map(id, missing))
+    deep = []
     for record in split.records:
         if id(record) in absent:
             problems.add("missing-image", record.source, f"no file {printable(record.path)}")
-        else:
-            _check_image(record, problems, max_pixels)
+            continue
+        header = check_image(record, split.format, problems, data=data)
+        deep += [record] * header.deep
+    _check_levels(split, deep, problems, data)
 
 
-def _check_image(record: ImageRecord, problems: Problems, max_pixels: int) -> None:
-    where, name = record.source, shown(record.file_name)
+def check_image(record: ImageRecord, split_format: str, problems: Problems, *, data: DataConfig) -> Header:
+    """As ``check_images`` for one file that is there, without its levels."""
     header = read_header(record.path)
+    if _check_file(record, header, problems, data.max_pixels):
+        _check_view(record, split_format, header, problems, data.orientation)
+    return header
+
+
+def _check_file(record: ImageRecord, header: Header, problems: Problems, max_pixels: int) -> bool:
+    """Whether the file is an image with a header."""
+    where, name = record.source, shown(record.file_name)
     if header.error:
         problems.add("unreadable-image", where, f"{name}: {header.error}")
-        return
+        return False
     if header.height * header.width > max_pixels:
         problems.add(
             "huge-image",
@@ -95,18 +89,68 @@ def _check_image(record: ImageRecord, problems: Problems, max_pixels: int) -> No
         )
     elif torn := truncation(record.path):
         problems.add("truncated-image", where, f"{name}: {torn}")
-    turned = header.orientation in (5, 6, 7, 8)
-    differs = record.height and (record.height, record.width) != (header.height, header.width)
-    if differs:
-        as_viewed = turned and (record.height, record.width) == (header.width, header.height)
+    return True
+
+
+def _check_view(
+    record: ImageRecord, split_format: str, header: Header, problems: Problems, orientation: Orientation
+) -> None:
+    where, name, tag = record.source, shown(record.file_name), header.orientation
+    view = record_view(record, split_format, header, orientation)
+    if view == "differs":
+        turned = f" ({header.height} x {header.width} upright)" if tag >= 5 else ""
         problems.add(
             "size-mismatch",
             where,
-            f"{name} is {header.width} x {header.height}, the annotation says "
-            f"{record.width} x {record.height}" + (": labelled in a viewer that turned it" if as_viewed else ""),
+            f"{name} is {header.width} x {header.height}{turned}, the annotation says {record.width} x {record.height}",
         )
-    if header.orientation not in (0, 1):
-        problems.add("rotated-image", where, f"{name} has EXIF orientation {header.orientation}")
+    elif view == "undecided":
+        problems.add("undecided-orientation", where, undecided(record.file_name, header.stored, tag))
+    elif tag != 1:
+        problems.add(
+            "rotated-image" if view == "stored" else "turned-image", where, f"{name} has orientation tag {tag}"
+        )
+
+
+def _check_levels(split: DataSplit, deep: list[ImageRecord], problems: Problems, data: DataConfig) -> None:
+    """Levels in use of pictures of more than 8 bits, against the range that the data set is read by."""
+    chosen = spread(deep, _LEVELS_OF)
+    pictures = [(record, levels_of([pixels])) for record in chosen for pixels in read_all([record.path], data=data)]
+    known = [(record, levels) for record, levels in pictures if levels is not None]
+    together = Levels.of([levels for _, levels in known])
+    if together is None:
+        return
+    where = f"{split.root} {split.name}"
+    wanted = pixel_range(data.range)
+    if wanted == "auto":
+        wanted = together.range()
+    elif wanted == "dtype" and not together.depth:
+        problems.add("unknown-range", where, f"{together}, and data.range dtype has no range for them")
+        return
+    elif wanted == "dtype":
+        wanted = (0.0, together.depth)
+    read_as = "each stretched by its own percentiles" if wanted == "percentile" else f"'{written(*wanted)}'"
+    problems.add("deep-pictures", where, f"{len(deep):,} of {len(split):,}: {together}; read as data.range {read_as}")
+    if isinstance(wanted, str):
+        return
+    low, high = wanted
+    if together.usual_high - low < _DARK * (high - low):
+        problems.add(
+            "narrow-levels",
+            where,
+            f"99.8% of the pixels lie in {together.usual_low:g} to {together.usual_high:g}, the range is "
+            f"'{written(low, high)}'",
+        )
+    for record, levels in known:
+        name = shown(record.file_name)
+        if levels.high > levels.low and levels.high - low < _DARK * (high - low):
+            problems.add("dark-levels", record.source, f"{name} has {levels}; the range is '{written(low, high)}'")
+        elif levels.share_outside(low, high) > _CLIPPED:
+            problems.add(
+                "clipped-levels",
+                record.source,
+                f"{name}: {levels.share_outside(low, high):.0%} of the pixels lie outside '{written(low, high)}'",
+            )
 
 
 def check_same_images(splits: list[DataSplit], problems: Problems) -> None:

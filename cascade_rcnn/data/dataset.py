@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from cascade_rcnn.config import DataConfig, SemanticsName
 from cascade_rcnn.data.images import read_image
 from cascade_rcnn.data.masks import decode_window, pack_segmentations, transform_window
+from cascade_rcnn.data.orientation import FORMATS_WITHOUT_SIZES, OrientationError, annotated_size, view_decider
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.data.transforms import Sample, test_transform, train_transform
 from cascade_rcnn.errors import DataError
@@ -51,6 +52,22 @@ class Item:
     scale: float | None = None  # from the original to this image, where both axes share one factor (Detectron)
 
 
+def read_record(record: ImageRecord, split_format: str, config: DataConfig) -> Tensor:
+    """The picture of a record as its labels count it, uint8 [3, H, W]: what training and evaluation see, and drawings.
+
+    Raises:
+        DataError: as ``read_image``; a size that differs from the annotation's; ``OrientationError`` where nothing
+            decides the view.
+    """
+    view = view_decider(
+        annotated_size(record, split_format),
+        config.orientation,
+        path=str(record.path),
+        sizeless=split_format in FORMATS_WITHOUT_SIZES,
+    )
+    return read_image(record.path, max_pixels=config.max_pixels, frame=view, range=config.range)
+
+
 class DetectionDataset(Dataset[Item]):
     """Images of a split as the network sees them.
 
@@ -74,6 +91,7 @@ class DetectionDataset(Dataset[Item]):
             DataError: no images, or no image with objects where ``config.keep_empty`` is False.
         """
         self.config, self.training, self.semantics = config, training, semantics
+        self._sizeless = split.format in FORMATS_WITHOUT_SIZES
         self.class_names = split.class_names
         self.masks = masks and split.has_masks
         self.packed = pack_records(
@@ -108,6 +126,8 @@ class DetectionDataset(Dataset[Item]):
             rng = np.random.default_rng((*key.seed, attempt))
             try:
                 item = self._load(index, rng)
+            except OrientationError:
+                raise  # of which another picture would not free the user
             except DataError as error:
                 bad.append((self.packed.path(index), str(error)))
                 index = int(rng.integers(len(self)))  # another image, so that the batch keeps its size
@@ -126,9 +146,10 @@ class DetectionDataset(Dataset[Item]):
     def _load(self, index: int, rng: np.random.Generator | None) -> Item:
         """Decode an image and transform it: at random with a generator, as for the test without."""
         path = self.packed.path(index)
-        image = read_image(path, max_pixels=self.config.max_pixels)
+        annotated = self.packed.annotated_size(index) if not self._sizeless else None
+        view = view_decider(annotated, self.config.orientation, path=path, sizeless=self._sizeless)
+        image = read_image(path, max_pixels=self.config.max_pixels, frame=view, range=self.config.range)
         size = (int(image.shape[1]), int(image.shape[2]))
-        self._check_size(index, size)
         start, end = self.packed.offsets[index : index + 2].tolist()
         # mmdetection scales boxes in float32, detectron2 in float64: where overlaps tie, the last bit decides.
         precision = np.float64 if self.semantics == "detectron2" else np.float32
@@ -150,15 +171,6 @@ class DetectionDataset(Dataset[Item]):
             scale=sample.scale,
         )
 
-    def _check_size(self, index: int, size: tuple[int, int]) -> None:
-        """The annotation counts pixels of an image of its own size; another size means boxes in the wrong place."""
-        height, width = self.packed.sizes[index].tolist()
-        if height > 0 and width > 0 and (height, width) != size:
-            raise DataError(
-                f"{self.packed.path(index)}: is {size[1]}x{size[0]} (EXIF orientation not applied), the "
-                f"annotation says {width}x{height}; run cascade-rcnn check on the data"
-            )
-
     def _mask(self, index: int, row: int, size: tuple[int, int], sample: Sample) -> Window | None:
         try:
             window = decode_window(self.packed.segmentation(row), size, sample.canvas)
@@ -175,7 +187,8 @@ class PackedRecords:
     labels: Tensor  # int32 [N]
     ignore: Tensor  # bool [N]
     offsets: Tensor  # int64 [I + 1], objects of image i: offsets[i] .. offsets[i + 1]
-    sizes: Tensor  # int32 [I, 2], (height, width) by the annotation, 0 where it does not say
+    sizes: Tensor  # int32 [I, 2], (height, width) by the annotation, else the file's, 0 where neither says
+    sized: Tensor  # bool [I], the size is the annotation's own
     paths: Tensor  # uint8, UTF-8 of all paths (surrogateescape)
     path_offsets: Tensor  # int64 [I + 1]
     ids: Tensor  # uint8, all image ids, "i" + digits or "s" + text
@@ -197,6 +210,11 @@ class PackedRecords:
 
     def path(self, index: int) -> str:
         return _text(self.paths, self.path_offsets, index).decode("utf-8", "surrogateescape")
+
+    def annotated_size(self, index: int) -> tuple[int, int] | None:
+        """(height, width) where the annotation itself gives them: its boxes count pixels of an image of that size."""
+        height, width = self.sizes[index].tolist()
+        return (height, width) if self.sized[index] and height > 0 and width > 0 else None
 
     def image_id(self, index: int) -> int | str:
         kind, value = (text := _text(self.ids, self.id_offsets, index).decode())[0], text[1:]
@@ -223,7 +241,7 @@ def pack_records(records: Iterable[ImageRecord], *, masks: bool, keep_ignored: b
         keep_ignored: keep ignore regions as such; otherwise they are left out (treated as background).
         keep_empty: keep images without any object to learn.
     """
-    boxes, labels, ignore, counts, sizes = [], [], [], [], []
+    boxes, labels, ignore, counts, sizes, sized = [], [], [], [], [], []
     paths, ids, segmentations = [], [], []
     dropped = ignored = 0
     for record in records:
@@ -240,6 +258,7 @@ def pack_records(records: Iterable[ImageRecord], *, masks: bool, keep_ignored: b
         ignore.append(record.ignore[rows])
         counts.append(len(rows))
         sizes.append((record.height, record.width))
+        sized.append(record.sized)
         paths.append(str(record.path).encode("utf-8", "surrogateescape"))
         ids.append((f"i{record.image_id}" if isinstance(record.image_id, int) else f"s{record.image_id}").encode())
         if masks:
@@ -255,6 +274,7 @@ def pack_records(records: Iterable[ImageRecord], *, masks: bool, keep_ignored: b
         ignore=torch.from_numpy(np.concatenate(ignore) if ignore else np.zeros(0, bool)),
         offsets=_offsets(counts),
         sizes=torch.tensor(sizes, dtype=torch.int32).reshape(-1, 2),
+        sized=torch.tensor(sized, dtype=torch.bool),
         paths=_joined(paths),
         path_offsets=_offsets(map(len, paths)),
         ids=_joined(ids),

@@ -4,9 +4,9 @@ Pillow decodes: it reads every
 format that data sets come in, its JPEG decoder is the one that torchvision uses (equal bytes, equal speed on 158 COCO
 images), and torchvision's own decoders are deprecated since 0.29.
 
-The EXIF orientation is NOT applied. Annotations count pixels of the file as it is stored (COCO's ``width`` and
-``height`` do), and a reader that silently turned the picture would shift every box; ``cascade-rcnn check`` names
-images whose orientation tag disagrees with their annotation.
+A picture has two views: *upright*, as viewers show it by its orientation tag (EXIF, TIFF, AVIF), and *stored*, as its
+rows lie in the file. ``orientation.py`` decides which of them a label counts; without labels it is upright.
+Pictures of more than 8 bits are brought to 8 by ``levels.py``.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from __future__ import annotations
 import io
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cascade_rcnn.data.levels import deep_pixels, is_deep, to_bytes
 from cascade_rcnn.errors import DataError, UserError
 from cascade_rcnn.messages import printable
 
@@ -36,7 +39,10 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif", ".avif"}
     | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".tga", ".ico", ".qoi"}
 )
-_EXIF_ORIENTATION = 0x0112
+_ORIENTATION, _TIFF_WIDTH, _TIFF_HEIGHT = 0x0112, 256, 257  # tags
+Frame = Literal["stored", "upright"]
+Size = tuple[int, int]  # height, width
+_sizes_are: ContextVar[Frame] = ContextVar("sizes_are", default="upright")
 
 
 class _SharedByThreads:
@@ -81,38 +87,145 @@ def quiet_pillow() -> Iterator[None]:
         _shared.leave()
 
 
-def image_size(path: Path) -> tuple[int, int] | None:
-    """(height, width) from an image file's header, as stored (EXIF not applied); None where there is no image."""
-    from PIL import Image
+@dataclass(frozen=True)
+class Header:
+    """What an image file says of itself before anything is decoded."""
 
+    height: int  # as stored
+    width: int
+    orientation: int  # 1 upright; 2, 4 mirrored; 3 upside down; 5 to 8 turned on the side
+    deep: bool  # more than 8 bits per channel
+    error: str = ""  # why the file is no image
+
+    @property
+    def stored(self) -> Size:
+        return self.height, self.width
+
+    @property
+    def upright(self) -> Size:
+        return (self.width, self.height) if self.orientation >= 5 else self.stored
+
+
+def read_header(path: Path) -> Header:
+    """Size, orientation and depth of an image file; ``error`` says why it is none."""
     with quiet_pillow():
         try:
-            with Image.open(path) as image:
-                return image.height, image.width
-        except Exception:  # a damaged header makes the many decoders raise whatever they like
-            return None
+            with Image.open(path) as picture:
+                (height, width), orientation = _stored_size(picture), _orientation(picture)
+                return Header(height, width, orientation, is_deep(picture))
+        except Exception as error:  # decoders raise what they like on damaged headers
+            try:
+                empty = path.stat().st_size == 0
+            except (OSError, ValueError):
+                empty = False
+            reason = "empty file" if empty else " ".join(str(error).split())
+            return Header(0, 0, 1, False, reason.replace(str(path), path.name) or type(error).__name__)
 
 
-def read_image(path: str | Path | ImageBytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Tensor:
+def _stored_size(picture: Image.Image) -> Size:
+    if picture.format == "TIFF":  # Pillow turns it by itself, and says so in its size from version 11.2 on
+        tags = picture.tag_v2  # type: ignore[attr-defined]
+        if isinstance(tags.get(_TIFF_HEIGHT), int) and isinstance(tags.get(_TIFF_WIDTH), int):
+            return tags[_TIFF_HEIGHT], tags[_TIFF_WIDTH]
+    return picture.height, picture.width
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The tag of a picture not yet loaded; 1, upright, where there is none or it cannot be read (the pixels could)."""
+    try:
+        if picture.format == "TIFF":
+            tag = picture.tag_v2.get(_ORIENTATION, 1)  # type: ignore[attr-defined]
+        elif "exif" in picture.info or "Raw profile type exif" in picture.info:
+            tag = picture.getexif().get(_ORIENTATION, 1)
+        elif picture.format == "PNG" and _has_late_exif(picture):
+            tag = picture.getexif().get(_ORIENTATION, 1)  # decodes the picture, to come behind its pixels
+        else:
+            return 1
+        return tag if isinstance(tag, int) and 1 <= tag <= 8 else 1
+    except Exception:  # odd metadata has no say over the pixels
+        return 1
+
+
+def _has_late_exif(picture: Image.Image) -> bool:
+    """Whether a PNG file has its EXIF behind the pixels, as the standard allows; only chunks' heads are read."""
+    stream = picture.fp  # type: ignore[attr-defined]
+    start = stream.tell()
+    try:
+        stream.seek(8)
+        while len(head := stream.read(8)) == 8:
+            if head[4:] == b"eXIf":
+                return True
+            stream.seek(int.from_bytes(head[:4], "big") + 4, 1)
+        return False
+    finally:
+        stream.seek(start)
+
+
+@contextmanager
+def sizes_in(frame: Frame) -> Iterator[None]:
+    """What ``image_size`` gives within: readers of formats without sizes ask it where they need one."""
+    token = _sizes_are.set(frame)
+    try:
+        yield
+    finally:
+        _sizes_are.reset(token)
+
+
+def image_size(path: Path) -> Size | None:
+    """(height, width) from an image file's header, upright unless within ``sizes_in``; None where there is no image."""
+    header = read_header(path)
+    if header.error:
+        return None
+    return header.upright if _sizes_are.get() == "upright" else header.stored
+
+
+def read_image(
+    path: str | Path | ImageBytes,
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    frame: Frame | Callable[[Size, int], Frame] = "upright",
+    range: str = "auto",
+) -> Tensor:
     """Decode an image file: uint8 [3, H, W], RGB, stored channels-last.
 
-    Grey, palette, alpha (dropped), CMYK and 16-bit files (their high byte) become RGB; of an animation the first frame.
+    Grey, palette, alpha (dropped) and CMYK files become RGB; of an animation the first frame.
+
+    Args:
+        frame: the view wanted, or a function that decides it by the size as stored and the orientation tag.
+        range: how levels of more than 8 bits become grey (``data.range``); auto: by the file's type.
 
     Raises:
-        DataError: missing, unreadable, truncated, of a kind that is no picture, or above ``max_pixels`` by its header.
+        DataError: missing, unreadable, truncated, of a kind that is no picture, or above ``max_pixels`` by its header;
+            levels of which nothing says what is black and white; what ``frame`` raises.
     """
     with _opened(path, max_pixels) as picture:
-        pixels = _rgb(picture, path)
+        stored, tag = _stored_size(picture), _orientation(picture)
+        wanted = frame if isinstance(frame, str) else frame(stored, tag)
+        turned_by_pillow = picture.format == "TIFF"
+        pixels = _rgb(picture, path, range)
+    if tag != 1 and (wanted == "upright") != turned_by_pillow:
+        pixels = np.ascontiguousarray(turn_back(pixels, tag) if turned_by_pillow else turn(pixels, tag))
     import torch  # checking and converting annotations needs no torch
 
     return torch.from_numpy(pixels).permute(2, 0, 1)  # a view: [3, H, W] over [H, W, 3] in memory
 
 
+def turn(pixels: NDArray[Any], tag: int) -> NDArray[Any]:
+    """Pixels [H, W, ...] as stored, turned upright by their orientation tag (a view)."""
+    turned = pixels.swapaxes(0, 1) if tag in (5, 6, 7, 8) else pixels
+    if tag in (3, 4, 7, 8):
+        turned = turned[::-1]
+    return turned[:, ::-1] if tag in (2, 3, 6, 7) else turned
+
+
+def turn_back(pixels: NDArray[Any], tag: int) -> NDArray[Any]:
+    """The inverse of ``turn``: only the quarter turns, 6 and 8, are not their own."""
+    return turn(pixels, {6: 8, 8: 6}.get(tag, tag))
+
+
 @contextmanager
 def _opened(path: str | Path | ImageBytes, max_pixels: int) -> Iterator[Image.Image]:
     """Open by header, refuse what is too large, and turn whatever a decoder may raise into one line."""
-    from PIL import Image
-
     try:
         with quiet_pillow(), Image.open(path) as picture:
             if picture.width * picture.height > max_pixels:
@@ -133,13 +246,16 @@ def _opened(path: str | Path | ImageBytes, max_pixels: int) -> Iterator[Image.Im
         ) from error
 
 
-def _rgb(picture: Image.Image, path: str | Path | ImageBytes) -> NDArray[np.uint8]:
+def _reopened(path: str | Path | ImageBytes) -> Image.Image:
+    return Image.open(path.again() if isinstance(path, ImageBytes) else path)
+
+
+def _rgb(picture: Image.Image, path: str | Path | ImageBytes, range: str) -> NDArray[np.uint8]:
     """Pixels [H, W, 3] of an opened picture."""
-    if picture.mode.startswith("I"):  # 16 bits per pixel (Pillow's own conversion would clip it at 255)
-        deep = np.clip(np.asarray(picture), 0, 65535).astype(np.uint16)
-        return np.repeat((deep >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-    if picture.mode == "F":
-        raise DataError(f"{path}: holds floating-point pixels, whose range is unknown; convert it to 8 bits")
+    if is_deep(picture):
+        levels = deep_pixels(picture, lambda: _reopened(path))
+        grey = to_bytes(levels, range, where=printable(path))
+        return np.repeat(grey[:, :, None], 3, axis=2) if grey.ndim == 2 else grey
     if picture.mode == "P" and "transparency" in picture.info:
         picture = picture.convert("RGBA")
     if picture.mode != "RGB":
@@ -147,24 +263,38 @@ def _rgb(picture: Image.Image, path: str | Path | ImageBytes) -> NDArray[np.uint
     return np.array(picture)
 
 
-def to_array(image: Any, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray[np.uint8]:
+def read_levels(path: str | Path | ImageBytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray[Any]:
+    """The levels of a picture of more than 8 bits, [H, W] or [H, W, 3], in whatever view; raises ``DataError``."""
+    with _opened(path, max_pixels) as picture:
+        return deep_pixels(picture, lambda: _reopened(path))
+
+
+def to_array(image: Any, *, max_pixels: int = DEFAULT_MAX_PIXELS, range: str = "auto") -> NDArray[np.uint8]:
     """Pixels uint8 [H, W, 3] RGB of a file, a ``PIL.Image``, uint8 array [H, W, 3] or [H, W], uint8 tensor [3, H, W].
 
     A file may be a path, its bytes, or an object that gives them (``open(..., "rb")``, ``io.BytesIO``). It is turned
     upright by its EXIF orientation, as every viewer shows it; a picture or array is taken as it is.
+    Deeper pictures, and uint16 arrays where ``range`` is not auto, become grey by ``range`` (``data.range``).
 
     Raises:
         UserError: another type, dtype or shape, or a file that is missing, damaged or above ``max_pixels``.
     """
     if isinstance(image, bytes | bytearray | memoryview) or hasattr(image, "read"):
-        return read_upright(ImageBytes.of(image), max_pixels=max_pixels)
+        return read_upright(ImageBytes.of(image), max_pixels=max_pixels, range=range)
     if isinstance(image, str | Path):
-        return read_upright(Path(image), max_pixels=max_pixels)
+        return read_upright(Path(image), max_pixels=max_pixels, range=range)
     if isinstance(image, Image.Image):
         if image.mode[0] in "IF":
-            raise UserError(f"picture of mode {image.mode}: its range is unknown; pass a uint8 array [H, W, 3]")
+            if range == "auto":
+                raise UserError(
+                    f"picture of mode {image.mode}: its range is unknown; say it with load(range='0 4095') or "
+                    "pass a uint8 array [H, W, 3]"
+                )
+            return _from_array(to_bytes(np.asarray(image), range, where=f"picture of mode {image.mode}"))
         return _not_empty(np.array(image.convert("RGB")))
     if isinstance(image, np.ndarray):
+        if image.dtype == np.uint16 and range != "auto" and image.size:
+            image = to_bytes(image, range, where=f"array of {image.dtype}")
         return _from_array(image)
     if type(image).__module__.partition(".")[0] == "torch":
         return _from_tensor(image)
@@ -184,6 +314,10 @@ class ImageBytes(io.BytesIO):
 
     def __str__(self) -> str:
         return self._name
+
+    def again(self) -> io.BytesIO:
+        """The same content from its beginning, for a second reader while the first is not done."""
+        return io.BytesIO(self.getvalue())
 
     @classmethod
     def of(cls, source: Any) -> ImageBytes:
@@ -240,25 +374,13 @@ def _not_empty(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return pixels
 
 
-def read_upright(path: Path | ImageBytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray[np.uint8]:
+def read_upright(
+    path: Path | ImageBytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, range: str = "auto"
+) -> NDArray[np.uint8]:
     """Decode a file to uint8 [H, W, 3] RGB, turned upright by its EXIF orientation."""
     if isinstance(path, Path) and path.is_dir():
         raise DataError(f"{printable(path)}: is a folder; give its files, or use the predict command")
     if isinstance(path, Path) and not path.exists():
         raise DataError(f"{printable(path)}: no such file; check the name")
-    pixels: NDArray[np.uint8] = read_image(path, max_pixels=max_pixels).permute(1, 2, 0).numpy()
-    turned = pixels.swapaxes(0, 1) if (orientation := _orientation(path)) in (5, 6, 7, 8) else pixels
-    if orientation in (3, 4, 7, 8):
-        turned = turned[::-1]
-    if orientation in (2, 3, 6, 7):
-        turned = turned[:, ::-1]
-    return np.ascontiguousarray(turned)
-
-
-def _orientation(path: Path | ImageBytes) -> int:
-    """EXIF orientation 1..8; 1, upright, where there is none or it cannot be read (the pixels could be)."""
-    try:
-        with Image.open(path) as picture:
-            return int(picture.getexif().get(_EXIF_ORIENTATION, 1))
-    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
-        return 1
+    pixels: NDArray[np.uint8] = read_image(path, max_pixels=max_pixels, range=range).permute(1, 2, 0).numpy()
+    return pixels

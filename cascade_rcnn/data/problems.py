@@ -175,12 +175,49 @@ KINDS: dict[str, Kind] = {
     "size-mismatch": Kind(
         "error",
         "image whose size differs from the annotation's",
-        "the boxes may belong to another version of the image; `--fix OUT` takes the file's size over",
+        "the boxes belong to another version of the image; `--fix OUT` scales them where the shape is the same and "
+        "leaves the image out where it is not",
+    ),
+    "undecided-orientation": Kind(
+        "error",
+        "image with an orientation tag, labelled nobody knows how",
+        "say --orientation upright if it was labelled as viewers show it, else stored (in training "
+        "--data.orientation upright)",
+        refuses=True,
     ),
     "rotated-image": Kind(
         "warning",
-        "image that viewers turn (EXIF orientation)",
-        "training sees the pixels as stored; if it was labelled in a viewer, write the rotation into the pixels",
+        "image with an orientation tag whose labels count the pixels as stored",
+        "training and evaluation see it as stored, predict sees every picture upright; `--fix OUT` writes it upright "
+        "with its labels turned along",
+    ),
+    "turned-image": Kind(
+        "note", "image turned upright by its orientation tag, as it was labelled", "nothing: predict does the same"
+    ),
+    "unknown-range": Kind(
+        "error",
+        "pictures of more than 8 bits with levels of no known range",
+        "say which levels become black and white: data.range 'LOW HIGH' (check, evaluate, predict: --range 'LOW HIGH')",
+    ),
+    "dark-levels": Kind(
+        "warning",
+        "picture that is all but black in the range that its data set is read by",
+        "other depths in one data set? save all alike, or let each picture stretch itself: data.range percentile",
+    ),
+    "clipped-levels": Kind(
+        "warning",
+        "picture of which more than a hundredth lies outside the range that its data set is read by",
+        "set data.range to levels that hold it",
+    ),
+    "narrow-levels": Kind(
+        "warning",
+        "nearly all pixels in a small part of the range",
+        "if the rest are glints, set data.range to the levels of nearly all pixels, or to percentile",
+    ),
+    "deep-pictures": Kind(
+        "note",
+        "pictures of more than 8 bits",
+        "the range is kept in the checkpoint, so that predict reads alike; data.range sets another one",
     ),
     "beyond-image": Kind("warning", "box that leaves its image", "it is clipped in training; `--fix OUT` clips it"),
     "duplicate-box": Kind("warning", "same box and class twice in an image", "`--fix OUT` keeps one"),

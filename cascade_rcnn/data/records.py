@@ -21,7 +21,7 @@ Segmentation = list[list[float]] | dict[str, Any]
 
 @dataclass(slots=True)
 class ImageRecord:
-    """One image and its G objects, in pixels of the original image (as decoded, EXIF orientation not applied)."""
+    """One image and its G objects, in pixels of the original image as its labels count them (``orientation.py``)."""
 
     path: Path  # where the file lies
     file_name: str  # as the data set names it, for messages and submissions
@@ -36,6 +36,8 @@ class ImageRecord:
     # [G] each; the format's own facts: "iscrowd", "difficult", "truncated", "occluded", "visible_boxes" [G, 4], "ids"
     attributes: dict[str, NDArray[Any]] = field(default_factory=dict)
     source: str = ""  # file (and line or index) of the annotation, for messages
+    sized: bool = True  # False: height and width are the file's own, the annotation gives none
+    turn: int = 1  # orientation tag (EXIF's 1..8) that whoever copies the picture writes into its pixels
 
 
 @dataclass(slots=True)
@@ -62,8 +64,10 @@ class DataSplit:
 # unknown category, a repeated image id) refuses the training. ``check`` reads without refusing and reports everything.
 
 
-def empty_record(path: Path, name: str, image_id: int | str, size: tuple[int, int], *, source: str) -> ImageRecord:
-    """An image of ``size`` (height, width; 0 where unknown) without objects."""
+def empty_record(
+    path: Path, name: str, image_id: int | str, size: tuple[int, int], *, source: str, sized: bool
+) -> ImageRecord:
+    """An image of ``size`` (height, width; 0 where unknown) without objects; ``sized``: the annotation says it."""
     none = np.zeros(0)
     return ImageRecord(
         path,
@@ -75,4 +79,5 @@ def empty_record(path: Path, name: str, image_id: int | str, size: tuple[int, in
         ignore=none.astype(np.bool_),
         areas=none,
         source=source,
+        sized=sized,
     )

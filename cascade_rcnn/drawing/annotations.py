@@ -24,6 +24,7 @@ from torch import Tensor
 
 from cascade_rcnn.data.images import read_image, to_array
 from cascade_rcnn.data.masks import decode_window, pack_segmentation
+from cascade_rcnn.data.orientation import view_decider
 from cascade_rcnn.data.records import ImageRecord, Segmentation
 from cascade_rcnn.data.rle import MaskCrop
 from cascade_rcnn.structures import ImageBatch, MaskCrops, Targets
@@ -157,7 +158,7 @@ def draw_record(
     scale: int = 1,
 ) -> Image.Image:
     """A picture (``scale`` times the image's size) of its annotations; regions to ignore are hatched in grey."""
-    picture = image if image is not None else Image.fromarray(read_image(record.path).permute(1, 2, 0).numpy())
+    picture = image if image is not None else _picture_of(record)
     marks = []
     rows = zip((record.boxes * scale).tolist(), record.labels.tolist(), record.ignore.tolist())
     for row, (box, label, ignore) in enumerate(rows):
@@ -166,6 +167,12 @@ def draw_record(
         crop = None if segmentation is None else _crop_of(segmentation, picture, record.source, scale)
         marks.append(Mark(tuple(box), class_color(label), text=name, name=name, crop=crop, ignore=ignore))
     return draw_marks(_enlarged(picture, scale), marks, mask_alpha=mask_alpha)
+
+
+def _picture_of(record: ImageRecord) -> Image.Image:
+    annotated = (record.height, record.width) if record.sized and record.height and record.width else None
+    view = view_decider(annotated, "auto", path=str(record.path), sizeless=True)
+    return Image.fromarray(read_image(record.path, frame=view).permute(1, 2, 0).numpy())
 
 
 def draw_batch(images: ImageBatch, targets: Targets, class_names: tuple[str, ...]) -> list[Image.Image]:

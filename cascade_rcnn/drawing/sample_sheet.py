@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from cascade_rcnn.config import DataConfig
+from cascade_rcnn.data.dataset import read_record
 from cascade_rcnn.data.files import is_file
-from cascade_rcnn.data.images import quiet_pillow
+from cascade_rcnn.data.images import quiet_pillow, read_header, read_image, turn
+from cascade_rcnn.data.orientation import OrientationError, record_view
 from cascade_rcnn.data.records import DataSplit, ImageRecord, Segmentation
 from cascade_rcnn.data.rle import decode_rle
 from cascade_rcnn.errors import DataError
@@ -24,11 +27,18 @@ if TYPE_CHECKING:
 _LABELLED = 24  # pixels on the sheet: a smaller object would be hidden by its own name
 
 
-def draw_samples(splits: Sequence[DataSplit], count: int, *, marked: set[str] | None = None, cell: int = 560) -> Image:
+def draw_samples(
+    splits: Sequence[DataSplit],
+    count: int,
+    *,
+    marked: set[str] | None = None,
+    cell: int = 560,
+    data: DataConfig | None = None,
+) -> Image:
     """A picture of ``count`` images with their objects, spread evenly over the splits; ignore regions are hatched.
 
-    Up to half of them are images that ``marked`` names by their records' source. Raises ``DataError`` where no image
-    file is there.
+    Up to half of them are images that ``marked`` names by their records' source. ``data`` says how pictures are read,
+    as in training. Raises ``DataError`` where no image file is there.
     """
     from PIL import Image as Pictures
 
@@ -46,10 +56,11 @@ def draw_samples(splits: Sequence[DataSplit], count: int, *, marked: set[str] | 
         name = printable(record.file_name.rsplit("/", 1)[-1])
         title = f"{split.name}: {name}"
         try:
-            pictures.append(_draw(record, split.class_names, cell))
-        except OSError as error:  # what Pillow raises for torn files
+            pictures.append(_draw(record, split, cell, data or DataConfig()))
+        except (OSError, DataError) as error:  # what Pillow raises for torn files, and what training would refuse
             pictures.append(Pictures.new("RGB", (cell, cell // 2), (90, 20, 20)))
-            title = f"cannot be read ({error}): {name}"
+            reason = "orientation not known" if isinstance(error, OrientationError) else "cannot be read"
+            title = f"{reason}: {name}" if isinstance(error, DataError) else f"{reason} ({error}): {name}"
         titles.append(title if len(title) <= 38 else title[:17] + "..." + title[-18:])
     return contact_sheet(pictures, cell=cell, titles=titles)
 
@@ -59,17 +70,34 @@ def _spread(pairs: list[tuple[DataSplit, ImageRecord]], count: int) -> list[tupl
     return [pairs[place * len(pairs) // count] for place in range(count)]
 
 
-def _draw(record: ImageRecord, class_names: tuple[str, ...], cell: int) -> Image:
-    """The image scaled to a cell first, so that lines stay as thick as they are drawn."""
+def _read(record: ImageRecord, split: DataSplit, cell: int, data: DataConfig) -> tuple[Image, float]:
+    """The picture as training reads it, and the scale to a cell; large JPEG files decode straight to a smaller size."""
     from PIL import Image as Pictures
 
+    header = read_header(record.path)
+    view = record_view(record, split.format, header, data.orientation)
+    if view == "differs" and record.width:  # drawn as it is: the boxes show what is wrong
+        view = "upright"
+    side = max(header.stored)
+    with quiet_pillow(), Pictures.open(record.path) as image:
+        if image.format == "JPEG" and side > 2 * cell and view != "undecided":
+            image.draft("RGB", (cell, cell))
+            pixels = np.asarray(image.convert("RGB"))
+            pixels = turn(pixels, header.orientation) if view == "upright" else pixels
+            return Pictures.fromarray(np.ascontiguousarray(pixels)), cell / side
+    if view in ("stored", "upright"):
+        tensor = read_image(record.path, max_pixels=data.max_pixels, frame=view, range=data.range)
+    else:
+        tensor = read_record(record, split.format, data)
+    return Pictures.fromarray(tensor.permute(1, 2, 0).numpy()), cell / max(side, 1)
+
+
+def _draw(record: ImageRecord, split: DataSplit, cell: int, data: DataConfig) -> Image:
+    """The image scaled to a cell first, so that lines stay as thick as they are drawn."""
     from cascade_rcnn.drawing.annotations import Mark, class_color, draw_marks
 
-    with quiet_pillow(), Pictures.open(record.path) as image:
-        scale = cell / max(image.size)
-        if scale < 0.5:
-            image.draft("RGB", (cell, cell))  # JPEG decodes straight to a smaller size
-        picture = image.convert("RGB")
+    picture, scale = _read(record, split, cell, data)
+    class_names = split.class_names
     original = (record.width, record.height) if record.width else picture.size
     picture = picture.resize((max(1, round(original[0] * scale)), max(1, round(original[1] * scale))))
     marks = []

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cascade_rcnn import cache
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.models.ops.winograd import WinogradConv2d
@@ -44,8 +45,7 @@ def cache_folder() -> Path:
     # torch sets the variable itself, to a folder among the temporary files, which do not outlive the machine's restart
     if chosen and not chosen.startswith(str(Path(tempfile.gettempdir()) / "torchinductor_")):
         return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "cascade-rcnn" / "compiled"
+    return cache.cache_folder("compiled")
 
 
 def check_compiler(device: torch.device) -> None:

@@ -73,24 +73,24 @@ def load(
     max_detections: int | None = None,
     stop_after_stage: int | None = None,
     max_pixels: int | None = None,
+    range: str | None = None,
 ) -> Detector:
     """A detector from a ``.safetensors`` checkpoint, a run folder (its best, else its last), or the name of published
     weights.
 
     Published weights (``cascade-rcnn models`` lists them) are downloaded, converted and kept when first used.
 
-    ``score_threshold``, ``max_detections`` (raise it for dense scenes) and ``stop_after_stage`` replace the
-    checkpoint's own test-time settings, ``max_pixels`` its limit on the size of an image that is decoded.
-    ``precision`` auto is float32, on recent NVIDIA GPUs with TF32 products.
+    What is not None replaces what the checkpoint says: ``max_detections`` (raise it for dense scenes), ``range`` (of
+    pictures of more than 8 bits: ``"0 4095"``), ``max_pixels`` (of an image that is decoded), ... ``precision`` auto is
+    float32, on recent NVIDIA GPUs with TF32 products.
 
     ``compile`` makes code for each of the few sizes that images are padded to, when the first image of that size comes:
     that takes a minute and is told on stderr; what it finds is the same (docs/speed.md).
 
     Raises:
         CheckpointError: no such file or name, or one that is damaged or of another kind, or cannot be fetched.
-        ConfigError: more stages than there are.
-        UserError: a setting that is no number or out of its range, a device or precision that is not there, or no
-            compiler.
+        ConfigError: more stages than there are, a ``range`` that is none.
+        UserError: a setting out of its range, a device or precision that is not there, or no compiler.
     """
     checked_number("score_threshold", score_threshold, low=0, high=1)
     checked_number("max_detections", max_detections, low=1, whole=True)
@@ -107,7 +107,7 @@ def load(
         "max_detections": max_detections,
         "stop_after_stage": stop_after_stage,
     }
-    config = _changed(checkpoint.config, model_settings, {"max_pixels": max_pixels})
+    config = _changed(checkpoint.config, model_settings, {"max_pixels": max_pixels, "range": range})
     with NoInitialValues():
         model = build_model(config.model, len(checkpoint.class_names))
     try:
@@ -251,7 +251,7 @@ class Detector:
         found: list[Detections] = []
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size]
-            arrays = [to_array(one, max_pixels=limit) for one in part]
+            arrays = [to_array(one, max_pixels=limit, range=self.config.data.range) for one in part]
             for one, pixels, detections in zip(part, arrays, self._detect(arrays)):
                 detections.image = Path(one) if isinstance(one, str | Path) else pixels
                 if score_threshold is not None:

@@ -35,10 +35,11 @@ class Inference:
     score_threshold: float | None = None
     max_detections: int | None = None
     max_pixels: int | None = None  # of an image that is decoded
+    range: str | None = None  # of pictures of more than 8 bits (``data.range``)
 
     def of_load(self) -> dict[str, Any]:
         """The arguments of ``load`` in it."""
-        names = ("precision", "compile", "score_threshold", "max_detections", "max_pixels")
+        names = ("precision", "compile", "score_threshold", "max_detections", "max_pixels", "range")
         return {name: getattr(self, name) for name in names} | {"stop_after_stage": self.stages}
 
 

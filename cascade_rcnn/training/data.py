@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from cascade_rcnn import distributed
-from cascade_rcnn.check.images import check_images
-from cascade_rcnn.config import Config
+from cascade_rcnn.check.images import check_image
+from cascade_rcnn.config import Config, DataConfig
 from cascade_rcnn.data.dataset import DetectionDataset
 from cascade_rcnn.data.files import is_file
 from cascade_rcnn.data.formats.open import open_split
+from cascade_rcnn.data.orientation import refuse_undecided
 from cascade_rcnn.data.problems import KINDS, Problems
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
@@ -40,8 +41,9 @@ def open_validation(config: Config, log: RunLog) -> DataSplit:
     An evaluation reads every image: one that is missing or damaged would end the training after its first epoch.
     Raises DataError where more than ``train.max_bad_images`` or all of them cannot be used.
     """
-    split = open_split(config.data.root, config.data.val)
-    found = _unusable(split, config.data.max_pixels) if distributed.rank() == 0 else {}
+    split = open_split(config.data.root, config.data.val, orientation=config.data.orientation)
+    refuse_undecided(split, config.data.orientation)
+    found = _unusable(split, config.data) if distributed.rank() == 0 else {}
     unusable = distributed.broadcast(found)
     if not unusable:
         return split
@@ -58,16 +60,16 @@ def open_validation(config: Config, log: RunLog) -> DataSplit:
     return dataclasses.replace(split, records=usable)
 
 
-def _unusable(split: DataSplit, max_pixels: int) -> dict[int, str]:
+def _unusable(split: DataSplit, data: DataConfig) -> dict[int, str]:
     """The rows of a split's images that an evaluation could not read, as ``check`` finds them, with the reason."""
-    reasons = {row: _problem(split, record, max_pixels) for row, record in enumerate(split.records)}
+    reasons = {row: _problem(split, record, data) for row, record in enumerate(split.records)}
     return {row: reason for row, reason in reasons.items() if reason}
 
 
-def _problem(split: DataSplit, record: ImageRecord, max_pixels: int) -> str:
+def _problem(split: DataSplit, record: ImageRecord, data: DataConfig) -> str:
     if not is_file(record.path):
         return f"{printable(record.path)} is not there"
     problems = Problems(strict=False)
-    check_images(dataclasses.replace(split, records=[record]), problems, max_pixels=max_pixels)
+    check_image(record, split.format, problems, data=data)
     errors = [problem for problem in problems.items if KINDS[problem.kind].severity == "error"]
     return f"{errors[0].message}" if errors else ""

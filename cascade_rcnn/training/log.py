@@ -23,8 +23,9 @@ from PIL import Image
 
 from cascade_rcnn import distributed
 from cascade_rcnn.atomic_files import replace_file
-from cascade_rcnn.data.images import read_image
-from cascade_rcnn.data.records import ImageRecord
+from cascade_rcnn.config import DataConfig
+from cascade_rcnn.data.dataset import read_record
+from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.drawing.annotations import draw_batch, draw_detections, draw_record, side_by_side
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.inference.detections import Detections
@@ -160,12 +161,13 @@ class RunLog:
             self.picture(f"train_batch{self._batches_drawn}_{number}", drawn)
 
     def prediction(
-        self, number: int, record: ImageRecord, found: Detections, class_names: tuple[str, ...], *, max_pixels: int
+        self, number: int, record: ImageRecord, found: Detections, split: DataSplit, *, data: DataConfig
     ) -> None:
-        """Draw what was found in a validation image beside what is annotated."""
-        image = read_image(record.path, max_pixels=max_pixels)
+        """Draw what was found in an image of the validation split beside what is annotated."""
+        image = read_record(record, split.format, data)
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
         drawn = draw_detections(image, found, score_threshold=_DRAWN_SCORE)
-        self.picture(f"validation_{number}", side_by_side(draw_record(record, class_names), drawn))
+        self.picture(f"validation_{number}", side_by_side(draw_record(record, split.class_names, image=picture), drawn))
 
     def picture(self, name: str, image: Image.Image) -> None:
         """Save a drawing as ``images/<name>.jpg``."""

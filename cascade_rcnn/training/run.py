@@ -132,7 +132,8 @@ class Run:
         """Metrics on the validation split, with the averaged weights where there are some; draws a few predictions."""
         assert self.validation is not None
         self.model.eval()
-        records, class_names = self.validation.records, self.validation.class_names
+        split = self.validation
+        records = split.records
         apart = max(1, len(records) // _DRAWN_PREDICTIONS)
         apart = math.ceil(apart / self.world.size) * self.world.size  # all of them rank 0's
         shown = {record.image_id: record for record in records[::apart][:_DRAWN_PREDICTIONS]}
@@ -140,15 +141,14 @@ class Run:
         def look(found: Detections) -> None:
             if self.world.is_main and found.image_id is not None and found.image_id in shown:
                 number = list(shown).index(found.image_id) + 1
-                record, limit = shown[found.image_id], self.config.data.max_pixels
-                self.log.prediction(number, record, found, class_names, max_pixels=limit)
+                self.log.prediction(number, shown[found.image_id], found, split, data=self.config.data)
 
         # what is compiled is compiled for training: an evaluation would wait for code of its own, for each size
         eager = torch.compiler.set_stance("force_eager") if self.config.train.compile else nullcontext()
         # the generators are put back, so that training does not depend on how often it is evaluated
         averaged = self.average.applied() if self.average else nullcontext()
         with eager, undisturbed_generators(self.world.device), averaged:
-            return evaluate_model(self.model, self.config, self.validation, class_map=self.class_map, look=look)
+            return evaluate_model(self.model, self.config, split, class_map=self.class_map, look=look)
 
     def record_evaluation(self, metrics: Metrics) -> None:
         """Log an evaluation, keep the weights if they are the best so far, and save that it is done."""

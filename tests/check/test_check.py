@@ -256,7 +256,8 @@ def _broken(root: Path) -> Path:
     rows[2]["segmentation"] = [[50, 5, 80, 5, 80, 15, 50, 15]]
     rows[4]["segmentation"] = [[40, 30, 60, 30, 60, 45, 40, 45]]
     rows.append(dict(rows[6], id=500))
-    content["images"][1]["width"] = 100
+    content["images"][1] |= {"width": 128, "height": 96}  # the picture was halved since
+    rows[3]["bbox"], rows[5]["bbox"] = [[2 * value for value in rows[number]["bbox"]] for number in (3, 5)]
     _write(root, content)
     _cut(root / "train" / "5.png")
     return root
@@ -274,7 +275,7 @@ def test_fix_writes_a_copy_without_faults_and_lists_each_change(
         "clipped to",
         "set to its mask's",
         "repeated",
-        "set to the file's 64 x 48",
+        "labels scaled to the file's 64 x 48",
         "'5.png' dropped with its 3 objects",
     ):
         assert word in changes, word

@@ -245,9 +245,10 @@ def _read_images(entries: list[Any], root: Path, path: Path, split: str, problem
         if isinstance(file, ValueError):
             problems.add("unsafe-path", place, str(file))
             continue
-        if not (height and width):
+        sized = bool(height and width)
+        if not sized:
             height, width = image_size(file) or (0, 0)
-        record = empty_record(file, str(name), image_id, (height, width), source=place)
+        record = empty_record(file, str(name), image_id, (height, width), source=place, sized=sized)
         records.append(record)
     return records
 

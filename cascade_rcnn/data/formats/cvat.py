@@ -113,11 +113,14 @@ def read_cvat(root: Path, split: str, *, problems: Problems | None = None) -> Da
         if key in seen:  # tasks of a project each count from 0
             key = f"{path.stem}/{text}/{number}"
         seen.add(key)
-        size = size if all(size) else image_size(file) or (0, 0)
+        sized = all(size)
+        size = size if sized else image_size(file) or (0, 0)
         shapes = list(_read_shapes(image, place, size, left_out, problems))
         rotated += sum(bool(shape.facts.pop("rotated", 0)) for shape in shapes)
         written = str(image.get("name"))
-        records.append(make_record((file, written, key), size, shapes, labels, source=place, problems=problems))
+        records.append(
+            make_record((file, written, key), size, shapes, labels, source=place, sized=sized, problems=problems)
+        )
     left_out.report(problems)
     if rotated:
         problems.add("rotated-box", f"{printable(base)} {name}", f"{rotated:,} boxes are rotated")

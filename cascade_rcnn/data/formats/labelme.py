@@ -33,7 +33,7 @@ from cascade_rcnn.data.formats.shapes import (
 )
 from cascade_rcnn.data.images import image_size, quiet_pillow
 from cascade_rcnn.data.problems import Problems
-from cascade_rcnn.data.records import DataSplit, ImageRecord, Segmentation
+from cascade_rcnn.data.records import DataSplit, Segmentation
 from cascade_rcnn.data.rle import MaskCrop, decode_rle, encode_crop
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.messages import printable, shown
@@ -106,10 +106,22 @@ def read_labelme(root: Path, split: str, *, problems: Problems | None = None) ->
     records = []
     for (path, content), image in zip(contents, _find_images(root, name, contents, problems)):
         size = _size(content, path, problems)
-        if not all(size):
+        sized = all(size)
+        if not sized:
             size = image_size(image) or (0, 0)
         shapes = _read_shapes(content, path, size, left_out, problems)
-        records.append(_record(root, path, image, size, shapes, labels, problems))
+        for shape in shapes:
+            shape.ignore = shape.ignore or shape.name == _IGNORE
+        record = make_record(
+            (image, *_names(root, path, image)),
+            size,
+            shapes,
+            labels | {_IGNORE: 0},
+            source=printable(path),
+            sized=sized,
+            problems=problems,
+        )
+        records.append(record)
     left_out.report(problems)
     return DataSplit(
         "labelme",
@@ -123,23 +135,10 @@ def read_labelme(root: Path, split: str, *, problems: Problems | None = None) ->
     )
 
 
-def _record(
-    root: Path,
-    path: Path,
-    image: Path,
-    size: tuple[int, int],
-    shapes: list[Shape],
-    labels: dict[str, int],
-    problems: Problems,
-) -> ImageRecord:
+def _names(root: Path, path: Path, image: Path) -> tuple[str, str]:
+    """The picture's name below the folder, and the annotation's without ending, which is the image's id."""
     inside = image.relative_to(root).as_posix() if image.is_relative_to(root) else image.name
-    identity = path.relative_to(root).with_suffix("").as_posix()
-    for shape in shapes:
-        if shape.name == _IGNORE:
-            shape.ignore = True
-    return make_record(
-        (image, inside, identity), size, shapes, labels | {_IGNORE: 0}, source=printable(path), problems=problems
-    )
+    return inside, path.relative_to(root).with_suffix("").as_posix()
 
 
 @lru_cache(maxsize=100_000)

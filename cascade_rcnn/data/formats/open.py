@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cascade_rcnn.config import Orientation
 from cascade_rcnn.data import files
 from cascade_rcnn.data.formats.citypersons import citypersons_splits, read_citypersons
 from cascade_rcnn.data.formats.classes import with_same_classes
@@ -24,6 +25,7 @@ from cascade_rcnn.data.formats.labelme import labelme_splits, read_labelme
 from cascade_rcnn.data.formats.voc import read_voc, voc_splits
 from cascade_rcnn.data.formats.widerface import read_widerface, widerface_splits
 from cascade_rcnn.data.formats.yolo import read_yolo, yolo_splits
+from cascade_rcnn.data.images import sizes_in
 from cascade_rcnn.data.problems import READ_ANYWAY, Problems
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
@@ -121,7 +123,7 @@ def disjoint_splits(root: Path | str) -> list[str]:
     ]
 
 
-def open_split(root: Path | str, split: str, *, strict: bool = True) -> DataSplit:
+def open_split(root: Path | str, split: str, *, strict: bool = True, orientation: Orientation = "auto") -> DataSplit:
     """Reads a split of a data set of any known format.
 
     Args:
@@ -129,13 +131,15 @@ def open_split(root: Path | str, split: str, *, strict: bool = True) -> DataSpli
         split: a name, names joined with a plus, each perhaps with a part: ``2007_trainval+2012_trainval:0-50``.
         strict: raise the first problem that would ruin a training; else leave it out. Either way
             ``DataSplit.problems`` lists what was left out.
+        orientation: ``data.orientation``: what a size counts that the annotation does not give and the file must.
     """
     root = Path(root)
     recognise(root)
     parts = []
     for word in split.split("+"):
         name, _, share = word.strip().partition(":")
-        part = _read(root, name, Problems(strict=strict))
+        with sizes_in("stored" if orientation == "stored" else "upright"):
+            part = _read(root, name, Problems(strict=strict))
         parts.append(_share(part, share, root) if share else part)
     return parts[0] if len(parts) == 1 else _join(parts, split)
 

@@ -72,10 +72,14 @@ def make_record(
     labels: Mapping[str, int],
     *,
     source: str,
+    sized: bool,
     problems: Problems,
 ) -> ImageRecord:
-    """A record of the image (file, name, id) of ``size`` (height, width; 0 where unknown); unusable boxes are told."""
-    record = empty_record(*image, size, source=source)
+    """A record of the image (file, name, id) of ``size`` (height, width; 0 where unknown); unusable boxes are told.
+
+    ``sized``: the annotation gives the size.
+    """
+    record = empty_record(*image, size, source=source, sized=sized)
     height, width = size
     kept: list[Shape] = []
     for shape in shapes:

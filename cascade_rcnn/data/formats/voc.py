@@ -248,15 +248,16 @@ def _read_list(entry: _List, labels: dict[str, int], problems: Problems) -> tupl
         except DataError as error:
             problems.add("bad-annotation", where, str(error))
     images = _find_images(entry, trees, problems)
-    sizes = [
-        _size(tree) if all(_size(tree)) else image_size(image) or (0, 0) for (_, _, tree), image in zip(trees, images)
-    ]
+    written = [_size(tree) for _, _, tree in trees]
+    sizes = [size if all(size) else image_size(image) or (0, 0) for size, image in zip(written, images)]
     objects = [list(read_objects(tree)) for _, _, tree in trees]
     _find_other_coding(objects, sizes, printable(entry.file or entry.annotations), problems)
     records = [
         _read_record(image, size, of_image, labels, (name, printable(path)), problems)
         for image, size, of_image, (name, path, _) in zip(images, sizes, objects, trees)
     ]
+    for record, size in zip(records, written):
+        record.sized = all(size)
     return records, plain
 
 

@@ -1,6 +1,7 @@
 """Writing a split as COCO json, VOC, YOLO txt or labelme: for ``convert-data``, ``check --fix`` and evaluation.
 
-Pictures are hard-linked where source and destination share a file system, else linked by name, else copied.
+Pictures are hard-linked where source and destination share a file system, else linked by name, else copied. Those that
+are marked to be turned (``ImageRecord.turn``) are written anew, upright.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+from PIL import Image
 
 from cascade_rcnn.data import files
 from cascade_rcnn.data.formats.labelme import labelme_json, labelme_shapes
+from cascade_rcnn.data.images import quiet_pillow, read_header
 from cascade_rcnn.data.masks import segmentation_box
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
@@ -202,7 +205,7 @@ def _place_images(records: Sequence[ImageRecord], targets: Sequence[Path]) -> Co
     counts: Counter[str] = Counter()
     for record, target in zip(records, targets):
         target.parent.mkdir(parents=True, exist_ok=True)
-        counts["images " + _place_image(record.path, target)] += 1
+        counts["images " + _place_image(record.path, target, record.turn)] += 1
     return counts
 
 
@@ -210,12 +213,15 @@ def _is_taken(target: Path, record: ImageRecord) -> bool:
     return target.exists() and files.is_file(record.path) and target.read_bytes() != record.path.read_bytes()
 
 
-def _place_image(source: Path, target: Path) -> str:
+def _place_image(source: Path, target: Path, turn: int = 1) -> str:
     if not files.is_file(source):
         return "missing, not placed"
     source = source.resolve()
     if target.exists():
         return "already there"
+    if turn != 1:
+        _write_upright(source, target, turn)
+        return "written upright"
     try:
         os.link(source, target)
         return "hard-linked"
@@ -227,6 +233,37 @@ def _place_image(source: Path, target: Path) -> str:
     except OSError:
         shutil.copyfile(source, target)
         return "copied"
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_LOSSLESS: dict[str, dict[str, Any]] = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}}
+
+
+def _write_upright(source: Path, target: Path, tag: int) -> None:
+    """The picture turned by its orientation tag and without it, in its own format; JPEG loses one generation."""
+    try:
+        with quiet_pillow(), Image.open(source) as picture:
+            kind = "JPEG" if picture.format == "MPO" else picture.format or "PNG"
+            if read_header(source).deep and picture.mode[0] not in "IF":
+                raise DataError(
+                    f"{printable(source)}: 16-bit colour cannot be written upright without losing levels; turn it with "
+                    "another program, then label or export it anew"
+                )
+            picture.load()  # a TIFF is turned by this already
+            turned = picture if kind == "TIFF" else picture.transpose(_TURNS[tag])
+            kept = {"icc_profile": picture.info["icc_profile"]} if picture.info.get("icc_profile") else {}
+            turned.save(target, format=kind, **kept, **_LOSSLESS.get(kind, {}))
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{printable(source)}: cannot be written upright ({reason}); replace it") from None
 
 
 def _write(path: Path, text: str) -> None:
