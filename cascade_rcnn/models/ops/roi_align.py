@@ -232,29 +232,27 @@ def _tap_groups(
     box = box[order]
     top, weights_down = _taps(rows.of(box), size)
     left, weights_across = _taps(columns.of(box), size)
-    amounts = [amount for *_, amount in groups]
+    chunks = []  # (level, taps down, taps across, boxes)
+    for level, down, across, amount in groups:
+        at_once = max(1, _CHUNK // (size * size * down * across))
+        chunks += [(level, down, across, min(at_once, amount - begin)) for begin in range(0, amount, at_once)]
+    counts = [m for *_, m in chunks]
     parts = zip(
-        groups,
-        box.split(amounts),
-        top.split(amounts),
-        left.split(amounts),
-        weights_down.split([amount * size * down for _, down, _, amount in groups]),
-        weights_across.split([amount * size * across for _, _, across, amount in groups]),
+        chunks,
+        box.split(counts),
+        top.split(counts),
+        left.split(counts),
+        weights_down.split([m * size * down for _, down, _, m in chunks]),
+        weights_across.split([m * size * across for _, _, across, m in chunks]),
     )
-    for (level, down, across, amount), *tensors in parts:
+    for (level, down, across, m), b, y, x, v, h in parts:
         height, width = shapes[level][-2:]
-        step = max(1, _CHUNK // (size * size * down * across))
-        chunks = (
-            tensor.view(amount, *shape).split(step)
-            for tensor, shape in zip(tensors, ((), (size,), (size,), (size, down), (size, across)))
-        )
-        for b, y, x, v, h in zip(*chunks):
-            y = (y[..., None] + torch.arange(down)).clamp(max=height - 1) * width  # [m, S, down]
-            y += (b // count * (height * width))[:, None, None]  # of its own image
-            x = (x[..., None] + torch.arange(across)).clamp(max=width - 1)  # [m, S, across]
-            pixels = y[:, :, None, :, None] + x[:, None, :, None, :]  # [m, S, S, down, across]
-            weights = v[:, :, None, :, None] * h[:, None, :, None, :]
-            yield _TapGroup(level, b, pixels.view(-1, down * across), weights.view(-1, down * across))
+        y = (y[..., None] + torch.arange(down)).clamp(max=height - 1) * width  # [m, S, down]
+        y += (b // count * (height * width))[:, None, None]  # of its own image
+        x = (x[..., None] + torch.arange(across)).clamp(max=width - 1)  # [m, S, across]
+        pixels = y[:, :, None, :, None] + x[:, None, :, None, :]  # [m, S, S, down, across]
+        weights = v.view(m, size, 1, down, 1) * h.view(m, 1, size, 1, across)
+        yield _TapGroup(level, b, pixels.view(-1, down * across), weights.view(-1, down * across))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
