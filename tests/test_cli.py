@@ -37,6 +37,7 @@ FUNCTION_OF = {
     "convert": "convert.checkpoint.run_convert",
     "convert-data": "data.formats.convert.run_convert_data",
     "benchmark": "benchmark.run.run_benchmark",
+    "serve": "serve.command.run_serve",
 }
 Call = tuple[str, dict[str, Any]]
 

@@ -350,7 +350,7 @@ def test_check_before_training_is_cached_until_a_file_changes(tmp_path: Path, mo
     assert len(runs) == 3
 
 
-def test_each_image_is_opened_a_fixed_number_of_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_is_read_three_times_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What keeps large data sets quick: no file is read once for every object or every other image."""
     opened: list[Path] = []
     inner = Path.open
@@ -367,7 +367,7 @@ def test_each_image_is_opened_a_fixed_number_of_times(tmp_path: Path, monkeypatc
         opened.clear()
         _kinds(root)
         most.append(max(Counter(path for path in opened if path.suffix == ".png").values(), default=0))
-    assert most[0] == most[1]
+    assert 1 <= max(most) <= 3  # the ends of the file, its first bytes, and all of it where those are another's too
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real samples are not beside the repository")
