@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
+import io
 import json
 import os
 import re
@@ -11,7 +13,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ FUNCTION_OF = {
     "convert": "convert.checkpoint.run_convert",
     "convert-data": "data.formats.convert.run_convert_data",
     "benchmark": "benchmark.run.run_benchmark",
+    "serve": "serve.command.run_serve",
 }
 Call = tuple[str, dict[str, Any]]
 
@@ -63,10 +65,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
 
 def _examples() -> Iterator[str]:
     """The example of every command's help, and every whole cascade-rcnn line of README and docs."""
-    for entry in COMMANDS.values():
-        found = re.search(r'_parser\("[^"]+", "([^"]+)"\)', inspect.getsource(entry.run))
-        assert found is not None
-        yield found.group(1)
+    for name in COMMANDS:
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown):
+            main([name, "--help"])
+        yield shown.getvalue().rpartition("example:\n  ")[2].splitlines()[0]
     for page in [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/**/*.md"))]:
         for line in page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
             for part in line.strip().removeprefix("$ ").split(" && "):
@@ -131,11 +134,13 @@ def test_train_help_shows_the_values_of_the_recipe_that_is_named(capsys: pytest.
     assert "(default: 640 800)" not in capsys.readouterr().out
 
 
-def test_help_needs_no_heavy_import_and_less_than_a_second(run_command: Callable[..., Any]) -> None:
+def test_help_needs_no_heavy_import() -> None:
+    """What makes a help slow; the time itself depends on the machine."""
+    heavy = ("torch", "timm", "torchvision", "scipy", "faster_coco_eval", "fastapi", "tensorboard")
     code = (
         "import sys; from cascade_rcnn.cli import COMMANDS, main\n"
         "for name in COMMANDS: main([name, '--help'])\n"
-        "sys.exit(str([name for name in ('torch', 'timm', 'torchvision') if name in sys.modules]))"
+        f"sys.exit(str([name for name in {heavy!r} if name in sys.modules]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -145,12 +150,6 @@ def test_help_needs_no_heavy_import_and_less_than_a_second(run_command: Callable
         cwd=Path(cli.__file__).resolve().parents[1],
     )
     assert done.stderr.strip() == "[]"
-    best = 10.0
-    for _ in range(3):  # the machine may be busy with other things: the best of three
-        start = time.perf_counter()
-        assert run_command("train", "--help").returncode == 0
-        best = min(best, time.perf_counter() - start)
-    assert best < 1.0
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

@@ -12,7 +12,7 @@ import pytest
 
 import locations
 from cascade_rcnn.errors import DataError
-from cascade_rcnn.evaluation import read_results
+from cascade_rcnn.evaluation import citypersons, read_results
 from cascade_rcnn.evaluation.citypersons import (
     SUBSETS,
     Subset,
@@ -194,3 +194,17 @@ def test_a_broken_mat_file_is_named(tmp_path: Path) -> None:
         evaluate_citypersons(tmp_path / "anno_val.mat", tmp_path / "dt.json")
     with pytest.raises(DataError, match="not found"):
         evaluate_citypersons(tmp_path / "other.mat", tmp_path / "dt.json")
+
+
+def test_a_detection_takes_the_later_of_two_people_that_it_overlaps_equally() -> None:
+    """So the earlier is left to the next detection, which reaches nobody else."""
+    found = citypersons.Candidates(
+        heights=np.array([100.0, 100.0]),
+        scores=np.array([0.9, 0.8]),
+        detections=np.array([0, 0, 1]),
+        people=np.array([0, 1, 0]),
+        iou=np.array([0.6, 0.6, 0.7]),
+        share=np.array([0.6, 0.6, 0.7]),
+    )
+    hit, ignored = citypersons._match(found, np.ones(2, bool), np.zeros(2, bool))
+    assert hit.tolist() == [True, True] and not ignored.any()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from cascade_rcnn.models.cascade import Stage, StageDetails, deltas_of_labels, scale_gradient
+from cascade_rcnn.models.cascade import Stage, StageDetails, deltas_of_labels, most_likely, scale_gradient
 from cascade_rcnn.models.matching import Samples, rows_in_use
 from cascade_rcnn.structures import Proposals, Targets
 from tiny import squares, tiny_model
@@ -261,3 +262,56 @@ def test_rows_in_use_end_with_the_last_valid_one() -> None:
 def test_names_in_checkpoints_have_no_stages() -> None:
     names = {name.split(".")[1] for name in tiny_model(masks="every").state_dict() if name.startswith("cascade.")}
     assert names == {"box_heads", "mask_heads"}
+
+
+def test_the_class_that_moves_a_box_is_never_the_background() -> None:
+    assert most_likely(torch.tensor([[[0.1, 0.3, 0.2, 9.0]]])).tolist() == [[1]]
+
+
+def test_the_background_is_no_detection() -> None:
+    cascade = tiny_model(masks="none").cascade
+    probabilities = torch.tensor([[[0.2, 0.1, 0.3, 0.4], [0.01, 0.01, 0.01, 0.97], [0.9, 0.05, 0.05, 0.0]]])
+    found = cascade._select(probabilities, BOXES[None, [0, 2, 3]], torch.ones(1, 3, dtype=torch.bool))
+    best = found.valid[0] & (found.scores[0] > 0.25)
+    assert found.scores[0, best].tolist() == pytest.approx([0.9, 0.3]) and found.labels[0, best].tolist() == [0, 2]
+
+
+def test_mask_losses_are_weighted() -> None:
+    model = tiny_model(masks="every")
+    images, targets_ = squares()
+    losses = []
+    for weight in (1.0, 0.5):
+        for one in model.cascade.stages:
+            one.details = dataclasses.replace(one.details, mask_weight=weight)
+        torch.manual_seed(0)
+        losses.append(model.loss(images, targets_))
+    for k in range(3):
+        assert losses[0][f"s{k}.mask"] > 0
+        torch.testing.assert_close(losses[1][f"s{k}.mask"], 0.5 * losses[0][f"s{k}.mask"])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_each_stage_begins_where_the_stage_before_has_moved_the_boxes(
+    monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    model = tiny_model(masks="none", semantics="detectron2", roi_samples=10**6)  # which hands on all samples in order
+    for head in model.cascade.box_heads:
+        torch.nn.init.zeros_(head.deltas.weight)
+        head.deltas.bias.data[0] = 1.0  # a tenth of its width to the right, or less in later stages
+    images, targets_ = squares(images=1)
+    seen: list[Tensor] = []
+    inner = model.cascade._run_stage
+
+    def run_stage(k: int, pyramid: list[Tensor], boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(boxes[valid])
+        return inner(k, pyramid, boxes, valid)
+
+    monkeypatch.setattr(model.cascade, "_run_stage", run_stage)
+    model.train(training).loss(images, targets_) if training else model.eval().detect(images)
+    assert len(seen) == 3
+    inside = seen[0][:, 2] < 100  # neither clipped now nor in the next stage
+    first = seen[0][inside]
+    moved = first + (first[:, 2] - first[:, 0])[:, None] * torch.tensor([0.1, 0, 0.1, 0])
+    assert len(first) > 5
+    assert all(((seen[1] - box).abs().amax(dim=1) < 1e-2).any() for box in moved)
+    assert not torch.equal(seen[1], seen[2])

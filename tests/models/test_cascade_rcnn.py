@@ -115,9 +115,23 @@ def test_stopping_after_a_stage_uses_the_first_stages_only(stages: int) -> None:
     assert found.scores.isfinite().all() and found.valid.any()
 
 
-def test_five_stages_are_as_good_as_three() -> None:
-    losses = tiny_model(stage_ious=(0.4, 0.5, 0.6, 0.7, 0.8), masks="none").loss(*squares())
-    assert {f"s{k}.box" for k in range(5)} < set(losses)
+def test_five_stages_learn_and_vote() -> None:
+    ious = (0.4, 0.5, 0.6, 0.7, 0.8)
+    model = tiny_model(stage_ious=ious, masks="none", score_threshold=0.0)
+    assert [stage.details.iou for stage in model.cascade.stages] == list(ious)
+    losses = model.loss(*squares())
+    for k, head in enumerate(model.cascade.box_heads):
+        parameters = [head.classifier.weight, head.deltas.weight]
+        own = torch.autograd.grad(losses[f"s{k}.cls"] + losses[f"s{k}.box"], parameters, retain_graph=True)
+        assert all(gradient.any() for gradient in own), "each stage learns from its own loss"
+    images, _ = squares()
+    before = model.eval().detect(images).scores
+    for k in range(5):
+        classifier = model.cascade.box_heads[k].classifier
+        kept = classifier.bias.detach().clone()
+        classifier.bias.data[0] += 5.0
+        assert not torch.allclose(model.detect(images).scores, before), f"stage {k} has a say in the scores"
+        classifier.bias.data.copy_(kept)
 
 
 @pytest.mark.parametrize("agnostic", [True, False])

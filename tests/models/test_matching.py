@@ -5,7 +5,7 @@ import torch
 
 from cascade_rcnn.models import matching
 from cascade_rcnn.models.boxes import pairwise_iou
-from cascade_rcnn.models.matching import Matches, choose, match
+from cascade_rcnn.models.matching import Matches, choose, match, normalizer
 from cascade_rcnn.structures import Targets
 from random_boxes import random_boxes
 
@@ -166,3 +166,21 @@ def test_samples_are_drawn_evenly() -> None:
         rows, valid, _, _ = choose(matches, 20, positive_share=0.5)
         counts[rows[0, valid[0]]] += 1
     assert counts.min() > 150 and counts.max() < 250  # expected 200, standard deviation 10
+
+
+def test_a_sum_over_no_samples_is_divided_by_one() -> None:
+    assert [normalizer(torch.tensor(count)).item() for count in (0, 1, 7)] == [1.0, 1.0, 7.0]
+
+
+def test_an_overlap_equal_to_a_threshold_is_positive_or_no_negative() -> None:
+    truth, boxes = torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([[0.0, 0, 10, 5], [0, 0, 5, 5]])  # IoU 1/2 and 1/4
+    found = match(boxes[None], all_valid(boxes), targets_of(truth), positive_iou=0.5, negative_iou=0.25)
+    assert found.positive[0].tolist() == [True, False] and not found.negative.any()
+
+
+def test_an_object_that_no_box_touches_has_no_best_box() -> None:
+    truth, boxes = torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([[50.0, 50, 60, 60], [70, 70, 80, 80]])
+    found = match(
+        boxes[None], all_valid(boxes), targets_of(truth), positive_iou=0.7, negative_iou=0.3, best_box_iou=0.0
+    )
+    assert not found.positive.any() and found.negative.all()

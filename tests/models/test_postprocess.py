@@ -106,3 +106,21 @@ def test_nms_result_equals_the_plain_one() -> None:
     above = (scores > 0.05).nonzero().squeeze(1)
     expected = above[nms(boxes[above], scores[above], 0.5)]
     torch.testing.assert_close(found.boxes[0, found.valid[0]], boxes[expected])
+
+
+def test_boxes_without_extent_are_no_detections() -> None:
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [20, 20, 20, 40], [30, 40, 50, 40]]])
+    found = select_detections(torch.full((1, 3, 1), 0.9), boxes, torch.ones(1, 3, dtype=torch.bool), **OPTIONS)
+    assert found.boxes[0, found.valid[0]].tolist() == [[0, 0, 10, 10]]
+
+
+def test_boxes_that_are_not_valid_are_no_detections() -> None:
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [20, 20, 30, 40]]])
+    found = select_detections(torch.full((1, 2, 1), 0.9), boxes, torch.tensor([[True, False]]), **OPTIONS)
+    assert found.boxes[0, found.valid[0]].tolist() == [[0, 0, 10, 10]]
+
+
+def test_soft_nms_leaves_other_classes_alone() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 9]])
+    scores = soft_nms_scores(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 2]))
+    assert scores.tolist() == pytest.approx([0.9, 0.8, 0.7])

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from cascade_rcnn.models import rpn as rpn_module
 from cascade_rcnn.models.anchors import AnchorGenerator
@@ -132,3 +133,66 @@ def test_proposals_shrink_as_the_details_say(limit_shrinking: bool) -> None:
     first = proposals.boxes[0, 0]
     width = 8 * 16 / 1000 if limit_shrinking else 8 * math.exp(-6)
     assert (first[2] - first[0]).item() == pytest.approx(width / 2, rel=1e-3), "half of it is in the image"
+
+
+def test_levels_do_not_suppress_each_other() -> None:
+    details = RPNDetails(nms_iou=0.3)
+    pyramid, sizes = [torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 4, 4)], torch.tensor([[64, 64]])
+
+    def proposed(strides: tuple[int, ...], levels: list[Tensor]) -> list[list[float]]:
+        anchors = AnchorGenerator(strides, scales=(1.0,), ratios=(1.0,), sizes=((32,),) * len(strides))
+        found = RPN(2, anchors, details=details).propose(levels, sizes)
+        return sorted(found.boxes[0, found.valid[0]].tolist())
+
+    fine, coarse = proposed((8,), pyramid[:1]), proposed((16,), pyramid[1:])
+    assert proposed((8, 16), pyramid) == sorted(fine + coarse)
+
+
+def test_anchors_are_positive_from_070_and_negative_below_030() -> None:
+    rpn = rpn_of_one_level(4.0, best_box_iou=2.0)
+    pyramid, sizes, targets = [torch.zeros(1, 2, 8, 8)], torch.tensor([[64, 64]]), Targets.empty(1)
+    targets.valid[0, 0] = True
+    for width, best in ((9.0, 9 / 32), (10.0, 10 / 32), (22.0, 22 / 32), (23.0, 23 / 32)):
+        targets.boxes[0, 0] = torch.tensor([0.0, 0, width, 32])  # within the anchor around (16, 16)
+        ious = box_iou(rpn.anchors([(8, 8)])[0], targets.boxes[0, :1])
+        assert ious.max().item() == pytest.approx(best)
+        losses, _ = rpn.loss(pyramid, sizes, targets)
+        drawn = losses["rpn_cls"].item() * 10**6 / math.log(2)
+        assert drawn == pytest.approx(int(((ious < 0.3) | (ious >= 0.7)).sum()), rel=1e-4)
+        assert (losses["rpn_box"].item() > 0) == (best >= 0.7)
+
+
+@pytest.mark.parametrize("beta", [1 / 9, 1.0])
+def test_the_box_loss_of_an_anchor(beta: float) -> None:
+    rpn = rpn_of_one_level(4.0, box_beta=beta, samples=100)
+    targets = Targets.empty(1)
+    targets.valid[0, 0], targets.boxes[0, 0] = True, torch.tensor([8.0, 0, 40, 32])  # the anchor of a cell, 8 to ...
+    targets.boxes[0, 0] += torch.tensor([3.2, 0, 3.2, 0])  # ... and a tenth of its width to the right
+    loss = rpn.loss([torch.zeros(1, 2, 8, 8)], torch.tensor([[64, 64]]), targets)[0]["rpn_box"].item()
+    matched = [shift for shift in (0.1, 0.1 - 0.25, 0.1 + 0.25) if (1 - abs(shift)) / (1 + abs(shift)) >= 0.7]
+    one = [abs(x) - beta / 2 if abs(x) >= beta else x * x / (2 * beta) for x in matched]
+    assert loss == pytest.approx(sum(one) / 100, rel=1e-4)
+
+
+def test_outputs_come_in_the_order_of_the_anchors() -> None:
+    rpn = rpn_of_one_level()
+    feature = torch.zeros(1, 2, 4, 6)
+    feature[0, 0, 1, 4] = 1.0
+    for layer in (rpn.conv, rpn.objectness, rpn.deltas):
+        torch.nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+        layer.weight.data[:, 0, layer.weight.shape[2] // 2, layer.weight.shape[3] // 2] = 1.0  # type: ignore[union-attr]
+    logits, deltas = rpn([feature])
+    place = 1 * 6 + 4
+    assert logits[0].nonzero().tolist() == [[0, place]] and deltas[0][0].any(dim=1).nonzero().tolist() == [[place]]
+    anchor = rpn.anchors([(4, 6)])[0][place]
+    assert ((anchor[:2] + anchor[2:]) / 2).tolist() == [4 * 8, 1 * 8]
+
+
+def test_training_and_test_have_their_own_numbers_of_proposals() -> None:
+    rpn = rpn_of_one_level(pre_nms=(30, 20), post_nms=(12, 7))
+    pyramid, sizes, targets = two_images()
+    assert rpn.loss(pyramid, sizes, targets)[1].boxes.shape[1] == 12
+    assert rpn.propose(pyramid, sizes).boxes.shape[1] == 7
+    rpn = rpn_of_one_level(pre_nms=(30, 20), post_nms=(100, 100))
+    assert rpn.loss(pyramid, sizes, targets)[1].boxes.shape[1] == 30
+    assert rpn.propose(pyramid, sizes).boxes.shape[1] == 20
