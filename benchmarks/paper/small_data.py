@@ -1,0 +1,53 @@
+"""Small data: AP by the number of images, one stage and cascade, from ImageNet and from a detector of another set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import run
+from jobs import read_settings
+from report import COLORS, Results, axes, markdown, save, shown
+
+SIZES = tuple(read_settings()["small"]["sizes"])
+ROWS = tuple(f"small{size}_{kind}_{begin}" for size in SIZES for kind in ("single", "cascade")
+             for begin in ("imagenet", "bccd"))
+KINDS = (("one stage, ImageNet", "single_imagenet"), ("cascade, ImageNet", "cascade_imagenet"),
+         ("one stage, blood-cell detector", "single_bccd"), ("cascade, blood-cell detector", "cascade_bccd"))
+
+
+def table(results: Results, pictures: Path) -> dict[str, Any]:
+    sizes = sorted({facts["images"] for facts in _all_facts(results)})
+    lines, numbers = [], []
+    figure, (panels,) = axes(2, width=3.8)
+    for color, (words, kind) in zip(COLORS, KINDS):
+        there = [size for size in sizes if results.has(f"small{size}_{kind}")]
+        for axis, iou, title in ((panels[0], None, "AP"), (panels[1], 0.75, "AP75")):
+            values = [results.value(f"small{size}_{kind}", iou=iou) for size in there]
+            errors = [[v["value"] - v["low"] for v in values], [v["high"] - v["value"] for v in values]]
+            axis.errorbar(there, [v["value"] for v in values], yerr=errors, color=color, label=words, marker="o",
+                          markersize=4, capsize=2)
+            axis.set(title=title, xlabel="images to learn from", ylabel="%", xscale="log")
+            axis.set_xticks(sizes, [str(size) for size in sizes])
+            axis.minorticks_off()
+        for size in there:
+            row, base = f"small{size}_{kind}", f"small{size}_single_imagenet"
+            value = {"AP": results.value(row), "AP50": results.value(row, iou=0.5), "AP75": results.value(row, iou=0.75)}
+            gain = None if row == base else results.difference((row, "final"), (base, "final"))
+            numbers.append({"images": size, "kind": kind, **value, "gain": gain})
+            seeds = " ".join(f"{one:.1f}" for one in value["AP"]["seeds"])
+            lines.append([str(size), words, *map(shown, value.values()), shown(gain, sign=True), seeds])
+    panels[0].legend()
+    save(figure, pictures / "small_data.png")
+    lines.sort(key=lambda line: int(line[0]))
+    head = ["images", "", "AP", "AP50", "AP75", "gain over one stage from ImageNet", "seeds"]
+    return {"markdown": markdown(head, lines), "rows": numbers}
+
+
+def _all_facts(results: Results) -> list[dict[str, Any]]:
+    rows = {path.name.rsplit("-s", 1)[0] for path in (results.work / "raw").glob("small*_*.json")}
+    return [facts for row in rows for facts in results.facts(row)]
+
+
+if __name__ == "__main__":
+    run.main(["small_data"])
