@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from product import (
     Config,
     DataSplit,
-    Detections,
     DetectionDataset,
+    Detections,
     ImageBatch,
     Targets,
     encode_boxes,

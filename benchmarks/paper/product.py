@@ -141,7 +141,7 @@ def _our_networks(integral: Sequence[float]) -> Iterator[None]:
 def train_network(config: Config, out: Path, *, device: str, integral: Sequence[float] = ()) -> Path:
     """Train, or go on with a training that was interrupted; returns the checkpoint."""
     with _our_networks(integral):
-        return train(config, out=out, resume=(out / "state").exists(), device=device)
+        return train(config, out=out, resume=out.exists(), device=device)
 
 
 def load_network(path: Path, *, device: str, integral: Sequence[float] = ()) -> tuple[Any, Config, tuple[str, ...]]:

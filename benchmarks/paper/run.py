@@ -17,20 +17,26 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+import report
+from jobs import all_jobs, read_settings
+from prepare import prepare
+from scores import score_all
+from work import Place, Team, do_all, say
 
 TABLES = ("single", "rivals", "stages", "heads", "each_alone", "depth", "hypotheses", "regressors", "deltas", "masks",
           "backbones", "small_data")
 HERE = Path(__file__).resolve().parent
-STEPS_TRIED = 40  # in a calibration
-SHARE_FOR_TRAINING = 0.8  # of the time; the rest is for looking at the trained networks, and for the end
+# For --minutes: steps in a trial, the share of the time that it may take, what a job takes beside its steps, and the
+# share of what is left that is planned (trainings end at different times, and the last leave processes idle).
+STEPS_TRIED, SHARE_FOR_TRIAL, SECONDS_FOR_LOOKING, SHARE_FOR_TRAINING = 40, 0.25, 6.0, 0.85
 
 
 def main(tables: list[str] | None = None) -> int:
     """All tables, or those named."""
-    import report
-
     parser = report.arguments(__doc__ if tables is None else None)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=tables or list(TABLES))
     parser.add_argument("--minutes", type=float, help="choose the number of steps so that all is done in this time")
@@ -39,10 +45,6 @@ def main(tables: list[str] | None = None) -> int:
     parser.add_argument("--keep-states", action="store_true", help="keep the optimizers' states of finished trainings")
     given = parser.parse_args()
     started = time.monotonic()
-
-    from jobs import all_jobs, read_settings
-    from prepare import prepare
-    from work import Place, do_all, say
 
     settings = read_settings(quick=given.quick)
     if given.seeds:
@@ -57,8 +59,7 @@ def main(tables: list[str] | None = None) -> int:
         say("preparing the data")
         prepare(settings, sources, place.work, processes=os.cpu_count() or 1)
         deadline = started + given.minutes * 60 if given.minutes else float("inf")
-        _choose_steps(settings, place, names, given.processes, deadline if given.minutes else 0.0)
-        left = do_all(names, settings, place, processes=given.processes, deadline=deadline)
+        left = _train(settings, place, names, processes=given.processes, deadline=deadline)
         say(f"trained: {len(names) - len(left)} of {len(names)} in {(time.monotonic() - started) / 60:.1f} minutes")
     if not given.only_train:
         _report(given, settings, place.work, names)
@@ -77,29 +78,35 @@ def _wanted(tables: list[str], jobs: dict[str, Any], *, everything: bool) -> lis
     return [name for name in jobs if name in names]
 
 
-def _choose_steps(settings: dict[str, Any], place: Any, names: list[str], processes: int, deadline: float) -> None:
-    """Of a run that was begun: its own number of steps. With a deadline: what the machine can give each training."""
-    from jobs import all_jobs
-    from work import Team, say
-
+def _train(
+    settings: dict[str, Any], place: Place, names: list[str], *, processes: int, deadline: float
+) -> list[str]:
+    """Choose the number of steps, unless the run that goes on has one, and do the jobs; returns those left undone."""
+    team = Team(place, processes) if processes > 1 else None
     plan = place.work / "plan.json"
-    if plan.is_file():
-        settings["steps"] = json.loads(plan.read_text(encoding="utf-8"))["steps"]
-    elif deadline:
-        with Team(settings, place, max(processes, 2)) as team:
-            seconds = team.calibrate(all_jobs(settings)[names[0]], STEPS_TRIED, deadline)
-        time_left = (deadline - time.monotonic()) * SHARE_FOR_TRAINING
-        steps = int(time_left * max(processes, 2) / seconds / len(names))
-        settings["steps"] = max(50, steps // 50 * 50)
-    plan.write_text(json.dumps({"steps": settings["steps"]}), encoding="utf-8")
-    say(f"{settings['steps']} steps for each of {len(names)} trainings")
+    with team or nullcontext():
+        if plan.is_file():
+            settings["steps"] = json.loads(plan.read_text(encoding="utf-8"))["steps"]
+        elif team is not None and deadline < float("inf"):
+            settings["steps"] = _affordable_steps(team, settings, len(names), processes, deadline)
+        plan.write_text(json.dumps({"steps": settings["steps"]}), encoding="utf-8")
+        say(f"{settings['steps']} steps for each of {len(names)} trainings")
+        return do_all(names, settings, place, team=team, deadline=deadline)
+
+
+def _affordable_steps(team: Team, settings: dict[str, Any], count: int, processes: int, deadline: float) -> int:
+    """Steps for each of ``count`` trainings, measured with all processes at work on the largest network."""
+    now = time.monotonic()
+    first = next(iter(all_jobs(settings).values()))
+    seconds = team.calibrate(first, settings | {"steps": STEPS_TRIED}, now + (deadline - now) * SHARE_FOR_TRIAL)
+    if seconds is None:
+        return int(settings["steps"])
+    left = (deadline - time.monotonic() - count / processes * SECONDS_FOR_LOOKING) * SHARE_FOR_TRAINING
+    return min(settings["most_steps"], max(50, int(left * processes / seconds / count) // 25 * 25))
 
 
 def _report(given: Any, settings: dict[str, Any], work: Path, names: list[str]) -> None:
     import report
-    from scores import score_all
-    from work import say
-
     say("scoring")
     score_all(work, names, settings["bootstrap"], processes=os.cpu_count() or 1)
     results = report.Results(work, settings["seeds"])
@@ -121,5 +128,4 @@ def _report(given: Any, settings: dict[str, Any], work: Path, names: list[str]) 
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
     sys.exit(main())

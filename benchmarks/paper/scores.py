@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from explore import read_ways
 from numpy.typing import NDArray
 from product import IOUS, coco_truth, evaluate_coco, open_split
-
-from explore import read_ways
 
 RECALLS = np.linspace(0, 1, 101)
 TOLERANCE = 2e-3  # boxes are stored in 1/64 pixels, and COCO breaks ties between objects in another order

@@ -32,7 +32,7 @@ def table(results: Results, pictures: Path) -> dict[str, Any]:
             axis.minorticks_off()
         for size in there:
             row, base = f"small{size}_{kind}", f"small{size}_single_imagenet"
-            value = {"AP": results.value(row), "AP50": results.value(row, iou=0.5), "AP75": results.value(row, iou=0.75)}
+            value = {name: results.value(row, iou=iou) for name, iou in (("AP", None), ("AP50", 0.5), ("AP75", 0.75))}
             gain = None if row == base else results.difference((row, "final"), (base, "final"))
             numbers.append({"images": size, "kind": kind, **value, "gain": gain})
             seeds = " ".join(f"{one:.1f}" for one in value["AP"]["seeds"])

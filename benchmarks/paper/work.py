@@ -12,6 +12,7 @@ import json
 import multiprocessing as mp
 import os
 import queue
+import shutil
 import signal
 import sys
 import time
@@ -22,7 +23,7 @@ from typing import Any
 
 from jobs import Job, all_jobs, job_config, train_split
 
-EVERYTHING = ("cascade", "single5", "single6", "single7", "none", "iou", "statistics", "stages2", "stages4")
+EVERYTHING = ("cascade", "single5", "single6", "single7", "stages4")  # rows that some table looks into
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,8 @@ class Place:
 def do_job(job: Job, settings: dict[str, Any], place: Place) -> dict[str, Any]:
     """Train a job's network and look at it; returns what is written to its json."""
     import torch
-    from product import LAST, coco_truth, load_network, open_split, train_network
-
     from explore import look_at_split, look_at_training, save_ways
+    from product import LAST, coco_truth, load_network, open_split, train_network
 
     root = place.work / "data" / job.data
     images = len(open_split(root, train_split(job, settings)))
@@ -108,15 +108,18 @@ def is_done(name: str, place: Place) -> bool:
 
 
 def do_all(
-    names: list[str], settings: dict[str, Any], place: Place, *, processes: int = 1, deadline: float = float("inf")
+    names: list[str], settings: dict[str, Any], place: Place, *, team: Team | None = None,
+    deadline: float = float("inf"),
 ) -> list[str]:
-    """Do the jobs that are not done yet, until ``deadline`` (of ``time.monotonic``); returns those left undone."""
+    """Do the jobs that are not done yet, until ``deadline`` (of ``time.monotonic``); returns those left undone.
+
+    A ``team`` does several at once.
+    """
     jobs = all_jobs(settings)
     left = [name for name in names if not is_done(name, place)]
     say(f"{len(names) - len(left)} of {len(names)} jobs are done")
-    if processes > 1:
-        with Team(settings, place, processes) as team:
-            team.work(left, jobs, deadline)
+    if team is not None:
+        team.work(left, settings, jobs, deadline)
     else:
         for number, name in enumerate(left, start=1):
             if time.monotonic() < deadline:
@@ -132,13 +135,14 @@ def say(text: str) -> None:
 class Team:
     """Worker processes that each do one job after the other; a job starts when those that it needs are done."""
 
-    def __init__(self, settings: dict[str, Any], place: Place, processes: int) -> None:
-        self._settings, self._place = settings, place
+    def __init__(self, place: Place, processes: int) -> None:
+        self._place = place
         context = mp.get_context("spawn")
         self._answers: Any = context.Queue()
+        self._busy = set(range(processes))  # with a calibration
         self._questions: list[Any] = [context.Queue() for _ in range(processes)]
         self._processes = [
-            context.Process(target=_serve, args=(number, settings, place, question, self._answers))
+            context.Process(target=_serve, args=(number, place, question, self._answers))
             for number, question in enumerate(self._questions)
         ]
 
@@ -161,20 +165,24 @@ class Team:
             if process.is_alive():
                 process.kill()
 
-    def calibrate(self, job: Job, steps: int, deadline: float) -> float:
-        """Seconds per step while every worker trains at once, the slowest's; the runs are thrown away."""
+    def calibrate(self, job: Job, settings: dict[str, Any], deadline: float) -> float | None:
+        """Seconds per step while every worker trains at once; None where none is through before the deadline."""
         for number, question in enumerate(self._questions):
-            question.put((replace(job, row=f"calibration{number}"), self._settings | {"steps": steps}))
+            question.put((replace(job, row=f"calibration{number}"), settings))
         answers = [self._answer(deadline) for _ in self._questions]
+        for worker in {answer[0] for answer in answers if answer is not None}:
+            self._busy.discard(worker)
         seconds = [answer[2] for answer in answers if answer is not None and answer[1]]
-        assert seconds, "no worker could train: see the logs"
+        for answer in answers:
+            if answer is not None and not answer[1]:
+                raise SystemExit(f"the trial failed: {answer[2]}; see {self._place.work / 'logs'}")
         say(f"seconds per step of {len(seconds)} workers: {sorted(round(one, 3) for one in seconds)}")
-        return float(sum(seconds) / len(seconds))
+        return float(sum(seconds) / len(seconds)) if seconds else None
 
-    def work(self, names: list[str], jobs: dict[str, Job], deadline: float) -> None:
+    def work(self, names: list[str], settings: dict[str, Any], jobs: dict[str, Job], deadline: float) -> None:
         """Hand out the jobs in their order until all are done or the deadline is over."""
         waiting, running, failed = list(names), {}, set()
-        idle = [number for number in range(len(self._processes)) if self._processes[number].is_alive()]
+        idle = [n for n, process in enumerate(self._processes) if process.is_alive() and n not in self._busy]
         done = {name for name in jobs if is_done(name, self._place)}
         while (waiting or running) and time.monotonic() < deadline:
             for name in list(waiting):
@@ -182,7 +190,7 @@ class Team:
                 if ready and idle:
                     waiting.remove(name)
                     running[worker := idle.pop(0)] = name
-                    self._questions[worker].put((jobs[name], self._settings))
+                    self._questions[worker].put((jobs[name], settings))
             if not running:
                 break  # what is left waits for something that failed
             answer = self._answer(min(deadline, time.monotonic() + 2))
@@ -192,12 +200,12 @@ class Team:
                     failed.add(running.pop(worker))
                 continue
             worker, fine, what = answer
-            name = running.pop(worker)
+            name = running.pop(worker, "calibration")  # a worker that was late with it
             idle.append(worker)
-            if fine:
+            if fine and name != "calibration":
                 done.add(name)
                 say(f"{len(done)} done, {len(waiting)} waiting: {name} {what}")
-            else:
+            elif not fine:
                 failed.add(name)
                 say(f"{name} FAILED: {what}")
 
@@ -207,7 +215,7 @@ class Team:
         return None
 
 
-def _serve(number: int, settings: dict[str, Any], place: Place, questions: Any, answers: Any) -> None:
+def _serve(number: int, place: Place, questions: Any, answers: Any) -> None:
     """A worker: answers (its number, whether it went well, what happened)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells us
     log = open(place.work / "logs" / f"worker{number}.txt", "a", buffering=1)  # noqa: SIM115, PTH123
@@ -237,4 +245,6 @@ def _calibration(job: Job, settings: dict[str, Any], place: Place) -> float:
     config = job_config(job, settings, work=place.work, weights=place.weights, images=images, loaders=place.loaders)
     run = place.work / "trained" / job.name
     train_network(config, run, device=place.device)
-    return float(config.train.batch_size / speed_of(run))
+    speed = speed_of(run)
+    shutil.rmtree(run)
+    return float(config.train.batch_size / speed)
