@@ -146,6 +146,8 @@ def _look_at_cascade(network: Network, look: Look, images: ImageBatch, given: Im
         look.keep(f"stage{k + 1}", network.select([logits], moved, valid), images)
         look.keep(f"ensemble{k + 1}", network.select(own, moved, valid), images)
     look.ways["final"] = look.ways[f"ensemble{network.stages}"]
+    if network.stages != 3:
+        return
     for b in range(network.stages):
         for k in range(network.stages):
             logits, moved = network.head(k, pyramid, entering[b], valid, given.sizes)

@@ -28,7 +28,8 @@ from cascade_rcnn.data.loader import eval_loader, train_loader
 from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.data.synthetic_shapes import generate_shapes
 from cascade_rcnn.evaluation.coco import IOUS, coco_truth, evaluate_coco
-from cascade_rcnn.inference.detections import Detections, to_detections
+from cascade_rcnn.inference.detections import Detections
+from cascade_rcnn.inference.run_model import to_detections
 from cascade_rcnn.models.box_head import BoxHead
 from cascade_rcnn.models.boxes import encode_boxes, pairwise_iou
 from cascade_rcnn.models.build import build_model

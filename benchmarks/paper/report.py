@@ -184,6 +184,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processes", type=int, default=1, help="trainings at once")
     parser.add_argument("--loaders", type=int, default=0, help="reading processes for each training")
+    parser.add_argument("--scorers", type=int, default=1, help="scoring processes beside several trainings at once")
     parser.add_argument("--results", type=Path, help="default: benchmarks/paper/results; with --quick in WORK")
     parser.add_argument("--pictures", type=Path, help="default: docs/images/paper; with --quick in WORK")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: those of config.yaml")

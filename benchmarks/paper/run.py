@@ -51,7 +51,8 @@ def main(tables: list[str] | None = None) -> int:
         settings["seeds"] = given.seeds
     work = given.work / "quick" if given.quick else given.work
     work.mkdir(parents=True, exist_ok=True)
-    place = Place(work.resolve(), given.weights.resolve(), given.device, given.loaders, given.keep_states)
+    weights = given.weights.resolve()
+    place = Place(work.resolve(), weights, given.device, given.loaders, given.scorers, given.keep_states)
     names = _wanted(given.tables, all_jobs(settings), everything=len(given.tables) == len(TABLES))
     sources = {name: Path(folder) for name, _, folder in (one.partition("=") for one in given.data)}
     left: list[str] = []

@@ -86,14 +86,14 @@ def _class_ap(
     weight, found = weight[used], found[used]
     if not len(weight):
         return np.zeros(found.shape[1])
-    all_seen = np.cumsum(weight)
-    total = float((objects * times).sum())
+    good = np.cumsum(weight[:, None] * found, axis=0)  # [N, T]
+    precision = good / np.cumsum(weight)[:, None]
+    precision = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
+    recall = good / float((objects * times).sum())
     result = np.zeros(found.shape[1])
     for t in range(found.shape[1]):
-        good = np.cumsum(weight * found[:, t])
-        precision = np.maximum.accumulate((good / all_seen)[::-1])[::-1]
-        place = np.searchsorted(good / total, RECALLS, side="left")
-        result[t] = precision[place[place < len(precision)]].sum() / len(RECALLS)
+        place = np.searchsorted(recall[:, t], RECALLS, side="left")
+        result[t] = precision[place[place < len(precision)], t].sum() / len(RECALLS)
     return result
 
 
@@ -116,10 +116,16 @@ def score_job(work: Path, name: str, bootstrap: int) -> Path:
     drawn = samples(len(split), bootstrap)
     limit = 300
     arrays: dict[str, NDArray[Any]] = {"bootstrap": np.array(bootstrap)}
-    for way, found in read_ways(raw / f"{name}.npz").items():
+    ways = read_ways(raw / f"{name}.npz")
+    same = next((way for way in ("round1", *(f"ensemble{k}" for k in range(9, 1, -1))) if way in ways), "")
+    if same:  # which is what the product does
+        del ways["final"]
+    for way, found in ways.items():
         results = _results(found, [image["id"] for image in truth["images"]], split.category_ids)
         matched = _match_boxes(found, split, limit)
         arrays |= _scored(way, matched, evaluate_coco(truth, results, iou_type="bbox", max_detections=limit), drawn)
+    if same:
+        arrays |= {f"final/{what}": arrays[f"{same}/{what}"] for what in ("ap", "samples")}
     masks = raw / f"{name}.masks.json.gz"
     if masks.exists():
         with gzip.open(masks, "rt") as file:

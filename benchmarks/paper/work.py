@@ -34,6 +34,7 @@ class Place:
     weights: Path
     device: str = "cpu"
     loaders: int = 0  # processes that read images, for each training
+    scorers: int = 0  # processes that score what is done, beside the trainings of a team
     keep: bool = True  # the optimizer's state of finished trainings (half the disk space)
 
 
@@ -139,8 +140,10 @@ class Team:
         self._place = place
         context = mp.get_context("spawn")
         self._answers: Any = context.Queue()
-        self._busy = set(range(processes))  # with a calibration
+        self._busy: set[int] = set()  # with a calibration
         self._questions: list[Any] = [context.Queue() for _ in range(processes)]
+        self._to_score: Any = context.Queue()
+        self._scorers = [context.Process(target=_score, args=(place, self._to_score)) for _ in range(place.scorers)]
         self._processes = [
             context.Process(target=_serve, args=(number, place, question, self._answers))
             for number, question in enumerate(self._questions)
@@ -148,13 +151,15 @@ class Team:
 
     def __enter__(self) -> Team:
         (self._place.work / "logs").mkdir(parents=True, exist_ok=True)
-        for process in self._processes:
+        for process in (*self._processes, *self._scorers):
             process.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for question in self._questions:
             question.put(None)
+        for _ in self._scorers:
+            self._to_score.put(None)
         end = time.monotonic() + 5
         for process in self._processes:
             process.join(max(0.0, end - time.monotonic()))
@@ -164,11 +169,14 @@ class Team:
             process.join(5)
             if process.is_alive():
                 process.kill()
+        for process in self._scorers:
+            process.join()
 
     def calibrate(self, job: Job, settings: dict[str, Any], deadline: float) -> float | None:
         """Seconds per step while every worker trains at once; None where none is through before the deadline."""
         for number, question in enumerate(self._questions):
             question.put((replace(job, row=f"calibration{number}"), settings))
+            self._busy.add(number)
         answers = [self._answer(deadline) for _ in self._questions]
         for worker in {answer[0] for answer in answers if answer is not None}:
             self._busy.discard(worker)
@@ -191,19 +199,22 @@ class Team:
                     waiting.remove(name)
                     running[worker := idle.pop(0)] = name
                     self._questions[worker].put((jobs[name], settings))
-            if not running:
+            if not running and not self._busy:
                 break  # what is left waits for something that failed
             answer = self._answer(min(deadline, time.monotonic() + 2))
             if answer is None:
+                self._busy = {one for one in self._busy if self._processes[one].is_alive()}
                 for worker in [one for one in running if not self._processes[one].is_alive()]:
                     say(f"{running[worker]}: its process ended; see logs")
                     failed.add(running.pop(worker))
                 continue
             worker, fine, what = answer
+            self._busy.discard(worker)
             name = running.pop(worker, "calibration")  # a worker that was late with it
             idle.append(worker)
             if fine and name != "calibration":
                 done.add(name)
+                self._to_score.put((name, settings["bootstrap"]))
                 say(f"{len(done)} done, {len(waiting)} waiting: {name} {what}")
             elif not fine:
                 failed.add(name)
@@ -236,6 +247,20 @@ def _serve(number: int, place: Place, questions: Any, answers: Any) -> None:
         except Exception as error:
             traceback.print_exc()
             answers.put((number, False, f"{type(error).__name__}: {str(error)[:300]}"))
+
+
+def _score(place: Place, names: Any) -> None:
+    """Scores what is done beside the trainings, politely."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "nice"):
+        os.nice(10)
+    from scores import score_job
+
+    while (one := names.get()) is not None:
+        try:
+            score_job(place.work, *one)
+        except Exception as error:
+            say(f"{one[0]} could not be scored: {type(error).__name__}: {error}")
 
 
 def _calibration(job: Job, settings: dict[str, Any], place: Place) -> float:
