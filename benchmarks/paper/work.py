@@ -170,7 +170,9 @@ class Team:
             if process.is_alive():
                 process.kill()
         for process in self._scorers:
-            process.join()
+            process.join(20)
+            if process.is_alive():
+                process.kill()  # what is left is scored when the tables are made
 
     def calibrate(self, job: Job, settings: dict[str, Any], deadline: float) -> float | None:
         """Seconds per step while every worker trains at once; None where none is through before the deadline."""
