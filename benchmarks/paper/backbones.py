@@ -8,8 +8,16 @@ from typing import Any
 import run
 from report import COLORS, IOUS, Results, ap_table, axes, save
 
-ROWS = ("single5", "cascade", "lite2_single", "lite2_cascade", "resnet_single", "resnet_cascade", "bccd_single",
-        "bccd_cascade")
+ROWS = (
+    "single5",
+    "cascade",
+    "lite2_single",
+    "lite2_cascade",
+    "resnet_single",
+    "resnet_cascade",
+    "bccd_single",
+    "bccd_cascade",
+)
 PAIRS = (
     ("nuclei, EfficientNet-Lite0", "single5", "cascade"),
     ("nuclei, EfficientNet-Lite2", "lite2_single", "lite2_cascade"),
@@ -28,10 +36,9 @@ def table(results: Results, pictures: Path) -> dict[str, Any]:
         text, found = ap_table(results, entries, ious=(0.5, 0.75, 0.9))
         texts.append(text.replace(f"gain over {words}: one stage", "gain over one stage"))
         numbers += found
-        gains = [results.difference((cascade, "final"), (single, "final"), iou) for iou in IOUS]
-        axis.plot(IOUS, [one["value"] for one in gains if one], color=color, label=words, marker="o", markersize=3)
-        axis.fill_between(IOUS, [one["low"] for one in gains if one], [one["high"] for one in gains if one],
-                          color=color, alpha=0.1)
+        gains = [gain for iou in IOUS if (gain := results.difference((cascade, "final"), (single, "final"), iou))]
+        axis.plot(IOUS, [one["value"] for one in gains], color=color, label=words, marker="o", markersize=3)
+        axis.fill_between(IOUS, [g["low"] for g in gains], [g["high"] for g in gains], color=color, alpha=0.1)
     axis.axhline(0, color="#9aa0a8", linewidth=0.8)
     axis.set(title="what a cascade adds", xlabel="IoU from which a detection counts", ylabel="gain in AP (points)")
     axis.legend()

@@ -23,17 +23,33 @@ def table(results: Results, pictures: Path) -> dict[str, Any]:
     figure, ((shift, size),) = axes(2, width=3.6)
     for place, (name, words) in enumerate(KINDS.items()):
         for suffix, which in (("", "IoU ≥ .5"), ("_positive", "positive in this stage")):
-            each = [facts["training"]["deltas"][name + suffix] for facts in results.facts("cascade")
-                    if name + suffix in facts["training"]["deltas"]]
+            each = [
+                facts["training"]["deltas"][name + suffix]
+                for facts in results.facts("cascade")
+                if name + suffix in facts["training"]["deltas"]
+            ]
             if not each:
                 continue
             std = np.mean([one["std"] for one in each], axis=0)
             quantiles = np.mean([one["quantiles"] for one in each], axis=0)  # [4, Q]
-            numbers.append({"stage": name, "which": which, "std": np.round(std, 4).tolist(),
-                            "quantiles": np.round(quantiles, 4).tolist(), "count": [one["count"] for one in each]})
-            lines.append([f"{words}, {which}", *(f"{one:.3f}" for one in std),
-                          f"{quantiles[0, 0]:+.3f} to {quantiles[0, -1]:+.3f}",
-                          f"{quantiles[2, 0]:+.3f} to {quantiles[2, -1]:+.3f}", SETTING[place]])
+            numbers.append(
+                {
+                    "stage": name,
+                    "which": which,
+                    "std": np.round(std, 4).tolist(),
+                    "quantiles": np.round(quantiles, 4).tolist(),
+                    "count": [one["count"] for one in each],
+                }
+            )
+            lines.append(
+                [
+                    f"{words}, {which}",
+                    *(f"{one:.3f}" for one in std),
+                    f"{quantiles[0, 0]:+.3f} to {quantiles[0, -1]:+.3f}",
+                    f"{quantiles[2, 0]:+.3f} to {quantiles[2, -1]:+.3f}",
+                    SETTING[place],
+                ]
+            )
             for axis, side in ((shift, 0), (size, 2)):
                 x = place + (0.12 if suffix else -0.12)
                 color = COLORS[bool(suffix)]

@@ -21,15 +21,24 @@ ENTRIES = (
 def table(results: Results, pictures: Path) -> dict[str, Any]:
     text, numbers = ap_table(results, ENTRIES, ious=(0.5, 0.75, 0.9))
     figure, ((axis,),) = axes()
-    for color, name in zip(COLORS, ("AP", "AP50", "AP75", "AP90")):
-        there = [one for one in numbers if one["way"] == "final"]
-        places = [int(one["label"][0]) for one in there]
-        values = [one[name] for one in there]
-        errors = [[v["value"] - v["low"] for v in values], [v["high"] - v["value"] for v in values]]
-        axis.errorbar(places, [v["value"] for v in values], yerr=errors, color=color, label=name, marker="o",
-                      markersize=4, capsize=2)
-    axis.set(title="number of stages", xlabel="stages", ylabel="%", xticks=(1, 2, 3, 4))
-    axis.legend(ncols=2)
+    there = [entry for entry in ENTRIES[1:4] if results.has(*entry[1:3])]
+    for number, (color, (name, iou)) in enumerate(
+        zip(COLORS, (("AP", None), ("AP50", 0.5), ("AP75", 0.75), ("AP90", 0.9)))
+    ):
+        gains = [results.difference(entry[1:3], ENTRIES[0][1:3], iou) for entry in there]
+        points = [(int(entry[0][0]) + 0.06 * number, gain) for entry, gain in zip(there, gains) if gain]
+        axis.errorbar(
+            [1, *(x for x, _ in points)],
+            [0, *(g["value"] for _, g in points)],
+            yerr=[[0, *(g["value"] - g["low"] for _, g in points)], [0, *(g["high"] - g["value"] for _, g in points)]],
+            color=color,
+            label=name,
+            marker="o",
+            markersize=4,
+            capsize=2,
+        )
+    axis.set(title="gain over one stage", xlabel="stages", ylabel="points", xticks=(1, 2, 3, 4))
+    axis.legend()
     save(figure, pictures / "depth.png")
     return {"markdown": text, "rows": numbers}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import run
-from report import Results, ap_table, axes, draw_curves, save
+from report import Results, ap_table, draw_both
 
 ROWS = ("none", "iou", "statistics", "cascade")
 ENTRIES = (
@@ -19,9 +19,7 @@ ENTRIES = (
 
 def table(results: Results, pictures: Path) -> dict[str, Any]:
     text, numbers = ap_table(results, ENTRIES, ious=(0.5, 0.75, 0.9))
-    figure, ((axis,),) = axes()
-    draw_curves(axis, results, [entry[:3] for entry in ENTRIES], "rising IoU and statistics")
-    save(figure, pictures / "each_alone.png")
+    draw_both(results, [entry[:3] for entry in ENTRIES], pictures / "each_alone.png")
     return {"markdown": text, "rows": numbers}
 
 

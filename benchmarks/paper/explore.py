@@ -51,9 +51,7 @@ class Network:
         proposals = self.model.rpn.propose(pyramid, images.sizes)
         return pyramid, proposals.boxes, proposals.valid
 
-    def head(
-        self, k: int, pyramid: list[Tensor], boxes: Tensor, valid: Tensor, sizes: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def head(self, k: int, pyramid: list[Tensor], boxes: Tensor, valid: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits [B, N, K + 1] of head ``k`` (0, 1, ...) and the boxes [B, N, 4] that it makes of ``boxes``."""
         features = self.cascade._pool_for_head(k, pyramid, boxes, valid)
         logits, deltas = self.cascade._apply_head(k, features)
@@ -65,8 +63,13 @@ class Network:
         details = self.cascade.details
         probabilities = torch.stack(logits).mean(dim=0).softmax(dim=-1)
         return select_detections(
-            probabilities[..., :-1], boxes, valid, score_threshold=details.score_threshold, nms=details.nms,
-            nms_iou=details.nms_iou, max_detections=details.max_detections,
+            probabilities[..., :-1],
+            boxes,
+            valid,
+            score_threshold=details.score_threshold,
+            nms=details.nms,
+            nms_iou=details.nms_iou,
+            max_detections=details.max_detections,
         )
 
 
@@ -90,8 +93,11 @@ class Regression:
 
     def summary(self) -> dict[str, list[float]]:
         many = np.maximum(self.count, 1)
-        return {"count": self.count.tolist(), "before": (self.before / many).tolist(),
-                "after": (self.after / many).tolist()}
+        return {
+            "count": self.count.tolist(),
+            "before": (self.before / many).tolist(),
+            "after": (self.after / many).tolist(),
+        }
 
 
 class Look:
@@ -108,8 +114,15 @@ class Look:
 
 @torch.inference_mode()
 def look_at_split(
-    model: Any, config: Config, names: tuple[str, ...], split: DataSplit, *, everything: bool,
-    other: Any | None = None, device: str, batch_size: int = 8,
+    model: Any,
+    config: Config,
+    names: tuple[str, ...],
+    split: DataSplit,
+    *,
+    everything: bool,
+    other: Any | None = None,
+    device: str,
+    batch_size: int = 8,
 ) -> Look:
     """Detections of a network on a split.
 
@@ -197,9 +210,7 @@ class Hypotheses:
         self._sample: Callable[..., Any] = cascade._sample
         cascade._sample = self._look_and_sample
 
-    def _look_and_sample(
-        self, boxes: Tensor, valid: Tensor, targets: Targets, original: Any, *, stage: int
-    ) -> Any:
+    def _look_and_sample(self, boxes: Tensor, valid: Tensor, targets: Targets, original: Any, *, stage: int) -> Any:
         samples = self._sample(boxes, valid, targets, original, stage=stage)
         if stage == 0:
             self._add("proposals", boxes, valid, targets, 0.5)
@@ -225,7 +236,9 @@ class Hypotheses:
             values = torch.cat(parts).numpy().reshape(-1, 4)
             if len(values) > 1:
                 found["deltas"][name] = {
-                    "count": len(values), "std": values.std(axis=0).tolist(), "mean": values.mean(axis=0).tolist(),
+                    "count": len(values),
+                    "std": values.std(axis=0).tolist(),
+                    "mean": values.mean(axis=0).tolist(),
                     "quantiles": np.quantile(values, QUANTILES, axis=0).T.tolist(),  # [4, Q]
                 }
         return found

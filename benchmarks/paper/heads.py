@@ -26,10 +26,16 @@ def table(results: Results, pictures: Path) -> dict[str, Any]:
     for row in range(3):
         for column in range(3):
             dark = values[row, column] > values.mean() + 0.3 * np.ptp(values)
-            axis.text(column, row, f"{values[row, column]:.1f}", ha="center", va="center",
-                      color="white" if dark else "black")
-    axis.set(title="AP (%) of each head on each stage's boxes", xticks=range(3), yticks=range(3),
-             xticklabels=[f"head {k}" for k in (1, 2, 3)], yticklabels=[f"boxes {k}" for k in (1, 2, 3)])
+            axis.text(
+                column, row, f"{values[row, column]:.1f}", ha="center", va="center", color="white" if dark else "black"
+            )
+    axis.set(
+        title="AP (%) of each head on each stage's boxes",
+        xticks=range(3),
+        yticks=range(3),
+        xticklabels=[f"head {k}" for k in (1, 2, 3)],
+        yticklabels=[f"boxes {k}" for k in (1, 2, 3)],
+    )
     save(figure, pictures / "heads.png")
     return {"markdown": markdown(["", "head 1", "head 2", "head 3", "paper"], lines), "rows": numbers}
 

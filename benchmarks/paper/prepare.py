@@ -27,8 +27,14 @@ def prepare(settings: dict[str, Any], sources: dict[str, Path], work: Path, *, p
         source = sources.get(name)
         if settings["quick"] and source is None:
             shapes = settings["shapes"]
-            source = generate_shapes(work / f"shapes_{name}", train_images=shapes["train"], val_images=shapes["val"],
-                                     size=shapes["size"], objects=(1, 4), seed=len(name))
+            source = generate_shapes(
+                work / f"shapes_{name}",
+                train_images=shapes["train"],
+                val_images=shapes["val"],
+                size=shapes["size"],
+                objects=(1, 4),
+                seed=len(name),
+            )
         assert source is not None, f"no folder for {name}: give --data {name}=FOLDER"
         for split in (own["train"], own["val"]):
             _write_split(open_split(source, split), out, split.replace("+", "_"), own, processes)
@@ -46,8 +52,7 @@ def _write_split(split: DataSplit, out: Path, name: str, own: dict[str, Any], pr
         by_image[one["image_id"]].append(one)
     dataset = DetectionDataset(split, config, training=False)
     ids = [dataset.packed.image_id(row) for row in range(len(dataset))]
-    tasks = [(dataset, row, by_image[image], out / "images" / f"{name}_{row:05d}.bmp")
-             for row, image in enumerate(ids)]
+    tasks = [(dataset, row, by_image[image], out / "images" / f"{name}_{row:05d}.bmp") for row, image in enumerate(ids)]
     if processes > 1:
         with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
             done = list(pool.map(_write_image, *zip(*tasks), chunksize=8))
@@ -56,8 +61,9 @@ def _write_split(split: DataSplit, out: Path, name: str, own: dict[str, Any], pr
     images, annotations = [], []
     for number, (image, objects) in enumerate(done, start=1):
         images.append({"id": number, **image})
-        annotations += [{**one, "image_id": number, "id": len(annotations) + k}
-                        for k, one in enumerate(objects, start=1)]
+        annotations += [
+            {**one, "image_id": number, "id": len(annotations) + k} for k, one in enumerate(objects, start=1)
+        ]
     content = {"images": images, "annotations": annotations, "categories": truth["categories"]}
     (out / f"instances_{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
@@ -101,6 +107,9 @@ def _write_subsets(out: Path, split: str, sizes: list[int], seed: int) -> None:
     for size in sizes:
         images = [content["images"][row] for row in sorted(order[:size])]
         ids = {image["id"] for image in images}
-        part = {"images": images, "categories": content["categories"],
-                "annotations": [one for one in content["annotations"] if one["image_id"] in ids]}
+        part = {
+            "images": images,
+            "categories": content["categories"],
+            "annotations": [one for one in content["annotations"] if one["image_id"] in ids],
+        }
         (out / f"instances_{split}{size}_{seed}.json").write_text(json.dumps(part), encoding="utf-8")

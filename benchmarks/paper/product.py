@@ -117,9 +117,7 @@ def build(config: ModelConfig, num_classes: int, *, pretrained: bool = False, in
     model.rpn.details = dataclasses.replace(model.rpn.details, box_beta=1 / 9, inside_only=False)
     if integral:
         head = IntegralHead(config.fpn_channels, num_classes, width=config.head_channels, judges=len(integral))
-        own = IntegralCascade(
-            [head], [], stds=cascade.stds.tolist(), strides=cascade.strides, details=cascade.details
-        )
+        own = IntegralCascade([head], [], stds=cascade.stds.tolist(), strides=cascade.strides, details=cascade.details)
         own.judge_ious = tuple(integral)
         model.cascade = own.train()
     return model

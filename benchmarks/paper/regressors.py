@@ -24,8 +24,10 @@ def curve(results: Results, row: str, name: str) -> dict[str, list[float]]:
     each = [facts["regressions"][name] for facts in results.facts(row)]
     count = np.array([one["count"] for one in each])
     total = count.sum(axis=0)
-    mean = {key: (np.array([one[key] for one in each]) * count).sum(axis=0) / np.maximum(total, 1)
-            for key in ("before", "after")}
+    mean = {
+        key: (np.array([one[key] for one in each]) * count).sum(axis=0) / np.maximum(total, 1)
+        for key in ("before", "after")
+    }
     return {"count": total.tolist(), **{key: np.round(value, 4).tolist() for key, value in mean.items()}}
 
 
@@ -43,8 +45,10 @@ def table(results: Results, pictures: Path) -> dict[str, Any]:
             before, after = np.array(found["before"])[kept], np.array(found["after"])[kept]
             axis.plot(before, after, color=color, label=label, marker="o", markersize=3)
             numbers.append({"group": title, "label": label, **found})
-            gain = [f"{np.interp(iou, before, after - before):+.3f}" if len(before) and before[-1] > iou - 0.03 else "–"
-                    for iou in (0.55, 0.65, 0.75, 0.85)]
+            gain = [
+                f"{np.interp(iou, before, after - before):+.3f}" if len(before) and before[-1] > iou - 0.03 else "–"
+                for iou in (0.55, 0.65, 0.75, 0.85)
+            ]
             lines.append([f"{title}: {label}", *gain, f"{sum(found['count']):,.0f}"])
         axis.set(title=title, xlabel="IoU before", ylabel="IoU after", xlim=(0.3, 1), ylim=(0.3, 1))
         axis.legend()

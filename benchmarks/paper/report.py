@@ -65,8 +65,10 @@ class Results:
         """Where and how long the trainings of some rows took."""
         facts = [one for row in rows for one in self.facts(row)]
         return {
-            "jobs": len(facts), "minutes": round(sum(f["train_seconds"] + f["look_seconds"] for f in facts) / 60, 1),
-            "device": sorted({fact["device"] for fact in facts}), "steps": sorted({fact["steps"] for fact in facts}),
+            "jobs": len(facts),
+            "minutes": round(sum(f["train_seconds"] + f["look_seconds"] for f in facts) / 60, 1),
+            "device": sorted({fact["device"] for fact in facts}),
+            "steps": sorted({fact["steps"] for fact in facts}),
             "evaluated_images": sorted({fact["evaluated_images"] for fact in facts}),
         }
 
@@ -138,8 +140,17 @@ def axes(columns: int = 1, *, height: float = 3.2, width: float = 4.2) -> tuple[
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    mpl.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                         "grid.color": "#e4e6ea", "axes.axisbelow": True, "legend.frameon": False})
+    mpl.rcParams.update(
+        {
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": "#e4e6ea",
+            "axes.axisbelow": True,
+            "legend.frameon": False,
+        }
+    )
     return plt.subplots(1, columns, figsize=(width * columns, height), layout="constrained", squeeze=False)
 
 
@@ -151,15 +162,37 @@ def save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_curves(axis: Any, results: Results, entries: Sequence[tuple[str, str, str]], title: str) -> None:
-    """AP by IoU with the 95 % interval: (label, row, way)."""
+def draw_curves(axis: Any, results: Results, entries: Sequence[tuple[str, str, str]], title: str = "AP") -> None:
+    """AP by IoU: (label, row, way). Intervals are in the tables: those of one row hide what rows differ by."""
     for color, (label, row, way) in zip(COLORS, entries):
         if results.has(row, way):
-            values = [results.value(row, way, iou) for iou in IOUS]
-            axis.plot(IOUS, [one["value"] for one in values], color=color, label=label, marker="o", markersize=3)
-            axis.fill_between(IOUS, [v["low"] for v in values], [v["high"] for v in values], color=color, alpha=0.12)
+            axis.plot(
+                IOUS, 100 * results.ap_by_iou(row, way), color=color, label=label, marker="o", markersize=3, linewidth=1
+            )
     axis.set(title=title, xlabel="IoU from which a detection counts", ylabel="AP (%)")
     axis.legend()
+
+
+def draw_gains(axis: Any, results: Results, entries: Sequence[tuple[str, str, str]], title: str = "") -> None:
+    """AP by IoU minus that of the first entry, with the paired 95 % interval."""
+    axis.axhline(0, color=COLORS[0], linewidth=1)
+    for color, (label, row, way) in zip(COLORS[1:], entries[1:]):
+        gains = [results.difference((row, way), entries[0][1:], iou) for iou in IOUS]
+        if all(gains):
+            axis.plot(IOUS, [g["value"] for g in gains if g], color=color, label=label, marker="o", markersize=3)
+            axis.fill_between(
+                IOUS, [g["low"] for g in gains if g], [g["high"] for g in gains if g], color=color, alpha=0.12
+            )
+    axis.set(title=title or f"gain over {entries[0][0]}", xlabel="IoU from which a detection counts", ylabel="points")
+    axis.legend()
+
+
+def draw_both(results: Results, entries: Sequence[tuple[str, str, str]], path: Path) -> None:
+    """AP by IoU, and beside it what the others gain over the first."""
+    figure, ((left, right),) = axes(2)
+    draw_curves(left, results, entries)
+    draw_gains(right, results, entries)
+    save(figure, path)
 
 
 Table = Callable[[Results, Path], dict[str, Any]]

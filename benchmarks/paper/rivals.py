@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import run
-from report import Results, ap_table, axes, draw_curves, save
+from report import Results, ap_table, draw_both
 
 ROWS = ("single5", "integral", "cascade")
 ENTRIES = (
@@ -21,9 +21,7 @@ ENTRIES = (
 
 def table(results: Results, pictures: Path) -> dict[str, Any]:
     text, numbers = ap_table(results, ENTRIES, ious=(0.5, 0.8, 0.9))
-    figure, ((axis,),) = axes()
-    draw_curves(axis, results, [ENTRIES[i][:3] for i in (0, 2, 4, 5)], "a cascade and its rivals")
-    save(figure, pictures / "rivals.png")
+    draw_both(results, [ENTRIES[i][:3] for i in (0, 2, 4, 5)], pictures / "rivals.png")
     return {"markdown": text, "rows": numbers}
 
 

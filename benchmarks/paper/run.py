@@ -27,8 +27,20 @@ from prepare import prepare
 from scores import score_all
 from work import Place, Team, do_all, say
 
-TABLES = ("single", "rivals", "stages", "heads", "each_alone", "depth", "hypotheses", "regressors", "deltas", "masks",
-          "backbones", "small_data")
+TABLES = (
+    "single",
+    "rivals",
+    "stages",
+    "heads",
+    "each_alone",
+    "depth",
+    "hypotheses",
+    "regressors",
+    "deltas",
+    "masks",
+    "backbones",
+    "small_data",
+)
 HERE = Path(__file__).resolve().parent
 # For --minutes: steps in a trial, the share of the time that it may take, what a job takes beside its steps, and the
 # share of what is left that is planned (trainings end at different times, and the last leave processes idle).
@@ -79,9 +91,7 @@ def _wanted(tables: list[str], jobs: dict[str, Any], *, everything: bool) -> lis
     return [name for name in jobs if name in names]
 
 
-def _train(
-    settings: dict[str, Any], place: Place, names: list[str], *, processes: int, deadline: float
-) -> list[str]:
+def _train(settings: dict[str, Any], place: Place, names: list[str], *, processes: int, deadline: float) -> list[str]:
     """Choose the number of steps, unless the run that goes on has one, and do the jobs; returns those left undone."""
     team = Team(place, processes) if processes > 1 else None
     plan = place.work / "plan.json"
@@ -108,6 +118,7 @@ def _affordable_steps(team: Team, settings: dict[str, Any], count: int, processe
 
 def _report(given: Any, settings: dict[str, Any], work: Path, names: list[str]) -> None:
     import report
+
     say("scoring")
     score_all(work, names, settings["bootstrap"], processes=os.cpu_count() or 1)
     results = report.Results(work, settings["seeds"])

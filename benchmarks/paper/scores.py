@@ -155,13 +155,13 @@ def _scored(
     return {f"{way}/ap": own, f"{way}/samples": each.astype(np.float32)}
 
 
-def _results(
-    found: dict[str, NDArray[Any]], ids: list[Any], categories: tuple[int, ...]
-) -> list[dict[str, Any]]:
+def _results(found: dict[str, NDArray[Any]], ids: list[Any], categories: tuple[int, ...]) -> list[dict[str, Any]]:
     boxes = np.concatenate([found["box"][:, :2], found["box"][:, 2:] - found["box"][:, :2]], axis=1).tolist()
     columns = zip(found["image"].tolist(), found["label"].tolist(), found["score"].tolist(), boxes)
-    return [{"image_id": ids[row], "category_id": categories[label], "score": score, "bbox": box}
-            for row, label, score, box in columns]
+    return [
+        {"image_id": ids[row], "category_id": categories[label], "score": score, "bbox": box}
+        for row, label, score, box in columns
+    ]
 
 
 def _match_boxes(found: dict[str, NDArray[Any]], split: Any, limit: int) -> Matched:
@@ -184,8 +184,11 @@ def _match_masks(results: list[dict[str, Any]], truth: dict[str, Any], split: An
         per_image = []
         for image in truth["images"]:
             mine = [one for one in results if (one["image_id"], one["category_id"]) == (image["id"], category)]
-            own = [one["segmentation"] for one in truth["annotations"]
-                   if (one["image_id"], one["category_id"]) == (image["id"], category)]
+            own = [
+                one["segmentation"]
+                for one in truth["annotations"]
+                if (one["image_id"], one["category_id"]) == (image["id"], category)
+            ]
             table = np.zeros((len(mine), len(own)))
             if mine and own:
                 table = np.asarray(coco_mask.iou([one["segmentation"] for one in mine], own, [0] * len(own)))

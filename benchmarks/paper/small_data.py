@@ -10,10 +10,15 @@ from jobs import read_settings
 from report import COLORS, Results, axes, markdown, save, shown
 
 SIZES = tuple(read_settings()["small"]["sizes"])
-ROWS = tuple(f"small{size}_{kind}_{begin}" for size in SIZES for kind in ("single", "cascade")
-             for begin in ("imagenet", "bccd"))
-KINDS = (("one stage, ImageNet", "single_imagenet"), ("cascade, ImageNet", "cascade_imagenet"),
-         ("one stage, blood-cell detector", "single_bccd"), ("cascade, blood-cell detector", "cascade_bccd"))
+ROWS = tuple(
+    f"small{size}_{kind}_{begin}" for size in SIZES for kind in ("single", "cascade") for begin in ("imagenet", "bccd")
+)
+KINDS = (
+    ("one stage, ImageNet", "single_imagenet"),
+    ("cascade, ImageNet", "cascade_imagenet"),
+    ("one stage, blood-cell detector", "single_bccd"),
+    ("cascade, blood-cell detector", "cascade_bccd"),
+)
 
 
 def table(results: Results, pictures: Path) -> dict[str, Any]:
@@ -25,8 +30,16 @@ def table(results: Results, pictures: Path) -> dict[str, Any]:
         for axis, iou, title in ((panels[0], None, "AP"), (panels[1], 0.75, "AP75")):
             values = [results.value(f"small{size}_{kind}", iou=iou) for size in there]
             errors = [[v["value"] - v["low"] for v in values], [v["high"] - v["value"] for v in values]]
-            axis.errorbar(there, [v["value"] for v in values], yerr=errors, color=color, label=words, marker="o",
-                          markersize=4, capsize=2)
+            axis.errorbar(
+                there,
+                [v["value"] for v in values],
+                yerr=errors,
+                color=color,
+                label=words,
+                marker="o",
+                markersize=4,
+                capsize=2,
+            )
             axis.set(title=title, xlabel="images to learn from", ylabel="%", xscale="log")
             axis.set_xticks(sizes, [str(size) for size in sizes])
             axis.minorticks_off()

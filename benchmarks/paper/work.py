@@ -65,12 +65,21 @@ def do_job(job: Job, settings: dict[str, Any], place: Place) -> dict[str, Any]:
     if config.model.masks != "none":
         results = [one for found in look.ways["final"] for one in found.to_coco()]
         with gzip.open(raw / f"{job.name}.masks.json.gz", "wt") as file:
-            json.dump([{key: one[key] for key in ("image_id", "category_id", "score", "segmentation")}
-                       for one in results], file)
+            json.dump(
+                [{key: one[key] for key in ("image_id", "category_id", "score", "segmentation")} for one in results],
+                file,
+            )
     facts: dict[str, Any] = {
-        "job": job.name, "row": job.row, "seed": job.seed, "steps": settings["steps"], "images": images,
-        "images_per_step": config.train.batch_size, "evaluated_images": len(split),
-        "objects": len(coco_truth(split)["annotations"]), "data": job.data, "val": config.data.val,
+        "job": job.name,
+        "row": job.row,
+        "seed": job.seed,
+        "steps": settings["steps"],
+        "images": images,
+        "images_per_step": config.train.batch_size,
+        "evaluated_images": len(split),
+        "objects": len(coco_truth(split)["annotations"]),
+        "data": job.data,
+        "val": config.data.val,
         "network": f"{config.model.backbone}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters",
         "regressions": {name: one.summary() for name, one in look.regressions.items()},
     }
@@ -87,14 +96,19 @@ def _times(run: Path, train_seconds: float, look_seconds: float, device: Any) ->
     import torch
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    return {"train_seconds": round(train_seconds, 2), "look_seconds": round(look_seconds, 2), "device": name,
-            "images_per_second": speed_of(run), "torch": torch.__version__}
+    return {
+        "train_seconds": round(train_seconds, 2),
+        "look_seconds": round(look_seconds, 2),
+        "device": name,
+        "images_per_second": speed_of(run),
+        "torch": torch.__version__,
+    }
 
 
 def speed_of(run: Path) -> float:
     """Images per second of a training after its first lines: the median of what it logged."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    speeds = sorted(line["images_per_second"] for line in lines[len(lines) // 3:])
+    speeds = sorted(line["images_per_second"] for line in lines[len(lines) // 3 :])
     return float(speeds[len(speeds) // 2])
 
 
@@ -109,7 +123,11 @@ def is_done(name: str, place: Place) -> bool:
 
 
 def do_all(
-    names: list[str], settings: dict[str, Any], place: Place, *, team: Team | None = None,
+    names: list[str],
+    settings: dict[str, Any],
+    place: Place,
+    *,
+    team: Team | None = None,
     deadline: float = float("inf"),
 ) -> list[str]:
     """Do the jobs that are not done yet, until ``deadline`` (of ``time.monotonic``); returns those left undone.
@@ -244,8 +262,14 @@ def _serve(number: int, place: Place, questions: Any, answers: Any) -> None:
                 answers.put((number, True, _calibration(job, own, place)))
                 continue
             facts = do_job(job, own, place)
-            answers.put((number, True, f"{facts['train_seconds']:.1f} + {facts['look_seconds']:.1f} s, "
-                                       f"{facts['images_per_second']:.0f} images/s"))
+            answers.put(
+                (
+                    number,
+                    True,
+                    f"{facts['train_seconds']:.1f} + {facts['look_seconds']:.1f} s, "
+                    f"{facts['images_per_second']:.0f} images/s",
+                )
+            )
         except Exception as error:
             traceback.print_exc()
             answers.put((number, False, f"{type(error).__name__}: {str(error)[:300]}"))
