@@ -35,10 +35,17 @@ class Results:
         """[T], mean over the seeds."""
         return np.asarray(np.mean([scores[f"{way}/ap"] for scores in self._of(row, way)], axis=0))
 
-    def value(self, row: str, way: str = "final", iou: float | None = None) -> dict[str, Any]:
+    def shared_seeds(self, entries: Sequence[tuple[str, str]]) -> list[int]:
+        """The seeds that all (row, way) have."""
+        return [seed for seed in self.seeds if all(seed in self.seeds_of(*entry) for entry in entries)]
+
+    def value(
+        self, row: str, way: str = "final", iou: float | None = None, *, seeds: Sequence[int] = ()
+    ) -> dict[str, Any]:
         """AP (at one IoU) in per cent: its mean over the seeds, 95 % interval over images, and each seed's."""
-        each = [_at(scores[f"{way}/ap"], iou) for scores in self._of(row, way)]
-        drawn = _at(np.mean([scores[f"{way}/samples"] for scores in self._of(row, way)], axis=0), iou)
+        scores = [self._load(f"{row}-s{seed}") for seed in seeds or self.seeds_of(row, way)]
+        each = [_at(one[f"{way}/ap"], iou) for one in scores]
+        drawn = _at(np.mean([one[f"{way}/samples"] for one in scores], axis=0), iou)
         return _with_interval(float(np.mean(each)), drawn) | {"seeds": [round(100 * float(one), 2) for one in each]}
 
     def difference(
@@ -114,20 +121,24 @@ def ap_table(
 ) -> tuple[str, list[dict[str, Any]]]:
     """A table of AP, of AP at ``ious``, and of the difference to the entry ``base``.
 
-    ``entries``: (label, row, way, what the paper has). Those that are not there are left out.
+    ``entries``: (label, row, way, what the paper has). Those that are not there are left out. The values are means over
+    the seeds that all of them have; the column of seeds has every seed's AP.
     """
     there = [entry for entry in entries if results.has(entry[1], entry[2])]
     head = ["", "AP", *(f"AP{round(100 * iou)}" for iou in ious), f"gain over {entries[base][0]}", "seeds", "paper"]
+    shared = results.shared_seeds([(row, way) for _, row, way, _ in there])
     lines, numbers = [], []
     for label, row, way, paper in there:
-        values = {"AP": results.value(row, way)} | {
-            f"AP{round(100 * iou)}": results.value(row, way, iou) for iou in ious
-        }
+        values = {"AP": results.value(row, way, seeds=shared)}
+        values |= {f"AP{round(100 * iou)}": results.value(row, way, iou, seeds=shared) for iou in ious}
         first = (row, way) == entries[base][1:3]
         gain = None if first else results.difference((row, way), entries[base][1:3])
-        seeds = " ".join(f"{one:.1f}" for one in values["AP"]["seeds"])
+        every = results.value(row, way)["seeds"]
+        seeds = " ".join(f"{one:.1f}" for one in every)
         lines.append([label, *map(shown, values.values()), shown(gain, sign=True), seeds, paper])
-        numbers.append({"label": label, "row": row, "way": way, "paper": paper, **values, "gain": gain})
+        numbers.append(
+            {"label": label, "row": row, "way": way, "paper": paper, **values, "gain": gain, "every_seed": every}
+        )
     return markdown(head, lines), numbers
 
 

@@ -23,12 +23,13 @@ KINDS = (
 
 def table(results: Results, pictures: Path) -> dict[str, Any]:
     sizes = sorted({facts["images"] for facts in _all_facts(results)})
+    shared = {size: results.shared_seeds([(f"small{size}_{kind}", "final") for _, kind in KINDS]) for size in sizes}
     lines, numbers = [], []
     figure, (panels,) = axes(2, width=3.8)
     for color, (words, kind) in zip(COLORS, KINDS):
         there = [size for size in sizes if results.has(f"small{size}_{kind}")]
         for axis, iou, title in ((panels[0], None, "AP"), (panels[1], 0.75, "AP75")):
-            values = [results.value(f"small{size}_{kind}", iou=iou) for size in there]
+            values = [results.value(f"small{size}_{kind}", iou=iou, seeds=shared[size]) for size in there]
             errors = [[v["value"] - v["low"] for v in values], [v["high"] - v["value"] for v in values]]
             axis.errorbar(
                 there,
@@ -45,7 +46,10 @@ def table(results: Results, pictures: Path) -> dict[str, Any]:
             axis.minorticks_off()
         for size in there:
             row, base = f"small{size}_{kind}", f"small{size}_single_imagenet"
-            value = {name: results.value(row, iou=iou) for name, iou in (("AP", None), ("AP50", 0.5), ("AP75", 0.75))}
+            value = {
+                name: results.value(row, iou=iou, seeds=shared[size])
+                for name, iou in (("AP", None), ("AP50", 0.5), ("AP75", 0.75))
+            }
             gain = None if row == base else results.difference((row, "final"), (base, "final"))
             numbers.append({"images": size, "kind": kind, **value, "gain": gain})
             seeds = " ".join(f"{one:.1f}" for one in value["AP"]["seeds"])
