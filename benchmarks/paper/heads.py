@@ -25,7 +25,7 @@ def table(results: Results, pictures: Path) -> dict[str, Any]:
     axis.grid(False)
     for row in range(3):
         for column in range(3):
-            dark = values[row, column] > values.mean() + 0.3 * np.ptp(values)
+            dark = values[row, column] > values.mean() - 0.3 * np.ptp(values)
             axis.text(
                 column, row, f"{values[row, column]:.1f}", ha="center", va="center", color="white" if dark else "black"
             )

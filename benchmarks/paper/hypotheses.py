@@ -39,7 +39,7 @@ def table(results: Results, pictures: Path) -> dict[str, Any]:
     width = 0.2
     for k, (color, one) in enumerate(zip(COLORS, numbers)):
         places = np.arange(len(SHOWN)) + (k - 1.5) * width
-        axis.bar(places, [one["share"][iou] for iou in SHOWN], width, color=color, label=one["stage"])
+        axis.bar(places, [one["share"][iou] for iou in SHOWN], width, color=color, label=NAMES[one["stage"]])
     axis.set(
         title="hypotheses in training",
         ylabel="share (%)",

@@ -13,6 +13,7 @@ SIZES = tuple(read_settings()["small"]["sizes"])
 ROWS = tuple(
     f"small{size}_{kind}_{begin}" for size in SIZES for kind in ("single", "cascade") for begin in ("imagenet", "bccd")
 )
+BASE = "single_imagenet"
 KINDS = (
     ("one stage, ImageNet", "single_imagenet"),
     ("cascade, ImageNet", "cascade_imagenet"),
@@ -28,24 +29,21 @@ def table(results: Results, pictures: Path) -> dict[str, Any]:
     figure, (panels,) = axes(2, width=3.8)
     for color, (words, kind) in zip(COLORS, KINDS):
         there = [size for size in sizes if results.has(f"small{size}_{kind}")]
-        for axis, iou, title in ((panels[0], None, "AP"), (panels[1], 0.75, "AP75")):
-            values = [results.value(f"small{size}_{kind}", iou=iou, seeds=shared[size]) for size in there]
-            errors = [[v["value"] - v["low"] for v in values], [v["high"] - v["value"] for v in values]]
-            axis.errorbar(
-                there,
-                [v["value"] for v in values],
-                yerr=errors,
-                color=color,
-                label=words,
-                marker="o",
-                markersize=4,
-                capsize=2,
+        values = [results.value(f"small{size}_{kind}", seeds=shared[size]) for size in there]
+        panels[0].plot(there, [one["value"] for one in values], color=color, label=words, marker="o", markersize=4)
+        for size, one in zip(there, values):
+            panels[0].plot([size] * len(one["seeds"]), one["seeds"], ".", color=color, markersize=4, alpha=0.5)
+        if kind != BASE:
+            ours, base = (lambda size, kind=kind: f"small{size}_{kind}"), (lambda size: f"small{size}_{BASE}")
+            gains = [
+                gain for size in there if (gain := results.difference((ours(size), "final"), (base(size), "final")))
+            ]
+            errors = [[g["value"] - g["low"] for g in gains], [g["high"] - g["value"] for g in gains]]
+            panels[1].errorbar(
+                there, [g["value"] for g in gains], yerr=errors, color=color, marker="o", markersize=4, capsize=2
             )
-            axis.set(title=title, xlabel="images to learn from", ylabel="%", xscale="log")
-            axis.set_xticks(sizes, [str(size) for size in sizes])
-            axis.minorticks_off()
         for size in there:
-            row, base = f"small{size}_{kind}", f"small{size}_single_imagenet"
+            row, base = f"small{size}_{kind}", f"small{size}_{BASE}"
             value = {
                 name: results.value(row, iou=iou, seeds=shared[size])
                 for name, iou in (("AP", None), ("AP50", 0.5), ("AP75", 0.75))
@@ -54,7 +52,13 @@ def table(results: Results, pictures: Path) -> dict[str, Any]:
             numbers.append({"images": size, "kind": kind, **value, "gain": gain})
             seeds = " ".join(f"{one:.1f}" for one in value["AP"]["seeds"])
             lines.append([str(size), words, *map(shown, value.values()), shown(gain, sign=True), seeds])
-    panels[0].legend()
+    titles = ("AP (small points: each seed)", "gain over one stage from ImageNet")
+    for axis, title, unit in zip(panels, titles, ("AP (%)", "points")):
+        axis.set(title=title, xlabel="images to learn from", ylabel=unit, xscale="log")
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.minorticks_off()
+    panels[1].axhline(0, color=COLORS[0], linewidth=1)
+    panels[0].legend(loc="lower right", fontsize=8)
     save(figure, pictures / "small_data.png")
     lines.sort(key=lambda line: int(line[0]))
     head = ["images", "", "AP", "AP50", "AP75", "gain over one stage from ImageNet", "seeds"]
