@@ -6,6 +6,7 @@ product detects), ``stage2`` (stage 2 alone), ``ensemble2`` (the product's ``--s
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,11 +21,13 @@ from product import (
     DetectionDataset,
     Detections,
     ImageBatch,
+    Proposals,
+    Samples,
     Targets,
     encode_boxes,
     eval_loader,
+    most_likely,
     pairwise_iou,
-    select_detections,
     take,
     to_detections,
     train_loader,
@@ -53,24 +56,12 @@ class Network:
 
     def head(self, k: int, pyramid: list[Tensor], boxes: Tensor, valid: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits [B, N, K + 1] of head ``k`` (0, 1, ...) and the boxes [B, N, 4] that it makes of ``boxes``."""
-        features = self.cascade._pool_for_head(k, pyramid, boxes, valid)
-        logits, deltas = self.cascade._apply_head(k, features)
-        labels = logits[..., :-1].argmax(dim=-1)
-        return logits, self.cascade._decode(k, deltas, boxes, labels, sizes)
+        logits, deltas = self.cascade._run_stage(k, pyramid, boxes, valid)
+        return logits, self.cascade.stages[k].move(deltas, boxes, most_likely(logits), sizes)
 
     def select(self, logits: list[Tensor], boxes: Tensor, valid: Tensor) -> Any:
         """Detections: the mean of the logits, then thresholds and non-maximum suppression."""
-        details = self.cascade.details
-        probabilities = torch.stack(logits).mean(dim=0).softmax(dim=-1)
-        return select_detections(
-            probabilities[..., :-1],
-            boxes,
-            valid,
-            score_threshold=details.score_threshold,
-            nms=details.nms,
-            nms_iou=details.nms_iou,
-            max_detections=details.max_detections,
-        )
+        return self.cascade._select(self.cascade._ensemble(logits), boxes, valid)
 
 
 class Regression:
@@ -206,17 +197,18 @@ class Hypotheses:
     def __init__(self, cascade: Any) -> None:
         self.overlaps: dict[str, list[Tensor]] = defaultdict(list)
         self.deltas: dict[str, list[Tensor]] = defaultdict(list)
-        self._ious = cascade.details.ious
-        self._sample: Callable[..., Any] = cascade._sample
-        cascade._sample = self._look_and_sample
+        for number, stage in enumerate(cascade.stages, start=1):
+            stage.sample = functools.partial(self._look_and_sample, stage.sample, number, stage.details.iou)
 
-    def _look_and_sample(self, boxes: Tensor, valid: Tensor, targets: Targets, original: Any, *, stage: int) -> Any:
-        samples = self._sample(boxes, valid, targets, original, stage=stage)
-        if stage == 0:
-            self._add("proposals", boxes, valid, targets, 0.5)
-            self._add("stage1", samples.boxes, samples.valid & ~samples.is_truth, targets, self._ious[0])
+    def _look_and_sample(
+        self, sample: Callable[..., Samples], number: int, iou: float, proposals: Proposals, targets: Targets
+    ) -> Samples:
+        samples = sample(proposals, targets)
+        if number == 1:
+            self._add("proposals", proposals.boxes, proposals.valid, targets, 0.5)
+            self._add("stage1", samples.boxes, samples.valid & ~samples.is_truth, targets, iou)
         else:
-            self._add(f"stage{stage + 1}", boxes, valid, targets, self._ious[stage])
+            self._add(f"stage{number}", proposals.boxes, proposals.valid, targets, iou)
         return samples
 
     def _add(self, name: str, boxes: Tensor, valid: Tensor, targets: Targets, iou: float) -> None:
@@ -259,7 +251,8 @@ def look_at_training(model: Any, config: Config, split: DataSplit, *, device: st
         model.loss(pictures.to(device), targets.to(device))
     model.eval()
     loader.close()
-    del model.cascade._sample  # the wrapper, an attribute of this one object
+    for stage in model.cascade.stages:
+        del stage.sample  # the wrapper, an attribute of this one object
     return hypotheses.summary()
 
 

@@ -36,12 +36,12 @@ BATCH, TRAIN_BATCHES, EVALUATED, RATE, WARMUP = 8, 16, 66, 1e-3, 30
 
 @torch.no_grad()
 def features(model: Any, images: Any, targets: Any, *, training: bool) -> tuple[Any, ...]:
-    """What the heads need of a batch: maps (float16), proposals, sizes, objects, and the images for their ids."""
+    """What the heads need of a batch: maps (float16), proposals, images and objects."""
     pyramid = model.pyramid(images)
-    shapes = [(one.shape[-2], one.shape[-1]) for one in pyramid]
-    logits, deltas = model.rpn(pyramid)
-    proposals = model.rpn._proposals(logits, deltas, model.rpn.anchors(shapes), shapes, images.sizes, training=training)
-    return [one.half() for one in pyramid], proposals, images.sizes, targets, images
+    proposals = (
+        model.rpn.loss(pyramid, images.sizes, targets)[1] if training else model.rpn.propose(pyramid, images.sizes)
+    )
+    return [one.half() for one in pyramid], proposals, images, targets
 
 
 def train_heads(cascade: Any, batches: list[tuple[Any, ...]], steps: int, seed: int = 0) -> None:
@@ -51,8 +51,8 @@ def train_heads(cascade: Any, batches: list[tuple[Any, ...]], steps: int, seed: 
     for step in range(steps):
         factor = min(1.0, (step + 1) / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = RATE * factor
-        pyramid, proposals, sizes, targets, _ = batches[int(torch.randint(len(batches), ()))]
-        loss = sum(cascade.loss([one.float() for one in pyramid], proposals, sizes, targets).values())
+        pyramid, proposals, images, targets = batches[int(torch.randint(len(batches), ()))]
+        loss = sum(cascade.loss([one.float() for one in pyramid], proposals, images, targets).values())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(cascade.parameters(), 10.0)
@@ -63,8 +63,8 @@ def train_heads(cascade: Any, batches: list[tuple[Any, ...]], steps: int, seed: 
 @torch.no_grad()
 def evaluate(cascade: Any, batches: list[tuple[Any, ...]], split: Any) -> dict[str, float]:
     results = []
-    for pyramid, proposals, sizes, _, images in batches:
-        raw = cascade.detect([one.float() for one in pyramid], proposals, sizes)
+    for pyramid, proposals, images, _ in batches:
+        raw = cascade.detect([one.float() for one in pyramid], proposals, images)
         for found in to_detections(raw, images, split.class_names):
             results += found.to_coco()
     metrics = evaluate_coco(coco_truth(split), results, iou_type="bbox", max_detections=300)

@@ -33,10 +33,9 @@ from cascade_rcnn.inference.run_model import to_detections
 from cascade_rcnn.models.box_head import BoxHead
 from cascade_rcnn.models.boxes import encode_boxes, pairwise_iou
 from cascade_rcnn.models.build import build_model
-from cascade_rcnn.models.cascade import Cascade
+from cascade_rcnn.models.cascade import Stage, StageDetails, most_likely
 from cascade_rcnn.models.matching import Samples, take
-from cascade_rcnn.models.postprocess import select_detections
-from cascade_rcnn.structures import ImageBatch, RawDetections, Targets
+from cascade_rcnn.structures import ImageBatch, Proposals, Targets
 from cascade_rcnn.train import train
 
 __all__ = [
@@ -49,7 +48,8 @@ __all__ = [
     "Detections",
     "ImageBatch",
     "ModelConfig",
-    "RawDetections",
+    "Proposals",
+    "Samples",
     "Targets",
     "TrainConfig",
     "build",
@@ -59,9 +59,9 @@ __all__ = [
     "evaluate_coco",
     "generate_shapes",
     "load_network",
+    "most_likely",
     "open_split",
     "pairwise_iou",
-    "select_detections",
     "take",
     "to_detections",
     "train_loader",
@@ -90,36 +90,34 @@ class IntegralHead(BoxHead):
         return each.mean(dim=-2).clamp(min=1e-12).log(), deltas
 
 
-class IntegralCascade(Cascade):
-    """One stage whose class loss is the mean over several IoUs from which a box is positive; sampled at the first."""
+class IntegralStage(Stage):
+    """A stage whose class loss is the mean over several IoUs from which a box is positive; sampled at the first."""
 
-    judge_ious: tuple[float, ...] = (0.5,)
+    def __init__(self, details: StageDetails, ious: Sequence[float]) -> None:
+        super().__init__(details)
+        self.ious = tuple(ious)
 
-    def _box_losses(
-        self, k: int, logits: Tensor, deltas: Tensor, samples: Samples, judged: Tensor, targets: Targets
-    ) -> dict[str, Tensor]:
-        own = take(targets.boxes, samples.index)
-        overlap = pairwise_iou(judged[:, :, None], own[:, :, None]).flatten(1)  # [B, S]
+    def loss(self, logits: Tensor, deltas: Tensor, samples: Samples) -> dict[str, Tensor]:
+        overlap = pairwise_iou(samples.boxes[:, :, None], samples.matched_boxes[:, :, None]).flatten(1)  # [B, S]
         each = []
-        for iou, part in zip(self.judge_ious, logits.chunk(len(self.judge_ious), dim=-1)):
-            positive = samples.positive & (overlap >= iou)
-            stricter = dataclasses.replace(samples, positive=positive)
-            each.append(super()._box_losses(k, part, deltas, stricter, judged, targets))
-        cls = torch.stack([losses[f"s{k}.cls"] for losses in each]).mean()
-        return {f"s{k}.cls": cls, f"s{k}.box": each[0][f"s{k}.box"]}
+        for iou, part in zip(self.ious, logits.chunk(len(self.ious), dim=-1)):
+            stricter = dataclasses.replace(samples, positive=samples.positive & (overlap >= iou))
+            each.append(super().loss(part, deltas, stricter))
+        return {"cls": torch.stack([losses["cls"] for losses in each]).mean(), "box": each[0]["box"]}
 
 
 def build(config: ModelConfig, num_classes: int, *, pretrained: bool = False, integral: Sequence[float] = ()) -> Any:
     """The product's network under rules that do not depend on the number of stages; perhaps with the integral loss."""
     model = build_model(config, num_classes, pretrained=pretrained)
     cascade = model.cascade
-    cascade.details = dataclasses.replace(cascade.details, box_beta=1.0)
+    for stage in cascade.stages:
+        stage.details = dataclasses.replace(stage.details, box_beta=1.0)
     model.rpn.details = dataclasses.replace(model.rpn.details, box_beta=1 / 9, inside_only=False)
     if integral:
-        head = IntegralHead(config.fpn_channels, num_classes, width=config.head_channels, judges=len(integral))
-        own = IntegralCascade([head], [], stds=cascade.stds.tolist(), strides=cascade.strides, details=cascade.details)
-        own.judge_ious = tuple(integral)
-        model.cascade = own.train()
+        cascade.stages[0] = IntegralStage(cascade.stages[0].details, integral)  # type: ignore[index]
+        cascade.box_heads[0] = IntegralHead(
+            config.fpn_channels, num_classes, width=config.head_channels, judges=len(integral)
+        )
     return model
 
 
