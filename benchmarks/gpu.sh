@@ -5,7 +5,7 @@
 #   bash benchmarks/gpu.sh [OUT]                        # on a machine with a GPU; OUT is a folder (benchmarks/results)
 #   DEVICE=cpu SIZE="64 96" BATCHES=1 TRAIN_BATCH=1 COMPILE= LIMIT=600 bash benchmarks/gpu.sh /tmp/try   # try the script
 #
-# OUT/results.md is the table for docs/benchmarks.md. Seven parts of at most LIMIT seconds, TOTAL seconds in all: a part
+# OUT/results.md is the table for benchmarks/NOTES.md. Seven parts of at most LIMIT seconds, TOTAL seconds in all: a part
 # that fails or hangs costs no more than that, and the others go on. BOXES and MASKS name other recipes; COMPILE= and
 # TESTS= leave out what is compiled, and the tests.
 set -uo pipefail

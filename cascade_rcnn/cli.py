@@ -480,7 +480,7 @@ def _let_waiting_threads_sleep() -> None:
     """On a machine that others use, threads sleep while they wait: those that spin take the cores from each other.
 
     Why the load decides: beside another training, spinning is nine times slower; alone, sleeping costs a fifth
-    (docs/speed.md). Read by OpenMP when torch is imported; whoever sets one of the variables decides.
+    (benchmarks/NOTES.md). Read by OpenMP when torch is imported; whoever sets one of the variables decides.
     """
     if (
         not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ)

@@ -74,7 +74,7 @@ class ModelConfig:
     stage_ious: tuple[float, ...] = (0.5, 0.6, 0.7)
     """IoU that makes a box positive, per stage; its length is the number of stages (one: Faster R-CNN)."""
     stage_loss_weights: tuple[float, ...] | None = None
-    """Weight of each stage's losses; None takes those of ``semantics``."""
+    """Weight of each stage's losses; None: 1, 0.5, 0.25, ... (mmdetection, paper) or 1 (detectron2, torchvision)."""
     stage_stds: tuple[tuple[float, float, float, float], ...] | None = None
     """Standard deviation of the box deltas per stage; None: (.1, .1, .2, .2) divided by 1, 2, 3, ..."""
     roi_samples: int = 512

@@ -155,7 +155,7 @@ def test_classes_are_matched_by_name(tmp_path: Path) -> None:
 
 
 def test_a_class_that_the_checkpoint_does_not_know_names_both_lists(tmp_path: Path) -> None:
-    split = make_split(tmp_path, images=1)
+    split = make_split(tmp_path, images=6)
     with pytest.raises(DataError) as caught:
         match_classes(("box", "cat"), split, "best.safetensors")
     message = str(caught.value)

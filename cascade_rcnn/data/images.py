@@ -1,8 +1,7 @@
 """Image files become uint8 RGB pixels, with the size checked before anything is decoded.
 
-Pillow decodes: it reads every
-format that data sets come in, its JPEG decoder is the one that torchvision uses (equal bytes, equal speed on 158 COCO
-images), and torchvision's own decoders are deprecated since 0.29.
+Pillow decodes: it reads every format that data sets come in, its JPEG decoder is the one that torchvision uses (equal
+bytes, equal speed on 158 COCO images), and torchvision's own decoders are deprecated since 0.29.
 
 A picture has two views: *upright*, as viewers show it by its orientation tag (EXIF, TIFF, AVIF), and *stored*, as its
 rows lie in the file. ``orientation.py`` decides which of them a label counts; without labels it is upright.

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cascade_rcnn.data.contours import Ring, joined, outlines, with_slits
-from cascade_rcnn.data.images import quiet_pillow
+from cascade_rcnn.data.images import read_header
 from cascade_rcnn.drawing.annotations import class_color
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.inference.detections import Detections
@@ -38,7 +38,6 @@ from cascade_rcnn.messages import printable, shown
 
 Format = Literal["coco", "yolo", "labelme", "label-studio"]
 SPLIT = "train"  # the name under which our own reader and others look for a data set of one part
-_ORIENTATION_TAG = 0x0112
 
 
 @dataclass(frozen=True)
@@ -359,11 +358,7 @@ def _train_on(out: Path, split: str = SPLIT) -> str:
 
 def _is_turned(path: Path) -> bool:
     """Whether an orientation tag says that the stored picture is not upright."""
-    try:
-        with quiet_pillow(), Image.open(path) as picture:
-            return picture.getexif().get(_ORIENTATION_TAG, 1) not in (0, 1)
-    except Exception:  # odd metadata has no say over the pixels
-        return False
+    return read_header(path).orientation > 1
 
 
 def _save(pixels: NDArray[np.uint8], path: Path) -> None:

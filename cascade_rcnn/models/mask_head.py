@@ -33,7 +33,7 @@ class MaskHead(nn.Module):
     """RoI features [R, C, 14, 14] to one mask per class: logits [R, K, 28, 28]."""
 
     def __init__(
-        self, channels: int, num_classes: int, *, width: int = 256, convs: int = 4, group_norm: bool = False
+        self, channels: int, num_classes: int, *, width: int, convs: int = 4, group_norm: bool = False
     ) -> None:
         super().__init__()
         inputs = [channels] + [width] * (convs - 1)
