@@ -72,5 +72,5 @@ def clear_failure(path: Path) -> Iterator[None]:
         before = "the file from before is unchanged" if path.exists() else "nothing was left behind"
         raise CheckpointError(
             f"{path}: cannot be written ({one_line(error)}); {before}; free some space or make the "
-            "folder writable, or write to another; a training then goes on with --resume"
+            "folder writable, or write to another; then resume a training with --resume"
         ) from error

@@ -86,7 +86,7 @@ def _train(words: Sequence[str]) -> None:
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="data set; its format is recognised (data.root)")
     parser.add_argument("--out", type=Path, metavar="RUN", help="run folder (runs/NAME OF THE RECIPE)")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run folder")
+    parser.add_argument("--resume", action="store_true", help="resume from the last save in the run folder")
     parser.add_argument("--deterministic", action="store_true", help="bit-equal runs, slower (train.deterministic)")
     parser.add_argument("--no-check", action="store_true", help="skip the check of the data before training")
     if "-h" in words or "--help" in words:
@@ -156,7 +156,7 @@ def _predict(words: Sequence[str]) -> None:
     args = parser.parse_all(words)
     if not args.inputs:
         parser.error(
-            f"{args.checkpoint} stands where the checkpoint belongs and nothing to look at comes after it: "
+            f"no images given: expected CHECKPOINT IMAGE..., got only {str(args.checkpoint)!r}: "
             "give a checkpoint or run folder first, then images"
         )
 
@@ -200,7 +200,7 @@ def _add_outputs(parser: _Parser) -> None:
         "--format",
         default="coco",
         choices=FORMATS,
-        help="whose, for --submission (coco)",
+        help="format of --submission (coco)",
     )
 
 
@@ -423,7 +423,7 @@ COMMANDS: dict[str, _Command] = {
         "Trains a recipe on your data.",
         "The data are checked first. Everything goes to the run folder: best.safetensors,\n"
         "last.safetensors, log.jsonl, metrics.jsonl, config.json, and images/ with what the network\n"
-        "sees and finds. --out RUN --resume goes on where a run was stopped.\n"
+        "sees and finds. --out RUN --resume continues a stopped run.\n"
         "On several GPUs: torchrun --nproc-per-node 8 -m cascade_rcnn train CONFIG ...",
     ),
     "evaluate": _Command(_evaluate, "Measures a checkpoint on a data set by the data set's own metrics."),
@@ -545,18 +545,27 @@ def _add_device(parser: _Parser) -> None:
         "--precision",
         default="auto",
         choices=("auto", "fp32", "tf32", "bf16"),
-        help="of products (auto: tf32 on NVIDIA GPUs that have it, else fp32)",
+        help="precision of convolutions and matmuls (auto: tf32 on NVIDIA GPUs that have it, else fp32)",
     )
     parser.add_argument(
-        "--score-threshold", type=_probability, metavar="S", help="find from this score on (as saved, mostly 0.05)"
+        "--score-threshold",
+        type=_probability,
+        metavar="S",
+        help="minimum score (default: the checkpoint's, usually 0.05)",
     )
     parser.add_argument(
-        "--max-detections", type=_count, metavar="N", help="find at most N per image (as saved, mostly 100)"
+        "--max-detections",
+        type=_count,
+        metavar="N",
+        help="at most N per image (default: the checkpoint's, usually 100)",
     )
     parser.add_argument("--stages", type=_count, metavar="N", help="use the first N stages of the cascade only (all)")
     parser.add_argument("--range", type=_range, metavar="LOW HIGH", help=_RANGE_HELP + " (as saved)")
     parser.add_argument(
-        "--max-pixels", type=_count, metavar="N", help="decode images of at most N pixels (as saved, mostly 100000000)"
+        "--max-pixels",
+        type=_count,
+        metavar="N",
+        help="decode images of at most N pixels (default: the checkpoint's, usually 100000000)",
     )
     parser.add_argument(
         "--compile",

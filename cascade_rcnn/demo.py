@@ -115,7 +115,7 @@ def _choose_folder(out: Path, *, quick: bool) -> Path:
             return folder
         if number == 1:
             print(f"{printable(folder)} is not empty and stays as it is; this demo goes to a new folder beside it")
-    raise UserError(f"{printable(out)}: a thousand demos lie there already; give another folder as --out")
+    raise UserError(f"{printable(out)}: demo-1 to demo-999 exist already; name another folder with --out")
 
 
 def _is_config(path: Path, config: Config) -> bool:

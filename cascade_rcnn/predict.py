@@ -167,7 +167,7 @@ def _check_outputs(outputs: Outputs, part: tuple[int, int]) -> None:
     if part[1] > 1:
         for wanted, option in ((outputs.submission, "--submission"), (outputs.as_dataset, "--as")):
             if wanted:
-                raise UserError(f"{option} needs all images in one run: leave --shard (or torchrun) away")
+                raise UserError(f"{option} needs all images in one run: drop --shard (or torchrun)")
     if outputs.copy_images and not outputs.as_dataset:
         raise UserError("--copy-images is about the data set that --as writes: add --as coco, or leave it away")
 

@@ -237,7 +237,7 @@ def test_config_alone_lists_the_names(capsys: pytest.CaptureFixture[str]) -> Non
         ("predict run photo.jpg --scor 1", "unexpected argument '--scor', did you mean --score?"),
         ("predict run photo.jpg --score 1.5", "'1.5' is not a number between 0 and 1"),
         ("predict run photo.jpg --batch-size 0", "'0' is not a whole number of at least 1"),
-        ("predict photo.jpg", "photo.jpg stands where the checkpoint belongs and nothing to look at comes after it"),
+        ("predict photo.jpg", "no images given: expected CHECKPOINT IMAGE..., got only 'photo.jpg'"),
         ("train finetune --data x --train.learning-rate 0.1", "did you mean --train.lr?"),
         ("train finetune --data x --data.num-workers 4", "did you mean --data.workers?"),
         ("train finetune --data x --work-dir here", "--work-dir: not known here; the run's folder is --out RUN"),

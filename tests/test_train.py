@@ -116,7 +116,7 @@ def test_losses_logged_twice_after_a_crash_stay_once(tmp_path: Path) -> None:
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path, remains: Path) -> None:
     (tmp_path / remains).parent.mkdir(exist_ok=True)
     (tmp_path / remains).write_text("mine")
-    with pytest.raises(UserError, match=r"holds a run already; .*--resume.*--out"):
+    with pytest.raises(UserError, match=r"already holds a run; .*--resume.*--out"):
         train(small_config(), out=tmp_path)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [remains.name]
     assert (tmp_path / remains).read_text() == "mine"
@@ -124,12 +124,12 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path, remains: Path) -
 
 def test_resume_begins_a_run_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(small_config(max_steps=1), out=tmp_path / "new", resume=True) == tmp_path / "new" / LAST
-    assert "the run begins" in capsys.readouterr().out
+    assert "starting a new run" in capsys.readouterr().out
 
 
 def test_a_run_without_its_state_cannot_go_on(tmp_path: Path) -> None:
     (tmp_path / LAST).write_text("weights")
-    with pytest.raises(UserError, match=r"state/training.safetensors is gone.*--out"):
+    with pytest.raises(UserError, match=r"state/training.safetensors is missing.*--out"):
         train(small_config(), out=tmp_path, resume=True)
 
 
@@ -328,7 +328,7 @@ def test_another_number_of_processes_goes_on_after_the_images_seen(
     run_alone(_train_to, small_config(max_steps=8), tmp_path)  # an epoch and 4 of 12 images
     run_ranks(2, _resume, small_config(batch_size=1, epochs=3, images_per_step=4), tmp_path)
     said = capfd.readouterr().out
-    assert "saved by 1 processes, goes on with 2" in said and "goes on at step 8, epoch 1.33" in said
+    assert "saved by 1 processes, resumed with 2" in said and "goes on at step 8, epoch 1.33" in said
     _, info = load_training(tmp_path)
     assert info["progress"]["step"] == 18 and info["world_size"] == 2
     run_alone(_resume, small_config(batch_size=3, epochs=4, images_per_step=2), tmp_path)

@@ -148,7 +148,7 @@ def _config_without_recipe(made: Decisions) -> Config:
     try:
         return Config(model=ModelConfig(**model), data=DataConfig(**(data | hints.data)))
     except (UserError, TypeError) as error:
-        raise CheckpointError(f"its config text asks for the impossible ({error}): give --config NAME") from error
+        raise CheckpointError(f"its config text has invalid values ({error}): give --config NAME") from error
 
 
 def _style(made: Decisions) -> tuple[str, str]:

@@ -244,7 +244,7 @@ def _add_masks(own: list[dict[str, Any]], given: list[dict[str, Any]], sizes: li
             else:
                 one["segmentation"] = _compressed(mask, *by_row[one["image_id"]])
         except (TypeError, ValueError) as error:
-            raise DataError(f"{where}: annotation {index}: {error}: mend it or score boxes only") from error
+            raise DataError(f"{where}: annotation {index}: {error}: fix it or score boxes only") from error
 
 
 def _sorted(ids: Mapping[Any, Any]) -> list[Any]:

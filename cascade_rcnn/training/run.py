@@ -202,7 +202,7 @@ class Run:
         if state.class_names != list(self.data.class_names):
             raise UserError(
                 f"{self.out} was trained on other classes: {few_names(state.class_names)}; the data "
-                f"have {few_names(self.data.class_names)}; give the run's own data, or begin anew "
+                f"have {few_names(self.data.class_names)}; give the run's own data, or start again "
                 "with --out"
             )
         try:
@@ -226,7 +226,7 @@ class Run:
         else:
             seed_generators(self.config.train.seed, self.world.rank, self.progress.step)
             self.log.say(
-                f"saved by {ranks} processes, goes on with {self.world.size}: the epoch goes on "
+                f"saved by {ranks} processes, resumed with {self.world.size}: the epoch continues "
                 "after the images seen so far, with other random numbers"
             )
         self.generators = get_generators(device)

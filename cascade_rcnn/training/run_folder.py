@@ -83,11 +83,11 @@ def find_resumable_state(out: Path, *, resume: bool) -> bool:
     """
     found = (out / STATE).is_file()
     if not resume and (found or any((out / name).exists() for name in (LAST, BEST, "log.jsonl"))):
-        raise ConfigError(
-            f"{out}: holds a run already; go on with it with --resume, or choose another folder with --out"
-        )
+        raise ConfigError(f"{out}: already holds a run; resume it with --resume, or choose another folder with --out")
     if not found and (out / LAST).exists():
-        raise ConfigError(f"{out}: its {STATE} is gone, so it cannot go on; begin anew in another folder with --out")
+        raise ConfigError(
+            f"{out}: its {STATE} is missing, so it cannot be resumed; start again in another folder with --out"
+        )
     return found
 
 
@@ -103,5 +103,5 @@ def claim_folder(out: Path, world: distributed.World, log: RunLog, *, resume: bo
     if problem:
         raise ConfigError(problem)
     if resume and not found:
-        log.say(f"nothing is saved in {out} yet: the run begins")
+        log.say(f"nothing is saved in {out} yet: starting a new run")
     return found
