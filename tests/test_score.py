@@ -259,8 +259,8 @@ def test_submissions_refuse_what_their_format_cannot_hold(tmp_path: Path) -> Non
         write_submission("widerface", _split("coco", [(1, "../../x.jpg")], ("face",), tmp_path), one, tmp_path / "c")
     with pytest.raises(DataError, match="image_id 9"):
         write_submission("coco", split, [one[0] | {"image_id": 9}], tmp_path / "d")
-    with pytest.raises(DataError, match="'traffic light' cannot stand"):
-        write_submission("voc", _split("coco", [(1, "x.jpg")], ("traffic light",), tmp_path), one, tmp_path / "e")
+    with pytest.raises(DataError, match="'traffic/light' cannot stand"):
+        write_submission("voc", _split("coco", [(1, "x.jpg")], ("traffic/light",), tmp_path), one, tmp_path / "e")
     (tmp_path / "f" / "data").mkdir(parents=True)
     (tmp_path / "f" / "data" / "000001.txt").write_text("")
     with pytest.raises(DataError, match="belongs to other results"):
