@@ -237,7 +237,7 @@ def _check(words: Sequence[str]) -> int:
     parser = _parser("check", "cascade-rcnn check my_images --draw 16 --out report")
     parser.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
     parser.add_argument("--fix", type=Path, metavar="OUT", help="write a repaired copy of the annotations there")
-    parser.add_argument("--draw", type=_count, default=0, metavar="N", help="draw a sheet of N samples")
+    parser.add_argument("--draw", type=_whole_number, default=0, metavar="N", help="draw a sheet of N samples")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the sheet and the report as JSON")
     parser.add_argument(
         "--config",
@@ -258,26 +258,27 @@ def _check(words: Sequence[str]) -> int:
 
 
 def _serve(words: Sequence[str]) -> None:
+    from cascade_rcnn.serve.settings import API_KEY, ServeSettings
+
+    usual = ServeSettings()
     parser = _parser("serve", "cascade-rcnn serve runs/demo --port 8000")
     _add_checkpoint(parser)
-    parser.add_argument(
-        "--host", default="127.0.0.1", metavar="H", help="address to listen on (127.0.0.1; all: 0.0.0.0)"
-    )
-    parser.add_argument("--port", type=_count, default=8000, metavar="P", help="(8000)")
-    parser.add_argument("--max-batch", type=_count, default=8, metavar="N", help="images at once (8)")
-    parser.add_argument(
-        "--max-delay", type=float, default=10, metavar="MS", help="wait so long for a batch to fill (10)"
-    )
-    parser.add_argument("--max-queue", type=_count, default=64, metavar="N", help="images that may wait; then 429 (64)")
-    parser.add_argument("--max-mb", type=_count, default=32, metavar="MB", help="of a request (32)")
-    parser.add_argument("--max-megapixels", type=_count, default=50, metavar="MP", help="of an image (50)")
-    parser.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds until 504 (60)")
-    parser.add_argument("--allow-urls", action="store_true", help="also fetch pictures from public addresses")
+    parser.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=_whole_number, default=8000, metavar="P", help="(%(default)s)")
+    for option, type_, default, unit, meaning in (
+        ("--max-batch", _whole_number, usual.max_batch, "N", "images at once"),
+        ("--max-delay", float, 1000 * usual.max_delay, "MS", "milliseconds to wait for a batch to fill"),
+        ("--max-queue", _whole_number, usual.max_queue, "N", "images that may wait; beyond it 429"),
+        ("--max-mb", _whole_number, usual.max_bytes // 1_000_000, "MB", "megabytes of a request"),
+        ("--max-megapixels", _whole_number, usual.max_pixels // 1_000_000, "MP", "megapixels of an image"),
+        ("--timeout", float, usual.timeout, "S", "seconds until 504"),
+    ):
+        parser.add_argument(option, type=type_, default=default, metavar=unit, help=f"{meaning} (%(default)s)")
+    parser.add_argument("--allow-urls", action="store_true", help="also fetch images from public addresses")
     _add_device(parser)
     args = parser.parse_all(words)
 
     from cascade_rcnn.serve.command import run_serve
-    from cascade_rcnn.serve.settings import API_KEY, ServeSettings
 
     settings = ServeSettings(
         max_batch=args.max_batch,
@@ -385,12 +386,14 @@ def _config(words: Sequence[str]) -> None:
 def _benchmark(words: Sequence[str]) -> None:
     parser = _parser("benchmark", "cascade-rcnn benchmark --size 800 1088 --batch 1")
     parser.add_argument("--config", default="cascade_rcnn_r50_fpn_1x_coco", metavar="NAME", help="recipe to measure")
-    parser.add_argument("--size", type=_count, nargs=2, default=(800, 1088), metavar=("H", "W"), help="(800 1088)")
-    parser.add_argument("--batch", type=_count, default=1, metavar="N", help="images at once (1)")
+    parser.add_argument(
+        "--size", type=_whole_number, nargs=2, default=(800, 1088), metavar=("H", "W"), help="(800 1088)"
+    )
+    parser.add_argument("--batch", type=_whole_number, default=1, metavar="N", help="images at once (1)")
     parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 (auto)")
     parser.add_argument("--train", action="store_true", help="measure training steps instead of prediction")
     parser.add_argument("--compile", action="store_true", help="also measure with torch.compile")
-    parser.add_argument("--rounds", type=_count, default=0, metavar="N", help="(5, on a GPU 20)")
+    parser.add_argument("--rounds", type=_whole_number, default=0, metavar="N", help="(5, on a GPU 20)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="also measure reading this data set")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON")
     args = parser.parse_all(words)
@@ -540,7 +543,7 @@ def _add_checkpoint(parser: _Parser) -> None:
 
 def _add_device(parser: _Parser) -> None:
     parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 (auto: a GPU if there is one)")
-    parser.add_argument("--batch-size", type=_count, default=1, metavar="N", help="images at once (1)")
+    parser.add_argument("--batch-size", type=_whole_number, default=1, metavar="N", help="images at once (1)")
     parser.add_argument(
         "--precision",
         default="auto",
@@ -555,15 +558,17 @@ def _add_device(parser: _Parser) -> None:
     )
     parser.add_argument(
         "--max-detections",
-        type=_count,
+        type=_whole_number,
         metavar="N",
         help="at most N per image (default: the checkpoint's, usually 100)",
     )
-    parser.add_argument("--stages", type=_count, metavar="N", help="use the first N stages of the cascade only (all)")
+    parser.add_argument(
+        "--stages", type=_whole_number, metavar="N", help="use the first N stages of the cascade only (all)"
+    )
     parser.add_argument("--range", type=_range, metavar="LOW HIGH", help=_RANGE_HELP + " (as saved)")
     parser.add_argument(
         "--max-pixels",
-        type=_count,
+        type=_whole_number,
         metavar="N",
         help="decode images of at most N pixels (default: the checkpoint's, usually 100000000)",
     )
@@ -608,7 +613,7 @@ def _add_orientation(parser: _Parser, *, default: str = "") -> None:
     )
 
 
-def _count(word: str) -> int:
+def _whole_number(word: str) -> int:
     with contextlib.suppress(ValueError):
         if (value := int(word)) >= 1:
             return value

@@ -97,8 +97,8 @@ def backbone_of(state: Mapping[str, Tensor]) -> tuple[str, int, int, int]:
 def structure_of(state: Mapping[str, Tensor], source: Format) -> Structure:
     """Depth, stages, classes, masks and widths from our keys. Raises CheckpointError for parts without counterpart."""
     name, depth, groups, per_group = backbone_of(state)
-    stages = _count(state, BOX + r"(\d)\.classifier\.weight")
-    mask_heads = _count(state, MASK + r"(\d)\.logits\.weight")
+    stages = _count_keys(state, BOX + r"(\d)\.classifier\.weight")
+    mask_heads = _count_keys(state, MASK + r"(\d)\.logits\.weight")
     required = (
         "fpn.lateral.0.weight",
         "rpn.objectness.weight",
@@ -122,7 +122,7 @@ def structure_of(state: Mapping[str, Tensor], source: Format) -> Structure:
         "fpn_channels": int(state["fpn.lateral.0.weight"].shape[0]),
         "head_channels": int(state["cascade.box_heads.0.fc1.weight"].shape[0]),
         "class_agnostic_boxes": delta_rows == 4 and (classes > 1 or stages > 1),  # one class: both are the same
-        "rpn_convs": max(1, _count(state, r"rpn\.conv\.(\d)\.weight")),
+        "rpn_convs": max(1, _count_keys(state, r"rpn\.conv\.(\d)\.weight")),
         "box_head": _box_head(state),
         "stage_ious": tuple(round(min(0.5 + 0.1 * k, 0.9), 1) for k in range(stages)),
         "masks": masks,
@@ -173,5 +173,5 @@ def anchors_per_cell(state: Mapping[str, Tensor]) -> int:
     return int(state["rpn.objectness.weight"].shape[0])
 
 
-def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+def _count_keys(state: Mapping[str, Tensor], pattern: str) -> int:
     return len({match[1] for key in state if (match := re.fullmatch(pattern, key))})

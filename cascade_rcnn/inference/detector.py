@@ -176,11 +176,13 @@ class Detector:
         device = model.mean.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         words = [_PRECISIONS[choose_precision(self.precision, device)], "channels-last"]
-        words += ["batch norm folded"] * (self.config.model.norm != "group")
+        if self.config.model.norm != "group":
+            words.append("batch norm folded")
         if device.type == "cuda":
             problem = triton_problem()
             words.append(f"no fused kernels ({problem})" if problem else "fused kernels, CUDA graphs")
-        words += ["Winograd"] * any(isinstance(part, WinogradConv2d) for part in model.modules())
+        if any(isinstance(part, WinogradConv2d) for part in model.modules()):
+            words.append("Winograd")
         compiled = "not compiled (--compile)"
         if type(model) is not CascadeRCNN:
             sizes = bucket_sizes(data)

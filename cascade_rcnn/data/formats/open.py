@@ -233,15 +233,15 @@ def describe_split(split: DataSplit) -> str:
     ignored = sum(int(record.ignore.sum()) for record in split.records)
     objects = sum(len(record.boxes) for record in split.records) - ignored
     classes = ", ".join(split.class_names[:8]) + (", ..." if len(split.class_names) > 8 else "")
-    text = f"{split.name}: {_count(len(split), 'image')}, {_count(objects, 'object')}"
-    text += f", {_count(ignored, 'ignore region')}" if ignored else ""
-    text += f", {_count(len(split.class_names), 'class', 'classes')} ({classes})"
+    text = f"{split.name}: {_counted(len(split), 'image')}, {_counted(objects, 'object')}"
+    text += f", {_counted(ignored, 'ignore region')}" if ignored else ""
+    text += f", {_counted(len(split.class_names), 'class', 'classes')} ({classes})"
     text += ", masks" if split.has_masks else ""
     left_out = Counter(problem.kind for problem in split.problems if problem.kind not in READ_ANYWAY)
     return text + "".join(f", {number} x {kind}" for kind, number in left_out.items())
 
 
-def _count(number: int, one: str, many: str = "") -> str:
+def _counted(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
