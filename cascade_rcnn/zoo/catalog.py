@@ -1,7 +1,8 @@
 """The list of published weights: 379 checkpoints of other libraries, found by name.
 
 ``published.json`` has one entry per checkpoint: its name, address, the hash that its file name carries, published AP,
-whose it is, its licence, and, where this program has no counterpart for a part of the network, that part.
+whose it is, its licence, and, where weights of its kind are not converted, the part of
+the network that stands in the way.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Published:
     backbone: str = ""
     license: str = ""
     recipe: str = ""  # ours of the same training, where there is one
-    missing: str = ""  # the part of the network that has no counterpart here; empty: it loads
+    missing: str = ""  # the part of the network whose weights are not converted; empty: it loads
 
     @property
     def file(self) -> str:
@@ -99,8 +100,8 @@ def find_loadable(name: str) -> Published:
         raise CheckpointError(f"{name}: neither a file nor the name of published weights; {hint}")
     if entry.missing:
         raise CheckpointError(
-            f"{entry.name}: cannot be loaded, its network has {entry.missing}, which has no counterpart here; "
-            "'cascade-rcnn models' marks the ones that can"
+            f"{entry.name}: cannot be loaded: weights of this kind are not converted ({entry.missing}); "
+            "'cascade-rcnn models' marks the ones that are"
         )
     return entry
 
