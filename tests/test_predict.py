@@ -321,7 +321,7 @@ def test_wrong_words_of_the_command_are_told_before_anything_is_written(tmp_path
         ("--stages 9", "there are 3 stages"),
         ("--device abacus", "device 'abacus'"),
         ("--as voc", "'voc'"),
-        ("--as coco --shard 1/2", "leave --shard (or torchrun) away"),
+        ("--as coco --shard 1/2", "drop --shard (or torchrun)"),
         ("--images-from one.png", "one.png: the text is not UTF-8"),
         ("--submission sent", "add --images-from FILE"),
         ("--max-pixels 4799", "100x48 is more than max_pixels 4799"),

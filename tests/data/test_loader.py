@@ -347,7 +347,7 @@ def test_workers_outlive_signals_to_the_group_until_the_main_process_ends(tmp_pa
         os.killpg(process.pid, signal.SIGTERM)
         assert process.stdout.readline() == "7\n"
         assert process.wait(60) == 0
-    assert _gone(pids, 1)
+    assert _gone(pids, 20)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -355,7 +355,7 @@ def test_workers_die_with_a_killed_main_process(tmp_path: Path) -> None:
     process, pids = _start(tmp_path, "time.sleep(60)")
     with process:
         process.kill()
-    assert _gone(pids, 15)  # torch's watchdog looks every five seconds
+    assert _gone(pids, 60)  # torch's watchdog looks every five seconds, when the machine lets it
 
 
 def test_closing_ends_the_workers(split: DataSplit) -> None:
