@@ -12,7 +12,7 @@ import locations
 from cascade_rcnn.data.exact_resize import resize_like_opencv
 from cascade_rcnn.data.images import read_image
 
-SHARED = locations.SHARED
+PARITY = locations.FIXTURES / "parity"
 
 
 def _pixel(image: np.ndarray, size: tuple[int, int], y: int, x: int) -> int:
@@ -51,12 +51,9 @@ def test_same_size_changes_nothing_and_white_stays_white() -> None:
 
 
 def test_mmdetections_own_input_bit_for_bit() -> None:
-    reference_file = SHARED / "parity" / "mmdet_cascade_rcnn_r50_fpn.npz"
-    if not reference_file.exists():
-        pytest.skip("reference outputs (../shared/parity) are not there")
-    sample = np.load(reference_file)["input_sample"]
+    sample = np.load(PARITY / "mmdet_cascade_rcnn_r50_fpn.npz")["input_sample"]
     sample = sample.reshape(3, *sample.shape[-2:])
-    resized = resize_like_opencv(read_image(SHARED / "parity" / "images" / "synthetic.png"), (800, 1080))
+    resized = resize_like_opencv(read_image(PARITY / "synthetic.png"), (800, 1080))
     ours = resized.numpy()[:, ::97, ::89][:, : sample.shape[1], : sample.shape[2]]
     mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
     theirs = (sample * std[:, None, None] + mean[:, None, None])[:, : ours.shape[1], : ours.shape[2]]

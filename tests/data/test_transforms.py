@@ -14,7 +14,7 @@ from cascade_rcnn.data import transforms as T
 from cascade_rcnn.data.images import read_image
 from cascade_rcnn.data.transforms import Sample
 
-SHARED = locations.SHARED
+PARITY = locations.FIXTURES / "parity"
 
 
 def _scene(height: int = 60, width: int = 80, box: tuple[int, int, int, int] = (20, 12, 50, 40)) -> Sample:
@@ -84,11 +84,8 @@ def test_sizes_keep_the_ratio_as_mmdetection_does(
 
 
 def test_resized_boxes_equal_mmdetections() -> None:
-    folder = SHARED / "parity"
-    if not folder.exists():
-        pytest.skip("reference outputs (../shared/parity) are not there")
-    truth = json.loads((folder / "images" / "synthetic.gt.json").read_text())
-    expected = json.loads((folder / "mmdet_cascade_rcnn_r50_fpn.train.json").read_text())
+    truth = json.loads((PARITY / "synthetic.gt.json").read_text())
+    expected = json.loads((PARITY / "mmdet_cascade_rcnn_r50_fpn.train.json").read_text())
     boxes = np.array(truth["bbox"])
     boxes[:, 2:] += boxes[:, :2]
     sample = Sample.of(torch.zeros(3, truth["height"], truth["width"], dtype=torch.uint8), boxes)
@@ -105,11 +102,8 @@ def test_training_pixels_are_within_a_grey_level_of_opencvs() -> None:
 
 
 def test_network_input_equals_mmdetections() -> None:
-    folder = SHARED / "parity"
-    if not folder.exists():
-        pytest.skip("reference outputs (../shared/parity) are not there")
-    reference = np.load(folder / "mmdet_cascade_rcnn_r50_fpn.npz")
-    image, scale = T.resize_for_test(read_image(folder / "images" / "synthetic.png"), DataConfig())
+    reference = np.load(PARITY / "mmdet_cascade_rcnn_r50_fpn.npz")
+    image, scale = T.resize_for_test(read_image(PARITY / "synthetic.png"), DataConfig())
     assert list(image.shape[1:]) == reference["resized_shape"].tolist()[:2]
     np.testing.assert_allclose(scale, reference["scale_factor"].reshape(-1)[:2], rtol=1e-6)
     mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
