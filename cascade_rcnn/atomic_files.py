@@ -17,8 +17,8 @@ from cascade_rcnn.messages import one_line
 def replace_file(path: Path, write: Callable[[Path], None], verify: Callable[[Path], None] | None = None) -> None:
     """Let ``write`` fill a temporary file, flush it to disk, ``verify`` it, and rename it over ``path``.
 
-    Whatever fails, the file at ``path`` stays as it was and the temporary file is removed. The temporary name is
-    fixed, so that what a killed process left behind is overwritten by the next save.
+    If anything fails, the file at ``path`` is unchanged and the temporary file is removed. The temporary name is
+    fixed, so the next save overwrites what a killed process left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -50,7 +50,7 @@ def _flush(path: Path) -> None:
     folder = path.is_dir()
     if folder and os.name != "posix":
         return  # only POSIX systems open folders
-    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows flushes what is open for writing only
+    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows only flushes writable files
     try:
         os.fsync(descriptor)
     finally:
@@ -58,14 +58,14 @@ def _flush(path: Path) -> None:
 
 
 def umask() -> int:
-    mask = os.umask(0o077)  # the only way to ask is to set it
+    mask = os.umask(0o077)  # the umask can only be read by setting it
     os.umask(mask)
     return mask
 
 
 @contextmanager
 def clear_failure(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about a failed write into one line with the way out."""
+    """Turn an operating system error about a failed write into one line that says how to fix it."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""The one folder for what can be fetched or made again: downloaded weights, compiled code, results of checks."""
+"""The folder for everything that can be downloaded or rebuilt: downloaded weights, compiled code, results of checks."""
 
 from __future__ import annotations
 

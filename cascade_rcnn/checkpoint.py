@@ -1,10 +1,10 @@
-"""Checkpoints that survive a killed process, a full disk and a curious reader.
+"""Checkpoints: safe to write, safe to read, and complete.
 
 A checkpoint is one ``.safetensors`` file: the weights and, as JSON in its metadata, the resolved configuration, the
 class names, the data set's category ids, the format version, and whatever the writer adds (step, epoch, metrics).
 Nothing here reads or writes a pickle.
 
-Every file is written beside its place under a temporary name, flushed to disk, read back, and only then renamed over
+Every file is written to a temporary name in the same folder, flushed to disk, read back, and only then renamed over
 its predecessor. A process that is killed at any moment leaves either the old file or the new one, whole.
 """
 
@@ -37,13 +37,13 @@ _FOREIGN = (".pth", ".pt", ".pkl", ".ckpt", ".bin", ".tar")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk: everything that is needed to build and to use it."""
+    """A model on disk: everything needed to build and use it."""
 
     state: dict[str, Tensor]  # on the CPU, keys of ``CascadeRCNN.state_dict()``
     config: Config
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]  # the data set's own ids, as long as class_names; 1..K when it has none
-    metadata: dict[str, Any] = field(default_factory=dict)  # what the writer added: step, epoch, metrics, ...
+    metadata: dict[str, Any] = field(default_factory=dict)  # what the writer adds: step, epoch, metrics, ...
 
 
 def save_checkpoint(
@@ -146,7 +146,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     def write(temporary: Path) -> None:
         save_file(on_host, temporary, metadata=dict(metadata))
-        temporary.chmod(0o666 & ~umask())  # safetensors' own choice is a file that only its owner may read
+        temporary.chmod(0o666 & ~umask())  # safetensors creates files that only their owner can read
 
     def verify(temporary: Path) -> None:
         with safe_open(temporary, framework="pt") as file:

@@ -1,6 +1,6 @@
 """Everything that a user can set, as plain dataclasses; a recipe is a Python file with one ``config = Config(...)``.
 
-Values are checked when a config is made, so that a typing error costs no training time. Nothing here imports torch.
+Values are checked when a config is created, so a typo costs no training time. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the data lies and what the network sees of it."""
+    """Where the data is and what the network sees of it."""
 
     root: str = ""
     """Folder of the data set; its format is recognised (docs/data.md)."""
@@ -285,7 +285,7 @@ class Config:
 def finetune_schedule(config: Config, num_images: int) -> Config:
     """Fill in the schedule of a recipe with ``train.epochs = 0`` from the number of training images.
 
-    A small data set needs more passes and still sees fewer images in all: epochs = 1000 / sqrt(images), between 12
+    A small data set gets more epochs, although fewer images in total: epochs = 1000 / sqrt(images), between 12
     (the 1x schedule, reached at 7,000 images) and 100 (100 images and fewer). The learning rate falls at 2/3 and 11/12
     as in 1x, and the warm-up takes at most a tenth of the steps. A config that names its epochs is returned as it is.
     """

@@ -1,9 +1,9 @@
-"""The processes of a run: how they start and agree.
+"""The processes of a run: how they start and how they agree.
 
 A thin layer over torch.distributed: torchrun starts the processes, this joins them.
 
-Everything works alone as well: without torchrun there is one rank, nothing is communicated, and the functions below
-give back what they were given. Collectives run at fixed places of the loop, never depending on the data.
+Everything also works in a single process: without torchrun there is one rank, nothing is communicated, and the
+functions below return what they were given. Collectives run at fixed places of the loop, never depending on the data.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cascade_rcnn.errors import ConfigError, UserError
 from cascade_rcnn.messages import shown
 
-# newer versions of torch call it so; both bring the buffers of rank 0 to the others before each forward
+# renamed in newer versions of torch; both broadcast rank 0's buffers before each forward
 _SYNC_BUFFERS = (
     "forward_sync_buffers"
     if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
@@ -40,16 +40,16 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands among those of a run."""
+    """This process's place among those of a run."""
 
     rank: int
     size: int
     device: torch.device
-    restarts: int = 0  # how often torchrun has started this group anew after a failure
+    restarts: int = 0  # how often torchrun has restarted this group after a failure
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 writes files and speaks."""
+        """Rank 0 writes files and prints."""
         return self.rank == 0
 
 
@@ -65,7 +65,7 @@ def world_size() -> int:
 
 @contextmanager
 def start(device: str | torch.device | None = None, *, timeout_minutes: float = 30.0) -> Iterator[World]:
-    """Join the other processes of a torchrun, or be alone; leave them at the end.
+    """Join the other processes of a torchrun (if any) and leave them at the end.
 
     ``device`` is as in ``choose_device``, with its errors. GPUs talk over NCCL; host tensors and objects, and
     everything on CPUs, over gloo.
@@ -78,7 +78,7 @@ def start(device: str | torch.device | None = None, *, timeout_minutes: float = 
     if joined:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         timeout = datetime.timedelta(minutes=timeout_minutes)
-        # torchrun's store outlives a restart: without a prefix, addresses of processes that have died are found in it
+        # torchrun's store outlives a restart: without a prefix it still holds the addresses of dead processes
         store, number, size = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group(
             backend, timeout=timeout, rank=number, world_size=size, store=PrefixStore(f"restart_{restarts}", store)
@@ -103,7 +103,7 @@ def choose_device(device: str | torch.device | None = "auto", *, share_gpus: boo
         raise UserError(f"device {shown(device)}: give a name, e.g. 'cpu', 'cuda' or 'auto'")
     name = "auto" if device is None else str(device)
     if torch.cuda.is_available() and name in ("auto", "cuda"):
-        # not tried out like others: that would take memory of the first GPU in every process
+        # not probed like other devices: that would allocate memory on the first GPU in every process
         return torch.device("cuda", _own_gpu(share_gpus))
     try:
         chosen = torch.device("cpu" if name == "auto" else name)
@@ -129,7 +129,7 @@ def _own_gpu(share: bool) -> int:
 
 
 def barrier() -> None:
-    """Wait until every rank has come here."""
+    """Wait until every rank has reached this point."""
     if world_size() > 1:
         dist.all_reduce(torch.zeros(1))  # over gloo: needs no GPU, unlike dist.barrier() with NCCL
 
@@ -165,8 +165,8 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 class Vote:
     """Whether any rank wants to stop. Every rank votes once per step; nobody waits for the answer on a GPU.
 
-    On a GPU the answer to a vote is collected at the next one, while the step runs; on CPUs, where steps are long, at
-    once.
+    On a GPU the result of a vote is read at the next vote, while the step runs; on CPUs, where steps are long,
+    immediately.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -194,9 +194,9 @@ class Vote:
 def wrap(model: nn.Module, world: World, *, norm: str = "") -> nn.Module:
     """The model, whose forward gives the losses, so that its backward averages gradients over the ranks.
 
-    Every parameter takes part in every step (an image without objects gives zero losses, not missing ones), so unused
-    parameters need not be searched for. ``norm`` is ``config.model.norm``: only trained batch norm has buffers that
-    change and must be kept alike.
+    Every parameter takes part in every step (an image without objects gives zero losses, not missing ones), so DDP
+    need not search for unused parameters. ``norm`` is ``config.model.norm``: only trained batch norm has buffers that
+    change and must be kept equal.
     """
     if world.size == 1:
         return model

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: each message names the file, the value and the way out."""
+"""Errors that a user can fix: each message names the file, the value and the remedy."""
 
 
 class UserError(ValueError):
@@ -6,7 +6,7 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A configuration value or name that does not fit."""
+    """A configuration value or name that is not valid."""
 
 
 class DataError(UserError):

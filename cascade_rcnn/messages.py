@@ -1,4 +1,4 @@
-"""Words of messages: names and values from outside, made safe and short to print."""
+"""Parts of messages: names and values from outside, made safe and short to print."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def shown(value: object) -> str:
-    """A value from a file as it may stand in a one-line message: quoted, printable, short."""
+    """A value from a file for a one-line message: quoted, printable, short."""
     text = ascii(value) if not isinstance(value, str) or not value.isprintable() else f"'{value}'"
     return text if len(text) <= 120 else text[:100] + "..."
 
@@ -18,7 +18,7 @@ def printable(path: object) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, on one line; of an operating system's error its reason alone."""
+    """An exception's message on one line; for an operating system error, only its reason."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__
 

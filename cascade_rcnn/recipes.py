@@ -33,7 +33,7 @@ from cascade_rcnn.messages import one_line
 # any more. Keys that an older version did not know yet take their defaults.
 RENAMED_KEYS: dict[str, str | None] = {}
 
-# Other programs' words for our settings, for the hint on an unknown one
+# Other programs' names for our settings, for the hint on an unknown one
 _ALIASES = {
     "learning_rate": "lr",
     "base_lr": "lr",
@@ -54,7 +54,7 @@ _ALIASES = {
     "max_per_img": "max_detections",
 }
 
-# Other programs' options that are something else here
+# Other programs' options that mean something else here
 _ELSEWHERE = {
     "work_dir": "the run's folder is --out RUN",
     "cfg_options": "write each setting as --key.sub value",
@@ -126,8 +126,8 @@ def apply_overrides(config: Config, arguments: Sequence[str]) -> Config:
     """Change a config by command-line words: ``--train.epochs 3 --model.stage-ious 0.5 0.6 --data.flip=0``.
 
     Dashes and underscores mean the same. A switch alone means true, ``--train.no-compile`` false; ``none`` is None.
-    All changes are made together, so that values which must fit each other may come in any order. Another number of
-    epochs alone moves the milestones with it: 24 in place of 12 give 16 and 22 for 8 and 11.
+    All changes are applied together, so values that must agree may come in any order. Changing only the number of
+    epochs moves the milestones with it: 24 instead of 12 turns 8 and 11 into 16 and 22.
     Raises ConfigError: an unknown key (with the closest), or a value of the wrong type (with the type).
     """
     hints = _flat_hints(Config)
@@ -219,7 +219,7 @@ def _as_words(value: object) -> str:
 
 
 def _moved_milestones(train: TrainConfig, epochs: int) -> tuple[int, ...]:
-    """The milestones at the same shares of ``epochs``; where the recipe had none of either, at 2/3 and 11/12."""
+    """The milestones at the same fractions of ``epochs``; for a recipe without a schedule, at 2/3 and 11/12."""
     if epochs == 0:
         return train.milestones
     shares = [place / train.epochs for place in train.milestones] if train.epochs else [2 / 3, 11 / 12]

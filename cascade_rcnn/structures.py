@@ -1,12 +1,12 @@
-"""The few structures that travel through the program, and the conventions they keep.
+"""The structures passed between the parts of the program, and their conventions.
 
 B images, G objects per image (padded), D detections per image (padded), M pixels of all masks.
 
 * Boxes are float32 ``(x1, y1, x2, y2)`` in pixels of the current image; width = x2 - x1 (no +1).
 * Labels are 0..K-1 and K is the background. Sizes are (height, width).
 * Images are uint8 RGB until they are on the device. Masks are bool in memory and RLE in files.
-* Ragged things are padded, and a boolean mask says which rows are real: the same code then compiles, captures and
-  exports, and the host never waits for the device. Padding rows hold finite values (zeros), never NaN.
+* Ragged data is padded, and a boolean mask marks the real rows: the same code then compiles, captures and exports,
+  and the host never waits for the device. Padding rows hold finite values (zeros), never NaN.
 * Losses are named ``rpn_cls rpn_box s0.cls s0.box s0.mask s1.cls ...``.
 """
 
@@ -65,7 +65,7 @@ class ImageBatch(_TensorBatch):
 
 @dataclass
 class MaskCrops(_TensorBatch):
-    """Binary masks of all objects of a batch, each cut to its own extent and laid into one flat buffer.
+    """Binary masks of all objects of a batch, each cropped to its own extent and stored in one flat buffer.
 
     5,000 small objects cost their own pixels instead of 5,000 whole images. The pixel (row r, column c) of the network
     input belongs to object ``(b, g)`` if it lies inside the crop and
@@ -86,7 +86,7 @@ class Targets(_TensorBatch):
 
     boxes: Tensor  # float32 [B, G, 4], xyxy in pixels of the network input
     labels: Tensor  # int64 [B, G], 0..K-1
-    valid: Tensor  # bool [B, G], objects to learn
+    valid: Tensor  # bool [B, G], objects to detect
     ignore: Tensor  # bool [B, G], regions to keep out of the negatives (crowds, DontCare); never also valid
     masks: MaskCrops | None = None
 
@@ -99,7 +99,7 @@ class Targets(_TensorBatch):
 
 @dataclass
 class Proposals(_TensorBatch):
-    """Boxes that the RPN or a stage hands to the next stage."""
+    """Boxes that the RPN or a stage passes to the next stage."""
 
     boxes: Tensor  # float32 [B, N, 4], xyxy in pixels of the network input
     valid: Tensor  # bool [B, N]
@@ -108,7 +108,7 @@ class Proposals(_TensorBatch):
 
 @dataclass
 class RawDetections(_TensorBatch):
-    """What the network finds in a batch, still padded and in pixels of the network input; sorted by falling score."""
+    """What the network finds in a batch, padded, in pixels of the network input, sorted by descending score."""
 
     boxes: Tensor  # float32 [B, D, 4]
     scores: Tensor  # float32 [B, D], 0..1; 0 where not valid

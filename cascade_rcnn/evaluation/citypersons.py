@@ -57,7 +57,7 @@ class People:
 
 @dataclass
 class Candidates:
-    """Pedestrian detections (D) by image and falling score, and whom they may be matched with (pairs P)."""
+    """Pedestrian detections (D) by image and descending score, and whom they may be matched with (pairs P)."""
 
     heights: NDArray[np.float64]  # [D]
     scores: NDArray[np.float64]  # [D]
@@ -143,7 +143,7 @@ def recall_at_points(people: People, candidates: Candidates, subset: Subset) -> 
 def _match(
     candidates: Candidates, inside: NDArray[np.bool_], ignore: NDArray[np.bool_]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """(true positives, ignored) [D]. By falling score each detection takes the free person of largest IoU (the later of
+    """(true positives, ignored) [D]. By descending score each detection takes the free person of largest IoU (the later of
     equals); only if there is none, an ignore region, which may take many."""
     hit = np.zeros(len(inside), np.bool_)
     ignored = np.zeros(len(inside), np.bool_)

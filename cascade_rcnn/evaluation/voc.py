@@ -110,7 +110,7 @@ def area_under(recall: NDArray[np.float64], precision: NDArray[np.float64]) -> f
 
 
 def _match(objects: ClassObjects, detections: ClassObjects, iou: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """True and false positives [D] in the order of falling score.
+    """True and false positives [D] in the order of descending score.
 
     A detection looks only at the object that it overlaps most: difficult, it counts as neither; taken, as false.
     """

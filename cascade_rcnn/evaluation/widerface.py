@@ -69,7 +69,7 @@ def evaluate_widerface(truth: Path, results: Path, *, notes: list[str] | None = 
 def _average_precision(
     best: NDArray[np.int64], scores: NDArray[np.float64], evaluated: NDArray[np.bool_]
 ) -> float | None:
-    """AP over 1000 thresholds. ``best`` [D] is the face that a detection overlaps most, -1 for none, by falling score
+    """AP over 1000 thresholds. ``best`` [D] is the face that a detection overlaps most, -1 for none, by descending score
     within each image; ``evaluated`` [G] the faces of the setting."""
     total = int(evaluated.sum())
     if total == 0:

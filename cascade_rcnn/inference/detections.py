@@ -27,7 +27,7 @@ from cascade_rcnn.inference.paste_masks import paste_in_whole_pixels, paste_mask
 
 @dataclass
 class Detections:
-    """The D objects found in one image, sorted by falling score; every tensor is on the CPU."""
+    """The D objects found in one image, sorted by descending score; every tensor is on the CPU."""
 
     boxes: Tensor  # float32 [D, 4], xyxy in original pixels
     scores: Tensor  # float32 [D], 0..1

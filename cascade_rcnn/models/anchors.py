@@ -14,8 +14,8 @@ from cascade_rcnn.rounding import round_up
 class AnchorGenerator(nn.Module):
     """Anchors of side ``scale * stride``, ``ratios`` (height over width) and centres at ``(column, row) * stride``.
 
-    ``sizes``: sides in pixels for each level instead of scales, as many for each. ``rounded`` rounds the base anchors
-    to whole pixels, as torchvision does.
+    ``sizes``: sides in pixels for each level instead of scales, equally many per level. ``rounded`` rounds the base
+    anchors to whole pixels, as torchvision does.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class AnchorGenerator(nn.Module):
         return levels
 
     def unpadded(self, shapes: Sequence[tuple[int, int]], sizes: Tensor, *, multiple: int = 32) -> Tensor:
-        """Which anchors [B, sum(H * W * A)] start inside their image, each padded to ``multiple`` for itself.
+        """Which anchors [B, sum(H * W * A)] start inside their own image, padded to ``multiple``.
 
-        A batch is padded to its largest image; anchors in the rest of the padding belong to nobody.
+        A batch is padded to its largest image; anchors in the rest of the padding belong to no image.
         """
         limits = round_up(sizes, multiple)  # [B, 2]
         masks = []

@@ -14,8 +14,8 @@ from cascade_rcnn.models.ops.roi_align import rows_weight
 class BoxHead(nn.Module):
     """RoI features [R, C, 7, 7] to class logits [R, K + 1] and deltas [R, 4] (or [R, 4 K], one box per class)."""
 
-    takes_rows = False  # wants RoI features as they lie in memory, [R, 49, C]
-    reads_rows = True  # can take them so; its weight is then reordered in each call
+    takes_rows = False  # expects RoI features in memory order, [R, 49, C]
+    reads_rows = True  # accepts them in that order, and then reorders its weight in each call
 
     def __init__(
         self, channels: int, num_classes: int, *, width: int = 1024, size: int = 7, class_agnostic: bool = True
@@ -81,7 +81,7 @@ class ConvBoxHead(BoxHead):
         nn.init.zeros_(self.fc1.bias)
 
     def take_rows(self) -> None:
-        """Nothing to reorder: convolutions come first."""
+        """Nothing to reorder: the convolutions come first."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         for conv in self.convs:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A box may grow by 1000/16 at most in one step; larger deltas are clamped before exp (all published implementations).
+# A box grows at most 1000/16 times in one step; larger deltas are clamped before exp (all published implementations).
 MAX_LOG_RATIO = math.log(1000.0 / 16.0)
 
 
@@ -48,7 +48,7 @@ def pairwise_iof(a: Tensor, b: Tensor) -> Tensor:
 
 
 def encode_boxes(boxes: Tensor, targets: Tensor, stds: Tensor) -> Tensor:
-    """Deltas [..., 4] that lead from ``boxes`` to ``targets`` (R-CNN, eq. 6-9), divided by ``stds`` [4].
+    """Deltas [..., 4] from ``boxes`` to ``targets`` (R-CNN, eq. 6-9), divided by ``stds`` [4].
 
     Empty boxes and targets (padding) give finite values.
     """

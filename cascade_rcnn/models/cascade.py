@@ -1,4 +1,4 @@
-"""Cascade of box heads (arXiv 1906.09756, section 4): each stage trains on the boxes that the stage before has refined.
+"""Cascade of box heads (arXiv 1906.09756, section 4): each stage trains on the boxes refined by the stage before.
 
 B images, N boxes per image (padded, ``valid`` marks the boxes), S samples, G objects, K classes (K: background),
 xyxy pixels of the network input.
@@ -27,21 +27,21 @@ from cascade_rcnn.structures import ImageBatch, Proposals, RawDetections, Target
 class StageDetails:
     """The numbers of one stage (``models/build.py`` has the table of what the published implementations do)."""
 
-    iou: float  # a box is positive from this IoU with an object on, else negative
+    iou: float  # a box is positive at this IoU with an object or more, else negative
     stds: tuple[float, ...]  # of the four deltas
     loss_weight: float
     mask_weight: float
     samples: int | None = 512  # RoIs per image in the loss, a quarter of them positive; None: all boxes
     add_truth: bool = True  # ground-truth boxes take part
     keep_truth: bool = False  # and are handed on to the next stage
-    box_beta: float = 1.0  # where the box loss turns from square to absolute; 0: absolute everywhere
+    box_beta: float = 1.0  # where the box loss changes from quadratic to linear; 0: L1
     feature_gradient: float = 1.0  # factor on the gradient from the box head into the RoI features
     limit_shrinking: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class CascadeDetails:
-    """What concerns all stages together."""
+    """Settings of all stages together."""
 
     mean_of_logits: bool = True  # the ensemble averages logits (mmdetection) or probabilities
     masks: str = "none"  # "every", "last" or "one" (trained on stage 1's samples)
@@ -57,7 +57,7 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 
 class Stage(nn.Module):
-    """One stage: from which boxes it learns, what it learns from them, and where it moves them.
+    """One stage: which boxes it learns from, what it learns from them, and where it moves them.
 
     Its network is ``Cascade.box_heads[k]``, as checkpoints name it.
     """
@@ -69,7 +69,7 @@ class Stage(nn.Module):
         self.stds: Tensor
 
     def sample(self, proposals: Proposals, targets: Targets) -> Samples:
-        """The RoIs of the loss: boxes, with ground truth among them, matched with the objects and drawn at random."""
+        """The RoIs of the loss: boxes, with ground truth among them, matched with the objects and sampled at random."""
         boxes, valid = proposals.boxes, proposals.valid
         if self.details.add_truth:  # at first no other box overlaps its object enough
             boxes, valid = torch.cat([targets.boxes, boxes], 1), torch.cat([targets.valid, valid], 1)  # [B, G + N, ..]
@@ -78,7 +78,7 @@ class Stage(nn.Module):
     def match(self, boxes: Tensor, valid: Tensor, targets: Targets) -> Matches:
         """The object of each box [B, N, 4]; with ``add_truth`` the first G boxes are the objects themselves."""
         matches = match(boxes, valid, targets, positive_iou=self.details.iou, negative_iou=self.details.iou)
-        if self.details.add_truth:  # each is its own object, also where two are alike or one is empty
+        if self.details.add_truth:  # each matches itself, even when two are identical or one is empty
             truth, count = targets.valid, targets.valid.shape[1]
             itself = torch.arange(count, device=truth.device).expand_as(truth)
             matches.index = torch.cat([torch.where(truth, itself, 0), matches.index[:, count:]], dim=1)
@@ -109,7 +109,7 @@ class Stage(nn.Module):
         )
 
     def loss(self, logits: Tensor, deltas: Tensor, samples: Samples) -> dict[str, Tensor]:
-        """Weighted losses ``cls`` and ``box`` of what the head says of the samples.
+        """Weighted losses ``cls`` and ``box`` of the head's outputs for the samples.
 
         ``logits`` [B, S, K + 1], ``deltas`` [B, S, 4], or [B, S, 4 K] of a class-specific head.
         """
@@ -118,7 +118,7 @@ class Stage(nn.Module):
         background = logits.shape[-1] - 1
         wanted_class = torch.where(samples.positive, samples.matched_labels, background)
         cls = F.cross_entropy(logits.flatten(0, 1), wanted_class.flatten(), reduction="none").view_as(wanted_class)
-        # deltas of the positives, which lie in front
+        # deltas of the positives, which come first
         front = samples.max_positives
         wanted = encode_boxes(samples.boxes, samples.matched_boxes, self.stds)[:, :front]
         deltas = deltas_of_labels(deltas[:, :front], samples.matched_labels[:, :front])
@@ -130,11 +130,11 @@ class Stage(nn.Module):
 
     @torch.no_grad()
     def refine(self, logits: Tensor, deltas: Tensor, samples: Samples, sizes: Tensor) -> Proposals:
-        """The samples where the head has moved them: what the next stage learns from (no gradient flows through it)."""
-        # a class-specific head moves a positive as its object's class says, others as they are classified
+        """The samples after the head has moved them: what the next stage learns from (no gradient flows through)."""
+        # a class-specific head moves positives by their object's class, other boxes by their predicted class
         labels = torch.where(samples.positive, samples.matched_labels, most_likely(logits))
         boxes = self.move(deltas, samples.boxes, labels, sizes)
-        # ground truth stays behind: a trained cascade has none
+        # drop ground truth: a trained cascade has none
         valid = samples.valid if self.details.keep_truth else samples.valid & ~samples.is_truth
         # remove empty boxes
         valid = valid & ((boxes[..., 2:] - boxes[..., :2]).amin(dim=-1) > 0)
@@ -158,7 +158,7 @@ class Stage(nn.Module):
 
 
 def most_likely(logits: Tensor) -> Tensor:
-    """The class [B, N] of each box by its logits [B, N, K + 1], whatever the background's."""
+    """The best class [B, N] of each box by its logits [B, N, K + 1], leaving the background out."""
     return logits[..., :-1].argmax(dim=-1)
 
 
@@ -234,12 +234,12 @@ class Cascade(nn.Module):
         return self._apply_head(k, x)
 
     def _apply_head(self, k: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What stage ``k`` says of RoI features [B, N, ...]."""
+        """Outputs of stage ``k`` for RoI features [B, N, ...]."""
         logits, deltas = self.box_heads[k](x.flatten(0, 1))
         return logits.unflatten(0, x.shape[:2]).float(), deltas.unflatten(0, x.shape[:2]).float()
 
     def _pool_for_head(self, k: int, pyramid: list[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
-        """RoI features [B, N, C, 7, 7], or [B, N, 49, C] for heads that read them as they lie in memory."""
+        """RoI features [B, N, C, 7, 7], or [B, N, 49, C] for heads that read them in memory order."""
         head = self.box_heads[k]
         rows = bool(head.takes_rows) or (bool(head.reads_rows) and pyramid[0].is_cuda)  # on a CPU nothing is gained
         return self._pool(pyramid, boxes, valid, rows=rows)
@@ -252,7 +252,7 @@ class Cascade(nn.Module):
         return pool(levels, boxes, replace(self.sampling, size=size), valid)
 
     def _ensemble(self, logits: list[Tensor]) -> Tensor:
-        """Class probabilities [B, N, K + 1]: the mean of what the stages say, each [B, N, K + 1]."""
+        """Class probabilities [B, N, K + 1]: the mean over the stages, each [B, N, K + 1]."""
         if self.details.mean_of_logits:
             return _mean(logits).softmax(dim=-1)
         return _mean([one.softmax(dim=-1) for one in logits])
@@ -288,13 +288,13 @@ class Cascade(nn.Module):
         if targets.masks is None:
             return MaskSamples(boxes, labels, torch.zeros_like(positive), boxes.new_zeros(*positive.shape, 28, 28))
         has_mask = take(targets.masks.sizes.amin(dim=-1), index) > 0
-        # The bitmaps that mmdetection averages are padded like the image, hence their extent.
+        # mmdetection averages bitmaps that are padded like the image, hence their extent.
         extent = round_up(images.sizes, 32)
         wanted = mask_targets(targets.masks, self._mask_windows(boxes, images), index, extent, bins=28)
         return MaskSamples(boxes, labels, positive & has_mask, wanted)
 
     def _mask_windows(self, boxes: Tensor, images: ImageBatch) -> Tensor:
-        """What part of the image [B, P, 4] a mask of each RoI covers."""
+        """The part of the image [B, P, 4] that each RoI's mask covers."""
         return boxes
 
     def _mask_loss(self, head: MaskHead, pyramid: list[Tensor], samples: MaskSamples) -> Tensor:
@@ -316,7 +316,7 @@ class Cascade(nn.Module):
 
 
 def _mean(values: list[Tensor]) -> Tensor:
-    """Summed one after the other, in their order."""
+    """Summed one after another, in order."""
     total = values[0]
     for value in values[1:]:
         total = total + value

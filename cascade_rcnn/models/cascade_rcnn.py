@@ -43,7 +43,7 @@ class CascadeRCNN(nn.Module):
         bgr: bool = False,
     ) -> None:
         super().__init__()
-        self.recorder: Recorder | None = None  # repeats predictions on a GPU from recordings
+        self.recorder: Recorder | None = None  # on a GPU, replays predictions from recorded CUDA graphs
         self.backbone = backbone
         self.fpn = fpn
         self.rpn = rpn
@@ -62,7 +62,7 @@ class CascadeRCNN(nn.Module):
 
     @torch.no_grad()
     def detect(self, images: ImageBatch) -> RawDetections:
-        """Detections in pixels of the network input, sorted by falling score. Call ``eval()`` first."""
+        """Detections in pixels of the network input, sorted by descending score. Call ``eval()`` first."""
         if self.recorder is None or not images.pixels.is_cuda or followed():
             return self._detect(images)
         settings = (self.cascade.stages_at_test, self.cascade.details, self.rpn.details)
@@ -95,11 +95,11 @@ class CascadeRCNN(nn.Module):
         self.backbone.recompute = on
 
     def optimize_for_inference(self) -> CascadeRCNN:
-        """Trade training for speed on the device where the weights are: the same detections to float tolerance.
+        """Prepare for inference on the weights' device: the same detections to float tolerance, but no more training.
 
-        Batch norms are folded; box heads read RoI features as they lie in memory; on a CPU wide convolutions take a
-        quarter of the multiplications; on a GPU biases and ReLUs are added in one pass, and predictions of a shape that
-        has come before are repeated as CUDA graphs. Weights may not change afterwards.
+        Batch norms are folded; box heads read RoI features in memory order; on a CPU wide convolutions take a
+        quarter of the multiplications; on a GPU biases and ReLUs are applied in one pass, and predictions of a shape
+        seen before are replayed as CUDA graphs. Weights may not change afterwards.
         """
         self.eval().requires_grad_(False)
         self.backbone.fold_batch_norm()
@@ -131,9 +131,9 @@ class CascadeRCNN(nn.Module):
 
 
 class NoInitialValues(TorchFunctionMode):
-    """While a network is built whose weights are loaded next: random initial values are not drawn.
+    """For building a network whose weights are loaded next: skip the random initial values.
 
-    Half a second less, and memory that is not written does not count.
+    Saves half a second, and memory that is never written is never allocated.
     """
 
     def __torch_function__(
@@ -146,7 +146,7 @@ class NoInitialValues(TorchFunctionMode):
 
 
 def _lay_channels_last(weight: nn.Parameter) -> None:
-    """As ``to(memory_format=channels_last)``, where the weight lies: copies would leave holes of its size in memory."""
+    """Like ``to(memory_format=channels_last)``, but in place: copies would fragment the memory."""
     if weight.dim() != 4 or weight.is_contiguous(memory_format=torch.channels_last):
         return
     turned = weight.detach().permute(0, 2, 3, 1).contiguous()  # [O, H, W, I]

@@ -1,8 +1,8 @@
 """``semantics="paper"``: what the authors' Caffe2 release (Detectron-Cascade-RCNN) does differently.
 
-Detectron's boxes end with a pixel: (x1, y1, x2, y2) is x2 - x1 + 1 wide. With x2 + 1 they are ours, and overlaps, areas
-and deltas are the same numbers. What differs is where the last pixel matters (clipping, scaling, anchors), and that
-boxes are matched with objects, learnt and finished in pixels of the original image, not of the network's input.
+Detectron's boxes include their last pixel: (x1, y1, x2, y2) is x2 - x1 + 1 wide. Adding 1 to x2 and y2 gives our boxes,
+with the same overlaps, areas and deltas. What differs is where the last pixel matters (clipping, scaling, anchors), and
+that boxes are matched, learnt and post-processed in pixels of the original image, not of the network's input.
 docs/parity.md has the rules one by one, and what is not followed.
 
 B images, N boxes per image, S samples, G objects, K classes.
@@ -43,11 +43,11 @@ def clip_to_last_pixel(boxes: Tensor, sizes: Tensor) -> Tensor:
 
 def _beyond_last_pixel(boxes: Tensor) -> Tensor:
     """(0, 0, 1, 1): how far a box reaches beyond its first and its last pixel's coordinates."""
-    return (torch.arange(4, device=boxes.device) >= 2).to(boxes.dtype)  # a literal would be copied, and waited for
+    return (torch.arange(4, device=boxes.device) >= 2).to(boxes.dtype)  # copying a literal would make the host wait
 
 
 def inclusive_nms_limit(iou: float) -> float:
-    """The limit that makes "above" mean "from ``iou`` on": Detectron's NMS removes a box at the limit itself."""
+    """The limit that turns "above" into "at or above ``iou``": Detectron's NMS removes a box at the limit too."""
     return float(np.nextafter(np.float32(iou), np.float32(0)))
 
 
@@ -60,7 +60,7 @@ class OriginalFrame:
 
     @staticmethod
     def of(images: ImageBatch) -> OriginalFrame:
-        """Without the batch's own scales the longer sides give them."""
+        """Uses the batch's own scales if present, else the ratio of the longer sides."""
         scales = images.scales
         if scales is None:
             scales = images.sizes.amax(dim=1).float() / images.original_sizes.amax(dim=1)
@@ -87,10 +87,10 @@ class DetectronAnchorGenerator(AnchorGenerator):
 
 
 class DetectronRPN(RPN):
-    """Proposals keep a pixel; in training a batch shares its number of proposals."""
+    """Proposals keep at least a pixel; in training the number of proposals is shared by the batch."""
 
     def _leaves_padding_out(self, training: bool) -> bool:
-        """In training anchors in a batch's padding propose too (in the loss only those inside the image take part)."""
+        """In training, anchors in a batch's padding also propose (only those inside the image enter the loss)."""
         return not training
 
     def _inside_image(self, anchors: Tensor, sizes: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class DetectronStage(Stage):
         boxes_original = torch.cat([targets.boxes, frame.from_network(proposals.boxes)], dim=1)  # [B, G + N, 4]
         boxes = torch.cat([frame.to_network(targets.boxes), proposals.boxes], dim=1)
         samples = self.draw(boxes, self.match(boxes_original, valid, targets), targets)
-        # Ground truth is known by its overlap, for it to stay behind: exact copies of an object stay behind too.
+        # Ground truth is recognised by its overlap of 1 and dropped; so are exact copies of an object.
         overlap = pairwise_iou(
             frame.from_network(samples.boxes)[:, :, None], samples.matched_boxes[:, :, None]
         ).flatten(1)  # [B, S], of each with its object
@@ -133,8 +133,8 @@ class DetectronStage(Stage):
         return samples
 
     def loss(self, logits: Tensor, deltas: Tensor, samples: Samples) -> dict[str, Tensor]:
-        """The loss weight lessens the gradient into the features, where it enters them (``feature_gradient``), not that
-        of the head: the authors' optimizer divides the head's by the weight.
+        """The loss weight scales only the gradient into the features (``feature_gradient``), not the head's own: the
+        authors' optimizer divides the head's by the weight.
         """
         losses, weight = super().loss(logits, deltas, samples), self.details.loss_weight
         return {name: scale_gradient(loss, 1 / weight) if weight > 0 else loss for name, loss in losses.items()}
@@ -147,7 +147,7 @@ class DetectronStage(Stage):
 
 
 class DetectronCascade(Cascade):
-    """Boxes are matched, learnt and finished in original pixels; RoIs are read in the network's."""
+    """Boxes are matched, learnt and post-processed in original pixels; RoIs are read in the network's."""
 
     def loss(
         self, pyramid: list[Tensor], proposals: Proposals, images: ImageBatch, targets: Targets
@@ -169,7 +169,7 @@ class DetectronCascade(Cascade):
 
     @torch.no_grad()
     def detect(self, pyramid: list[Tensor], proposals: Proposals, images: ImageBatch) -> RawDetections:
-        """The classifiers of all stages see the last stage's RoIs, not each its own."""
+        """The classifiers of all stages see the last stage's RoIs, not their own stage's."""
         frame = OriginalFrame.of(images)
         count = rows_in_use(proposals.valid)
         boxes, valid = proposals.boxes[:, :count], proposals.valid[:, :count]
@@ -188,7 +188,7 @@ class DetectronCascade(Cascade):
         return found
 
     def _mask_windows(self, boxes: Tensor, images: ImageBatch) -> Tensor:
-        """Masks reach up to the RoI's last pixel, and over one original pixel at least."""
+        """Masks extend to the RoI's last pixel and cover at least one original pixel."""
         scales = OriginalFrame.of(images).scales
         far = torch.maximum(boxes[..., 2:] - 1, boxes[..., :2] + scales[:, None, None])
         return torch.cat([boxes[..., :2], far], dim=-1)

@@ -53,14 +53,14 @@ class MaskHead(nn.Module):
         return logits
 
     def features(self, x: Tensor) -> Tensor:
-        """Everything before the last 1x1 convolution: [R, C, 14, 14] to [R, width, 28, 28]."""
+        """All layers before the last 1x1 convolution: [R, C, 14, 14] to [R, width, 28, 28]."""
         for i, conv in enumerate(self.convs):
             x = conv(x)
             x = F.relu(self.norms[i](x) if self.norms else x, inplace=True)
         return F.relu(self.upsample(x), inplace=True)
 
     def of_labels(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Logits [R, 28, 28] of each RoI's own class ``labels`` [R] only: a K-th of the last layer's work."""
+        """Logits [R, 28, 28] of each RoI's own class ``labels`` [R] only: 1/K of the last layer's work."""
         x = self.features(x)
         weight = self.logits.weight[labels].flatten(1).to(x.dtype)  # [R, width]
         assert self.logits.bias is not None
@@ -97,7 +97,7 @@ def _axis_weights(start: Tensor, length: Tensor, bins: int, *, image: Tensor, or
 
 @torch.no_grad()
 def mask_targets(masks: MaskCrops, rois: Tensor, index: Tensor, sizes: Tensor, *, bins: int = 28) -> Tensor:
-    """What the mask head should say for each RoI: float [B, P, bins, bins] of 0 and 1.
+    """The mask head's target for each RoI: float [B, P, bins, bins] of 0 and 1.
 
     ``rois`` [B, P, 4], ``index`` [B, P] (each RoI's object), ``sizes`` [B, 2]. An object's mask is averaged over each
     bin as RoIAlign does (aligned, adaptive sampling) and cut at one half (mmdetection's and detectron2's bitmap rule).
@@ -106,7 +106,7 @@ def mask_targets(masks: MaskCrops, rois: Tensor, index: Tensor, sizes: Tensor, *
         from cascade_rcnn.models.ops.mask_targets_triton import fused_mask_targets
 
         return fused_mask_targets(masks, rois, index, sizes, bins=bins)
-    rois = rois.nan_to_num(0.0, 0.0, 0.0)  # of a training that diverges: its losses say so, a step later
+    rois = rois.nan_to_num(0.0, 0.0, 0.0)  # a diverged training: its losses report it a step later
     batch, count = index.shape
     flat = index.flatten()
     image = torch.arange(batch, device=index.device)[:, None].expand(batch, count).flatten()
@@ -128,7 +128,7 @@ def mask_targets(masks: MaskCrops, rois: Tensor, index: Tensor, sizes: Tensor, *
             crop = masks.pixels[torch.where(inside, address, 0)] * inside
         else:
             crop = inside * 0
-        with torch.autocast(roi.device.type, enabled=False):  # a target is a matter of the last bits too
+        with torch.autocast(roi.device.type, enabled=False):  # the last bits decide a target
             result.append(weights_y @ crop.float() @ weights_x.transpose(1, 2) >= 0.5)
     if not result:
         return rois.new_zeros(batch, count, bins, bins)

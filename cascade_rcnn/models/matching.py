@@ -1,4 +1,4 @@
-"""Which box learns which object, and which boxes take part in a loss.
+"""Which box is assigned to which object, and which boxes enter a loss.
 
 B images, N boxes, G objects (padded), S samples. Pairwise tables are computed in chunks of bounded size.
 """
@@ -16,12 +16,12 @@ from cascade_rcnn.structures import Targets
 
 MAX_TABLE = 1 << 24  # entries of a pairwise table held at once (64 MB in float32)
 MAX_TABLE_CPU = 1 << 18  # so that it stays in the cache: 1.2 s instead of 3.9 s for 268,569 anchors and 1,000 objects
-IGNORED_SHARE = 0.5  # a negative with more than this share of its area inside an ignored region takes no part
+IGNORED_SHARE = 0.5  # a negative with more than this share of its area inside an ignored region is left out of the loss
 
 
 @dataclass
 class Matches:
-    """For each box its object and its role; rows that are neither positive nor negative take no part."""
+    """The object and the role of each box; rows that are neither positive nor negative are left out of the loss."""
 
     index: Tensor  # int64 [B, N], row of the object with the largest IoU (any row where there is none)
     positive: Tensor  # bool [B, N]
@@ -39,11 +39,11 @@ class Samples:
     matched_boxes: Tensor  # float32 [B, S, 4] of that object
     matched_labels: Tensor  # int64 [B, S] of that object
     is_truth: Tensor  # bool [B, S], rows that are ground-truth boxes added to the proposals
-    max_positives: int  # positives lie in the first so many rows
+    max_positives: int  # number of leading rows that can be positive
 
 
 def host_sync_is_free(tensor: Tensor) -> bool:
-    """Whether the host may look at numbers: on a GPU it would have to wait for them."""
+    """Whether the host may read values: on a GPU it would have to wait for them."""
     return tensor.device.type == "cpu"
 
 
@@ -80,7 +80,7 @@ def _owners(boxes: Tensor, valid: Tensor, objects: Tensor, best: Tensor, iou: Te
     """For each box [B, N] the last object (1-based) whose best box it is, or 0.
 
     An object's best boxes are all that share its largest IoU ``best`` [B, G], if that is at least ``min_iou``. ``iou``
-    [B, N] is each box's own largest: a box below every object's best cannot be one (asked of one image on a CPU).
+    [B, N] is each box's own largest: a box below every object's best cannot be one (used image by image on a CPU).
     """
     chunk = _rows_at_once(objects)
     eligible = (best >= min_iou) & (best > 0)
@@ -100,7 +100,7 @@ def _owners(boxes: Tensor, valid: Tensor, objects: Tensor, best: Tensor, iou: Te
 
 
 def ignored_by_regions(boxes: Tensor, regions: Tensor, ignore: Tensor) -> Tensor:
-    """Boxes [B, N] that lie mostly inside a region [B, G, 4] of their image that is to be ignored [B, G]."""
+    """Boxes [B, N] that lie mostly inside a region [B, G, 4] of their image that is marked as ignored [B, G]."""
     if host_sync_is_free(boxes) and not ignore.any():
         return torch.zeros(boxes.shape[:2], dtype=torch.bool)
     parts = [
@@ -125,7 +125,7 @@ def match(
 
     Positive: IoU >= ``positive_iou``; negative: IoU < ``negative_iou``. With ``best_box_iou`` every object's best boxes
     are positive too if their IoU reaches it (the RPN's rule); ``rematch_best`` then hands them to that object
-    (mmdetection) instead of leaving them with the object of their own largest IoU (detectron2, torchvision).
+    (mmdetection) instead of keeping the object they overlap most (detectron2, torchvision).
     """
 
     def of_images(images: slice) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,9 +34,9 @@ def nms_keep(
 ) -> Tensor:
     """Which boxes [B, M] survive greedy NMS among the valid ones of the same image and group.
 
-    ``boxes`` [B, M, 4], ``scores``, ``groups`` (non-negative) and ``valid`` [B, M]. ``offset_groups`` moves each group
-    to a place of its own first, as mmdetection does: it changes nothing but the rounding of the IoU, which decides ties
-    at the limit. The last two save time on a GPU: ``runs``, lengths of the parts of M that are in falling order of
+    ``boxes`` [B, M, 4], ``scores``, ``groups`` (non-negative) and ``valid`` [B, M]. ``offset_groups`` offsets
+    each group to a region of its own first, as mmdetection does: only the rounding of the IoU changes, which decides
+    ties at the limit. The last two save time on a GPU: ``runs``, lengths of the parts of M that are in falling order of
     score and have no group in common; ``max_keep``, how many boxes the caller will use at most, of an image and the
     best first.
     """

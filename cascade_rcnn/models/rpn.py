@@ -25,23 +25,23 @@ class RPNDetails:
     """What the published implementations do differently (``models/build.py`` has the table)."""
 
     samples: int = 256  # anchors per image in the loss
-    box_beta: float = 1 / 9  # where the box loss turns from square to absolute
-    best_box_iou: float = 0.3  # an object's best anchors are positive from this IoU on
+    box_beta: float = 1 / 9  # where the box loss changes from quadratic to linear
+    best_box_iou: float = 0.3  # an object's best anchors are positive at this IoU or more
     rematch_best: bool = True
-    fixed_normalizer: bool = False  # divide by samples * images instead of by the anchors really sampled
+    fixed_normalizer: bool = False  # divide by samples * images instead of by the number of sampled anchors
     pre_nms: tuple[int, int] = (2000, 1000)  # per level, train and test
     post_nms: tuple[int, int] = (2000, 1000)  # per image, train and test
     limit_shrinking: bool = True
     nms_iou: float = 0.7
-    mask_padding: bool = True  # anchors in a batch's padding take no part
-    inside_only: bool = False  # anchors that cross the image's border take no part in the loss
+    mask_padding: bool = True  # anchors in a batch's padding are ignored
+    inside_only: bool = False  # anchors that cross the image's border are left out of the loss
     offset_levels: bool = False  # mmdetection's rounding in NMS
     rank_by_probability: bool = False  # order proposals by float32 probability instead of by logit
 
 
 @dataclass
 class AnchorPredictions:
-    """What the network says of every anchor, level by level."""
+    """The network's outputs for every anchor, level by level."""
 
     logits: list[Tensor]  # [B, A_l]
     deltas: list[Tensor]  # [B, A_l, 4]
@@ -88,9 +88,9 @@ class RPN(nn.Module):
         return self._losses(predictions, sizes, targets), proposals
 
     def propose(self, pyramid: list[Tensor], sizes: Tensor, outputs: RPNOutputs | None = None) -> Proposals:
-        """Proposals [B, N, 4] of images of ``sizes`` [B, 2], sorted by falling score.
+        """Proposals [B, N, 4] of images of ``sizes`` [B, 2], sorted by descending score.
 
-        ``outputs``: what :meth:`forward` gave for this pyramid, where it has run already (compiled with the backbone).
+        ``outputs``: the result of :meth:`forward` for this pyramid, if it has already run (compiled with the backbone).
         """
         predictions = self._predictions(pyramid, outputs or self(pyramid), sizes, training=False)
         return self._proposals(predictions, sizes, training=False)
@@ -124,7 +124,7 @@ class RPN(nn.Module):
             best_box_iou=details.best_box_iou,
             rematch_best=details.rematch_best,
         )
-        # draw a sample, half of it positive if there are so many
+        # sample anchors, half of them positive if there are enough
         rows, drawn, positive, max_positives = choose(matches, details.samples, positive_share=0.5)
         if details.fixed_normalizer:
             total = torch.full((), float(details.samples * batch), device=logits.device)
@@ -132,7 +132,7 @@ class RPN(nn.Module):
             total = normalizer(drawn.sum())
         # objectness of the whole sample
         cls = F.binary_cross_entropy_with_logits(take(logits, rows), positive.float(), reduction="none")
-        # boxes of the positives, which lie in front
+        # boxes of the positives, which come first
         rows, positive = rows[:, :max_positives], positive[:, :max_positives]
         wanted = encode_boxes(take(anchors, rows), take(targets.boxes, take(matches.index, rows)), self.stds)
         box = smooth_l1(take(deltas, rows), wanted, details.box_beta)  # [B, P, 4]
@@ -201,7 +201,7 @@ class RPN(nn.Module):
     # What Detectron does differently (detectron_rules.py)
 
     def _leaves_padding_out(self, training: bool) -> bool:
-        """Whether anchors in a batch's padding take no part."""
+        """Whether anchors in a batch's padding are ignored."""
         return self.details.mask_padding
 
     def _inside_image(self, anchors: Tensor, sizes: Tensor) -> Tensor:
@@ -220,5 +220,5 @@ class RPN(nn.Module):
         return (boxes[..., 2:] - boxes[..., :2]).amin(dim=-1) > 0
 
     def _limit_per_batch(self, score: Tensor, count: int) -> Tensor:
-        """In training: scores [B, M] with -inf for what is too much for the batch."""
+        """In training: scores [B, M], -inf beyond the batch's number of proposals."""
         return score

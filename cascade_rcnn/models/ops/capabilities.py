@@ -1,4 +1,4 @@
-"""What can be run now: Triton kernels on this machine, and nothing but torch's operations where these are followed."""
+"""What can run now: Triton kernels on this machine, or only torch operations while a compiler or exporter traces."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ def has_triton() -> bool:
 
 
 def followed() -> bool:
-    """Whether torch's compiler or an exporter writes down the operations: it would not see a kernel or a recording."""
+    """Whether torch's compiler or an exporter is tracing: it would not see a kernel or a recorded graph."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None

@@ -1,4 +1,4 @@
-"""Calls recorded as CUDA graphs: one launch in place of the thousand of a prediction, which take longer than they work.
+"""Calls recorded as CUDA graphs: one launch replaces the thousand of a prediction, which cost more than the work.
 
 A recording holds addresses, so inputs are copied to where it reads and results from where it writes. It is made when a
 call comes for the third time with inputs of the same shapes: the first compiles kernels, and torch's own compiler may
@@ -38,10 +38,10 @@ class _Recording:
 
 
 class Recorder:
-    """Runs a function of an image batch on a GPU, from its third call with the same shapes on from a recording.
+    """Runs a function of an image batch on a GPU; from the third call with the same shapes, replays a recording.
 
     ``settings`` is whatever else the function's course depends on. A call that cannot be recorded (memory, an operation
-    that waits) is told in one line on stderr and goes on as before. Threads take turns.
+    that waits) is reported in one line on stderr and runs as before. Threads take turns.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Recorder:
         return Recorder, ()  # a copy, or another process, records for itself
 
     def clear(self) -> None:
-        """Forget everything: the weights have moved."""
+        """Drop all recordings: the weights have moved."""
         with self._lock:
             self._calls.clear()
             self._recordings.clear()
@@ -106,7 +106,7 @@ class Recorder:
 
 
 def _leave_recording() -> None:
-    """After a recording that failed torch's random numbers still wait for its end: a small one brings it."""
+    """After a failed recording, torch's random generator still waits for its end: a small recording ends it."""
     with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
         torch.zeros(1, device="cuda")
 

@@ -1,4 +1,4 @@
-"""Convolutions for inference on GPUs whose bias and ReLU are one pass over the result (``bias_relu_triton.py``)."""
+"""Convolutions for inference on GPUs that apply bias and ReLU in one pass over the result (``bias_relu_triton.py``)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class FusedBiasConv2d(nn.Conv2d):
         return x if self.bias is None else _bias_relu(x, self.bias, relu=self.relu)
 
     def _weight(self) -> Tensor:
-        """In the type that products are made in: autocast would change it anew in every call."""
+        """In the type of the products: autocast would convert it again in every call."""
         kind = self.weight.device.type
         if not torch.is_autocast_enabled(kind):
             return self.weight
@@ -103,7 +103,7 @@ def _fuse_block(block: BasicBlock | Bottleneck) -> None:
 
 
 def _last_conv(branch: nn.Sequential) -> nn.Module:
-    """What ends the branch, but for norms that were folded away."""
+    """The last module of a branch, skipping norms that were folded away."""
     return [part for part in branch if not isinstance(part, nn.Identity)][-1]
 
 

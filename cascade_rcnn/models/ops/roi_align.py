@@ -36,7 +36,7 @@ from cascade_rcnn.models.ops.capabilities import has_triton
 from cascade_rcnn.models.ops.roi_sampling import Frame, Sampling
 
 CANONICAL_SIDE = 56.0  # a box of twice this side (in pixels) is the smallest that leaves the first level
-_MAX_TAPS = 4096  # per bin and side: boxes of 28,000 pixels of a level; keeps a diverged model from eating the memory
+_MAX_TAPS = 4096  # per bin and side: boxes of 28,000 pixels of a level; bounds the memory of a diverged model
 _CHUNK = 1 << 19  # entries of the index built at a time: 6 MB of index and weights, and results that stay in the cache
 
 
@@ -85,14 +85,14 @@ def rows_weight(weight: Tensor, bins: int) -> Tensor:
 
 
 def _needs_portable(feature: Tensor) -> bool:
-    """Whether only torchvision's operator will do: it is what exporters know, and what other devices have."""
+    """Whether to use torchvision's operator: the one that exporters know and other devices have."""
     if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
         return True
     return feature.device.type != "cpu" and not (feature.is_cuda and has_triton())
 
 
 def _portable_rows(features: Sequence[Tensor], boxes: Tensor, valid: Tensor | None, sampling: Sampling) -> Tensor:
-    """Every box on every level, emptied where it belongs elsewhere: no samples, no cost, static shapes."""
+    """Every box on every level, made empty on all but its own: no samples, no cost, static shapes."""
     batch, count = boxes.shape[:2]
     image = torch.arange(batch, device=boxes.device, dtype=boxes.dtype)[:, None, None].expand(batch, count, 1)
     wanted = boxes.isfinite().all(dim=2)
@@ -138,7 +138,7 @@ class _Axis:
     limit: Tensor  # int64 [n], pixels of the level
 
     def of(self, boxes: Tensor) -> _Axis:
-        """Of some boxes only, in their order."""
+        """The same for a subset of boxes, in order."""
         return _Axis(*(values[boxes] for values in vars(self).values()))
 
 
@@ -146,7 +146,7 @@ def _taps(axis: _Axis, size: int) -> tuple[Tensor, Tensor]:
     """One axis of bilinear sampling as weights of pixels, for n boxes with unequal numbers of samples.
 
     Returns the first pixel of each bin ``[n, S]`` and the weights, box by box ``[S, taps]``, flat. Same arithmetic, in
-    the same order, as torchvision's operator, whose border rule it keeps: points further than one pixel outside count
+    the same order, as torchvision's operator, whose border rule it keeps: points more than one pixel outside contribute
     nothing, nearer ones read the border.
     """
     # every sample of every box, in one row

@@ -1,4 +1,4 @@
-"""How RoIAlign reads a box: what its three ways (``roi_align.py``) have in common."""
+"""How RoIAlign reads a box: shared by its three implementations (``roi_align.py``)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Frame(IntEnum):
 
 @dataclass(frozen=True)
 class Sampling:
-    """Where and how densely a box is read."""
+    """Where and how densely a box is sampled."""
 
     size: int  # S, bins per side
     strides: tuple[int, ...]  # of the L levels, in pixels

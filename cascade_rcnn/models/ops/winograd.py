@@ -1,7 +1,7 @@
 """3x3 convolutions with a quarter of the multiplications: minimal filtering (Winograd; Lavin & Gray, arXiv 1509.09308).
 
-A tile of 4 x 4 outputs needs 6 x 6 inputs. Both are taken to a basis in which the convolution is 36 products instead of
-144 per pair of channels, which makes 36 matrix products over all tiles. Plain torch: no compiler is needed.
+A tile of 4 x 4 outputs needs 6 x 6 inputs. Both are transformed to a basis in which the convolution is 36 products
+instead of 144 per pair of channels: 36 matrix products over all tiles. Plain torch: no compiler is needed.
 
 The basis is evaluation at six points. With 0, +-sqrt(1/2), +-sqrt(2) and infinity the rounding error is half of that
 with the usual 0, +-1, +-2: 9e-7 (root mean square) at outputs of unit size, where the direct way has 2e-7 to 6e-7.
@@ -72,7 +72,7 @@ class WinogradConv2d(nn.Module):
 
     @staticmethod
     def fits(conv: nn.Module) -> bool:
-        """Whether a layer is such a convolution and wide enough to gain."""
+        """Whether a layer is such a convolution and wide enough to benefit."""
         return (
             type(conv) is nn.Conv2d
             and conv.kernel_size == (3, 3)
@@ -156,7 +156,7 @@ def _shape(x: Tensor, weight: Tensor, *_: Tensor | None) -> Tensor:
 
 
 def use_winograd(module: nn.Module) -> int:
-    """Replace the convolutions of ``module`` that gain by it, for inference; returns how many. They no longer train."""
+    """Replace the convolutions of ``module`` that benefit, for inference only; returns how many."""
     count = 0
     for name, child in module.named_children():
         if WinogradConv2d.fits(child):
