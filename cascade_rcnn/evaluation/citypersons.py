@@ -1,7 +1,7 @@
 """CityPersons log-average miss rate over nine false-positive rates: Reasonable, Small, Heavy occlusion, All.
 
-Follows the official script (eval_MR_multisetup). Its index quirk stays: where the very first detections already bring
-more false positives per image than a point, the script takes the final recall for it (Caltech's toolbox: recall 0).
+Follows the official script (eval_MR_multisetup). Its index quirk is kept: where the very first detections already exceed
+a false-positive rate, the script takes the final recall (Caltech's toolbox: recall 0).
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from cascade_rcnn.evaluation.pairwise import areas, intersections, pair_up
 
 _IOU = 0.5
 _MOST = 1000  # detections per image
-_MARGIN = 1.25  # detections this much outside the height range still take part
-_POINTS = np.array([0.01, 0.0178, 0.0316, 0.0562, 0.1, 0.1778, 0.3162, 0.5623, 1.0])  # rounded, as officially
+_MARGIN = 1.25  # detections this much outside the height range still count
+_POINTS = np.array(
+    [0.01, 0.0178, 0.0316, 0.0562, 0.1, 0.1778, 0.3162, 0.5623, 1.0]
+)  # rounded, as in the official script
 _INFINITY = 1e10
 
 
 class Subset(NamedTuple):
-    """Which people count; both ends belong to the range."""
+    """Which people count; both ends are included."""
 
     height: tuple[float, float]
     visibility: tuple[float, float]
@@ -143,8 +145,8 @@ def recall_at_points(people: People, candidates: Candidates, subset: Subset) -> 
 def _match(
     candidates: Candidates, inside: NDArray[np.bool_], ignore: NDArray[np.bool_]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """(true positives, ignored) [D]. By descending score each detection takes the free person of largest IoU (the later of
-    equals); only if there is none, an ignore region, which may take many."""
+    """(true positives, ignored) [D]. By descending score each detection takes the free person of largest IoU (the later
+    of equals); only if there is none, an ignore region, which may take many."""
     hit = np.zeros(len(inside), np.bool_)
     ignored = np.zeros(len(inside), np.bool_)
     region = ignore[candidates.people]

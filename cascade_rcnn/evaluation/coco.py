@@ -1,6 +1,6 @@
 """COCO AP and AR for boxes and masks, computed by faster-coco-eval (equal to pycocotools).
 
-On top of it: AP at every single IoU threshold, the paper's own way to look at a cascade; an empty list of results (all
+On top of it: AP at each single IoU threshold, as in the paper; an empty list of results (all
 0, where pycocotools stops); image ids of any kind; ground truth made from any reader's records.
 """
 
@@ -98,7 +98,7 @@ def evaluate_coco_files(truth: Path, results: Path, *, notes: list[str] | None =
     )
     entries = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
     masks = not entries or any("segmentation" in one for one in entries)
-    boxes = not entries or not masks or any("bbox" in one for one in entries)  # neither: the box reader names the fault
+    boxes = not entries or not masks or any("bbox" in one for one in entries)  # neither: the box reader names the error
     if masks and not masked_truth:
         if entries:
             notes.append(f"{truth} has no masks: boxes only")
@@ -181,7 +181,7 @@ def _table(
 
 
 def _silent(*_: object) -> None:
-    """The library's messages say nothing that a table does not."""
+    """The library's messages add nothing to the tables."""
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:
@@ -308,7 +308,7 @@ def _own_results(
 def _faultless(
     found: Any, rows: Mapping[Hashable, int], known: set[int], need_box: bool
 ) -> read_results.ResultTable | None:
-    """The table of a list without a fault, checked as arrays; None where ``parse_results`` must look entry by entry."""
+    """The table of a valid list, checked as arrays; None where ``parse_results`` must check entry by entry."""
     if not isinstance(found, list):
         return None
     try:
@@ -327,7 +327,7 @@ def _faultless(
 
 
 def _compressed(mask: Any, height: int, width: int) -> dict[str, Any]:
-    """An RLE as the library wants it, which does not check (runs beyond the image would be read past their end)."""
+    """An RLE for the library, which does not check it (runs beyond the image would be read past their end)."""
     if isinstance(mask, list) and mask:
         if any(polygon_points(polygon) < 3 for polygon in mask):
             raise ValueError("polygon of fewer than three points")
@@ -351,11 +351,11 @@ def coco_truth(split: DataSplit) -> dict[str, Any]:
     """A COCO ground truth of a split's records, as ``evaluate_coco`` takes it.
 
     Image ids are the records' own, category ids the split's. ``iscrowd`` comes from the attribute of that name, else
-    the records' ``ignore`` flags stand for it: such objects neither cost nor reward. Segmentations where present.
+    the records' ``ignore`` flags stand for it: such objects are ignored. Segmentations where present.
     """
     content = coco_dict(split, image_ids=[record.image_id for record in split.records])
     for number, one in enumerate(content["annotations"], start=1):
-        one["id"] = number  # COCO's evaluation takes an object with the id 0 for none
+        one["id"] = number  # COCO's evaluation treats an object with the id 0 as none
         one.pop("ignore", None)
     return {key: content[key] for key in ("images", "annotations", "categories")}
 

@@ -1,4 +1,4 @@
-"""Metrics of a network on a split, shared among the processes of a run."""
+"""Metrics of a network on a split, computed by all processes of a run together."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def evaluate_model(
 ) -> Metrics:
     """COCO metrics of a model on a split: ``bbox/AP``, ``bbox/AP@0.50``, ``bbox/AP/CLASS``, ... and ``segm/...``.
 
-    Every process of a torchrun calls this with its own copy of the model; each image is looked at once, and every
+    Every process of a torchrun calls this with its own copy of the model; each image is evaluated once, and every
     process gets the same metrics. Values are 0..1, None where the split has no object of the kind.
 
     Args:
         class_map: [K] the split's label of each label of the model, -1 for none; None: they are the same.
         workers: loader processes; None: ``config.data.workers``.
-        look: called with what was found in each image that this process looks at, e.g. to draw it.
+        look: called with the detections of each image of this process, e.g. to draw them.
     """
     if device is not None:
         model = model.to(device)
@@ -94,7 +94,7 @@ def detect_split(
     return [one for part, _ in parts for one in part]
 
 
-_NOT_IN_SPLIT = -(2**31)  # a category id that no data set has
+_NOT_IN_SPLIT = -(2**31)  # a category id that no data set uses
 
 
 def _as_split(split: DataSplit, class_map: Sequence[int] | None) -> tuple[tuple[str, ...], tuple[int, ...]]:

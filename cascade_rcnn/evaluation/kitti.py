@@ -34,7 +34,7 @@ _LABEL = "type truncated occluded alpha x1 y1 x2 y2 height width length x y z ro
 
 @dataclass
 class Boxes:
-    """Labelled boxes (G) or detections (D) of all frames, in the order of the files."""
+    """Labelled boxes (G) or detections (D) of all frames, in file order."""
 
     frames: NDArray[np.int64]  # [G]
     types: NDArray[np.str_]  # [G], lower case
@@ -134,10 +134,12 @@ def _covered(labels: Boxes, detections: Boxes, least: float) -> NDArray[np.bool_
 def _curve(
     labels: Boxes, detections: Boxes, pairs: _Pairs, covered: NDArray[np.bool_], kind: str, difficulty: str
 ) -> NDArray[np.float64]:
-    """Precision at the 41 recall positions [41]; ``covered`` [D] detections in a DontCare region cost nothing."""
+    """Precision at the 41 recall positions [41]; ``covered`` [D] detections in a DontCare region are ignored."""
     valid = _valid(labels, kind, difficulty)
-    height = np.abs(detections.boxes[:, 1] - detections.boxes[:, 3]).astype(np.int64)  # the program cuts to an integer
-    small = height < _MIN_HEIGHT[difficulty]  # of any class: may be assigned, then counts nowhere
+    height = np.abs(detections.boxes[:, 1] - detections.boxes[:, 3]).astype(
+        np.int64
+    )  # the program truncates to an integer
+    small = height < _MIN_HEIGHT[difficulty]  # of any class: may be matched, then counts nowhere
     regular = ~small & (detections.types == kind)
     scores = detections.numbers[:, 14]
     pairs = pairs.chosen((small | regular)[pairs.detections])
@@ -151,7 +153,7 @@ def _curve(
     free = scores[:, None] >= np.array(thresholds)[None, :]  # [D, T]
     preference = np.where(regular[pairs.detections], pairs.overlaps, -1.0)
     true = _match(pairs.ordered(preference), free, valid, regular).sum(axis=0)  # [T]
-    false = free[regular & ~covered].sum(axis=0)  # nobody took them
+    false = free[regular & ~covered].sum(axis=0)  # matched with no object
     curve = np.zeros(_POSITIONS)
     curve[: len(thresholds)] = true / np.maximum(true + false, 1)
     return np.asarray(np.maximum.accumulate(curve[::-1])[::-1])

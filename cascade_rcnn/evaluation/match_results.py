@@ -1,4 +1,4 @@
-"""Results that say themselves which file and class they are about (``predictions.json``): their names count, not ids.
+"""Results that name their file and class (``predictions.json``): names are used instead of ids.
 
 ``image_id`` and ``category_id`` of such results are those of another data set, or none at all; where they happen to
 exist in the truth too, scoring by them would compare one image with another.
@@ -16,8 +16,8 @@ from cascade_rcnn.messages import few_names, shown
 def match_results(found: Any, dataset: Any, where: str, truth: str, notes: list[str]) -> Any:
     """A results list with the truth's own ``image_id`` and ``category_id`` by ``file_name`` and ``category``.
 
-    Lists without names, and whatever else is no proper results list, are given back as they are: those who check ids
-    say what is wrong. ``notes`` gets a line on what was matched.
+    Lists without names, and anything that is no results list, are returned unchanged: the checks of ids report
+    what is wrong. ``notes`` gets a line on what was matched.
 
     Raises:
         DataError: a name that is not in the truth, or that fits several images.

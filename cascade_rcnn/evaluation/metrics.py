@@ -38,7 +38,7 @@ _Table = tuple[str, list[str], dict[str, list[str]]]
 
 
 def _tables(metrics: Metrics) -> list[_Table]:
-    """The keys laid out: (head of the first column, other heads, row -> keys of its cells) for each table."""
+    """The layout of the tables: (head of the first column, other heads, row -> keys of its cells) for each."""
     kinds = list(dict.fromkeys(key.split("/", 1)[0] for key in metrics))
     tables: list[_Table] = []
     coco = [kind for kind in kinds if kind in ("bbox", "segm")]

@@ -1,6 +1,6 @@
 """Reading what users give to ``score``: JSON, text tables, folders.
 
-Whatever cannot be used is a ``DataError`` of one line: file, place, value, way out.
+Input that cannot be used raises a one-line ``DataError``: file, place, value, remedy.
 """
 
 from __future__ import annotations

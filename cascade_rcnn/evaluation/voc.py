@@ -1,8 +1,8 @@
 """Pascal VOC average precision: 11-point (VOC2007) and area under the curve (VOC2010 on).
 
 Follows the community's accepted Python evaluation (py-faster-rcnn, detectron2), as the golden numbers do, with a stable
-sort: equal scores keep the order of the file. Where it and the MATLAB development kit differ: an overlap equal to the
-threshold does not count here (the kit: it does). Both agree on everything else, docs/metrics.md has the list.
+sort: equal scores keep the order of the file. One difference from the MATLAB development kit: an overlap equal to the
+threshold is no match here (in the kit it is). Both agree on everything else, docs/metrics.md has the list.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ CLASSES = (
     "train",
     "tvmonitor",
 )
-_RECALL_STEPS = np.arange(0.0, 1.1, 0.1)  # 3 * 0.1 > 3 / 10: a recall of exactly 3/10 misses its step, as officially
+_RECALL_STEPS = np.arange(
+    0.0, 1.1, 0.1
+)  # 3 * 0.1 > 3 / 10: a recall of exactly 3/10 misses its step, as in the official code
 
 
 @dataclass
@@ -112,7 +114,7 @@ def area_under(recall: NDArray[np.float64], precision: NDArray[np.float64]) -> f
 def _match(objects: ClassObjects, detections: ClassObjects, iou: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """True and false positives [D] in the order of descending score.
 
-    A detection looks only at the object that it overlaps most: difficult, it counts as neither; taken, as false.
+    Only the object that a detection overlaps most counts: if difficult, the detection is neither; if taken, false.
     """
     assert detections.scores is not None and objects.difficult is not None
     order = np.argsort(-detections.scores, kind="stable")

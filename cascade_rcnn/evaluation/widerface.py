@@ -1,7 +1,7 @@
 """WIDER FACE average precision: easy, medium, hard.
 
 Follows the Python port that the field reports (wondervictor's, used by RetinaFace), with one thing from the MATLAB
-tools: detections are sorted by score on reading, so that an unsorted file is not punished. MATLAB normalises scores in
+tools: detections are sorted by score on reading, so that an unsorted file is not penalised. MATLAB normalises scores in
 single precision and differs in the sixth digit. docs/metrics.md has the list.
 """
 
@@ -69,8 +69,8 @@ def evaluate_widerface(truth: Path, results: Path, *, notes: list[str] | None = 
 def _average_precision(
     best: NDArray[np.int64], scores: NDArray[np.float64], evaluated: NDArray[np.bool_]
 ) -> float | None:
-    """AP over 1000 thresholds. ``best`` [D] is the face that a detection overlaps most, -1 for none, by descending score
-    within each image; ``evaluated`` [G] the faces of the setting."""
+    """AP over 1000 thresholds. ``best`` [D] is the face that a detection overlaps most, -1 for none, by descending
+    score within each image; ``evaluated`` [G] the faces of the setting."""
     total = int(evaluated.sum())
     if total == 0:
         return None
@@ -92,7 +92,7 @@ def _at_least(scores: NDArray[np.float64]) -> NDArray[np.int64]:
 
 def _normalised(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """Scores of the whole submission on 0..1, as the port does: its range starts as [1, 0], so that scores outside
-    0..1 are stretched together with 0 or 1; equal scores become NaN and pass no threshold."""
+    0..1 are rescaled together with 0 or 1; equal scores become NaN and pass no threshold."""
     if len(scores) == 0:
         return scores
     low, high = min(1.0, float(scores.min())), max(0.0, float(scores.max()))

@@ -1,4 +1,4 @@
-"""The images of a training: those that it learns from, and those that it is evaluated on."""
+"""The images of a training: to learn from and to evaluate on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cascade_rcnn.training.log import RunLog
 def training_dataset(config: Config, split: DataSplit) -> DetectionDataset:
     """The split as the network sees it in training.
 
-    Raises DataError where there is nothing to learn, or no mask for a recipe with mask heads.
+    Raises DataError if there is nothing to learn, or no mask for a recipe with mask heads.
     """
     masks = config.model.masks != "none"
     if masks and not split.has_masks:

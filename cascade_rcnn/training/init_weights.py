@@ -1,4 +1,4 @@
-"""Start a training from another checkpoint: a detector that knows COCO learns 200 images of yours much faster."""
+"""Start a training from another checkpoint: a detector trained on COCO learns your 200 images much faster."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from cascade_rcnn.zoo.store import resolve
 
 @torch.no_grad()
 def start_from(model: nn.Module, path: Path, class_names: Sequence[str]) -> str:
-    """Copy the weights of the checkpoint ``path`` into ``model``, which detects ``class_names``; returns what was done.
+    """Copy the weights of the checkpoint ``path`` into ``model``, which detects ``class_names``; returns a summary.
 
-    Layers with a row per class take the rows of the classes that both know by name; the other rows stay as they are.
+    Layers with a row per class take the rows of classes with the same name; the other rows are left unchanged.
     Raises :class:`CheckpointError` where anything else is missing or has another shape.
     """
     source = load_checkpoint(resolve(path))

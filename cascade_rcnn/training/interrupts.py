@@ -1,6 +1,6 @@
 """Signals during training, and a watchdog for steps that hang.
 
-SIGINT, SIGTERM and SIGHUP during training: finish the step, save, exit; or stop at once where nothing can be lost.
+SIGINT, SIGTERM and SIGHUP during training: finish the step, save, exit; or stop immediately where nothing can be lost.
 Exit codes are the shell's: 128 plus the number of the signal, so 130 for Ctrl-C and 143 for SIGTERM.
 """
 
@@ -26,10 +26,10 @@ _IMPATIENT_AFTER = 1.0
 
 
 class Watchdog:
-    """Reports a step that takes too long: which rank, which step, which images, and where the program stands.
+    """Reports a step that takes too long: which rank, which step, which images, and where in the program.
 
     A rank that hangs makes all others wait for it until the process group's timeout kills the job without a reason.
-    Every rank that is late says what it is doing before that: the culprit is the one that is not waiting for others.
+    Every late rank reports what it is doing before that: the culprit is the one that is not waiting for others.
     """
 
     def __init__(self, minutes: float, *, rank: int = 0) -> None:
@@ -50,11 +50,11 @@ class Watchdog:
             self._thread.join()
 
     def now(self, what: str) -> None:
-        """Begin something that should end within the limit; costs an assignment."""
+        """Start something that should end within the limit; costs one assignment."""
         self._what, self._since, self._reported = what, time.monotonic(), False
 
     def pause(self) -> None:
-        """Nothing to watch for a while: an evaluation may take as long as it needs."""
+        """Pause the watch: an evaluation may take as long as it needs."""
         self._reported = True
 
     def _watch(self) -> None:
@@ -119,7 +119,7 @@ class Interrupts:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """A stretch that may be broken off anywhere (waiting for data, evaluating): a signal raises StopNow in it.
+        """A section that may be interrupted anywhere (waiting for data, evaluating): a signal raises StopNow in it.
 
         Errors of loader workers that received the signal before us count as the signal.
         """
@@ -136,7 +136,7 @@ class Interrupts:
             self._immediate = False
 
     def end_children(self) -> None:
-        """Kill the loader processes that were started in this context; they hold nothing that needs saving."""
+        """Kill the loader processes started in this context; they hold nothing that needs saving."""
         started = [child for child in multiprocessing.active_children() if child not in self._children]
         for child in started:
             child.kill()
@@ -144,7 +144,7 @@ class Interrupts:
             child.join(timeout=2)
 
     def keep_worker_deaths_quiet(self) -> None:
-        """Replace PyTorch's SIGCHLD handler, which raises wherever the program stands when a loader process dies.
+        """Replace PyTorch's SIGCHLD handler, which raises at any point of the program when a loader process dies.
 
         A cluster that stops a job signals all its processes; an error in the middle of an optimizer step would leave
         half-updated weights. The loader itself still notices a dead worker when it waits for it.

@@ -1,4 +1,4 @@
-"""What a training says: a bar on a terminal, plain lines elsewhere, and the same numbers as files.
+"""The log of a training: a bar on a terminal, plain lines elsewhere, and the same numbers as files.
 
 log.jsonl       one object per logged step: losses, learning rate, gradient norm, speed, memory
 metrics.jsonl   one object per evaluation
@@ -37,7 +37,7 @@ _DRAWN_SCORE = 0.3
 
 
 class RunLog:
-    """The voice of a run; of several processes only the one with ``active`` speaks and writes."""
+    """The log of a run; of several processes only the one with ``active`` prints and writes."""
 
     def __init__(self, out: Path, *, active: bool) -> None:
         self._out, self._active = out, active
@@ -74,7 +74,7 @@ class RunLog:
             self._bar = steps_bar(step, total)
 
     def say(self, text: str) -> None:
-        """One line for the person who watches."""
+        """Print one line."""
         if not self._active:
             return
         if self._bar is not None:
@@ -190,7 +190,7 @@ class _Clock:
         self._paused += seconds
 
     def read(self) -> dict[str, float]:
-        """Images per second of this rank, share of time waiting for data, seconds per step; starts anew."""
+        """Images per second of this rank, share of time waiting for data, seconds per step; then resets."""
         seconds = max(time.perf_counter() - self._since - self._paused, 1e-9)
         numbers = {
             "images_per_second": round(self.images * distributed.world_size() / seconds, 3),
@@ -202,7 +202,7 @@ class _Clock:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    """The numbers of a step for a person: losses by name, then speed."""
+    """The numbers of a step, readable: losses by name, then speed."""
     own = ("step", "epoch", "lr", "loss", "grad_norm", "images_per_second", "data_share", "eta_s", "memory_gb")
     parts = " ".join(f"{name} {value:.3f}" for name, value in record.items() if name not in own)
     return (
@@ -219,7 +219,7 @@ def _duration(seconds: int) -> str:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Most memory used so far in GB: of the GPU, or of this process."""
+    """Peak memory so far in GB: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
@@ -231,7 +231,7 @@ def _peak_memory(device: torch.device) -> float:
 
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one line; not finite numbers become null, as JSON has none."""
+    """Append one line; non-finite numbers become null, as JSON has none."""
     clean = {key: value if _is_json(value) else None for key, value in record.items()}
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -248,7 +248,7 @@ def _is_json(value: object) -> bool:
 
 
 def _drop_beyond(path: Path, step: int) -> None:
-    """Keep the lines up to ``step``; a line that a killed process left unfinished goes too."""
+    """Keep the lines up to ``step``; also drops a line that a killed process left unfinished."""
     if not path.exists():
         return
     kept = []

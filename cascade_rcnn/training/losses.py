@@ -1,4 +1,4 @@
-"""The losses of a training: their means for the log, and an end to a run whose losses stay not finite."""
+"""The losses of a training: means for the log, and an end to a run whose losses stay non-finite."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cascade_rcnn.errors import UserError
 
 @dataclass
 class _Step:
-    """One step: its row lies on the device until somebody asks."""
+    """One step: its row stays on the device until it is read."""
 
     number: int
     row: Tensor  # [losses + 3]: the losses, the gradients' norm, 1 if the step is bad, 1 if this rank's losses are
@@ -33,7 +33,7 @@ class LossWindow:
     def __init__(self, *, max_bad: int, scaled: bool = False) -> None:
         self._max_bad, self._scaled = max_bad, scaled
         self._names: tuple[str, ...] = ()
-        self._passes: list[tuple[Tensor, tuple[str, ...]]] = []  # of the step that is under way
+        self._passes: list[tuple[Tensor, tuple[str, ...]]] = []  # of the current step
         self._steps: list[_Step] = []
         self._counted = 0  # of ``_steps``, the first ones: those that ``_bad_in_a_row`` knows
         self._bad_in_a_row = 0
@@ -78,7 +78,7 @@ class LossWindow:
         return {"loss": sum(values.values()), **values, "grad_norm": means[-2]}, messages
 
     def bad_in_a_row(self) -> int:
-        """How many of the last steps were bad, those that nobody has read yet among them.
+        """How many of the last steps were bad, including those not read yet.
 
         Every rank calls it at the same step.
         """
@@ -91,7 +91,7 @@ class LossWindow:
         return count
 
     def restore(self, bad_in_a_row: int) -> None:
-        """Go on counting from what ``bad_in_a_row`` gave."""
+        """Continue counting from a saved ``bad_in_a_row``."""
         self._bad_in_a_row = bad_in_a_row
 
     def _count_bad_steps(self, rows: Tensor) -> list[str]:

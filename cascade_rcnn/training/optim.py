@@ -1,7 +1,7 @@
 """From gradients to new weights: optimizer, mixed precision, clipping, moving average.
 
-Nothing here waits for a GPU: whether a step's gradients are finite stays on the device, and the optimizer's own fused
-kernel leaves the weights alone where they are not.
+Nothing here waits for a GPU: whether a step's gradients are finite stays on the device, and the optimizer's fused
+kernel leaves the weights unchanged if they are not.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Updater:
         return found | numbers
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what ``tensors`` gave, in the memory layout of the parameters (the fused kernels rely on it)."""
+        """Restore what ``tensors`` returned, in the memory layout of the parameters (the fused kernels rely on it)."""
         parameters = {name: parameter for parameter, name in self._names.items()}
         for key, value in tensors.items():
             kind, _, what = key.rpartition("/")
@@ -145,7 +145,7 @@ class Updater:
 class MovingAverage:
     """Exponential moving average of the weights; ``decay`` is approached from below in the first steps.
 
-    Integers (batch counters) are taken over as they are.
+    Integers (batch counters) are copied.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -155,14 +155,14 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move towards the weights of now."""
+        """Move towards the current weights."""
         self.updates += 1
         decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(list(self._average.values()), list(self._model.values()), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model works with the averaged weights inside, with its own again afterwards."""
+        """Inside, the model has the averaged weights; afterwards its own again."""
         self._swap()
         try:
             yield

@@ -23,7 +23,7 @@ def seed_generators(seed: int, rank: int, step: int) -> None:
 
 
 def get_generators(device: torch.device) -> dict[str, Any]:
-    """Where the generators stand; cheap enough for every step, and without a wait for the GPU."""
+    """The generators' states; cheap enough for every step, and without waiting for the GPU."""
     state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": np.random.get_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)

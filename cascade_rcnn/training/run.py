@@ -1,4 +1,4 @@
-"""A run: the parts of one training, how it goes on to the next step, is evaluated, saved and resumed."""
+"""A run: the parts of one training, and how it advances, is evaluated, saved and resumed."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Run:
     vote: distributed.Vote
     progress: Progress = field(default_factory=Progress)
     bad_images: set[str] = field(default_factory=set)
-    generators: dict[str, Any] = field(default_factory=dict)  # where they stood after the last step
+    generators: dict[str, Any] = field(default_factory=dict)  # their states after the last step
     saved: Progress = field(default_factory=Progress)  # the newest state on disk, or the beginning
     wrapped: nn.Module = field(init=False)  # the model; of several processes, so that its backward averages gradients
 
@@ -96,7 +96,7 @@ class Run:
             yield f"goes on at step {self.progress.step}, epoch {schedule.epochs_done(self.progress):.2f}"
 
     def batches(self) -> Iterator[tuple[ImageBatch, Targets]]:
-        """The batches of this epoch from where the run stands.
+        """The remaining batches of this epoch.
 
         PyTorch draws a seed for its workers when they start; ours do not need it, and a resumed run, which starts them
         once more, must see the same random numbers as one that was not interrupted.
@@ -108,7 +108,7 @@ class Run:
         return itertools.chain([first], batches)
 
     def advance(self, passes: int) -> None:
-        """A step of so many passes has been taken."""
+        """Count a step of so many passes."""
         self.schedule.advance(self.progress, passes)
         self.generators = get_generators(self.world.device)
 
@@ -236,7 +236,7 @@ class Run:
         progress = self.progress
         if self.world.is_main and not (self.saved == progress and (self.out / LAST).is_file()):
             self._save_weights(LAST)
-        distributed.barrier()  # the files are there for whoever is given the result
+        distributed.barrier()  # the files exist before any process returns the result
         best = self.out / BEST
         result = best if progress.best is not None and best.is_file() else self.out / LAST
         reached = "" if progress.best is None else f" ({progress.best:.4f} after step {progress.best_step})"

@@ -1,6 +1,6 @@
-"""A run's folder: whether one can begin or resume in it, and the state that it keeps.
+"""A run's folder: whether a run can start or resume in it, and the saved state.
 
-``state/training.safetensors`` is everything of one step in one file, so that it is whole or not there: weights,
+``state/training.safetensors`` holds everything of one step in one file, so it is whole or absent: weights,
 optimizer, loss scale, moving average, the random generators of every process, and how far the run has come.
 ``last.safetensors`` (the same weights, for use) is written after it, ``best.safetensors`` after an evaluation.
 """

@@ -1,4 +1,4 @@
-"""How long a training is, where it stands, and its learning rate, in plain numbers.
+"""The length, the position and the learning rate of a training, in plain numbers.
 
 A pass is one batch through the network; ``passes_per_step`` passes make a step, which changes the weights; an epoch is
 every image once (times ``data.repeat``).
@@ -99,7 +99,7 @@ class Schedule:
         return steps[: self.total_steps - progress.step]
 
     def advance(self, progress: Progress, passes: int) -> None:
-        """A step of so many passes has been taken."""
+        """Count a step of so many passes."""
         progress.step += 1
         progress.passes += passes
         if progress.passes == self.passes_per_epoch:
@@ -107,7 +107,7 @@ class Schedule:
         progress.images = progress.passes * self.images_per_pass
 
     def resumed(self, saved: Progress) -> Progress:
-        """The place in this schedule of a run that was saved, perhaps with other batches or by more processes.
+        """The position in this schedule of a saved run, perhaps with other batches or more processes.
 
         The same place if nothing has changed; else after the last whole step whose images have all been seen.
         """
@@ -143,12 +143,12 @@ def scaled_lr(train: TrainConfig, images: int, *, passes: int = 1) -> tuple[floa
 
 
 def warmup_steps(train: TrainConfig, steps_per_epoch: int) -> int:
-    """``train.warmup_steps``, at most a third of the schedule, so that a short training reaches its rate too."""
+    """``train.warmup_steps``, at most a third of the schedule, so that a short training also reaches its full rate."""
     return min(train.warmup_steps, max(1, train.epochs * steps_per_epoch // 3))
 
 
 def lr_factor(train: TrainConfig, step: int, *, steps_per_epoch: int) -> float:
-    """Share of the learning rate that ``step`` (0, 1, ... over the whole run) works with.
+    """Factor of the learning rate at ``step`` (0, 1, ... over the whole run).
 
     Warm-up is linear from ``warmup_factor`` to 1 and multiplies the schedule: multistep divides by ten at each
     milestone, cosine falls to 0 at the end of the last epoch, step by step.
