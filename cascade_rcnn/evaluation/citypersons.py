@@ -1,7 +1,7 @@
 """CityPersons log-average miss rate over nine false-positive rates: Reasonable, Small, Heavy occlusion, All.
 
-Follows the official script (eval_MR_multisetup). Its index quirk is kept: where the very first detections already exceed
-a false-positive rate, the script takes the final recall (Caltech's toolbox: recall 0).
+Follows the official script (eval_MR_multisetup). Its index quirk is kept: where the very first detections already
+exceed a false-positive rate, the script takes the final recall (Caltech's toolbox: recall 0).
 """
 
 from __future__ import annotations
