@@ -63,7 +63,7 @@ def run_evaluate(
             print(line)
         detector.config = replace(detector.config, data=settings)
         class_map = match_classes(detector.class_names, chosen, checkpoint, quiet=not world.is_main)
-        results = detect_split(
+        results, chosen = detect_split(
             detector.model,
             detector.config,
             chosen,

@@ -115,12 +115,15 @@ class DetectionDataset(Dataset[Item]):
     def __getitem__(self, key: SampleKey | int) -> Item:
         """One image by its index, or in training by index and seed.
 
+        An image that cannot be read is listed in the item's ``bad``. In training another one stands in for it; else
+        the item is black, and its detections are to be left out.
+
         Raises:
-            DataError: the image cannot be read (in training: neither can the ones tried in its place).
+            DataError: in training, neither can the images tried in its place be read.
         """
         key = SampleKey(key) if isinstance(key, int) else key
         if not self.training:
-            return self._load(key.image, None)
+            return self._load_or_black(key.image)
         index, bad = key.image, []
         for attempt in range(_REPLACEMENTS):
             rng = np.random.default_rng((*key.seed, attempt))
@@ -136,6 +139,16 @@ class DetectionDataset(Dataset[Item]):
             return item
         raise DataError(f"{bad[0][1]} ({_REPLACEMENTS} images in a row could not be used)")
 
+    def _load_or_black(self, index: int) -> Item:
+        try:
+            return self._load(index, None)
+        except OrientationError:
+            raise
+        except DataError as error:
+            item = self._load(index, None, image=torch.zeros((3, 32, 32), dtype=torch.uint8))
+            item.bad = [(self.packed.path(index), str(error))]
+            return item
+
     def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[Item] | DataError:
         """A batch of items for the loader; an error travels as a value, so that its one line stays one line."""
         try:
@@ -143,12 +156,13 @@ class DetectionDataset(Dataset[Item]):
         except DataError as error:
             return DataError(str(error))
 
-    def _load(self, index: int, rng: np.random.Generator | None) -> Item:
-        """Decode an image and transform it: at random with a generator, as for the test without."""
+    def _load(self, index: int, rng: np.random.Generator | None, image: Tensor | None = None) -> Item:
+        """Decode an image (or take this one) and transform it: at random with a generator, else as for the test."""
         path = self.packed.path(index)
-        annotated = self.packed.annotated_size(index) if not self._sizeless else None
-        view = view_decider(annotated, self.config.orientation, path=path, sizeless=self._sizeless)
-        image = read_image(path, max_pixels=self.config.max_pixels, frame=view, range=self.config.range)
+        if image is None:
+            annotated = self.packed.annotated_size(index) if not self._sizeless else None
+            view = view_decider(annotated, self.config.orientation, path=path, sizeless=self._sizeless)
+            image = read_image(path, max_pixels=self.config.max_pixels, frame=view, range=self.config.range)
         size = (int(image.shape[1]), int(image.shape[2]))
         start, end = self.packed.offsets[index : index + 2].tolist()
         # mmdetection scales boxes in float32, detectron2 in float64: where overlaps tie, the last bit decides.

@@ -167,7 +167,7 @@ def _detect(config: Config) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         torch.manual_seed(0)
         model = build_model(config.model, 5)
         split = open_split(config.data.root, "val")
-        results = detect_split(model, config, split, progress=False)
+        results, split = detect_split(model, config, split, progress=False)
         return results, evaluate_results(results, config, split) if distributed.rank() == 0 else {}
 
 

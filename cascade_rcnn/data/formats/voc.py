@@ -143,12 +143,18 @@ def _lists_of_folder(folder: Path, annotations: Path) -> Iterator[_List]:
         yield _List(prefix, name, folder, annotations, images, wanted[name])
     if names:
         return
-    inner = [child for child in files.subfolders(annotations) if files.split_word(child.name) and _has_xml(child)]
+    inner = _split_folders(annotations)
+    if not inner and not files.list_files(annotations, {".xml"}):  # annotations/xmls/train
+        inner = [child for middle in files.subfolders(annotations) for child in _split_folders(middle)]
     for child in inner:  # annotations/train with images/train
         pictures = next((images / p.name for p in files.subfolders(images) if p.name == child.name), images)
         yield _List(prefix, child.name, folder, child, pictures, None)
     if not inner:
         yield _List(prefix, "all", folder, annotations, images, None)
+
+
+def _split_folders(folder: Path) -> list[Path]:
+    return [child for child in files.subfolders(folder) if files.split_word(child.name) and _has_xml(child)]
 
 
 def _has_xml(folder: Path, depth: int = 3) -> bool:
@@ -223,7 +229,9 @@ def _read_list(entry: _List, labels: dict[str, int], problems: Problems) -> tupl
     if entry.file is None:
         names = [_name_below(entry.annotations, path) for path in files.list_files_below(entry.annotations, {".xml"})]
     else:
-        names = list(dict.fromkeys(list_entry(line) for line in files.read_lines(entry.file) if line.strip()))
+        known = {key for key in annotations if key.endswith((" 1", " 0", " -1"))}  # names that look flagged
+        lines = [line.strip() for line in files.read_lines(entry.file) if line.strip()]
+        names = list(dict.fromkeys(line if line in known else list_entry(line) for line in lines))
     trees: list[tuple[str, Path, ElementTree.Element]] = []
     plain = True
     for number, name in enumerate(names):
