@@ -95,6 +95,7 @@ class Header:
     orientation: int  # 1 upright; 2, 4 mirrored; 3 upside down; 5 to 8 turned on the side
     deep: bool  # more than 8 bits per channel
     error: str = ""  # why the file is no image
+    pages: int = 1  # or frames
 
     @property
     def stored(self) -> Size:
@@ -111,7 +112,7 @@ def read_header(path: Path) -> Header:
         try:
             with Image.open(path) as picture:
                 (height, width), orientation = _stored_size(picture), _orientation(picture)
-                return Header(height, width, orientation, is_deep(picture))
+                return Header(height, width, orientation, is_deep(picture), pages=_pages(picture))
         except Exception as error:  # decoders raise what they like on damaged headers
             try:
                 empty = path.stat().st_size == 0
@@ -119,6 +120,10 @@ def read_header(path: Path) -> Header:
                 empty = False
             reason = "empty file" if empty else " ".join(str(error).split())
             return Header(0, 0, 1, False, reason.replace(str(path), path.name) or type(error).__name__)
+
+
+def _pages(picture: Image.Image) -> int:
+    return 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # cameras' previews are no second picture
 
 
 def _stored_size(picture: Image.Image) -> Size:
@@ -176,6 +181,12 @@ def image_size(path: Path) -> Size | None:
     if header.error:
         return None
     return header.upright if _sizes_are.get() == "upright" else header.stored
+
+
+def lies_in_file(path: Path, x: float, y: float) -> bool:
+    """Whether a point lies within the picture that is there: where it leaves the annotated size, that may be wrong."""
+    size = image_size(path)
+    return size is not None and x < size[1] and y < size[0]
 
 
 def read_image(

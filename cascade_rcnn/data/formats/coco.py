@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cascade_rcnn.data import files
 from cascade_rcnn.data.formats.find_images import ImageFinder
-from cascade_rcnn.data.images import image_size
+from cascade_rcnn.data.images import image_size, lies_in_file
 from cascade_rcnn.data.masks import polygon_points, segmentation_area, segmentation_box, usual_segmentation
 from cascade_rcnn.data.problems import Problems
 from cascade_rcnn.data.records import DataSplit, ImageRecord, Segmentation, empty_record
@@ -378,7 +378,8 @@ def _read_box(
     if width <= 0 or height <= 0:
         problems.add("empty-box", place, f"bbox {shown(box)} of {shown(record.file_name)} has no area")
         return None
-    if record.width and (x >= record.width or y >= record.height or x + width <= 0 or y + height <= 0):
+    beyond = x >= record.width or y >= record.height
+    if record.width and (x + width <= 0 or y + height <= 0 or (beyond and not lies_in_file(record.path, x, y))):
         problems.add(
             "outside-box",
             place,
