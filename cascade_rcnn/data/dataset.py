@@ -115,11 +115,11 @@ class DetectionDataset(Dataset[Item]):
     def __getitem__(self, key: SampleKey | int) -> Item:
         """One image by its index, or in training by index and seed.
 
-        An image that cannot be read is listed in the item's ``bad``. In training another one stands in for it; else
-        the item is black, and its detections are to be left out.
+        An image that cannot be read is listed in the item's ``bad``. In training another one stands in for it;
+        otherwise the item is black, and what is found in it is to be left out.
 
         Raises:
-            DataError: in training, neither can the images tried in its place be read.
+            DataError: in training, none of the images tried in its place can be read either.
         """
         key = SampleKey(key) if isinstance(key, int) else key
         if not self.training:
