@@ -158,5 +158,5 @@ def test_bytes_and_open_files_of_16_bits_are_read_by_a_range_that_is_known() -> 
     assert (to_array(stream.getvalue(), range="0 4095")[..., 0] == GREY).all()
     stream.seek(0)
     assert (to_array(stream, range="0 4095")[..., 0] == GREY).all()
-    with pytest.raises(DataError, match="bytes of an image: levels 0 to 4080 .*--range"):
+    with pytest.raises(DataError, match=r"bytes of an image: levels 0 to 4080 .*--range"):
         to_array(stream.getvalue())
