@@ -156,7 +156,8 @@ class _Ids:
 def _flag(value: object) -> bool:
     """A flag as it is written: 1, 1.0, true, "1", "true". Raises ``ValueError`` for what is neither yes nor no."""
     if isinstance(value, str):
-        value = {"0": 0, "false": 0, "no": 0, "": 0, "1": 1, "true": 1, "yes": 1}.get(value.strip().lower(), value)
+        words = {"0": 0, "0.0": 0, "false": 0, "no": 0, "": 0, "1": 1, "1.0": 1, "true": 1, "yes": 1}
+        value = words.get(value.strip().lower(), value)
     if value is None:
         return False
     if not isinstance(value, int | float) or value not in (0, 1):
