@@ -224,6 +224,22 @@ class Cascade(nn.Module):
             found.masks = self._masks(pyramid, found)
         return found
 
+    @torch.no_grad()
+    def follow(
+        self, pyramid: list[Tensor], proposals: Proposals, images: ImageBatch
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What each stage says of given boxes (annotated ones, say) and where it moves them, one entry per stage.
+
+        Class probabilities [B, N, K + 1] and boxes [B, N, 4]; garbage where not valid.
+        """
+        boxes, said, moved = proposals.boxes, [], []
+        for k, stage in enumerate(self.stages[: self.stages_at_test]):
+            logits, deltas = self._run_stage(k, pyramid, boxes, proposals.valid)
+            boxes = stage.move(deltas, boxes, most_likely(logits), images.sizes)
+            said.append(logits.softmax(dim=-1))
+            moved.append(boxes)
+        return said, moved
+
     # Box heads
 
     def _run_stage(self, k: int, pyramid: list[Tensor], boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,109 @@
+"""Cross-validation: each image is judged by a small detector that was trained on the others.
+
+A detector that has seen a wrong label may have learnt it, and then agrees with it. With F folds the images are dealt
+into F parts, and the detector of a part learns from the F - 1 others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
+from cascade_rcnn.data.formats.write import write_coco
+from cascade_rcnn.data.records import DataSplit, ImageRecord
+from cascade_rcnn.errors import DataError
+from cascade_rcnn.inference.detector import load
+from cascade_rcnn.labels.evidence import Evidence
+from cascade_rcnn.labels.judge import judge_split
+from cascade_rcnn.messages import printable
+from cascade_rcnn.train import train
+
+
+def small_recipe() -> Config:
+    """What the folds train unless told otherwise: small enough for a processor, from ImageNet weights."""
+    return Config(
+        model=ModelConfig(
+            backbone="tf_efficientnet_lite0",
+            frozen_stages=-1,
+            fpn_channels=96,
+            head_channels=256,
+            anchor_scales=(4.0,),
+            rpn_samples=128,
+            roi_samples=128,
+            train_proposals=500,
+            test_proposals=500,
+            max_detections=300,
+        ),
+        data=DataConfig(short_side=(384,), long_side=640, workers=2),
+        train=TrainConfig(
+            optimizer="adamw",
+            lr=1e-3,
+            weight_decay=0.05,
+            norm_weight_decay=False,
+            images_per_step=8,
+            batch_size=8,
+            warmup_steps=40,
+            schedule="cosine",
+            milestones=(),
+            clip_grad_norm=10.0,
+            epochs=0,
+            evaluate_every=0,
+        ),
+    )
+
+
+def deal(count: int, folds: int, *, seed: int = 0) -> NDArray[np.int64]:
+    """The fold 0..F-1 of each of ``count`` images: at random, their sizes differing by one at most."""
+    return np.random.default_rng(seed).permutation(count) % folds
+
+
+def judge_by_folds(split: DataSplit, folds: int, recipe: Config, out: Path) -> list[Evidence]:
+    """Train ``folds`` detectors below ``out`` and give the evidence on each image, in the split's order.
+
+    A fold whose training is done is not trained again, one that was interrupted goes on.
+
+    Raises:
+        DataError: fewer images than folds; whatever the training refuses.
+    """
+    if len(split) < folds:
+        raise DataError(f"{printable(split.root)}: {len(split)} images for {folds} folds; give fewer --folds")
+    fold_of = deal(len(split), folds)
+    for fold in range(folds):
+        write_coco(_part(split, fold_of == fold, f"fold{fold}"), out / "data")
+    evidence: dict[int, Evidence] = {}
+    for fold in range(folds):
+        rows = np.flatnonzero(fold_of == fold)
+        print(f"fold {fold + 1} of {folds}: learns from {len(split) - len(rows):,} images, judges {len(rows):,}")
+        others = "+".join(f"fold{other}" for other in range(folds) if other != fold)
+        checkpoint = _train(recipe, out / "data", others, out / f"without_fold{fold}")
+        detector = load(checkpoint)
+        part = replace(split, records=[split.records[row] for row in rows])
+        evidence |= dict(zip(rows.tolist(), judge_split(detector, part)))
+    return [evidence[row] for row in range(len(split))]
+
+
+def _part(split: DataSplit, chosen: NDArray[np.bool_], name: str) -> DataSplit:
+    """Those images under names that are told apart even where two splits have files of the same name."""
+    return replace(split, name=name, format="coco", records=list(_renamed(split.records, chosen)))
+
+
+def _renamed(records: list[ImageRecord], chosen: NDArray[np.bool_]) -> Iterator[ImageRecord]:
+    for row in np.flatnonzero(chosen).tolist():
+        record = records[row]
+        name = f"{row:06d}_{PurePosixPath(record.file_name.replace(chr(92), '/')).name}"
+        ids = {key: value for key, value in record.attributes.items() if key == "iscrowd"}
+        yield replace(record, file_name=name, image_id=row + 1, attributes=ids)
+
+
+def _train(recipe: Config, root: Path, splits: str, out: Path) -> Path:
+    config = replace(
+        recipe,
+        data=replace(recipe.data, root=str(root), train=splits, val=splits),
+        train=replace(recipe.train, evaluate_every=0),
+    )
+    return train(config, out=out, resume=out.exists())

@@ -1,0 +1,82 @@
+"""The network's evidence about a split: every annotated box is fed to the stages as if the RPN had proposed it.
+
+B images, N boxes per image (padded), S stages, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cascade_rcnn.data.dataset import DetectionDataset
+from cascade_rcnn.data.loader import eval_loader
+from cascade_rcnn.data.records import DataSplit, ImageRecord
+from cascade_rcnn.errors import UserError
+from cascade_rcnn.evaluation.evaluate_model import match_classes
+from cascade_rcnn.inference.detector import Detector
+from cascade_rcnn.inference.run_model import inference_mode
+from cascade_rcnn.labels.evidence import Evidence, Followed
+from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
+from cascade_rcnn.structures import ImageBatch, Proposals, RawDetections
+
+
+def judge_split(detector: Detector, split: DataSplit) -> Iterator[Evidence]:
+    """Evidence on each image of a split, in its order.
+
+    Raises:
+        DataError: an image that cannot be read, or classes that the detector does not know.
+        UserError: a detector that works in Detectron's whole pixels.
+    """
+    config = detector.config
+    if config.model.semantics == "paper":
+        raise UserError(
+            "a checkpoint with model.semantics paper cannot be asked about given boxes; use another one, or --folds"
+        )
+    class_map = match_classes(detector.class_names, split, "the checkpoint")
+    columns = torch.tensor([class_map.index(k) if k in class_map else -1 for k in range(len(split.class_names))])
+    dataset = DetectionDataset(split, config.data, training=False, semantics=config.model.semantics)
+    loader = eval_loader(dataset, batch_size=1, workers=config.data.workers)
+    try:
+        for record, (images, _) in zip(split.records, loader):
+            yield _judge_image(detector, images, record, columns, class_map)
+    finally:
+        loader.close()
+
+
+def _judge_image(
+    detector: Detector, images: ImageBatch, record: ImageRecord, columns: Tensor, class_map: Sequence[int]
+) -> Evidence:
+    factors = (images.sizes[0].double() / images.original_sizes[0].double()).flip(0).repeat(2)  # [4] x, y, x, y
+    given = torch.from_numpy(record.boxes) * factors  # [G, 4]
+    with inference_mode(detector.model, detector.precision) as device:
+        raw, probs, moved = _look(detector.model, images.to(device), given.float().to(device))
+    valid = raw.valid[0].cpu()
+    labels = torch.tensor(class_map)[raw.labels[0].cpu()]
+    valid = valid & (labels >= 0)
+    keep = torch.cat([torch.ones(len(given), dtype=torch.bool), valid])
+    known = torch.cat([probs.cpu()[..., :-1], torch.zeros(*probs.shape[:2], 1)], -1)  # a last column for unknown
+    probs = known[:, keep][..., columns].double()  # [S, N, K]
+    moved = moved.cpu()[:, keep].double() / factors
+    found = raw.boxes[0].cpu()[valid].double() / factors
+    count = len(given)
+    return Evidence(
+        labels=record.labels.astype(np.int64),
+        ignore=record.ignore,
+        annotated=Followed(record.boxes.astype(np.float64), moved[:, :count].numpy(), probs[:, :count].numpy()),
+        found_labels=labels[valid].numpy(),
+        scores=raw.scores[0].cpu()[valid].double().numpy(),
+        found=Followed(found.numpy(), moved[:, count:].numpy(), probs[:, count:].numpy()),
+    )
+
+
+def _look(model: CascadeRCNN, images: ImageBatch, given: Tensor) -> tuple[RawDetections, Tensor, Tensor]:
+    """Detections, and what the stages say of ``given`` boxes [G, 4] and of the detections: [S, G + D, K + 1 and 4]."""
+    pyramid = model.pyramid(images)
+    raw = model.cascade.detect(pyramid, model.rpn.propose(pyramid, images.sizes), images)
+    boxes = torch.cat([given[None], raw.boxes], dim=1)
+    valid = torch.cat([torch.ones_like(given[None, :, 0], dtype=torch.bool), raw.valid], dim=1)
+    probs, moved = model.cascade.follow(pyramid, Proposals(boxes, valid), images)
+    return raw, torch.stack(probs)[:, 0], torch.stack(moved)[:, 0]
