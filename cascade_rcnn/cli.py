@@ -246,7 +246,15 @@ def _check(words: Sequence[str]) -> int:
     )
     _add_orientation(parser)
     parser.add_argument("--range", type=_range, metavar="LOW HIGH", help=_RANGE_HELP)
+    parser.add_argument("--model", type=Path, metavar="CHECKPOINT", help="rank annotations that it takes for wrong")
+    parser.add_argument(
+        "--folds", type=_whole_number, default=0, metavar="N", help="the same by N models, each trained on the others"
+    )
+    parser.add_argument("--device", default="auto", metavar="D", help="for --model and --folds: cpu, cuda (auto)")
     args = parser.parse_all(words)
+    if args.model or args.folds:
+        _check_labels(parser, args)
+        return 0
     recipe = load_config(args.config) if args.config else Config()
     said = {"orientation": args.orientation, "range": args.range}
     data = dataclasses.replace(recipe.data, **{name: value for name, value in said.items() if value is not None})
@@ -255,6 +263,24 @@ def _check(words: Sequence[str]) -> int:
     from cascade_rcnn.check.dataset import run_check
 
     return run_check(args.data, fix=args.fix, draw=args.draw, out=args.out, recipe=recipe)
+
+
+def _check_labels(parser: _Parser, args: argparse.Namespace) -> None:
+    if args.fix or args.draw:
+        parser.error(f"{'--fix' if args.fix else '--draw'} belongs to the check without --model and --folds")
+
+    from cascade_rcnn.labels.command import LabelCheck, run_label_check
+
+    settings = LabelCheck(
+        model=args.model,
+        folds=args.folds,
+        recipe=load_config(args.config) if args.config else None,
+        out=args.out or Path("label_errors"),
+        orientation=args.orientation,
+        range=args.range,
+        device=args.device,
+    )
+    run_label_check(args.data, settings)
 
 
 def _serve(words: Sequence[str]) -> None:

@@ -62,7 +62,7 @@ def deal(count: int, folds: int, *, seed: int = 0) -> NDArray[np.int64]:
     return np.random.default_rng(seed).permutation(count) % folds
 
 
-def judge_by_folds(split: DataSplit, folds: int, recipe: Config, out: Path) -> list[Evidence]:
+def judge_by_folds(split: DataSplit, folds: int, recipe: Config, out: Path, *, device: str = "auto") -> list[Evidence]:
     """Train ``folds`` detectors below ``out`` and give the evidence on each image, in the split's order.
 
     A fold whose training is done is not trained again, one that was interrupted goes on.
@@ -80,8 +80,8 @@ def judge_by_folds(split: DataSplit, folds: int, recipe: Config, out: Path) -> l
         rows = np.flatnonzero(fold_of == fold)
         print(f"fold {fold + 1} of {folds}: learns from {len(split) - len(rows):,} images, judges {len(rows):,}")
         others = "+".join(f"fold{other}" for other in range(folds) if other != fold)
-        checkpoint = _train(recipe, out / "data", others, out / f"without_fold{fold}")
-        detector = load(checkpoint)
+        checkpoint = _train(recipe, out / "data", others, out / f"without_fold{fold}", device)
+        detector = load(checkpoint, device=device)
         part = replace(split, records=[split.records[row] for row in rows])
         evidence |= dict(zip(rows.tolist(), judge_split(detector, part)))
     return [evidence[row] for row in range(len(split))]
@@ -100,10 +100,10 @@ def _renamed(records: list[ImageRecord], chosen: NDArray[np.bool_]) -> Iterator[
         yield replace(record, file_name=name, image_id=row + 1, attributes=ids)
 
 
-def _train(recipe: Config, root: Path, splits: str, out: Path) -> Path:
+def _train(recipe: Config, root: Path, splits: str, out: Path, device: str) -> Path:
     config = replace(
         recipe,
         data=replace(recipe.data, root=str(root), train=splits, val=splits),
         train=replace(recipe.train, evaluate_every=0),
     )
-    return train(config, out=out, resume=out.exists())
+    return train(config, out=out, resume=out.exists(), device=None if device == "auto" else device)
