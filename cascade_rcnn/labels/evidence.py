@@ -20,7 +20,8 @@ class Followed:
 
     boxes: Floats  # [N, 4] as they went in
     moved: Floats  # [S, N, 4] after each stage
-    probs: Floats  # [S, N, K] class probabilities of each stage; what is missing to 1 is the background's
+    probs: Floats  # [S, N, K] class probabilities of each stage there; what is missing to 1 is the background's
+    unmoved: Floats  # [S, N, K] of each stage at the boxes as they went in: judges of three strictnesses
 
 
 @dataclass(frozen=True)

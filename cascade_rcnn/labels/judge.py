@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cascade_rcnn.data.dataset import DetectionDataset
@@ -19,6 +20,7 @@ from cascade_rcnn.evaluation.evaluate_model import match_classes
 from cascade_rcnn.inference.detector import Detector
 from cascade_rcnn.inference.run_model import inference_mode
 from cascade_rcnn.labels.evidence import Evidence, Followed
+from cascade_rcnn.models.cascade import Followed as Steps
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.structures import ImageBatch, Proposals, RawDetections
 
@@ -52,31 +54,40 @@ def _judge_image(
     factors = (images.sizes[0].double() / images.original_sizes[0].double()).flip(0).repeat(2)  # [4] x, y, x, y
     given = torch.from_numpy(record.boxes) * factors  # [G, 4]
     with inference_mode(detector.model, detector.precision) as device:
-        raw, probs, moved = _look(detector.model, images.to(device), given.float().to(device))
-    valid = raw.valid[0].cpu()
+        raw, followed = _look(detector.model, images.to(device), given.float().to(device))
     labels = torch.tensor(class_map)[raw.labels[0].cpu()]
-    valid = valid & (labels >= 0)
-    keep = torch.cat([torch.ones(len(given), dtype=torch.bool), valid])
-    known = torch.cat([probs.cpu()[..., :-1], torch.zeros(*probs.shape[:2], 1)], -1)  # a last column for unknown
-    probs = known[:, keep][..., columns].double()  # [S, N, K]
-    moved = moved.cpu()[:, keep].double() / factors
-    found = raw.boxes[0].cpu()[valid].double() / factors
+    known = raw.valid[0].cpu() & (labels >= 0)  # detections of the data's classes
+    found = raw.boxes[0].cpu().double() / factors
     count = len(given)
+
+    def part(rows: Tensor, boxes: Tensor) -> Followed:
+        return Followed(
+            boxes.numpy(),
+            (followed.boxes[:, 0, rows].cpu().double() / factors).numpy(),
+            _of_classes(followed.probs[:, 0, rows].cpu(), columns),
+            _of_classes(followed.unmoved[:, 0, rows].cpu(), columns),
+        )
+
     return Evidence(
         labels=record.labels.astype(np.int64),
         ignore=record.ignore,
-        annotated=Followed(record.boxes.astype(np.float64), moved[:, :count].numpy(), probs[:, :count].numpy()),
-        found_labels=labels[valid].numpy(),
-        scores=raw.scores[0].cpu()[valid].double().numpy(),
-        found=Followed(found.numpy(), moved[:, count:].numpy(), probs[:, count:].numpy()),
+        annotated=part(torch.arange(count), torch.from_numpy(record.boxes.astype(np.float64))),
+        found_labels=labels[known].numpy(),
+        scores=raw.scores[0].cpu()[known].double().numpy(),
+        found=part(count + known.nonzero().flatten(), found[known]),
     )
 
 
-def _look(model: CascadeRCNN, images: ImageBatch, given: Tensor) -> tuple[RawDetections, Tensor, Tensor]:
-    """Detections, and what the stages say of ``given`` boxes [G, 4] and of the detections: [S, G + D, K + 1 and 4]."""
+def _of_classes(probs: Tensor, columns: Tensor) -> NDArray[np.float64]:
+    """Probabilities [S, N, K] of the data's classes from the model's [S, N, K' + 1]; zeros of what it does not know."""
+    chosen = probs[..., columns.clamp(min=0)].double() * (columns >= 0)
+    return chosen.numpy()
+
+
+def _look(model: CascadeRCNN, images: ImageBatch, given: Tensor) -> tuple[RawDetections, Steps]:
+    """Detections, and what the stages say of ``given`` boxes [G, 4] followed by the detections."""
     pyramid = model.pyramid(images)
     raw = model.cascade.detect(pyramid, model.rpn.propose(pyramid, images.sizes), images)
     boxes = torch.cat([given[None], raw.boxes], dim=1)
     valid = torch.cat([torch.ones_like(given[None, :, 0], dtype=torch.bool), raw.valid], dim=1)
-    probs, moved = model.cascade.follow(pyramid, Proposals(boxes, valid), images)
-    return raw, torch.stack(probs)[:, 0], torch.stack(moved)[:, 0]
+    return raw, model.cascade.follow(pyramid, Proposals(boxes, valid), images)

@@ -1,25 +1,28 @@
 """From evidence to suspicion: five ways in which an annotation can be wrong, each with a score of its own in 0..1.
 
-S stages, K classes, G annotated objects, D detections. Everything here is arrays in, scores out. ``explain`` first pairs
-annotations with detections one to one, so that what is left over on either side stands out.
+S stages, K classes, G annotated objects, D detections. Everything here is arrays in, scores out. What a cascade adds to
+the usual comparison with detections: each annotated box has gone through the stages as a proposal, so that we know where
+three regressors in a row would rather have it, and what three classifiers, trained at rising IoU, say of it as it stands
+and as it is moved. The formulas are as simple as they could be; ``benchmarks/label_errors.py`` measures them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from cascade_rcnn.labels.evidence import Evidence, Floats, Followed, Ints, iou_matrix, iou_of_pairs, share_inside
+from cascade_rcnn.labels.evidence import Evidence, Floats, Ints, iou_matrix, iou_of_pairs, share_inside
 
-Kind = Literal["missed", "shifted", "class", "doubled", "nothing"]
+Kind = Literal["missed", "class", "shifted", "doubled", "nothing"]
 KINDS: tuple[Kind, ...] = ("missed", "class", "shifted", "doubled", "nothing")
 Box = tuple[float, float, float, float]
 
+# Scores from which a suspect is listed: where, of errors planted at 5 %, about every second one was one of them.
+LISTED_FROM: dict[Kind, float] = {"missed": 0.5, "class": 0.5, "shifted": 0.3, "doubled": 0.5, "nothing": 0.7}
 _TOUCHES = 0.1  # IoU from which a detection may be what an annotation means
 
 
@@ -39,100 +42,148 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Explained:
-    """Annotations and detections of an image, paired one to one."""
+    """Annotations and detections of an image, paired one to one: what is left over on either side stands out."""
 
-    detection: Ints  # [G], -1 where none is left for it
-    overlap: Floats  # [G], IoU with it, 0 without
-    annotation: Ints  # [D], -1 where the detection is nobody's
+    overlap: Floats  # [G], IoU of an annotation with its detection, 0 where none is left for it
+    surety: Floats  # [G], score of that detection
+    free: Floats  # [D], 1 for a detection that is nobody's, else 0
+
+
+def rank(evidence: Sequence[Evidence]) -> list[Suspect]:
+    """All suspects from ``LISTED_FROM`` on, by kind and falling score; an annotation is listed once, for its worst.
+
+    ``evidence`` is one image after the other; ``Suspect.image`` counts them.
+    """
+    worst: dict[tuple[int, int], tuple[float, Suspect]] = {}
+    missed = [one for one in suspects_of("missed", evidence) if one.score >= LISTED_FROM["missed"]]
+    for kind in KINDS[1:]:
+        low = LISTED_FROM[kind]
+        for one in suspects_of(kind, evidence):
+            excess = (one.score - low) / (1 - low)
+            if excess >= 0 and excess > worst.get((one.image, one.row), (-1.0,))[0]:
+                worst[one.image, one.row] = excess, one
+    listed = [*missed, *(one for _, one in worst.values())]
+    return sorted(listed, key=lambda one: (KINDS.index(one.kind), -one.score, one.image, one.row))
+
+
+def suspects_of(kind: Kind, evidence: Sequence[Evidence]) -> list[Suspect]:
+    """Every candidate of one kind, however weak, the most suspicious first."""
+    found = (one for image, one_image in enumerate(evidence) for one in _candidates(kind, image, one_image))
+    return sorted(found, key=lambda one: -one.score)
+
+
+def _candidates(kind: Kind, image: int, evidence: Evidence) -> Iterator[Suspect]:
+    if kind == "missed":
+        boxes, labels = evidence.found.boxes, evidence.found_labels
+        for row, score in enumerate(missed_scores(evidence)):
+            if score > 0:
+                yield Suspect(kind, float(score), image, -1, None, -1, _box(boxes[row]), int(labels[row]))
+        return
+    scores = _SCORES[kind](evidence)
+    other, moved = likelier_labels(evidence), evidence.annotated.moved[-1]
+    for row in np.flatnonzero(~evidence.ignore).tolist():
+        box, label = _box(evidence.annotated.boxes[row]), int(evidence.labels[row])
+        proposed = {"class": box, "shifted": _box(moved[row])}.get(kind)
+        proposed_label = int(other[row]) if kind == "class" else label
+        yield Suspect(kind, float(scores[row]), image, row, box, label, proposed, proposed_label)
+
+
+def _box(box: Floats) -> Box:
+    x1, y1, x2, y2 = box.tolist()
+    return x1, y1, x2, y2
 
 
 def explain(evidence: Evidence) -> Explained:
     """Pair annotations with detections so that overlap times score is largest in all, whatever their classes."""
     overlap = iou_matrix(evidence.annotated.boxes, evidence.found.boxes)  # [G, D]
-    overlap = np.where(evidence.ignore[:, None], 0.0, overlap)
-    worth = np.where(overlap >= _TOUCHES, overlap * evidence.scores, 0.0)
+    usable = (overlap >= _TOUCHES) & ~evidence.ignore[:, None]
+    worth = np.where(usable, overlap * evidence.scores, 0.0)
     rows, columns = linear_sum_assignment(worth, maximize=True)
-    paired = worth[rows, columns] > 0
-    rows, columns = rows[paired], columns[paired]
-    detection = np.full(len(evidence), -1)
-    annotation = np.full(len(evidence.scores), -1)
-    detection[rows], annotation[columns] = columns, rows
-    best = np.zeros(len(evidence))
-    best[rows] = overlap[rows, columns]
-    return Explained(detection, best, annotation)
+    rows, columns = rows[worth[rows, columns] > 0], columns[worth[rows, columns] > 0]
+    explained = Explained(np.zeros(len(evidence)), np.zeros(len(evidence)), np.ones(len(evidence.scores)))
+    explained.overlap[rows] = overlap[rows, columns]
+    explained.surety[rows] = evidence.scores[columns]
+    explained.free[columns] = 0
+    return explained
 
 
-def objectness(followed: Followed) -> Floats:
-    """Probability [N] that a box is some object: the mean over the stages."""
-    total: Floats = followed.probs.sum(axis=2).mean(axis=0)
-    return total
+def missed_scores(evidence: Evidence) -> Floats:
+    """How surely each detection [D] is an object that nobody annotated.
 
-
-def missed_scores(evidence: Evidence, explained: Explained) -> Floats:
-    """How surely each detection [D] is an object that nobody annotated."""
-    free = explained.annotation < 0
-    covered = iou_matrix(evidence.found.boxes, evidence.annotated.boxes).max(axis=1, initial=0)
-    ignored = share_inside(evidence.found.boxes, evidence.annotated.boxes[evidence.ignore]).max(axis=1, initial=0)
-    scores: Floats = evidence.scores * (1 - covered) * free * (ignored < 0.5)
+    It is left over when annotations and detections are paired, and covers none of the annotations, neither where they
+    are nor where the cascade would have them (a badly placed box is another error than a missing one).
+    """
+    found, annotated = evidence.found.boxes, evidence.annotated
+    covered = np.maximum(iou_matrix(found, annotated.boxes), iou_matrix(found, annotated.moved[-1]))
+    ignored = share_inside(found, annotated.boxes[evidence.ignore]).max(axis=1, initial=0) >= 0.5
+    free = explain(evidence).free * ~ignored
+    scores: Floats = evidence.scores * free * (1 - covered.max(axis=1, initial=0) ** 2)
     return scores
 
 
-def class_scores(evidence: Evidence) -> tuple[Floats, Ints]:
-    """How surely each annotation [G] is of another class, and of which: what all stages say against it."""
+def class_scores(evidence: Evidence) -> Floats:
+    """How surely each annotation [G] is of another class: what all stages say for the likeliest other one, and against
+    its own.
+    """
     probs = evidence.annotated.probs.mean(axis=0)  # [G, K]
-    own = _own(probs, evidence.labels)
-    others = _without_own(probs, evidence.labels)
-    best = others.argmax(axis=1) if others.shape[1] > 1 else np.zeros(len(own), np.int64)
-    against = others.max(axis=1, initial=0)
-    return against * (1 - own), best
+    own = probs[np.arange(len(evidence)), evidence.labels]
+    scores: Floats = _of_others(evidence).max(axis=1, initial=0) * (1 - own)
+    return scores
 
 
-def _own(probs: Floats, labels: Ints) -> Floats:
-    return probs[np.arange(len(labels)), labels]
+def likelier_labels(evidence: Evidence) -> Ints:
+    """The likeliest class [G] other than the annotated one; that itself where there is no other."""
+    others = _of_others(evidence)
+    return np.where(others.max(axis=1, initial=0) > 0, others.argmax(axis=1), evidence.labels)
 
 
-def _without_own(probs: Floats, labels: Ints) -> Floats:
-    others = probs.copy()
-    others[np.arange(len(labels)), labels] = 0
+def _of_others(evidence: Evidence) -> Floats:
+    """Mean class probabilities [G, K], 0 for the annotated class."""
+    others: Floats = evidence.annotated.probs.mean(axis=0)
+    others[np.arange(len(evidence)), evidence.labels] = 0
     return others
 
 
-def shifted_scores(evidence: Evidence, explained: Explained) -> tuple[Floats, Floats]:
-    """How surely each box [G] lies badly, and where it should lie [G, 4]: how far the cascade moves it."""
-    final = evidence.annotated.moved[-1]
-    stays = iou_of_pairs(evidence.annotated.boxes, final)
-    return (1 - stays) * objectness(evidence.annotated), final
+def movement(evidence: Evidence) -> Floats:
+    """How far [G] the stages move each annotated box: 1 minus its mean IoU with where each of them puts it."""
+    annotated = evidence.annotated
+    moved: Floats = 1 - iou_of_pairs(annotated.boxes[None], annotated.moved).mean(axis=0)
+    return moved
 
 
-def nothing_scores(evidence: Evidence, explained: Explained) -> Floats:
-    """How surely there is no object at each box [G]."""
-    sure = np.where(explained.detection >= 0, evidence.scores[explained.detection], 0) if len(evidence.scores) else 0
-    return (1 - objectness(evidence.annotated)) * (1 - explained.overlap * sure)
+def shifted_scores(evidence: Evidence) -> Floats:
+    """How surely each box [G] lies badly, by three witnesses.
+
+    The cascade moves it; the strictest classifier takes it for an object once it is moved, but not where it stands; the
+    detection that is paired with it lies elsewhere.
+    """
+    explained, annotated = explain(evidence), evidence.annotated
+    gained = annotated.probs[-1].sum(axis=1) - annotated.unmoved[-1].sum(axis=1)
+    elsewhere = (1 - explained.overlap) * explained.surety
+    return np.clip((movement(evidence) + 0.5 * gained + 0.5 * elsewhere) / 2, 0, 1)
 
 
-def doubled_scores(evidence: Evidence, explained: Explained) -> Floats:
-    """How surely each box [G] repeats another one: the cascade moves both to the same place."""
-    final = evidence.annotated.moved[-1]
-    same = iou_matrix(final, final)
-    before = iou_matrix(evidence.annotated.boxes, evidence.annotated.boxes)
+def doubled_scores(evidence: Evidence) -> Floats:
+    """How surely each box [G] repeats another one: the cascade moves both to one place, this one from further away."""
+    annotated, moves = evidence.annotated, movement(evidence)
+    final = annotated.moved[-1]
+    same = np.sqrt(iou_matrix(annotated.boxes, annotated.boxes) * iou_matrix(final, final))  # [G, G]
     np.fill_diagonal(same, 0)
-    np.fill_diagonal(before, 0)
-    return np.maximum(same * before, 0).max(axis=1, initial=0)
+    same[:, evidence.ignore] = 0
+    worse = 1 / (1 + np.exp(-5 * (moves[:, None] - moves[None])))
+    scores: Floats = (same * worse).max(axis=1, initial=0)
+    return scores
 
 
-def suspects_of(kind: Kind, evidence: Sequence[Evidence]) -> list[Suspect]:
-    """Every candidate of one kind, in all images, the most suspicious first."""
-    return sorted((one for image, e in enumerate(evidence) for one in _candidates(kind, image, e)), key=lambda o: -o.score)
+def nothing_scores(evidence: Evidence) -> Floats:
+    """How surely there is no object at each box [G]: even the laxest classifier, trained from IoU 0.5 on, sees none."""
+    scores: Floats = 1 - evidence.annotated.unmoved[0].sum(axis=1)
+    return scores
 
 
-def _candidates(kind, image, e):
-    x = explain(e)
-    if kind == "missed":
-        for d, s in enumerate(missed_scores(e, x)):
-            if s > 0:
-                yield Suspect(kind, float(s), image, -1, None, -1, tuple(e.found.moved[-1][d].tolist()), int(e.found_labels[d]))
-        return
-    scores = {"class": lambda: class_scores(e)[0], "shifted": lambda: shifted_scores(e, x)[0], "nothing": lambda: nothing_scores(e, x), "doubled": lambda: doubled_scores(e, x)}[kind]()
-    for g, s in enumerate(scores):
-        if not e.ignore[g]:
-            yield Suspect(kind, float(s), image, g, tuple(e.annotated.boxes[g].tolist()), int(e.labels[g]), None, 0)
+_SCORES: dict[Kind, Callable[[Evidence], Floats]] = {
+    "class": class_scores,
+    "shifted": shifted_scores,
+    "doubled": doubled_scores,
+    "nothing": nothing_scores,
+}

@@ -51,6 +51,15 @@ class CascadeDetails:
     max_detections: int = 100
 
 
+@dataclass(frozen=True)
+class Followed:
+    """Given boxes on their way through S stages, each entry one stage's."""
+
+    unmoved: Tensor  # [S, B, N, K + 1] class probabilities at the boxes as they were given
+    probs: Tensor  # [S, B, N, K + 1] at the boxes as the stage before has moved them
+    boxes: Tensor  # [S, B, N, 4] as this stage moves them
+
+
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """``x`` itself, whose gradient is multiplied by ``factor`` on its way back."""
     return x if factor == 1.0 else x * factor + x.detach() * (1 - factor)
@@ -225,20 +234,17 @@ class Cascade(nn.Module):
         return found
 
     @torch.no_grad()
-    def follow(
-        self, pyramid: list[Tensor], proposals: Proposals, images: ImageBatch
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """What each stage says of given boxes (annotated ones, say) and where it moves them, one entry per stage.
-
-        Class probabilities [B, N, K + 1] and boxes [B, N, 4]; garbage where not valid.
-        """
-        boxes, said, moved = proposals.boxes, [], []
+    def follow(self, pyramid: list[Tensor], proposals: Proposals, images: ImageBatch) -> Followed:
+        """What the stages say of given boxes (annotated ones, say) and where they move them; garbage where not valid."""
+        boxes, steps = proposals.boxes, []
         for k, stage in enumerate(self.stages[: self.stages_at_test]):
-            logits, deltas = self._run_stage(k, pyramid, boxes, proposals.valid)
+            unmoved, deltas = self._run_stage(k, pyramid, proposals.boxes, proposals.valid)
+            logits = unmoved
+            if k:
+                logits, deltas = self._run_stage(k, pyramid, boxes, proposals.valid)
             boxes = stage.move(deltas, boxes, most_likely(logits), images.sizes)
-            said.append(logits.softmax(dim=-1))
-            moved.append(boxes)
-        return said, moved
+            steps.append((unmoved.softmax(dim=-1), logits.softmax(dim=-1), boxes))
+        return Followed(*(torch.stack(part) for part in zip(*steps)))
 
     # Box heads
 
