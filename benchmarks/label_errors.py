@@ -1,4 +1,4 @@
-"""How many planted label errors are found: ``cascade-rcnn check DATA --folds 3`` beside ObjectLab on the same detections.
+"""How many planted label errors ``cascade-rcnn check DATA --folds 3`` finds, beside ObjectLab on the same detections.
 
     python3 -m pip install cleanlab matplotlib
     python3 benchmarks/label_errors.py --data bccd=BCCD --data nuclei=NUCLEI --weights lite0.safetensors --work WORK
@@ -19,12 +19,12 @@ the same settings only ranks.
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from cascade_rcnn.data.formats.open import disjoint_splits, open_split
 from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.labels.evidence import Evidence, iou_matrix
 from cascade_rcnn.labels.folds import judge_by_folds, small_recipe
-from cascade_rcnn.labels.rank import KINDS, Suspect, suspects_of
+from cascade_rcnn.labels.rank import KINDS, suspects_of
 
 SIZES = {"bccd": (224, 320, 6), "nuclei": (256, 384, 3), "coco": (256, 384, 16)}  # short and long side, epochs
 Ranking = list[tuple[float, bool, float]]  # score, whether it is a planted one, size of the object
@@ -109,7 +109,7 @@ def measure(ranking: Ranking, count: int) -> tuple[float, float, float]:
 
 
 def by_size(planted: Planted, kind: str, ranking: Ranking) -> list[tuple[int, int]]:
-    """Of each third of the planted errors by the object's size: how many are among the first n, and how many there are."""
+    """Of each third of the planted errors by size: how many are among the first n, and how many there are."""
     if kind == "missed":
         sizes = np.array([_side(box) for _, box, _ in planted.missed])
     else:
@@ -119,7 +119,7 @@ def by_size(planted: Planted, kind: str, ranking: Ranking) -> list[tuple[int, in
     found = np.array([size for _, hit, size in first if hit])
     return [
         (int(((found > low) & (found <= high)).sum()), int(((sizes > low) & (sizes <= high)).sum()))
-        for low, high in zip(edges[:-1], edges[1:])
+        for low, high in pairwise(edges)
     ]
 
 

@@ -1,8 +1,8 @@
 """Plants known errors into the annotations of a data set: what ``label_errors.py`` then looks for.
 
 Of the objects, each drawn once: 5 % missed (their annotation is removed), 5 % shifted (the box overlaps its old self by
-0.4 to 0.7), 5 % of another class, 2 % doubled (a second box that overlaps the first by 0.6 to 0.9), and as many boxes as
-2 % of the objects around nothing. Detectors are then trained on the data as they are, errors included.
+0.4 to 0.7), 5 % of another class, 2 % doubled (a second box overlaps the first by 0.6 to 0.9); boxes around nothing,
+as many as 2 % of the objects, are added. Detectors are then trained on the data as they are, errors included.
 """
 
 from __future__ import annotations

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cascade_rcnn.config import Config, DataConfig
+from cascade_rcnn.config import Config, Orientation
 from cascade_rcnn.data.formats.open import describe_split, disjoint_splits, open_split
 from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.errors import UserError
@@ -33,6 +34,8 @@ class LabelCheck:
     folds: int = 0  # 0: the checkpoint itself judges
     recipe: Config | None = None  # of the folds; None: the checkpoint's, else the small one
     out: Path = Path("label_errors")
+    orientation: Orientation | None = None  # None: as the checkpoint or the recipe has it
+    range: str | None = None
     device: str = "auto"
 
 
@@ -51,58 +54,63 @@ def run_label_check(root: Path, settings: LabelCheck) -> list[Suspect]:
         raise UserError("--folds 1: no image would be left to learn from; give 2 or more, or --model alone")
     out = settings.out
     _refuse_foreign(out)
-    split = open_split(root, "+".join(disjoint_splits(root)), strict=False)
+    detector = load(settings.model, device=settings.device) if settings.model is not None else None
+    recipe = settings.recipe or (detector.config if detector else small_recipe())
+    said = {"orientation": settings.orientation, "range": settings.range}
+    data = replace(recipe.data, **{name: value for name, value in said.items() if value is not None})  # type: ignore[arg-type]
+    split = open_split(root, "+".join(disjoint_splits(root)), strict=False, orientation=data.orientation)
     print(f"{printable(root)}: {describe_split(split)}")
-    evidence, data = _judge(split, settings)
+    if settings.folds:
+        recipe = replace(recipe, data=data)
+        evidence = judge_by_folds(split, settings.folds, recipe, out / "folds", device=settings.device)
+    else:
+        assert detector is not None
+        detector.config = replace(detector.config, data=data)
+        evidence = _judge(detector, split)
     suspects = rank(evidence)
     out.mkdir(parents=True, exist_ok=True)
     _remove_earlier(out)
-    show(split, suspects)
     write_tables(split, suspects, out)
     draw_sheet(split, suspects, data=data).save(out / "suspects.png")
     write_review(split, suspects, out / "review", data=data)
-    print(f"all {len(suspects):,} in {printable(out)}")
+    show(split, suspects)
+    _say_where(split, suspects, out)
     return suspects
 
 
-def _judge(split: DataSplit, settings: LabelCheck) -> tuple[list[Evidence], DataConfig]:
-    """The evidence on each image, and how pictures were read."""
-    if settings.folds:
-        recipe = settings.recipe or (_load(settings).config if settings.model else small_recipe())
-        evidence = judge_by_folds(split, settings.folds, recipe, settings.out / "folds", device=settings.device)
-        return evidence, recipe.data
-    detector = _load(settings)
-    if line := _has_seen(detector.config.data, split):
-        print(f"{printable(settings.model)} {line}", file=sys.stderr)
+def _judge(detector: Detector, split: DataSplit) -> list[Evidence]:
+    """What the checkpoint itself says; it is told where it has seen these labels before."""
+    trained = detector.config.data
+    if trained.root and Path(trained.root).resolve() == split.root.resolve():
+        print(
+            f"the checkpoint was trained on split {trained.train!r} of these data: it has learnt some of their errors "
+            "and finds fewer of them there; with --folds 3 no image is judged by a model that saw it",
+            file=sys.stderr,
+        )
+    evidence = []
     with progress_bar(len(split)) as advance:
-        evidence = []
         for one in judge_split(detector, split):
             evidence.append(one)
             advance(1)
-    return evidence, detector.config.data
+    return evidence
 
 
-def _load(settings: LabelCheck) -> Detector:
-    assert settings.model is not None
-    return load(settings.model, device=settings.device)
-
-
-def _has_seen(trained: DataConfig, split: DataSplit) -> str:
-    """A line of warning where the checkpoint was trained on these very data."""
-    if not trained.root or Path(trained.root).resolve() != split.root.resolve():
-        return ""
-    return (
-        f"was trained on split {trained.train!r} of these data: it has learnt some of their errors, and finds fewer "
-        "of them there; with --folds 3 no image is judged by a model that saw it"
-    )
+def _say_where(split: DataSplit, suspects: Sequence[Suspect], out: Path) -> None:
+    folder = printable(out)
+    images = len({suspect.image for suspect in suspects})
+    print(f"{len(suspects):,} suspects in {images:,} images; the annotations are as they were. Written to {folder}:")
+    print("  labels.csv, labels.json  every suspect;  suspects.png  the first of each kind")
+    print("  review/  for CVAT (annotations.xml) and Label Studio (tasks.json): docs/labels.md says how to open it")
+    if split.has_masks:
+        print("  the data have masks; only their boxes were looked at, and review/ holds boxes alone")
 
 
 def _refuse_foreign(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{printable(out)}: is a file; give a folder as --out")
-    strange = [path.name for path in sorted(out.iterdir()) if path.name not in (*_OURS, "folds")] if out.exists() else []
-    if strange:
-        raise UserError(f"{printable(out)}: holds other things ({few_names(strange, most=3)}); give a new folder as --out")
+    there = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if strange := [name for name in there if name not in (*_OURS, "folds")]:
+        raise UserError(f"{printable(out)}: holds other things ({few_names(strange, most=3)}); give a new --out")
 
 
 def _remove_earlier(out: Path) -> None:

@@ -49,9 +49,7 @@ def show(split: DataSplit, suspects: Sequence[Suspect], *, most: int = 5) -> Non
             table.add_column(heading)
         for suspect in found[:most]:
             row = _cells(split, suspect)
-            table.add_row(
-                f"{suspect.score:.2f}", row["image"], row["object"], row["annotated"], row["proposed"]
-            )
+            table.add_row(f"{suspect.score:.2f}", row["image"], row["object"], row["annotated"], row["proposed"])
         console.print(table)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from cascade_rcnn.config import DataConfig
 from cascade_rcnn.data.dataset import read_record
@@ -17,13 +17,14 @@ from cascade_rcnn.messages import printable
 
 ANNOTATED: Color = (230, 159, 0)  # orange and blue: told apart with every kind of colour blindness
 PROPOSED: Color = (86, 180, 233)
+OTHERS: Color = (120, 120, 120)
 _AROUND = 0.6  # of the boxes' extent, shown on each side of them
 
 
 def draw_sheet(
     split: DataSplit, suspects: Sequence[Suspect], *, data: DataConfig, columns: int = 6, rows: int = 1, cell: int = 260
 ) -> Image.Image:
-    """The first ``rows`` x ``columns`` suspects of each kind; annotated boxes are orange, proposed ones blue.
+    """The first ``rows`` x ``columns`` suspects of each kind; its annotation orange, what is proposed blue.
 
     Raises:
         DataError: an image that cannot be read.
@@ -49,11 +50,9 @@ def _stacked(parts: Sequence[tuple[str, Image.Image]], cell: int) -> Image.Image
     head = round(cell / 7)
     width = max((picture.width for _, picture in parts), default=2 * cell)
     whole = Image.new("RGB", (width, head + sum(picture.height + head for _, picture in parts)), PAPER)
-    from PIL import ImageDraw
-
     pen = ImageDraw.Draw(whole)
     size, left = round(cell / 16), round(cell / 40)
-    for text, color in (("annotated", ANNOTATED), ("proposed", PROPOSED)):
+    for text, color in (("annotated", ANNOTATED), ("proposed", PROPOSED), ("other annotations", OTHERS)):
         pen.rectangle((left, head * 0.3, left + size, head * 0.3 + size), outline=color, width=max(2, size // 5))
         pen.text((left + 1.5 * size, head * 0.3 + size / 2), text, font=font(size), fill=INK, anchor="lm")
         left += round(7 * size)
@@ -66,21 +65,29 @@ def _stacked(parts: Sequence[tuple[str, Image.Image]], cell: int) -> Image.Image
 
 
 def _crop(split: DataSplit, suspect: Suspect, data: DataConfig, cell: int) -> Image.Image:
-    pixels = read_record(split.records[suspect.image], split.format, data).permute(1, 2, 0).numpy()
+    record = split.records[suspect.image]
+    pixels = read_record(record, split.format, data).permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels)
     boxes = [box for box in (suspect.box, suspect.proposed_box) if box is not None]
     x1, y1, x2, y2 = _window(boxes, picture.size)
     scale = cell / max(x2 - x1, y2 - y1)
     size = (max(1, round((x2 - x1) * scale)), max(1, round((y2 - y1) * scale)))
     part = picture.crop((x1, y1, x2, y2)).resize(size, Image.Resampling.BICUBIC)
-    marks = [
-        Mark(tuple((value - low) * scale for value, low in zip(box, (x1, y1, x1, y1))), color)  # type: ignore[arg-type]
-        for box, color in ((suspect.proposed_box, PROPOSED), (suspect.box, ANNOTATED))
-        if box is not None
-    ]
+    corner = (x1, y1, x1, y1)
+    others = [box for row, box in enumerate(record.boxes.tolist()) if row != suspect.row]
+    marks = [Mark(_inside(box, corner, scale), OTHERS) for box in others]
+    marked = draw_marks(part, marks, style=Style(line=1, font=10), labels=False)
+    pair = [(suspect.proposed_box, PROPOSED), (suspect.box, ANNOTATED)]
     if suspect.kind == "class":
-        marks = marks[-1:]  # both boxes are the same
-    return draw_marks(part, marks, style=Style(line=max(2, cell // 90), font=10), labels=False)
+        pair = pair[1:]  # both boxes are the same
+    marks = [Mark(_inside(box, corner, scale), color) for box, color in pair if box is not None]
+    return draw_marks(marked, marks, style=Style(line=max(2, cell // 90), font=10), labels=False)
+
+
+def _inside(box: Sequence[float], corner: Sequence[float], scale: float) -> Box:
+    """A box in pixels of an enlarged crop that begins at ``corner``."""
+    x1, y1, x2, y2 = ((value - low) * scale for value, low in zip(box, corner))
+    return x1, y1, x2, y2
 
 
 def _window(boxes: Sequence[Box], size: tuple[int, int]) -> tuple[int, int, int, int]:

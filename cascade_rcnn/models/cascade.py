@@ -235,7 +235,7 @@ class Cascade(nn.Module):
 
     @torch.no_grad()
     def follow(self, pyramid: list[Tensor], proposals: Proposals, images: ImageBatch) -> Followed:
-        """What the stages say of given boxes (annotated ones, say) and where they move them; garbage where not valid."""
+        """What the stages say of given boxes (annotated ones, say) and where they move them; padding gets garbage."""
         boxes, steps = proposals.boxes, []
         for k, stage in enumerate(self.stages[: self.stages_at_test]):
             unmoved, deltas = self._run_stage(k, pyramid, proposals.boxes, proposals.valid)
