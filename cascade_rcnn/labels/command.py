@@ -71,9 +71,10 @@ def run_label_check(root: Path, settings: LabelCheck) -> list[Suspect]:
     out.mkdir(parents=True, exist_ok=True)
     _remove_earlier(out)
     write_tables(split, suspects, out)
-    draw_sheet(split, suspects, data=data).save(out / "suspects.png")
-    write_review(split, suspects, out / "review", data=data)
-    show(split, suspects)
+    if suspects:
+        draw_sheet(split, suspects, data=data).save(out / "suspects.png")
+        write_review(split, suspects, out / "review", data=data)
+        show(split, suspects)
     _say_where(split, suspects, out)
     return suspects
 
@@ -97,6 +98,9 @@ def _judge(detector: Detector, split: DataSplit) -> list[Evidence]:
 
 def _say_where(split: DataSplit, suspects: Sequence[Suspect], out: Path) -> None:
     folder = printable(out)
+    if not suspects:
+        print(f"no annotation looks wrong; {folder} has the empty tables")
+        return
     images = len({suspect.image for suspect in suspects})
     print(f"{len(suspects):,} suspects in {images:,} images; the annotations are as they were. Written to {folder}:")
     print("  labels.csv, labels.json  every suspect;  suspects.png  the first of each kind")

@@ -105,7 +105,7 @@ def test_scores_lie_between_0_and_1(seed: int) -> None:
 
     given = [evidence(some(8), some(10)), evidence(some(3), some(1))]
     scores = [one.score for kind in KINDS for one in suspects_of(kind, given)]
-    assert len(scores) > 40 and 0 <= min(scores) and max(scores) <= 1
+    assert len(scores) > 40 and min(scores) >= 0 and max(scores) <= 1
 
 
 def test_annotations_and_detections_are_paired_one_to_one() -> None:

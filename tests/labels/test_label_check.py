@@ -1,0 +1,250 @@
+"""``check DATA --model`` and ``--folds``: the tables, the sheet and the review files; the data set stays as it is."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cascade_rcnn.checkpoint import save_checkpoint
+from cascade_rcnn.cli import main
+from cascade_rcnn.config import DataConfig
+from cascade_rcnn.data.formats.open import open_split, recognise
+from cascade_rcnn.data.records import DataSplit
+from cascade_rcnn.errors import UserError
+from cascade_rcnn.labels import command
+from cascade_rcnn.labels.command import LabelCheck, run_label_check
+from cascade_rcnn.labels.folds import deal, judge_by_folds
+from cascade_rcnn.labels.rank import Suspect
+from cascade_rcnn.labels.review import write_review
+from cascade_rcnn.labels.sheet import draw_sheet
+from cascade_rcnn.models.build import build_model
+from small_training import small_config, small_data
+
+
+@pytest.fixture(scope="module")
+def split() -> DataSplit:
+    return open_split(small_data(), "train")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(split: DataSplit, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network that has learnt nothing."""
+    config = small_config(model={"norm": "batch"}, data={"root": "elsewhere"})
+    path = tmp_path_factory.mktemp("model") / "fresh.safetensors"
+    weights = build_model(config.model, len(split.class_names)).state_dict()
+    save_checkpoint(path, weights, config=config, class_names=split.class_names)
+    return path
+
+
+def _suspects(split: DataSplit) -> list[Suspect]:
+    """One of each kind, in the first two images."""
+    record = split.records[0]
+    box, label = tuple(record.boxes[0].tolist()), int(record.labels[0])
+    other = (label + 1) % len(split.class_names)
+    second = tuple(split.records[1].boxes[0].tolist())
+    return [
+        Suspect("missed", 0.9, 1, -1, None, -1, (1.0, 2.0, 21.0, 22.0), other),
+        Suspect("class", 0.8, 0, 0, box, label, box, other),
+        Suspect("shifted", 0.7, 1, 0, second, int(split.records[1].labels[0]), (3.0, 4.0, 30.0, 34.0), 1),
+        Suspect("nothing", 0.6, 2, 0, tuple(split.records[2].boxes[0].tolist()), 0, None, 0),
+    ]
+
+
+def _fingerprints(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def _all_are_suspects(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cascade_rcnn.labels.rank.LISTED_FROM", 0.0)
+
+
+@pytest.mark.usefixtures("_all_are_suspects")
+def test_the_command_writes_everything_and_leaves_the_data_alone(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = _fingerprints(small_data())
+    assert main(["check", str(small_data()), "--model", str(checkpoint), "--out", str(tmp_path / "out")]) == 0
+    assert _fingerprints(small_data()) == before
+    out = capsys.readouterr().out
+    assert "suspects in" in out and "the annotations are as they were" in out
+    rows = json.loads((tmp_path / "out" / "labels.json").read_text(encoding="utf-8"))
+    assert rows and set(rows[0]) == {
+        "kind", "score", "image", "image_id", "annotation", "label", "box", "proposed_label", "proposed_box", "source",
+    }  # fmt: skip
+    with (tmp_path / "out" / "labels.csv").open(encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [(row["kind"], float(row["score"])) for row in table] == [(row["kind"], row["score"]) for row in rows]
+    with Image.open(tmp_path / "out" / "suspects.png") as sheet:
+        assert sheet.width > 200
+    assert recognise(tmp_path / "out" / "review") == "cvat"
+
+
+def test_without_suspects_only_the_tables_are_written(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_label_check(small_data(), LabelCheck(model=checkpoint, out=tmp_path / "out")) == []
+    assert "no annotation looks wrong" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["labels.csv", "labels.json"]
+
+
+@pytest.mark.usefixtures("_all_are_suspects")
+def test_a_second_check_replaces_the_first_and_leaves_other_folders_alone(checkpoint: Path, tmp_path: Path) -> None:
+    settings = LabelCheck(model=checkpoint, out=tmp_path / "out")
+    run_label_check(small_data(), settings)
+    (tmp_path / "out" / "review" / "old.txt").touch()
+    run_label_check(small_data(), settings)
+    assert not (tmp_path / "out" / "review" / "old.txt").exists()
+    (tmp_path / "out" / "mine.txt").touch()
+    with pytest.raises(UserError, match="holds other things"):
+        run_label_check(small_data(), settings)
+
+
+def test_cvat_has_every_annotation_and_each_proposal_with_a_question_mark(split: DataSplit, tmp_path: Path) -> None:
+    write_review(split, _suspects(split), tmp_path / "review", data=DataConfig())
+    again = open_split(tmp_path / "review", "all")
+    names = [*split.class_names, *(f"{name}?" for name in split.class_names), "remove?"]
+    assert list(again.class_names) == names
+    assert [record.file_name.split("_", 1)[0] for record in again.records] == ["000001", "000000", "000002"]
+    second, first, third = again.records
+    other = (int(split.records[0].labels[0]) + 1) % len(split.class_names)
+    for record, number in ((first, 0), (second, 1), (third, 2)):
+        given = split.records[number]
+        np.testing.assert_allclose(record.boxes[: len(given.boxes)], given.boxes, atol=0.01)
+        assert record.labels[: len(given.labels)].tolist() == given.labels.tolist()
+        with Image.open(record.path) as picture:
+            assert picture.size == (given.width, given.height)
+    assert names[first.labels[-1]] == f"{split.class_names[other]}?"
+    np.testing.assert_allclose(first.boxes[-1], split.records[0].boxes[0], atol=0.01)
+    assert second.boxes[-2:].tolist() == [[1, 2, 21, 22], [3, 4, 30, 34]]
+    assert names[third.labels[-1]] == "remove?"
+    raw = json.loads((tmp_path / "review" / "cvat_labels.json").read_text(encoding="utf-8"))
+    assert [label["name"] for label in raw] == names
+    assert [[one["name"] for one in label["attributes"]] for label in raw][-1] == ["kind", "score"]
+
+
+def test_label_studio_has_the_annotations_and_a_prediction_with_the_proposals(split: DataSplit, tmp_path: Path) -> None:
+    write_review(split, _suspects(split), tmp_path / "review", data=DataConfig())
+    second, first, third = json.loads((tmp_path / "review" / "tasks.json").read_text(encoding="utf-8"))
+    for task, number in ((first, 0), (second, 1), (third, 2)):
+        boxes = np.array([_pixels(region) for region in task["annotations"][0]["result"]])
+        np.testing.assert_allclose(boxes, split.records[number].boxes, atol=1e-6)
+        name = task["data"]["image"].removeprefix("/data/local-files/?d=")
+        assert (tmp_path / "review" / name).is_file()
+    proposed = first["predictions"][0]["result"][0]
+    other = (int(split.records[0].labels[0]) + 1) % len(split.class_names)
+    assert proposed["value"]["rectanglelabels"] == [split.class_names[other]] and proposed["score"] == 0.8
+    assert "rather" in proposed["meta"]["text"][0]
+    changed = second["predictions"][0]["result"]
+    assert len(changed) == len(split.records[1].boxes) + 1
+    assert _pixels(changed[0]) == pytest.approx((3, 4, 30, 34)) and _pixels(changed[-1]) == pytest.approx(
+        (1, 2, 21, 22)
+    )
+    assert len(third["predictions"][0]["result"]) == len(split.records[2].boxes) - 1
+
+
+def _pixels(region: dict[str, Any]) -> tuple[float, ...]:
+    value, width, height = region["value"], region["original_width"], region["original_height"]
+    x, y = value["x"] * width / 100, value["y"] * height / 100
+    return x, y, x + value["width"] * width / 100, y + value["height"] * height / 100
+
+
+def test_the_sheet_shows_each_kind(split: DataSplit) -> None:
+    sheet = draw_sheet(split, _suspects(split), data=DataConfig(), cell=100)
+    assert sheet.height > 4 * 100
+    colors = {color for _, color in sheet.getcolors(1 << 24) or ()}
+    assert (230, 159, 0) in colors and (86, 180, 233) in colors
+    assert draw_sheet(split, [], data=DataConfig()).width > 0
+
+
+def test_the_folds_share_the_images_evenly_and_each_image_once() -> None:
+    fold_of = deal(20, 3)
+    assert sorted(np.bincount(fold_of)) == [6, 7, 7]
+    assert deal(20, 3).tolist() == fold_of.tolist() != deal(20, 3, seed=1).tolist()
+
+
+def test_no_fold_judges_what_it_has_learnt(
+    split: DataSplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judged: list[tuple[set[str], set[str]]] = []
+    monkeypatch.setattr(
+        "cascade_rcnn.labels.folds.judge_split",
+        lambda detector, part: [judged.append((_learnt(detector), _pictures(part))), *part.records][1:],
+    )
+    recipe = small_config(model={"norm": "batch"}, max_steps=1)
+    records = judge_by_folds(split, 2, recipe, tmp_path, device="cpu")
+    assert records == split.records  # in their order
+    assert len(judged) == 2
+    for learnt, looked_at in judged:
+        assert len(learnt) == len(looked_at) == 6 and not learnt & looked_at
+    steps = capsys.readouterr().out.count("step 1/")
+    judge_by_folds(split, 2, recipe, tmp_path, device="cpu")
+    assert steps == 2 and "step 1/" not in capsys.readouterr().out  # not trained again
+
+
+def _learnt(detector: Any) -> set[str]:
+    data = detector.config.data
+    return _pictures(open_split(data.root, data.train))
+
+
+def _pictures(split: DataSplit) -> set[str]:
+    return {hashlib.sha256(record.path.read_bytes()).hexdigest() for record in split.records}
+
+
+def test_folds_alone_train_the_recipe_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+
+    def train_nothing(split: DataSplit, folds: int, recipe: Any, out: Path, *, device: str) -> list[Any]:
+        trained.append((folds, recipe.model.backbone, out))
+        return []
+
+    monkeypatch.setattr(command, "judge_by_folds", train_nothing)
+    run_label_check(small_data(), LabelCheck(folds=3, out=tmp_path / "a"))
+    run_label_check(small_data(), LabelCheck(folds=2, recipe=small_config(), out=tmp_path / "b"))
+    assert trained == [
+        (3, "tf_efficientnet_lite0", tmp_path / "a" / "folds"),
+        (2, "test_resnet", tmp_path / "b" / "folds"),
+    ]
+
+
+def test_a_checkpoint_of_these_very_data_is_told(
+    split: DataSplit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(model={"norm": "batch"})
+    weights = build_model(config.model, len(split.class_names)).state_dict()
+    save_checkpoint(tmp_path / "m.safetensors", weights, config=config, class_names=split.class_names)
+    run_label_check(small_data(), LabelCheck(model=tmp_path / "m.safetensors", out=tmp_path / "out"))
+    assert "was trained on split 'train' of these data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--folds", "1"], "no image would be left to learn from"),
+        (["--folds", "100"], "16 images for 100 folds"),
+        (["--model", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--model", "x", "--fix", "copy"], "--fix belongs to the check without --model"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(small_data()), *words, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_neither_model_nor_folds_is_refused() -> None:
+    with pytest.raises(UserError, match="give --model CHECKPOINT or --folds 3"):
+        run_label_check(small_data(), LabelCheck())
