@@ -6,7 +6,6 @@ into F parts, and the detector of a part learns from the F - 1 others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -73,8 +72,7 @@ def judge_by_folds(split: DataSplit, folds: int, recipe: Config, out: Path, *, d
     if len(split) < folds:
         raise DataError(f"{printable(split.root)}: {len(split)} images for {folds} folds; give fewer --folds")
     fold_of = deal(len(split), folds)
-    for fold in range(folds):
-        write_coco(_part(split, fold_of == fold, f"fold{fold}"), out / "data")
+    write_parts(split, fold_of, out / "data")
     evidence: dict[int, Evidence] = {}
     for fold in range(folds):
         rows = np.flatnonzero(fold_of == fold)
@@ -87,17 +85,18 @@ def judge_by_folds(split: DataSplit, folds: int, recipe: Config, out: Path, *, d
     return [evidence[row] for row in range(len(split))]
 
 
-def _part(split: DataSplit, chosen: NDArray[np.bool_], name: str) -> DataSplit:
-    """Those images under names that are told apart even where two splits have files of the same name."""
-    return replace(split, name=name, format="coco", records=list(_renamed(split.records, chosen)))
+def write_parts(split: DataSplit, fold_of: NDArray[np.int64], out: Path) -> None:
+    """The images of each fold as a COCO split ``fold0``, ``fold1``, ...; pictures are linked."""
+    for fold in range(int(fold_of.max()) + 1):
+        records = [_renamed(split.records[row], row) for row in np.flatnonzero(fold_of == fold).tolist()]
+        write_coco(replace(split, name=f"fold{fold}", format="coco", records=records), out)
 
 
-def _renamed(records: list[ImageRecord], chosen: NDArray[np.bool_]) -> Iterator[ImageRecord]:
-    for row in np.flatnonzero(chosen).tolist():
-        record = records[row]
-        name = f"{row:06d}_{PurePosixPath(record.file_name.replace(chr(92), '/')).name}"
-        ids = {key: value for key, value in record.attributes.items() if key == "iscrowd"}
-        yield replace(record, file_name=name, image_id=row + 1, attributes=ids)
+def _renamed(record: ImageRecord, row: int) -> ImageRecord:
+    """Under a name that tells it apart, even where two splits have files of the same name."""
+    name = f"{row:06d}_{PurePosixPath(record.file_name.replace(chr(92), '/')).name}"
+    crowds = {key: value for key, value in record.attributes.items() if key == "iscrowd"}
+    return replace(record, file_name=name, image_id=row + 1, attributes=crowds)
 
 
 def _train(recipe: Config, root: Path, splits: str, out: Path, device: str) -> Path:

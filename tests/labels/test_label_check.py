@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import turned_pictures
 from cascade_rcnn.checkpoint import save_checkpoint
 from cascade_rcnn.cli import main
 from cascade_rcnn.config import DataConfig
@@ -20,7 +22,7 @@ from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.labels import command
 from cascade_rcnn.labels.command import LabelCheck, run_label_check
-from cascade_rcnn.labels.folds import deal, judge_by_folds
+from cascade_rcnn.labels.folds import deal, judge_by_folds, write_parts
 from cascade_rcnn.labels.rank import Suspect
 from cascade_rcnn.labels.review import write_review
 from cascade_rcnn.labels.sheet import draw_sheet
@@ -158,6 +160,30 @@ def _pixels(region: dict[str, Any]) -> tuple[float, ...]:
     value, width, height = region["value"], region["original_width"], region["original_height"]
     x, y = value["x"] * width / 100, value["y"] * height / 100
     return x, y, x + value["width"] * width / 100, y + value["height"] * height / 100
+
+
+@pytest.mark.parametrize("labelled", ["upright", "stored"])
+def test_turned_pictures_are_reviewed_and_learnt_as_their_labels_count_them(labelled: str, tmp_path: Path) -> None:
+    split = open_split(turned_pictures.write_coco(tmp_path / "data", 6, labelled=labelled), "train")
+    boxes = [tuple(record.boxes[0].tolist()) for record in split.records]
+    suspects = [Suspect("class", 0.9, image, 0, box, 0, box, 0) for image, box in enumerate(boxes)]
+    write_review(split, suspects, tmp_path / "review", data=DataConfig())
+    assert turned_pictures.on_their_objects(open_split(tmp_path / "review", "all"))[0] == 8  # given and proposed
+    write_parts(split, deal(4, 2), tmp_path / "folds")
+    parts = [open_split(tmp_path / "folds", f"fold{fold}") for fold in range(2)]
+    assert [turned_pictures.on_their_objects(part)[0] for part in parts] == [2, 2]
+    crops = draw_sheet(split, suspects, data=DataConfig(), cell=100).convert("L")
+    assert np.mean(np.asarray(crops) > 200) > 0.3  # the bright objects are in the middle of their crops
+
+
+def test_files_of_the_same_name_in_two_splits_stay_two_pictures(tmp_path: Path) -> None:
+    """YOLO's folders may each hold a 001.jpg."""
+    one = open_split(small_data(), "train").records[0]
+    other = open_split(small_data(), "val").records[0]
+    records = [dataclasses.replace(record, file_name="001.jpg") for record in (one, other)]
+    split = dataclasses.replace(open_split(small_data(), "train"), records=records)
+    write_parts(split, np.zeros(2, np.int64), tmp_path)
+    assert len(_pictures(open_split(tmp_path, "fold0"))) == 2
 
 
 def test_the_sheet_shows_each_kind(split: DataSplit) -> None:
