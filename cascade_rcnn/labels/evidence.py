@@ -46,14 +46,16 @@ def iou_matrix(a: Floats, b: Floats) -> Floats:
     sides = np.clip(high - low, 0, None)  # [N, M, 2]
     inside = sides[..., 0] * sides[..., 1]
     union = box_areas(a)[:, None] + box_areas(b)[None] - inside
-    return inside / np.maximum(union, 1e-9)
+    overlap: Floats = inside / np.maximum(union, 1e-9)
+    return overlap
 
 
 def iou_of_pairs(a: Floats, b: Floats) -> Floats:
     """Intersection over union [...] of boxes [..., 4] that belong together."""
     sides = np.clip(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0, None)
     inside = sides[..., 0] * sides[..., 1]
-    return inside / np.maximum(box_areas(a) + box_areas(b) - inside, 1e-9)
+    overlap: Floats = inside / np.maximum(box_areas(a) + box_areas(b) - inside, 1e-9)
+    return overlap
 
 
 def box_areas(boxes: Floats) -> Floats:
@@ -65,4 +67,5 @@ def box_areas(boxes: Floats) -> Floats:
 def share_inside(a: Floats, b: Floats) -> Floats:
     """Share [N, M] of each box of ``a`` that lies inside each box of ``b``."""
     sides = np.clip(np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2]), 0, None)
-    return sides[..., 0] * sides[..., 1] / np.maximum(box_areas(a)[:, None], 1e-9)
+    share: Floats = sides[..., 0] * sides[..., 1] / np.maximum(box_areas(a)[:, None], 1e-9)
+    return share

@@ -161,7 +161,8 @@ def shifted_scores(evidence: Evidence) -> Floats:
     explained, annotated = explain(evidence), evidence.annotated
     gained = annotated.probs[-1].sum(axis=1) - annotated.unmoved[-1].sum(axis=1)
     elsewhere = (1 - explained.overlap) * explained.surety
-    return np.clip((movement(evidence) + 0.5 * gained + 0.5 * elsewhere) / 2, 0, 1)
+    scores: Floats = np.clip((movement(evidence) + 0.5 * gained + 0.5 * elsewhere) / 2, 0, 1)
+    return scores
 
 
 def doubled_scores(evidence: Evidence) -> Floats:
