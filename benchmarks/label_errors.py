@@ -1,7 +1,7 @@
 """How many planted label errors ``cascade-rcnn check DATA --folds 3`` finds, beside ObjectLab on the same detections.
 
     python3 -m pip install cleanlab matplotlib
-    python3 benchmarks/label_errors.py --data bccd=BCCD --data nuclei=NUCLEI --weights lite0.safetensors --work WORK
+    python3 benchmarks/label_errors.py --weights lite0.safetensors --data bccd=BCCD --data nuclei=NUCLEI@train:0-40
 
 Errors are planted (``label_plant.py`` says which), three detectors are trained on the data as they then are, and each
 image is judged by the one that has not seen it. Of every kind of error n are planted; the table says how many of the
@@ -43,7 +43,7 @@ from cascade_rcnn.labels.evidence import Evidence, iou_matrix
 from cascade_rcnn.labels.folds import judge_by_folds, small_recipe
 from cascade_rcnn.labels.rank import KINDS, suspects_of
 
-SIZES = {"bccd": (224, 320, 6), "nuclei": (256, 384, 3), "coco": (256, 384, 16)}  # short and long side, epochs
+SIZES = {"bccd": (224, 320, 6), "nuclei": (256, 384, 5), "coco": (224, 320, 10)}  # short and long side, epochs
 USUAL = (0.95, 0.5)  # ObjectLab's own limits of detections' scores: for "overlooked" and "swap", and for "badloc"
 SURE, LEAST = (0.3, 0.5, 0.7), (0.1, 0.3)  # others that are tried
 Ranking = list[tuple[float, bool, float]]  # score, whether it is a planted one, size of the object
@@ -51,23 +51,24 @@ Ranking = list[tuple[float, bool, float]]  # score, whether it is a planted one,
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", action="append", required=True, metavar="NAME=DIR", help=", ".join(SIZES))
+    parser.add_argument("--data", action="append", required=True, metavar="NAME=DIR[@SPLIT]", help=", ".join(SIZES))
     parser.add_argument("--weights", type=Path, help="ImageNet weights of the backbone (none: random)")
     parser.add_argument("--work", type=Path, default=Path("label_errors_work"), metavar="DIR")
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0, help="of what is planted")
     args = parser.parse_args(words)
     for entry in args.data:
-        name, _, root = entry.partition("=")
-        split, planted, evidence = gather(name, Path(root), args)
+        name, _, place = entry.partition("=")
+        root, _, splits = place.partition("@")
+        split, planted, evidence = gather(name, Path(root), splits, args)
         print(f"\n{name}: {len(split)} images, {sum(len(one) for one in evidence)} annotations\n")
         print(table(split, planted, evidence))
 
 
-def gather(name: str, root: Path, args: argparse.Namespace) -> tuple[DataSplit, Planted, list[Evidence]]:
+def gather(name: str, root: Path, splits: str, args: argparse.Namespace) -> tuple[DataSplit, Planted, list[Evidence]]:
     """Plant, train, judge; from the cache where that was done."""
     work = args.work / f"{name}-{args.seed}"
-    split, planted = plant(open_split(root, "+".join(disjoint_splits(root))), seed=args.seed)
+    split, planted = plant(open_split(root, splits or "+".join(disjoint_splits(root))), seed=args.seed)
     cache = work / "evidence.pkl"
     if not cache.exists():
         write_planted(split, planted, work / "planted")
