@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cascade_rcnn.config import Config, Orientation
+from cascade_rcnn.config import Config, DataConfig, Orientation
 from cascade_rcnn.data.formats.open import describe_split, disjoint_splits, open_split
 from cascade_rcnn.data.records import DataSplit
-from cascade_rcnn.errors import UserError
+from cascade_rcnn.errors import DataError, UserError
 from cascade_rcnn.inference.detector import Detector, load
 from cascade_rcnn.labels.evidence import Evidence
 from cascade_rcnn.labels.folds import judge_by_folds, small_recipe
@@ -22,6 +22,7 @@ from cascade_rcnn.labels.review import write_review
 from cascade_rcnn.labels.sheet import draw_sheet
 from cascade_rcnn.messages import few_names, printable
 from cascade_rcnn.progress import progress_bar
+from cascade_rcnn.training.data import unusable_images
 
 _OURS = ("labels.csv", "labels.json", "suspects.png", "review")  # what an earlier run has left is replaced
 
@@ -60,6 +61,7 @@ def run_label_check(root: Path, settings: LabelCheck) -> list[Suspect]:
     data = replace(recipe.data, **{name: value for name, value in said.items() if value is not None})  # type: ignore[arg-type]
     split = open_split(root, "+".join(disjoint_splits(root)), strict=False, orientation=data.orientation)
     print(f"{printable(root)}: {describe_split(split)}")
+    split = _usable(split, data)
     if settings.folds:
         recipe = replace(recipe, data=data)
         evidence = judge_by_folds(split, settings.folds, recipe, out / "folds", device=settings.device)
@@ -77,6 +79,23 @@ def run_label_check(root: Path, settings: LabelCheck) -> list[Suspect]:
         show(split, suspects)
     _say_where(split, suspects, out)
     return suspects
+
+
+def _usable(split: DataSplit, data: DataConfig) -> DataSplit:
+    """The split without the images that cannot be read, which are named: folds would end an hour later."""
+    reasons = unusable_images(split, data)
+    if len(reasons) == len(split):
+        raise DataError(
+            f"{printable(split.root)}: none of the {len(split)} images can be used, the first: "
+            f"{next(iter(reasons.values()), 'there is none')}; 'cascade-rcnn check' without a model lists them"
+        )
+    if reasons:
+        print(
+            f"{len(reasons):,} of {len(split):,} images cannot be used and are left out: "
+            f"{few_names(reasons.values(), most=3)}",
+            file=sys.stderr,
+        )
+    return replace(split, records=[record for row, record in enumerate(split.records) if row not in reasons])
 
 
 def _judge(detector: Detector, split: DataSplit) -> list[Evidence]:

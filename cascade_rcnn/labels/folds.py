@@ -6,6 +6,7 @@ into F parts, and the detector of a part learns from the F - 1 others.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -64,13 +65,15 @@ def deal(count: int, folds: int, *, seed: int = 0) -> NDArray[np.int64]:
 def judge_by_folds(split: DataSplit, folds: int, recipe: Config, out: Path, *, device: str = "auto") -> list[Evidence]:
     """Train ``folds`` detectors below ``out`` and give the evidence on each image, in the split's order.
 
-    A fold whose training is done is not trained again, one that was interrupted goes on.
+    A fold whose training is done is not trained again, one that was interrupted goes on; other annotations, images or
+    settings make a folder of their own.
 
     Raises:
         DataError: fewer images than folds; whatever the training refuses.
     """
     if len(split) < folds:
         raise DataError(f"{printable(split.root)}: {len(split)} images for {folds} folds; give fewer --folds")
+    out = out / _fingerprint(split, folds, recipe)
     fold_of = deal(len(split), folds)
     write_parts(split, fold_of, out / "data")
     evidence: dict[int, Evidence] = {}
@@ -83,6 +86,16 @@ def judge_by_folds(split: DataSplit, folds: int, recipe: Config, out: Path, *, d
         part = replace(split, records=[split.records[row] for row in rows])
         evidence |= dict(zip(rows.tolist(), judge_split(detector, part)))
     return [evidence[row] for row in range(len(split))]
+
+
+def _fingerprint(split: DataSplit, folds: int, recipe: Config) -> str:
+    """Of all that the trainings depend on: what was learnt from old labels must not judge the new ones."""
+    digest = hashlib.sha256(repr((folds, recipe, split.class_names)).encode())
+    for record in split.records:
+        digest.update(f"{record.path}\n{record.height} {record.width}\n".encode("utf-8", "surrogateescape"))
+        for values in (record.boxes, record.labels, record.ignore):
+            digest.update(values.tobytes())
+    return digest.hexdigest()[:12]
 
 
 def write_parts(split: DataSplit, fold_of: NDArray[np.int64], out: Path) -> None:

@@ -180,13 +180,13 @@ def doubled_scores(evidence: Evidence) -> Floats:
 def nothing_scores(evidence: Evidence) -> Floats:
     """How surely there is no object at each box [G].
 
-    Even the laxest classifier, trained from IoU 0.5 on, sees none there; and, which counts a tenth of that, no detection
-    touches it.
+    Even the laxest classifier, trained from IoU 0.5 on, sees none there. That no detection touches it counts a tenth of
+    that.
     """
     annotated = evidence.annotated
     touched = iou_matrix(annotated.boxes, evidence.found.boxes).max(axis=1, initial=0)
-    scores: Floats = 1 - (annotated.unmoved[0].sum(axis=1) + 0.1 * touched) / 1.1
-    scores = np.clip(scores, 0, 1)  # rounding
+    some = annotated.unmoved[0].sum(axis=1)
+    scores: Floats = np.clip(1 - (some + 0.1 * touched) / 1.1, 0, 1)  # rounding may leave the range
     return scores
 
 

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,11 @@ def test_no_fold_judges_what_it_has_learnt(
     steps = capsys.readouterr().out.count("step 1/")
     judge_by_folds(split, 2, recipe, tmp_path, device="cpu")
     assert steps == 2 and "step 1/" not in capsys.readouterr().out  # not trained again
+    labels = split.records[0].labels
+    labels[0], before = (labels[0] + 1) % len(split.class_names), labels[0]
+    judge_by_folds(split, 2, recipe, tmp_path, device="cpu")
+    labels[0] = before
+    assert capsys.readouterr().out.count("step 1/") == 2  # other labels are learnt anew
 
 
 def _learnt(detector: Any) -> set[str]:
@@ -252,6 +258,21 @@ def test_a_checkpoint_of_these_very_data_is_told(
     save_checkpoint(tmp_path / "m.safetensors", weights, config=config, class_names=split.class_names)
     run_label_check(small_data(), LabelCheck(model=tmp_path / "m.safetensors", out=tmp_path / "out"))
     assert "was trained on split 'train' of these data" in capsys.readouterr().err
+
+
+def test_images_that_cannot_be_read_are_left_out_and_named(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(small_data(), tmp_path / "data")
+    first, *others = sorted((tmp_path / "data").rglob("*.jpg"))
+    first.write_bytes(b"")
+    run_label_check(tmp_path / "data", LabelCheck(model=checkpoint, out=tmp_path / "out"))
+    error = capsys.readouterr().err
+    assert "1 of 16 images cannot be used and are left out" in error and first.name in error
+    for path in others:
+        path.unlink()
+    with pytest.raises(UserError, match="none of the 16 images can be used"):
+        run_label_check(tmp_path / "data", LabelCheck(model=checkpoint, out=tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
