@@ -19,6 +19,7 @@ from cascade_rcnn.checkpoint import save_checkpoint
 from cascade_rcnn.cli import main
 from cascade_rcnn.config import DataConfig
 from cascade_rcnn.data.formats.open import open_split, recognise
+from cascade_rcnn.data.images import read_header
 from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.labels import command
@@ -169,7 +170,9 @@ def test_turned_pictures_are_reviewed_and_learnt_as_their_labels_count_them(labe
     boxes = [tuple(record.boxes[0].tolist()) for record in split.records]
     suspects = [Suspect("class", 0.9, image, 0, box, 0, box, 0) for image, box in enumerate(boxes)]
     write_review(split, suspects, tmp_path / "review", data=DataConfig())
-    assert turned_pictures.on_their_objects(open_split(tmp_path / "review", "all"))[0] == 8  # given and proposed
+    again = open_split(tmp_path / "review", "all")
+    assert turned_pictures.on_their_objects(again)[0] == 8  # given and proposed
+    assert {read_header(record.path).orientation for record in again.records} == {1}  # all tools see the same
     write_parts(split, deal(4, 2), tmp_path / "folds")
     parts = [open_split(tmp_path / "folds", f"fold{fold}") for fold in range(2)]
     assert [turned_pictures.on_their_objects(part)[0] for part in parts] == [2, 2]
@@ -193,6 +196,18 @@ def test_the_sheet_shows_each_kind(split: DataSplit) -> None:
     colors = {color for _, color in sheet.getcolors(1 << 24) or ()}
     assert (230, 159, 0) in colors and (86, 180, 233) in colors
     assert draw_sheet(split, [], data=DataConfig()).width > 0
+
+
+def test_boxes_lie_in_their_crop_as_in_the_picture(tmp_path: Path) -> None:
+    split = open_split(turned_pictures.write_coco(tmp_path, 1, size=(400, 400)), "train")
+    suspect = Suspect("nothing", 0.9, 0, 0, (180.0, 200.0, 220.0, 240.0), 0, None, 0)
+    alone = [dataclasses.replace(record, boxes=record.boxes * 0 + 5) for record in split.records]
+    sheet = draw_sheet(dataclasses.replace(split, records=alone), [suspect], data=DataConfig(), cell=220)
+    pixels = np.asarray(sheet)[-225:]  # the crop, below the key
+    rows, columns = np.nonzero((pixels == (230, 159, 0)).all(axis=2))
+    assert columns.max() - columns.min() == pytest.approx(100, abs=3) == rows.max() - rows.min()
+    assert (columns.max() + columns.min()) / 2 == pytest.approx(5 + 110, abs=3)
+    assert (rows.max() + rows.min()) / 2 == pytest.approx(110, abs=6)
 
 
 def test_the_folds_share_the_images_evenly_and_each_image_once() -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cascade_rcnn.labels.rank import KINDS, Kind, Suspect, explain, rank, suspects_of
+from cascade_rcnn.labels.rank import KINDS, Kind, Suspect, explain, rank, shifted_scores, suspects_of
 from perfect_cascade import Object, evidence
 
 OBJECTS: list[Object] = [(10, 10, 50, 50, 0), (60, 12, 100, 60, 1), (20, 70, 90, 110, 2), (120, 20, 150, 44, 0)]
@@ -54,6 +54,22 @@ def test_ignored_regions_are_never_suspected_and_hide_what_is_inside() -> None:
     given = evidence(OBJECTS, [crowd, *OBJECTS[2:]], ignore=[True, False, False])
     assert rank([given]) == []
     assert all(one.row != 0 for kind in KINDS for one in suspects_of(kind, [given]))
+
+
+def test_an_object_beside_an_ignored_region_is_still_missed() -> None:
+    region: Object = (35, 10, 75, 50, 0)  # overlaps the first object by a quarter
+    (suspect,) = rank([evidence(OBJECTS[:1], [region], ignore=[True])])
+    assert suspect.kind == "missed" and suspect.proposed_box == OBJECTS[0][:4]
+
+
+def test_a_box_that_the_strict_classifier_takes_only_once_it_is_moved_lies_badly() -> None:
+    given = evidence(OBJECTS, PLANTED["shifted"])
+    accepted = given.annotated.unmoved.copy()
+    accepted[-1] = given.annotated.probs[-1]  # the same movement, and it is content with where the box stands
+    content = dataclasses.replace(given, annotated=dataclasses.replace(given.annotated, unmoved=accepted))
+    assert shifted_scores(content)[0] < shifted_scores(given)[0] - 0.1
+    unseen = dataclasses.replace(given, scores=np.zeros(4))  # no detection elsewhere
+    assert shifted_scores(unseen)[0] < shifted_scores(given)[0] - 0.1
 
 
 def test_a_badly_placed_box_is_no_missed_object() -> None:
