@@ -116,6 +116,7 @@ def missed_scores(evidence: Evidence) -> Floats:
     """
     found, annotated = evidence.found.boxes, evidence.annotated
     covered = np.maximum(iou_matrix(found, annotated.boxes), iou_matrix(found, annotated.moved[-1]))
+    covered = np.where(evidence.ignore, 0.0, covered)  # [D, G]; of these regions only the inside counts
     ignored = share_inside(found, annotated.boxes[evidence.ignore]).max(axis=1, initial=0) >= 0.5
     free = explain(evidence).free * ~ignored
     scores: Floats = evidence.scores * free * (1 - covered.max(axis=1, initial=0) ** 2)
