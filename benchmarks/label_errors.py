@@ -78,7 +78,7 @@ def gather(name: str, root: Path, splits: str, args: argparse.Namespace) -> tupl
 
 
 def _recipe(name: str, weights: Path | None) -> Config:
-    recipe, (short, long, epochs) = small_recipe(), SIZES[name]
+    recipe, (short, long, epochs) = small_recipe(1), SIZES[name]
     model = replace(recipe.model, backbone_weights=str(weights or ""), pretrained=weights is not None)
     if weights is None:
         model = replace(model, norm="batch")

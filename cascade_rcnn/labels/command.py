@@ -11,6 +11,7 @@ from pathlib import Path
 from cascade_rcnn.config import Config, DataConfig, Orientation
 from cascade_rcnn.data.formats.open import describe_split, disjoint_splits, open_split
 from cascade_rcnn.data.records import DataSplit
+from cascade_rcnn.data.split_levels import with_range
 from cascade_rcnn.errors import DataError, UserError
 from cascade_rcnn.inference.detector import Detector, load
 from cascade_rcnn.labels.evidence import Evidence
@@ -56,14 +57,16 @@ def run_label_check(root: Path, settings: LabelCheck) -> list[Suspect]:
     out = settings.out
     _refuse_foreign(out)
     detector = load(settings.model, device=settings.device) if settings.model is not None else None
-    recipe = settings.recipe or (detector.config if detector else small_recipe())
-    said = {"orientation": settings.orientation, "range": settings.range}
-    data = replace(recipe.data, **{name: value for name, value in said.items() if value is not None})  # type: ignore[arg-type]
+    recipe = settings.recipe or (detector.config if detector else None)
+    usual = (recipe or small_recipe(1)).data
+    data = replace(usual, orientation=settings.orientation or usual.orientation, range=settings.range or usual.range)
     split = open_split(root, "+".join(disjoint_splits(root)), strict=False, orientation=data.orientation)
     print(f"{printable(root)}: {describe_split(split)}")
     split = _usable(split, data)
     if settings.folds:
-        recipe = replace(recipe, data=data)
+        data, _ = with_range(data, split)
+        learnt = len(split) * (settings.folds - 1) // settings.folds
+        recipe = replace(recipe or small_recipe(learnt), data=data)
         evidence = judge_by_folds(split, settings.folds, recipe, out / "folds", device=settings.device)
     else:
         assert detector is not None

@@ -24,7 +24,7 @@ from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.labels import command
 from cascade_rcnn.labels.command import LabelCheck, run_label_check
-from cascade_rcnn.labels.folds import deal, judge_by_folds, write_parts
+from cascade_rcnn.labels.folds import deal, judge_by_folds, small_recipe, write_parts
 from cascade_rcnn.labels.rank import Suspect
 from cascade_rcnn.labels.review import write_review
 from cascade_rcnn.labels.sheet import draw_sheet
@@ -253,16 +253,21 @@ def test_folds_alone_train_the_recipe_that_is_named(tmp_path: Path, monkeypatch:
     trained = []
 
     def train_nothing(split: DataSplit, folds: int, recipe: Any, out: Path, *, device: str) -> list[Any]:
-        trained.append((folds, recipe.model.backbone, out))
+        trained.append((folds, recipe.model.backbone, recipe.train.epochs, out))
         return []
 
     monkeypatch.setattr(command, "judge_by_folds", train_nothing)
     run_label_check(small_data(), LabelCheck(folds=3, out=tmp_path / "a"))
     run_label_check(small_data(), LabelCheck(folds=2, recipe=small_config(), out=tmp_path / "b"))
     assert trained == [
-        (3, "tf_efficientnet_lite0", tmp_path / "a" / "folds"),
-        (2, "test_resnet", tmp_path / "b" / "folds"),
+        (3, "tf_efficientnet_lite0", 20, tmp_path / "a" / "folds"),
+        (2, "test_resnet", 2, tmp_path / "b" / "folds"),
     ]
+
+
+@pytest.mark.parametrize(("images", "epochs"), [(0, 20), (50, 20), (243, 6), (500, 3), (100_000, 2)])
+def test_the_small_recipe_is_as_long_as_the_data_are_few(images: int, epochs: int) -> None:
+    assert small_recipe(images).train.epochs == epochs
 
 
 def test_a_checkpoint_of_these_very_data_is_told(
