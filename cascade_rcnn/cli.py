@@ -242,13 +242,17 @@ def _check(words: Sequence[str]) -> int:
     parser.add_argument(
         "--config",
         metavar="NAME",
-        help="recipe whose input scale and anchors objects are measured against (the defaults)",
+        help="recipe whose input scale and anchors objects are measured against (the defaults), or that --folds train",
     )
     _add_orientation(parser)
     parser.add_argument("--range", type=_range, metavar="LOW HIGH", help=_RANGE_HELP)
-    parser.add_argument("--model", type=Path, metavar="CHECKPOINT", help="rank annotations that it takes for wrong")
+    parser.add_argument("--model", type=Path, metavar="CHECKPOINT", help="rank the annotations that it takes for wrong")
     parser.add_argument(
-        "--folds", type=_whole_number, default=0, metavar="N", help="the same by N models, each trained on the others"
+        "--folds",
+        type=_whole_number,
+        default=0,
+        metavar="N",
+        help="the same by N small models, none of which has seen the images that it judges",
     )
     parser.add_argument("--device", default="auto", metavar="D", help="for --model and --folds: cpu, cuda (auto)")
     args = parser.parse_all(words)
@@ -461,7 +465,9 @@ COMMANDS: dict[str, _Command] = {
     "check": _Command(
         _check,
         "Finds what would ruin a training on this data set, before it starts.",
-        "Exit code 1 when errors were found; warnings and notes alone give 0.",
+        "Exit code 1 when errors were found; warnings and notes alone give 0.\n"
+        "With --model or --folds instead: which labels are probably wrong, as tables, a sheet of pictures and files\n"
+        "for CVAT and Label Studio in --out (label_errors). The data set is only read.",
     ),
     "serve": _Command(
         _serve,

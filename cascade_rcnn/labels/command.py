@@ -17,7 +17,7 @@ from cascade_rcnn.inference.detector import Detector, load
 from cascade_rcnn.labels.evidence import Evidence
 from cascade_rcnn.labels.folds import judge_by_folds, small_recipe
 from cascade_rcnn.labels.judge import judge_split
-from cascade_rcnn.labels.rank import Suspect, rank
+from cascade_rcnn.labels.rank import Suspect, found_again, rank
 from cascade_rcnn.labels.report import show, write_tables
 from cascade_rcnn.labels.review import write_review
 from cascade_rcnn.labels.sheet import draw_sheet
@@ -25,6 +25,7 @@ from cascade_rcnn.messages import few_names, printable
 from cascade_rcnn.progress import progress_bar
 from cascade_rcnn.training.data import unusable_images
 
+_KNOWS_ENOUGH = 0.6  # share of the annotations that are found again
 _OURS = ("labels.csv", "labels.json", "suspects.png", "review")  # what an earlier run has left is replaced
 
 
@@ -73,6 +74,7 @@ def run_label_check(root: Path, settings: LabelCheck) -> list[Suspect]:
         detector.config = replace(detector.config, data=data)
         evidence = _judge(detector, split)
     suspects = rank(evidence)
+    _say_how_good(evidence)
     out.mkdir(parents=True, exist_ok=True)
     _remove_earlier(out)
     write_tables(split, suspects, out)
@@ -116,6 +118,18 @@ def _judge(detector: Detector, split: DataSplit) -> list[Evidence]:
             evidence.append(one)
             advance(1)
     return evidence
+
+
+def _say_how_good(evidence: Sequence[Evidence]) -> None:
+    """A judge that knows little takes most boxes for boxes around nothing."""
+    share = found_again(evidence)
+    print(f"{share:.0%} of the annotated boxes are found again with their class")
+    if share < _KNOWS_ENOUGH:
+        print(
+            "that is too little to trust what is suspected: give a better --model, or with --folds a --config that "
+            "trains longer",
+            file=sys.stderr,
+        )
 
 
 def _say_where(split: DataSplit, suspects: Sequence[Suspect], out: Path) -> None:

@@ -146,6 +146,17 @@ def _of_others(evidence: Evidence) -> Floats:
     return others
 
 
+def found_again(evidence: Sequence[Evidence]) -> float:
+    """Share of all annotations that a detection of their class overlaps by half: whether the judge is any good."""
+    total = hits = 0
+    for one in evidence:
+        same = one.labels[:, None] == one.found_labels
+        overlap = np.where(same, iou_matrix(one.annotated.boxes, one.found.boxes), 0.0)
+        hits += int((overlap.max(axis=1, initial=0) >= 0.5)[~one.ignore].sum())
+        total += int((~one.ignore).sum())
+    return hits / total if total else 1.0
+
+
 def movement(evidence: Evidence) -> Floats:
     """How far [G] the stages move each annotated box: 1 minus its mean IoU with where each of them puts it."""
     annotated = evidence.annotated

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cascade_rcnn.labels.rank import KINDS, Kind, Suspect, explain, rank, shifted_scores, suspects_of
+from cascade_rcnn.labels.rank import KINDS, Kind, Suspect, explain, found_again, rank, shifted_scores, suspects_of
 from perfect_cascade import Object, evidence
 
 OBJECTS: list[Object] = [(10, 10, 50, 50, 0), (60, 12, 100, 60, 1), (20, 70, 90, 110, 2), (120, 20, 150, 44, 0)]
@@ -100,6 +100,15 @@ def test_an_annotation_is_listed_once_for_its_worst_fault() -> None:
     assert [one.row for one in listed] == [0]
     scores = {kind: suspects_of(kind, [evidence(OBJECTS, both)])[0].score for kind in ("class", "shifted")}
     assert listed[0].score == max(scores.values()) and min(scores.values()) >= 0.5
+
+
+def test_how_many_annotations_are_found_again_says_whether_the_judge_is_any_good() -> None:
+    assert found_again([evidence(OBJECTS, OBJECTS)]) == 1 == found_again([])
+    assert found_again([evidence(OBJECTS, PLANTED["class"])]) == 3 / 4
+    assert found_again([evidence(OBJECTS, OBJECTS), evidence((), OBJECTS)]) == 1 / 2
+    far: Object = (300, 300, 340, 340, 0)
+    assert found_again([evidence(OBJECTS, [*OBJECTS, far])]) == 4 / 5
+    assert found_again([evidence(OBJECTS, [*OBJECTS, far], ignore=[False] * 4 + [True])]) == 1
 
 
 def test_suspects_come_by_kind_and_falling_score() -> None:
