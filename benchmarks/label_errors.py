@@ -98,12 +98,13 @@ def table(split: DataSplit, planted: Planted, evidence: Sequence[Evidence]) -> s
         if planted.count(kind)
     }
     lines = [
-        "| kind | n | check: P@n | AP | R@2n | ObjectLab: P@n | AP | R@2n | at its best limits: P@n | AP | R@2n |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| kind | n | check: P@n, AP, R@2n | ObjectLab | at its best limits |",
+        "|---|--:|---|---|---|",
     ]
     for kind in best:
         count = planted.count(kind)
-        cells = [f"{value:.2f}" for each in (ours, usual, best) for value in measure(each[kind], count)]
+        measured = [measure(each[kind], count) for each in (ours, usual, best)]
+        cells = [", ".join(f"{value:.2f}" for value in values) for values in measured]
         lines.append(f"| {kind} | {count} | {' | '.join(cells)} |")
     lines += [
         "",

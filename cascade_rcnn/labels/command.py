@@ -16,7 +16,7 @@ from cascade_rcnn.errors import DataError, UserError
 from cascade_rcnn.inference.detector import Detector, load
 from cascade_rcnn.labels.evidence import Evidence
 from cascade_rcnn.labels.folds import judge_by_folds, small_recipe
-from cascade_rcnn.labels.judge import judge_split
+from cascade_rcnn.labels.judge import judge_split, refuse_whole_pixels
 from cascade_rcnn.labels.rank import Suspect, found_again, rank
 from cascade_rcnn.labels.report import show, write_tables
 from cascade_rcnn.labels.review import write_review
@@ -59,6 +59,8 @@ def run_label_check(root: Path, settings: LabelCheck) -> list[Suspect]:
     _refuse_foreign(out)
     detector = load(settings.model, device=settings.device) if settings.model is not None else None
     recipe = settings.recipe or (detector.config if detector else None)
+    if recipe is not None:
+        refuse_whole_pixels(recipe)
     usual = (recipe or small_recipe(1)).data
     data = replace(usual, orientation=settings.orientation or usual.orientation, range=settings.range or usual.range)
     split = open_split(root, "+".join(disjoint_splits(root)), strict=False, orientation=data.orientation)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cascade_rcnn.config import Config
 from cascade_rcnn.data.dataset import DetectionDataset
 from cascade_rcnn.data.loader import eval_loader
 from cascade_rcnn.data.records import DataSplit, ImageRecord
@@ -33,10 +34,7 @@ def judge_split(detector: Detector, split: DataSplit) -> Iterator[Evidence]:
         UserError: a detector that works in Detectron's whole pixels.
     """
     config = detector.config
-    if config.model.semantics == "paper":
-        raise UserError(
-            "a checkpoint with model.semantics paper cannot be asked about given boxes; use another one, or --folds"
-        )
+    refuse_whole_pixels(config)
     class_map = match_classes(detector.class_names, split, "the checkpoint")
     columns = torch.tensor([class_map.index(k) if k in class_map else -1 for k in range(len(split.class_names))])
     dataset = DetectionDataset(split, config.data, training=False, semantics=config.model.semantics)
@@ -46,6 +44,15 @@ def judge_split(detector: Detector, split: DataSplit) -> Iterator[Evidence]:
             yield _judge_image(detector, images, record, columns, class_map)
     finally:
         loader.close()
+
+
+def refuse_whole_pixels(config: Config) -> None:
+    """Raises UserError for a network that works in Detectron's whole pixels, in the frame of the original image."""
+    if config.model.semantics == "paper":
+        raise UserError(
+            "model.semantics paper counts in whole pixels and cannot be asked about given boxes; use a checkpoint, or "
+            "with --folds a --config, of other semantics"
+        )
 
 
 def _judge_image(

@@ -316,6 +316,13 @@ def test_what_cannot_be_done_is_one_line(
     assert message in error and error.count("\n") == 1
 
 
+def test_folds_of_a_recipe_in_whole_pixels_are_refused_before_they_are_trained(tmp_path: Path) -> None:
+    recipe = small_config(model={"semantics": "paper"})
+    with pytest.raises(UserError, match="semantics paper"):
+        run_label_check(small_data(), LabelCheck(folds=2, recipe=recipe, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_neither_model_nor_folds_is_refused() -> None:
     with pytest.raises(UserError, match="give --model CHECKPOINT or --folds 3"):
         run_label_check(small_data(), LabelCheck())
