@@ -242,11 +242,23 @@ def _check(words: Sequence[str]) -> int:
     parser.add_argument(
         "--config",
         metavar="NAME",
-        help="recipe whose input scale and anchors objects are measured against (the defaults)",
+        help="recipe whose input scale and anchors objects are measured against (the defaults), or that --folds train",
     )
     _add_orientation(parser)
     parser.add_argument("--range", type=_range, metavar="LOW HIGH", help=_RANGE_HELP)
+    parser.add_argument("--model", type=Path, metavar="CHECKPOINT", help="rank the annotations that it takes for wrong")
+    parser.add_argument(
+        "--folds",
+        type=_whole_number,
+        default=0,
+        metavar="N",
+        help="the same by N small models, none of which has seen the images that it judges",
+    )
+    parser.add_argument("--device", default="auto", metavar="D", help="for --model and --folds: cpu, cuda (auto)")
     args = parser.parse_all(words)
+    if args.model or args.folds:
+        _check_labels(parser, args)
+        return 0
     recipe = load_config(args.config) if args.config else Config()
     said = {"orientation": args.orientation, "range": args.range}
     data = dataclasses.replace(recipe.data, **{name: value for name, value in said.items() if value is not None})
@@ -255,6 +267,24 @@ def _check(words: Sequence[str]) -> int:
     from cascade_rcnn.check.dataset import run_check
 
     return run_check(args.data, fix=args.fix, draw=args.draw, out=args.out, recipe=recipe)
+
+
+def _check_labels(parser: _Parser, args: argparse.Namespace) -> None:
+    if args.fix or args.draw:
+        parser.error(f"{'--fix' if args.fix else '--draw'} belongs to the check without --model and --folds")
+
+    from cascade_rcnn.labels.command import LabelCheck, run_label_check
+
+    settings = LabelCheck(
+        model=args.model,
+        folds=args.folds,
+        recipe=load_config(args.config) if args.config else None,
+        out=args.out or Path("label_errors"),
+        orientation=args.orientation,
+        range=args.range,
+        device=args.device,
+    )
+    run_label_check(args.data, settings)
 
 
 def _serve(words: Sequence[str]) -> None:
@@ -435,7 +465,9 @@ COMMANDS: dict[str, _Command] = {
     "check": _Command(
         _check,
         "Finds what would ruin a training on this data set, before it starts.",
-        "Exit code 1 when errors were found; warnings and notes alone give 0.",
+        "Exit code 1 when errors were found; warnings and notes alone give 0.\n"
+        "With --model or --folds instead: which labels are probably wrong, as tables, a sheet of pictures and files\n"
+        "for CVAT and Label Studio in --out (label_errors). The data set is only read.",
     ),
     "serve": _Command(
         _serve,

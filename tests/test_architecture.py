@@ -43,6 +43,7 @@ ROOMS = (
     "benchmark",
     "serve",
     "train evaluate predict score demo visualize",  # one verb each, and documented names
+    "labels",
     "cli __main__",
 )
 

@@ -56,7 +56,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
 
         return record
 
-    for command, path in FUNCTION_OF.items():
+    for command, path in (*FUNCTION_OF.items(), ("check", "labels.command.run_label_check")):
         module, _, function = f"cascade_rcnn.{path}".rpartition(".")
         holder = importlib.import_module(module)
         monkeypatch.setattr(holder, function, recorder(command, getattr(holder, function)))

@@ -114,7 +114,7 @@ class DatasetWriter:
             _save(pixels, target)
             self.notes["pictures with an orientation tag written anew, upright"] += 1
         else:
-            _place(source, target, copy=self.copy)
+            place_picture(source, target, copy=self.copy)
         height, width = detections.size
         self.images += 1
         self.objects += len(objects)
@@ -366,7 +366,7 @@ def _save(pixels: NDArray[np.uint8], path: Path) -> None:
     Image.fromarray(pixels).save(path, **options)
 
 
-def _place(source: Path, target: Path, *, copy: bool) -> None:
+def place_picture(source: Path, target: Path, *, copy: bool = False) -> None:
     """A hard link, which containers and archives take for a file of their own; else a link by name; else a copy."""
     source = source.resolve()
     for link in () if copy else (os.link, os.symlink):

@@ -114,9 +114,16 @@ def detect(model: CascadeRCNN, images: ImageBatch, precision: Precision = "auto"
 
     Threads may share a model, in training mode too.
     """
+    with inference_mode(model, precision) as device:
+        return model.detect(images.to(device, non_blocking=True)).to("cpu")
+
+
+@contextmanager
+def inference_mode(model: CascadeRCNN, precision: Precision = "auto") -> Iterator[torch.device]:
+    """A network in evaluation mode, without gradients and in that precision; gives the device where it lies."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with _evaluation_mode(model), torch.inference_mode(), _arithmetic(device, precision):
-        return model.detect(images.to(device, non_blocking=True)).to("cpu")
+        yield device
 
 
 def to_detections(
