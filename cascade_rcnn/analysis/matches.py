@@ -6,6 +6,7 @@ T IoU thresholds, D detections, G objects, K classes, R resamples of the images.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -161,5 +162,5 @@ def _by_class(found: Found, matches: Matches, classes: int) -> list[_Sorted]:
     correct, wrong = matches.correct, (matches.objects < 0) & ~matches.ignored
     order = np.lexsort((-found.scores, found.label))
     ends = np.searchsorted(found.label[order], np.arange(classes + 1))
-    rows = [order[a:b] for a, b in zip(ends[:-1], ends[1:])]
+    rows = [order[a:b] for a, b in pairwise(ends)]
     return [_Sorted(found.image[r], correct[:, r].astype(np.float64), wrong[:, r].astype(np.float64)) for r in rows]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -129,4 +130,4 @@ def box_ious(a: Floats, b: Floats, crowd: Bools | None = None) -> Floats:
 def image_slices(image: Ints, count: int) -> list[slice]:
     """Where the rows of each image lie in an array ordered by image."""
     ends = np.searchsorted(image, np.arange(count + 1))
-    return [slice(int(a), int(b)) for a, b in zip(ends[:-1], ends[1:])]
+    return [slice(int(a), int(b)) for a, b in pairwise(ends)]

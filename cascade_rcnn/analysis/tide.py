@@ -150,7 +150,7 @@ def _prices(
 
 
 def _mean_ap(scores: Floats, labels: Ints, correct: Bools, positives: Ints, later: Ints | Bools) -> float:
-    """AP in points, mean over classes with detections or objects; of equal scores those that are ``later`` come last."""
+    """AP in points, mean over classes with detections or objects; ``later`` rows come last among equal scores."""
     values = []
     for label, objects in enumerate(positives.tolist()):
         rows = labels == label
