@@ -6,13 +6,13 @@ import copy
 
 import numpy as np
 import pytest
-from random_results import random_results
 
 from cascade_rcnn.analysis.matches import average_precisions, bootstrap, interval, match, mean_ap
 from cascade_rcnn.analysis.scenes import read_found, read_truth
 from cascade_rcnn.analysis.slices import slice_aps
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation.coco import IOUS, evaluate_coco
+from random_results import random_results
 
 
 @pytest.mark.parametrize("seed", range(4))

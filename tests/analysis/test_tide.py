@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from random_results import random_results
 
 from cascade_rcnn.analysis.scenes import read_found, read_truth
 from cascade_rcnn.analysis.tide import CORRECT, KINDS, tide
+from random_results import random_results
 
 _SHORT = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")
 

@@ -1,4 +1,4 @@
-"""A COCO ground truth and results made at random: several classes, crowds, moved, doubled, swapped and strange boxes."""
+"""A COCO ground truth and results made at random: classes, crowds, moved, doubled, swapped and strange boxes."""
 
 from __future__ import annotations
 
