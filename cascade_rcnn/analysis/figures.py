@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -99,7 +100,7 @@ def _svg(figure: Any, alt: str) -> str:
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    own = f"f{abs(hash(alt)) % 10**8}"
+    own = f"f{zlib.crc32(alt.encode())}"  # several figures share a page
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'id="([^"]+)"', rf'id="{own}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{own}-\1)", text)

@@ -32,9 +32,7 @@ class Example:
         return f'<figure><img src="{self.data}" alt="{words}" loading="lazy"><figcaption>{words}</figcaption></figure>'
 
 
-def error_examples(
-    truth: Truth, found: Found, errors: Tide, limits: Floats, read: Read, *, most: int = 8
-) -> dict[str, list[Example]]:
+def error_examples(truth: Truth, found: Found, errors: Tide, read: Read, *, most: int = 8) -> dict[str, list[Example]]:
     """Of each of TIDE's kinds the errors of highest score (of the missed the largest objects), one an image at first.
 
     The left half of a picture is the truth, the right half what was said.

@@ -86,12 +86,14 @@ def read_truth(truth: Any, *, where: str = "ground truth") -> Truth:
     )
 
 
-def read_found(results: Any, truth: Truth, *, where: str = "results", limit: int = 100) -> Found:
+def read_found(
+    results: Any, truth: Truth, *, where: str = "results", limit: int = 100, may_be_empty: bool = False
+) -> Found:
     """A COCO results list as arrays, at most ``limit`` per image and class, as COCO counts.
 
-    Raises ``DataError``: an entry that is none, of another image or class, or no entry at all.
+    Raises ``DataError``: an entry that is none or of another image or class; no entry, unless it ``may_be_empty``.
     """
-    if isinstance(results, list) and not results:
+    if isinstance(results, list) and not results and not may_be_empty:
         raise DataError(f"{where}: holds no detections: predict with a lower --score-threshold, or train longer")
     table = results_table(results, where, dict(truth.rows), set(truth.category_ids))
     labels = np.searchsorted(np.array(truth.category_ids), table.categories)

@@ -84,6 +84,8 @@ def load(
     pictures of more than 8 bits: ``"0 4095"``), ``max_pixels`` (of an image that is decoded), ... ``precision`` auto is
     float32, on recent NVIDIA GPUs with TF32 products.
 
+    ``predict`` applies the thresholds by class that ``analyze --set-thresholds`` wrote; ``score_threshold`` overrides.
+
     ``compile`` makes code for each of the few sizes that images are padded to, when the first image of that size comes:
     that takes a minute and is told on stderr; what it finds is the same (docs/speed.md).
 
@@ -122,7 +124,22 @@ def load(
     model = model.to(chosen).optimize_for_inference()
     if compile:
         model, config = _compiled(model, config)
-    return Detector(model, config, checkpoint.class_names, checkpoint.category_ids, precision=precision)
+    detector = Detector(model, config, checkpoint.class_names, checkpoint.category_ids, precision=precision)
+    if score_threshold is None:
+        detector.thresholds = _thresholds(checkpoint.metadata.get("thresholds", {}), path)
+    return detector
+
+
+def _thresholds(written: Any, path: Path) -> dict[str, float]:
+    """The thresholds of classes in a checkpoint, checked."""
+    if not isinstance(written, dict) or not all(
+        type(one) in (int, float) and 0 <= one <= 1 for one in written.values()
+    ):
+        raise CheckpointError(
+            f"{printable(path)}: its thresholds {shown(written)} are no numbers from 0 to 1 by class; write them anew: "
+            "cascade-rcnn analyze ... --set-thresholds"
+        )
+    return {str(name): float(value) for name, value in written.items()}
 
 
 def _compiled(model: CascadeRCNN, config: Config) -> tuple[CascadeRCNN, Config]:
@@ -154,6 +171,7 @@ class Detector:
         self.class_names = tuple(class_names)
         self.category_ids = tuple(category_ids)
         self.precision = precision
+        self.thresholds: dict[str, float] = {}  # by class: what ``predict`` leaves out (``analyze --set-thresholds``)
 
     @classmethod
     def from_model(
@@ -187,7 +205,8 @@ class Detector:
         if type(model) is not CascadeRCNN:
             sizes = bucket_sizes(data)
             compiled = f"compiled for {len(sizes)} sizes at most" if sizes else "compiled for each size"
-        return f"{name}: {', '.join(words)}; {compiled}"
+        own = f"; thresholds of its own for {len(self.thresholds)} classes" if self.thresholds else ""
+        return f"{name}: {', '.join(words)}; {compiled}{own}"
 
     def to(self, device: str | torch.device) -> Detector:
         """Move the network to another device, in place; gives the detector itself. ``auto`` as in ``load``.
@@ -287,4 +306,9 @@ class Detector:
         collated = Collate(data.pad_multiple, buckets=bucket_sizes(data))(items)
         assert not isinstance(collated, DataError)
         images = dataclasses.replace(collated[0], image_ids=())
-        return to_detections(detect(self.model, images, self.precision), images, self.class_names, self.category_ids)
+        raw = detect(self.model, images, self.precision)
+        found = to_detections(raw, images, self.class_names, self.category_ids)
+        if not self.thresholds:
+            return found
+        limits = torch.tensor([self.thresholds.get(name, 0.0) for name in self.class_names], dtype=torch.float64)
+        return [one[one.scores.double() >= limits[one.labels]] for one in found]

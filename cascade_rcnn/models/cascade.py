@@ -225,9 +225,7 @@ class Cascade(nn.Module):
         return found
 
     @torch.no_grad()
-    def detect_each_stage(
-        self, pyramid: list[Tensor], proposals: Proposals, images: ImageBatch
-    ) -> list[RawDetections]:
+    def detect_each_stage(self, pyramid: list[Tensor], proposals: Proposals, images: ImageBatch) -> list[RawDetections]:
         """What each stage would say alone, by its own scores on the boxes it has moved; last, what ``detect`` says.
 
         Without masks.
