@@ -6,6 +6,7 @@ cascade-rcnn analyze runs/demo --data runs/demo/data --out report
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,7 @@ def run_analyze(
          for name, results in one.results.items()}
         for checkpoint, one in zip(checkpoints, ran)
     ]  # fmt: skip
+    wanted = replace(wanted, limit=ran[0].limit)
     report = measure(truth, found[0], wanted)
     opened = ran[0].split
     report["source"] = {
@@ -119,7 +121,7 @@ def _write(report: Report, truth: Truth, found: Found, read: Read | None, out: P
         report["notes"].append(f"classes without objects, left out of means: {few_names(absent)}")
     galleries = {}
     if read is not None:
-        errors, limits = tide(truth, found), thresholds(report, truth, "f1")
+        errors, limits = tide(truth, found, limit=wanted.limit), thresholds(report, truth, "f1")
         galleries = {"images with the most errors": worst_images(truth, found, errors, limits, read)}
         galleries |= error_examples(truth, found, errors, read)
     title = f"Analysis of {next(iter(report['source'].values()))}"

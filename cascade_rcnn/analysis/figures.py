@@ -32,7 +32,7 @@ def require_matplotlib() -> None:
 
 def lines(curves: Mapping[str, Line], *, x: str, y: str, alt: str, diagonal: bool = False, marks: bool = True) -> str:
     """Curves in the unit square or above it, as inline SVG; None leaves a gap."""
-    with _axes((6.4, 3.8)) as (figure, axes, done):
+    with _axes((5.2, 3.4)) as (figure, axes, done):
         if diagonal:
             axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=":", label="as it should be")
         for number, (name, (xs, ys)) in enumerate(curves.items()):
@@ -48,13 +48,13 @@ def lines(curves: Mapping[str, Line], *, x: str, y: str, alt: str, diagonal: boo
 
 def bars(groups: Mapping[str, Mapping[str, float]], *, y: str, alt: str) -> str:
     """Grouped bars: for each outer name one colour, for each inner name one group."""
-    with _axes((7.0, 3.6)) as (figure, axes, done):
+    with _axes((5.6, 3.4)) as (figure, axes, done):
         names = list(next(iter(groups.values())))
         width = 0.8 / len(groups)
         for number, (group, values) in enumerate(groups.items()):
             places = [place + (number - (len(groups) - 1) / 2) * width for place in range(len(names))]
             axes.bar(places, [values[name] for name in names], width * 0.9, color=_SERIES[number % 8], label=group)
-        axes.set_xticks(range(len(names)), names, fontsize=8)
+        axes.set_xticks(range(len(names)), names, fontsize=7)
         axes.set(ylabel=y)
         axes.legend(frameon=False, fontsize=8)
         done.append(_svg(figure, alt))
@@ -63,7 +63,7 @@ def bars(groups: Mapping[str, Mapping[str, float]], *, y: str, alt: str) -> str:
 
 def intervals(rows: Mapping[str, tuple[float, tuple[float, float] | None]], *, x: str, alt: str) -> str:
     """A point and its interval for each name, one below another."""
-    with _axes((6.4, 0.9 + 0.28 * len(rows))) as (figure, axes, done):
+    with _axes((5.2, 0.9 + 0.28 * len(rows))) as (figure, axes, done):
         for place, (value, around) in enumerate(reversed(list(rows.values()))):
             low, high = around or (value, value)
             axes.plot([low, high], [place, place], color=_SERIES[0], linewidth=2)

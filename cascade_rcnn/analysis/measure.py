@@ -39,6 +39,7 @@ class Wanted:
     recall: float = 0.9  # of the third
     thresholds_by: str = "f1"  # which of them --set-thresholds writes: "f1", "precision" or "recall"
     resamples: int = 200  # of the images, for intervals
+    limit: int = 100  # detections of an image that TIDE looks at
 
 
 def measure(truth: Truth, outputs: Mapping[str, Found], wanted: Wanted) -> Report:
@@ -53,8 +54,8 @@ def measure(truth: Truth, outputs: Mapping[str, Found], wanted: Wanted) -> Repor
         "objects": int((~truth.crowd).sum()),
         "final": final,
         "iou_thresholds": [round(float(iou), 2) for iou in IOU_THRESHOLDS],
-        "outputs": {name: _output(truth, one, matches[name]) for name, one in outputs.items()},
-        "interval": interval(_means(samples)),
+        "outputs": {name: _output(truth, one, matches[name], wanted.limit) for name, one in outputs.items()},
+        "interval": interval(_means(samples), mean_ap(values) or 0.0),
         "classes": _classes(truth, found, last, (values, samples), wanted),
         "slices": slice_aps(truth, found),
     }
@@ -74,9 +75,9 @@ def _means(samples: Floats) -> Floats:
     return np.where(known, samples, 0.0).sum(axis=1) / np.maximum(known.sum(axis=1), 1)
 
 
-def _output(truth: Truth, found: Found, matches: Matches) -> Report:
+def _output(truth: Truth, found: Found, matches: Matches, limit: int) -> Report:
     values = average_precisions(truth, found, matches)
-    errors = tide(truth, found)
+    errors = tide(truth, found, limit=limit)
     return {
         "detections": len(found),
         "AP": mean_ap(values),
@@ -135,7 +136,7 @@ def _classes(truth: Truth, found: Found, matches: Matches, aps: tuple[Floats, Fl
             "detections": int((found.label == label).sum()),
             "AP": None if np.isnan(values[label, 0]) else float(values[label].mean()),
             "AP50": None if np.isnan(values[label, 0]) else float(values[label, 0]),
-            "interval": interval(samples[:, label]) if curve.objects else None,
+            "interval": interval(samples[:, label], float(values[label].mean())) if curve.objects else None,
             "best_f1": _point(best_f1(curve)),
             "at_precision": _point(at_precision(curve, wanted.precision)),
             "at_recall": _point(at_recall(curve, wanted.recall)),
@@ -178,7 +179,7 @@ def compare(truth: Truth, first: Found, second: Found, *, resamples: int = 200) 
 def _difference(a: float, b: float, first: Floats, second: Floats) -> Report:
     return {
         "AP": [float(a), float(b)],
-        "intervals": [interval(first), interval(second)],
+        "intervals": [interval(first, a), interval(second, b)],
         "difference": float(b - a),
-        "interval": interval(second - first),
+        "interval": interval(second - first, b - a),
     }

@@ -35,7 +35,7 @@ nav ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .25r
 .big dt { color: var(--soft); font-size: .88rem; }
 .big dd { margin: 0; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); gap: 1rem; }
-.plot svg { width: 100%; max-width: 44rem; height: auto; display: block; }
+.plot svg { width: 100%; max-width: 35rem; height: auto; display: block; }
 .scroll { overflow-x: auto; margin: .75rem 0; }
 .scroll:focus-visible { outline: 2px solid var(--c0); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
@@ -43,6 +43,7 @@ caption { text-align: left; padding: .25rem 0; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 thead th { background: var(--shade); }
+tbody th { white-space: normal; min-width: 6.5rem; overflow-wrap: anywhere; }
 .heat td { min-width: 3rem; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: .75rem; }
 figure { margin: 0; }

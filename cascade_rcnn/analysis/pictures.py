@@ -24,12 +24,14 @@ class Example:
     """A picture and what is to be seen on it."""
 
     data: str  # data URI
+    size: tuple[int, int]  # width, height
     text: str
 
     @property
     def figure(self) -> str:
         words = html.escape(self.text)
-        return f'<figure><img src="{self.data}" alt="{words}" loading="lazy"><figcaption>{words}</figcaption></figure>'
+        size = 'width="{}" height="{}"'.format(*self.size)
+        return f'<figure><img src="{self.data}" {size} alt="{words}"><figcaption>{words}</figcaption></figure>'
 
 
 def error_examples(truth: Truth, found: Found, errors: Tide, read: Read, *, most: int = 8) -> dict[str, list[Example]]:
@@ -71,7 +73,7 @@ def worst_images(
         said = found.boxes[shown & (found.image == row)]
         pair = _pair(picture, window, truth.boxes[truth.image == row], said)
         text = f"{truth.file_names[row]}: {false[row]} false, {missed[row]} missed of {int((truth.image == row).sum())}"
-        examples.append(Example(_data(pair), text))
+        examples.append(_example(pair, text))
     return examples
 
 
@@ -88,7 +90,7 @@ def _missed(truth: Truth, row: int, read: Read) -> Example | None:
     if picture is None:
         return None
     pair = _pair(picture, _window(truth.boxes[row : row + 1], picture), truth.boxes[row : row + 1], np.zeros((0, 4)))
-    return Example(_data(pair), f"missed {truth.class_names[truth.label[row]]} in {truth.file_names[image]}")
+    return _example(pair, f"missed {truth.class_names[truth.label[row]]} in {truth.file_names[image]}")
 
 
 def _wrong(truth: Truth, found: Found, errors: Tide, row: int, read: Read) -> Example | None:
@@ -102,7 +104,7 @@ def _wrong(truth: Truth, found: Found, errors: Tide, row: int, read: Read) -> Ex
     text = f"{truth.class_names[found.label[row]]} {found.scores[row]:.2f}"
     text += f", truth: {truth.class_names[truth.label[thing]]}" if thing >= 0 else ", truth: nothing"
     inside = truth.boxes[(truth.image == image) & _touches(truth.boxes, window)]
-    return Example(_data(_pair(picture, window, inside, said)), f"{text}; {truth.file_names[image]}")
+    return _example(_pair(picture, window, inside, said), f"{text}; {truth.file_names[image]}")
 
 
 def _touches(boxes: Floats, window: tuple[float, float, float, float]) -> Bools:
@@ -136,7 +138,8 @@ def _pair(picture: Image.Image, window: tuple[float, float, float, float], truth
     return sheet
 
 
-def _data(picture: Image.Image) -> str:
+def _example(picture: Image.Image, text: str) -> Example:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=_QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    data = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return Example(data, picture.size, text)

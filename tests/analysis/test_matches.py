@@ -75,7 +75,8 @@ def test_more_images_give_a_narrower_interval() -> None:
         content, results = random_results(1, images=images)
         truth = read_truth(content)
         found = read_found(results, truth)
-        low, high = interval(bootstrap(truth, found, match(truth, found), resamples=60)[:, 0]) or (0.0, 0.0)
+        low, high = interval(bootstrap(truth, found, match(truth, found), resamples=60)[:, 0], 0.5) or (0.0, 0.0)
+        assert low < 0.5 < high
         widths.append(high - low)
     assert 0 < widths[1] < widths[0] / 1.5
 
