@@ -5,7 +5,7 @@ cascade-rcnn analyze runs/demo --data runs/demo/data --out report
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from cascade_rcnn.analysis.report import render
 from cascade_rcnn.analysis.scenes import Found, Truth, read_found, read_truth
 from cascade_rcnn.analysis.tide import tide
 from cascade_rcnn.atomic_files import clear_failure, replace_file, write_json
-from cascade_rcnn.data.records import DataSplit
+from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError, UserError
 from cascade_rcnn.messages import few_names, printable
 
@@ -129,12 +129,16 @@ def _write(report: Report, truth: Truth, found: Found, read: Read | None, out: P
     write_json(out / "report.json", report)
     target = out / "report.html"
     with clear_failure(target):
-        replace_file(target, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+        replace_file(target, lambda temporary: _write_text(temporary, text))
     final = report["outputs"][report["final"]]
     around = report["interval"]
     limits_text = f" (95 % interval {100 * around[0]:.1f} to {100 * around[1]:.1f})" if around else ""
     print(f"box AP {100 * final['AP']:.1f}{limits_text} on {report['images']:,} images")
     print(f"report: {printable(target)}")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _check_folder(out: Path) -> None:
@@ -146,7 +150,7 @@ def _split_reader(split: DataSplit, truth: Truth, settings: Any) -> Read:
     """Pictures of a split as the network sees them before they are resized."""
     from cascade_rcnn.data.dataset import read_record
 
-    records = {record.image_id: record for record in split.records}
+    records: dict[Hashable, ImageRecord] = {record.image_id: record for record in split.records}
 
     def read(row: int) -> Image.Image | None:
         try:

@@ -164,6 +164,7 @@ def test_results_of_any_detector(files: tuple[Path, Path], tmp_path: Path) -> No
 def test_names_in_the_data_cannot_write_the_page(files: tuple[Path, Path], tmp_path: Path) -> None:
     content = json.loads(files[1].read_text())
     content["categories"][0]["name"] = "<img src=http://x>$\\frac$"
+    content["categories"][1]["name"] = "_\u7ec6\u80de"
     files[1].write_text(json.dumps(content))
     run_analyze_results(*files, out=tmp_path / "out", wanted=FEW)
     _check_page(tmp_path / "out" / "report.html")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ def lines(curves: Mapping[str, Line], *, x: str, y: str, alt: str, diagonal: boo
             values = [float("nan") if value is None else value for value in ys]
             mark = _MARKS[number % 8] if marks else None
             style = ("-", "--", "-.", ":")[number // 8 % 4]
-            axes.plot(xs, values, style, color=_SERIES[number % 8], marker=mark, markersize=4, label=name)
+            axes.plot(xs, values, style, color=_SERIES[number % 8], marker=mark, markersize=4, label=_label(name))
         axes.set(xlabel=x, ylabel=y, ylim=(0, 1.02))
         axes.legend(frameon=False, fontsize=8, loc="best")
         done.append(_svg(figure, alt))
@@ -53,7 +54,9 @@ def bars(groups: Mapping[str, Mapping[str, float]], *, y: str, alt: str) -> str:
         width = 0.8 / len(groups)
         for number, (group, values) in enumerate(groups.items()):
             places = [place + (number - (len(groups) - 1) / 2) * width for place in range(len(names))]
-            axes.bar(places, [values[name] for name in names], width * 0.9, color=_SERIES[number % 8], label=group)
+            axes.bar(
+                places, [values[name] for name in names], width * 0.9, color=_SERIES[number % 8], label=_label(group)
+            )
         axes.set_xticks(range(len(names)), names, fontsize=7)
         axes.set(ylabel=y)
         axes.legend(frameon=False, fontsize=8)
@@ -74,18 +77,25 @@ def intervals(rows: Mapping[str, tuple[float, tuple[float, float] | None]], *, x
     return done[0]
 
 
+def _label(name: str) -> str:
+    """A legend leaves out what begins with an underscore."""
+    return f" {name}" if name.startswith("_") else name
+
+
 @contextmanager
 def _axes(size: tuple[float, float]) -> Iterator[tuple[Any, Any, list[str]]]:
     """A figure without a window, in the page's ink."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none", "svg.hashsalt": "cascade-rcnn", "font.size": 9, "text.color": _INK,
         "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
+        "text.parse_math": False,
         "axes.spines.top": False, "axes.spines.right": False, "font.family": "sans-serif",
     }  # fmt: skip
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's own font has it
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)

@@ -82,8 +82,8 @@ def _pairs(truth: Truth, found: Found, least: float) -> tuple[Ints, Ints, Floats
         overlaps = box_ious(found.boxes[i], truth.boxes[j], truth.crowd[j])
         near = overlaps >= least
         parts.append((i[near], j[near], overlaps[near]))
-    left, right, overlaps = zip(*parts)
-    return np.concatenate(left), np.concatenate(right), np.concatenate(overlaps)
+    left, right, values = zip(*parts)
+    return np.concatenate(left), np.concatenate(right), np.concatenate(values)
 
 
 def average_precisions(truth: Truth, found: Found, matches: Matches, weights: Floats | None = None) -> Floats:
@@ -137,7 +137,7 @@ def interval(samples: Floats, value: float, *, level: float = 0.95) -> tuple[flo
 def _positives(truth: Truth, matches: Matches, weights: Floats | None) -> Floats:
     """[K], how many objects are to be found."""
     each = matches.counted.astype(np.float64) if weights is None else matches.counted * weights[truth.image]
-    return np.bincount(truth.label, weights=each, minlength=len(truth.class_names))
+    return np.bincount(truth.label, weights=each, minlength=len(truth.class_names)).astype(np.float64)
 
 
 @dataclass(frozen=True)

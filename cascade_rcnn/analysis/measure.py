@@ -72,7 +72,8 @@ def measure(truth: Truth, outputs: Mapping[str, Found], wanted: Wanted) -> Repor
 def _means(samples: Floats) -> Floats:
     """Mean over the classes drawn [R] of AP [R, K]."""
     known = np.isfinite(samples)
-    return np.where(known, samples, 0.0).sum(axis=1) / np.maximum(known.sum(axis=1), 1)
+    means: Floats = np.where(known, samples, 0.0).sum(axis=1) / np.maximum(known.sum(axis=1), 1)
+    return means
 
 
 def _output(truth: Truth, found: Found, matches: Matches, limit: int) -> Report:
@@ -173,7 +174,8 @@ def compare(truth: Truth, first: Found, second: Found, *, resamples: int = 200) 
         if np.isfinite(values[0][label]):
             pair = (values[0][label], values[1][label])
             rows[name] = _difference(*pair, samples[0][:, label], samples[1][:, label])
-    return {"all": _difference(*(float(np.nanmean(one)) for one in values), *map(_means, samples)), "classes": rows}
+    means = [float(np.nanmean(one)) for one in values]
+    return {"all": _difference(means[0], means[1], _means(samples[0]), _means(samples[1])), "classes": rows}
 
 
 def _difference(a: float, b: float, first: Floats, second: Floats) -> Report:

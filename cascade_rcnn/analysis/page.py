@@ -43,7 +43,7 @@ caption { text-align: left; padding: .25rem 0; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 thead th { background: var(--shade); }
-tbody th { white-space: normal; min-width: 6.5rem; overflow-wrap: anywhere; }
+tbody th { white-space: normal; min-width: 8.5rem; }
 .heat td { min-width: 3rem; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: .75rem; }
 figure { margin: 0; }

@@ -109,7 +109,8 @@ def _wrong(truth: Truth, found: Found, errors: Tide, row: int, read: Read) -> Ex
 
 def _touches(boxes: Floats, window: tuple[float, float, float, float]) -> Bools:
     x1, y1, x2, y2 = corners(boxes).T
-    return (x1 < window[2]) & (x2 > window[0]) & (y1 < window[3]) & (y2 > window[1])
+    touching: Bools = (x1 < window[2]) & (x2 > window[0]) & (y1 < window[3]) & (y2 > window[1])
+    return touching
 
 
 def _window(boxes: Floats, picture: Image.Image) -> tuple[float, float, float, float]:

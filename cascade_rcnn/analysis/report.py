@@ -24,7 +24,7 @@ def render(report: Report, galleries: Mapping[str, Sequence[Example]], *, title:
     """The page as text."""
     sections = [
         ("AP by IoU", _ap_by_iou(report)),
-        ("Classes", _classes(report)),
+        ("Each class", _classes(report)),
         ("Which threshold", _thresholds(report)),
         ("Which class is taken for which", _confusion(report)),
         ("Why AP is lost", _errors(report)),
@@ -105,7 +105,7 @@ def _classes(report: Report) -> str:
     shown = {name: (100 * one["AP"], _scaled(one["interval"])) for name, one in _drawn(report).items()}
     plot = figures.intervals(shown, x="AP, %", alt="AP of each class with its interval; the table has the numbers.")
     head = ["class", "objects", "detections", "AP", "95 % interval", "AP at 0.5"]
-    return page.paragraph(words) + page.plots(plot) + page.table("Classes", head, rows)
+    return page.paragraph(words) + page.plots(plot) + page.table("AP of each class", head, rows)
 
 
 def _scaled(around: Sequence[float] | None) -> tuple[float, float] | None:

@@ -126,7 +126,8 @@ def box_ious(a: Floats, b: Floats, crowd: Bools | None = None) -> Floats:
     union = own + other - both
     if crowd is not None:
         union = np.where(crowd, own, union)
-    return np.divide(both, union, out=np.zeros_like(both), where=union > 0)
+    result: Floats = np.divide(both, union, out=np.zeros_like(both), where=union > 0)
+    return result
 
 
 def image_slices(image: Ints, count: int) -> list[slice]:

@@ -62,7 +62,8 @@ def _aspect(boxes: Floats) -> Floats:
 
 
 def _between(aspect: Floats) -> Bools:
-    return (aspect >= 0.5) & (aspect <= 2)
+    inside: Bools = (aspect >= 0.5) & (aspect <= 2)
+    return inside
 
 
 def at_border(truth: Truth, image: Ints, boxes: Floats) -> Bools:
