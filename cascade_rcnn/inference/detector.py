@@ -112,14 +112,7 @@ def load(
     config = _changed(checkpoint.config, model_settings, {"max_pixels": max_pixels, "range": range})
     with NoInitialValues():
         model = build_model(config.model, len(checkpoint.class_names))
-    try:
-        model.load_state_dict(checkpoint.state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{printable(path)}: its weights do not fit its own configuration ({reason}); "
-            "use another copy of the checkpoint"
-        ) from error
+    _load_weights(model, checkpoint.state, path)
     checkpoint.state.clear()  # the file's pages are memory too, and the weights are about to be laid out anew
     model = model.to(chosen).optimize_for_inference()
     if compile:
@@ -128,6 +121,17 @@ def load(
     if score_threshold is None:
         detector.thresholds = _thresholds(checkpoint.metadata.get("thresholds", {}), path)
     return detector
+
+
+def _load_weights(model: CascadeRCNN, state: dict[str, Tensor], path: Path) -> None:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{printable(path)}: its weights do not fit its own configuration ({reason}); "
+            "use another copy of the checkpoint"
+        ) from error
 
 
 def _thresholds(written: Any, path: Path) -> dict[str, float]:
