@@ -71,7 +71,8 @@ def at_border(truth: Truth, image: Ints, boxes: Floats) -> Bools:
     height, width = truth.sizes[image].T
     x1, y1 = boxes[:, 0], boxes[:, 1]
     x2, y2 = x1 + boxes[:, 2], y1 + boxes[:, 3]
-    return (x1 <= 0.01 * width) | (y1 <= 0.01 * height) | (x2 >= 0.99 * width) | (y2 >= 0.99 * height)
+    near: Bools = (x1 <= 0.01 * width) | (y1 <= 0.01 * height) | (x2 >= 0.99 * width) | (y2 >= 0.99 * height)
+    return near
 
 
 def crowding(truth: Truth, image: Ints, boxes: Floats, *, itself: bool) -> Floats:
