@@ -143,8 +143,10 @@ def _analyze(words: Sequence[str]) -> None:
     parser.add_argument("--truth", type=Path, metavar="FILE", help="and the COCO annotations they are held against")
     parser.add_argument("--images", type=Path, metavar="DIR", help="and the folder of the pictures, to show some")
     parser.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="folder (report)")
-    parser.add_argument("--at-precision", type=_probability, metavar="P", help="also the threshold for this (0.9)")
-    parser.add_argument("--at-recall", type=_probability, metavar="R", help="also the threshold for this (0.9)")
+    parser.add_argument(
+        "--at-precision", type=_probability, metavar="P", help="show thresholds for this precision (0.9)"
+    )
+    parser.add_argument("--at-recall", type=_probability, metavar="R", help="show thresholds for this recall (0.9)")
     parser.add_argument(
         "--set-thresholds", nargs="?", const="", metavar="FILE",
         help="write the threshold of each class into the checkpoint, or into a copy FILE: of the best F1, or of "
