@@ -132,6 +132,59 @@ def _evaluate(words: Sequence[str]) -> None:
     )
 
 
+def _analyze(words: Sequence[str]) -> None:
+    parser = _parser("analyze", "cascade-rcnn analyze runs/demo --data runs/demo/data --out report")
+    parser.add_argument(
+        "checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="one, or two to be compared; as for evaluate"
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="data set; its format is recognised")
+    parser.add_argument("--split", default="", metavar="NAME", help="split (the one of the recipe, mostly val)")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="instead: COCO results of any detector")
+    parser.add_argument("--truth", type=Path, metavar="FILE", help="and the COCO annotations they are held against")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="and the folder of the pictures, to show some")
+    parser.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="folder (report)")
+    parser.add_argument(
+        "--at-precision", type=_probability, metavar="P", help="show thresholds for this precision (0.9)"
+    )
+    parser.add_argument("--at-recall", type=_probability, metavar="R", help="show thresholds for this recall (0.9)")
+    parser.add_argument(
+        "--set-thresholds", nargs="?", const="", metavar="FILE",
+        help="write the threshold of each class into the checkpoint, or into a copy FILE: of the best F1, or of "
+        "--at-precision or --at-recall where given",
+    )  # fmt: skip
+    parser.add_argument("--resamples", type=_whole_number, default=200, metavar="N", help="for intervals (200)")
+    _add_device(parser)
+    args = parser.parse_all(words)
+    by_model, by_file = bool(args.checkpoints or args.data), bool(args.results or args.truth)
+    whole = args.checkpoints and args.data if by_model else args.results and args.truth
+    if by_model == by_file or not whole or len(args.checkpoints) > 2:
+        parser.error("give one or two CHECKPOINTs and --data DIR, or --results FILE and --truth FILE")
+    if args.at_precision is not None and args.at_recall is not None and args.set_thresholds is not None:
+        parser.error("--set-thresholds takes the threshold of --at-precision or of --at-recall: give one of them")
+    if by_file and args.set_thresholds is not None:
+        parser.error("--set-thresholds needs a CHECKPOINT to write into")
+
+    from cascade_rcnn.analysis.measure import Wanted
+    from cascade_rcnn.analyze import run_analyze, run_analyze_results
+
+    by = "recall" if args.at_recall is not None else "f1" if args.at_precision is None else "precision"
+    precision = 0.9 if args.at_precision is None else args.at_precision
+    wanted = Wanted(precision, 0.9 if args.at_recall is None else args.at_recall, by, args.resamples)
+    if by_file:
+        run_analyze_results(args.results, args.truth, images=args.images, out=args.out, wanted=wanted)
+        return
+    run_analyze(
+        args.checkpoints,
+        data=args.data,
+        split=args.split,
+        out=args.out,
+        wanted=wanted,
+        device=args.device,
+        inference=_inference(args),
+        set_thresholds=args.set_thresholds,
+    )
+
+
 def _predict(words: Sequence[str]) -> None:
     parser = _parser("predict", "cascade-rcnn predict runs/demo street.jpg photos/ --out found --score 0.5")
     _add_checkpoint(parser)
@@ -146,9 +199,9 @@ def _predict(words: Sequence[str]) -> None:
     parser.add_argument(
         "--score",
         type=_probability,
-        default=0.3,
         metavar="S",
-        help="draw detections (and write them with --as) from this score on; predictions.json has all (0.3)",
+        help="draw detections (and write them with --as) from this score on; predictions.json has all "
+        "(0.3; a checkpoint with thresholds of its own: all)",
     )
     parser.add_argument("--no-draw", action="store_true", help="no drawings")
     _add_outputs(parser)
@@ -460,6 +513,12 @@ COMMANDS: dict[str, _Command] = {
         "On several GPUs: torchrun --nproc-per-node 8 -m cascade_rcnn train CONFIG ...",
     ),
     "evaluate": _Command(_evaluate, "Measures a checkpoint on a data set by the data set's own metrics."),
+    "analyze": _Command(
+        _analyze,
+        "Shows where a detector fails and which threshold to take: report.html.",
+        "With a checkpoint, stage by stage; or from any detector's COCO results.\n"
+        "Needs pip install 'cascade-rcnn[plots]'.",
+    ),
     "predict": _Command(_predict, "Finds objects in images, folders or videos: drawings and predictions.json."),
     "score": _Command(_score, "Scores a results file by a benchmark's official protocol; needs no model."),
     "check": _Command(

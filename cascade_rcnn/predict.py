@@ -63,7 +63,7 @@ def run_predict(
     inputs: Sequence[str | Path],
     *,
     out: Path,
-    score: float = 0.3,
+    score: float | None = None,
     draw: bool = True,
     device: str = "auto",
     inference: Inference = AS_SAVED,
@@ -75,7 +75,7 @@ def run_predict(
     Args:
         out: folder for ``predictions.json``, ``drawings/``, which repeats the folders of the inputs, and the data set.
         score: draw, and write into a data set, detections from this score on; ``predictions.json`` has all that the
-            model gives.
+            model gives. None: 0.3, or 0 for a checkpoint with thresholds of its own (``analyze --set-thresholds``).
         shard: ``i/n`` looks at every n-th image only; under torchrun each process takes its own part by itself.
         outputs: polygons, a data set, the benchmark's result files; the last two not with shards.
 
@@ -94,6 +94,7 @@ def run_predict(
     dataset = _dataset(outputs, out, everything, checkpoint)
     detector = load(checkpoint, device=choose_device(device, share_gpus=True), **inference.of_load())
     print(detector.choices())
+    score = (0.0 if detector.thresholds else 0.3) if score is None else score
     if others and part[0] == 1:
         print(f"left out, being no images or videos: {listed_endings(others)}", file=sys.stderr)
     summary = PredictSummary(results=results_path(out, part))

@@ -30,6 +30,7 @@ REPOSITORY = locations.REPOSITORY
 FUNCTION_OF = {
     "demo": "demo.run_demo",
     "train": "train.run_train",
+    "analyze": "analyze.run_analyze",
     "evaluate": "evaluate.run_evaluate",
     "predict": "predict.run_predict",
     "score": "score.run_score",

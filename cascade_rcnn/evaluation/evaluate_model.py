@@ -78,7 +78,7 @@ def detect_split(
     dataset = DetectionDataset(split, config.data, training=False, semantics=config.model.semantics)
     rank, size = distributed.rank(), distributed.world_size()
     loader = eval_loader(dataset, batch_size=batch_size, rank=rank, world_size=size, workers=workers)
-    names, ids = _as_split(split, class_map)
+    names, ids, _ = as_split(split, class_map)
     results: list[dict[str, Any]] = []
     seen: list[int | str] = []
     bad: dict[str, str] = {}
@@ -128,12 +128,13 @@ _NAMED = 5  # unreadable images that are named, of all that are counted
 _NOT_IN_SPLIT = -(2**31)  # a category id that no data set uses
 
 
-def _as_split(split: DataSplit, class_map: Sequence[int] | None) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Name and category id in the split of each label of the model."""
+def as_split(split: DataSplit, class_map: Sequence[int] | None) -> tuple[tuple[str, ...], tuple[int, ...], int]:
+    """Name and category id in the split of each label of the model, and the id of those that the split has not."""
     if class_map is None:
-        return split.class_names, split.category_ids
+        return split.class_names, split.category_ids, _NOT_IN_SPLIT
     names = tuple(split.class_names[label] if label >= 0 else "" for label in class_map)
-    return names, tuple(split.category_ids[label] if label >= 0 else _NOT_IN_SPLIT for label in class_map)
+    ids = tuple(split.category_ids[label] if label >= 0 else _NOT_IN_SPLIT for label in class_map)
+    return names, ids, _NOT_IN_SPLIT
 
 
 def evaluate_results(

@@ -84,6 +84,8 @@ def load(
     pictures of more than 8 bits: ``"0 4095"``), ``max_pixels`` (of an image that is decoded), ... ``precision`` auto is
     float32, on recent NVIDIA GPUs with TF32 products.
 
+    ``predict`` applies the thresholds by class that ``analyze --set-thresholds`` wrote; ``score_threshold`` overrides.
+
     ``compile`` makes code for each of the few sizes that images are padded to, when the first image of that size comes:
     that takes a minute and is told on stderr; what it finds is the same (docs/speed.md).
 
@@ -110,19 +112,38 @@ def load(
     config = _changed(checkpoint.config, model_settings, {"max_pixels": max_pixels, "range": range})
     with NoInitialValues():
         model = build_model(config.model, len(checkpoint.class_names))
+    _load_weights(model, checkpoint.state, path)
+    checkpoint.state.clear()  # the file's pages are memory too, and the weights are about to be laid out anew
+    model = model.to(chosen).optimize_for_inference()
+    if compile:
+        model, config = _compiled(model, config)
+    detector = Detector(model, config, checkpoint.class_names, checkpoint.category_ids, precision=precision)
+    if score_threshold is None:
+        detector.thresholds = _thresholds(checkpoint.metadata.get("thresholds", {}), path)
+    return detector
+
+
+def _load_weights(model: CascadeRCNN, state: dict[str, Tensor], path: Path) -> None:
     try:
-        model.load_state_dict(checkpoint.state)
+        model.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{printable(path)}: its weights do not fit its own configuration ({reason}); "
             "use another copy of the checkpoint"
         ) from error
-    checkpoint.state.clear()  # the file's pages are memory too, and the weights are about to be laid out anew
-    model = model.to(chosen).optimize_for_inference()
-    if compile:
-        model, config = _compiled(model, config)
-    return Detector(model, config, checkpoint.class_names, checkpoint.category_ids, precision=precision)
+
+
+def _thresholds(written: Any, path: Path) -> dict[str, float]:
+    """The thresholds of classes in a checkpoint, checked."""
+    if not isinstance(written, dict) or not all(
+        type(one) in (int, float) and 0 <= one <= 1 for one in written.values()
+    ):
+        raise CheckpointError(
+            f"{printable(path)}: its thresholds {shown(written)} are no numbers from 0 to 1 by class; write them anew: "
+            "cascade-rcnn analyze ... --set-thresholds"
+        )
+    return {str(name): float(value) for name, value in written.items()}
 
 
 def _compiled(model: CascadeRCNN, config: Config) -> tuple[CascadeRCNN, Config]:
@@ -154,6 +175,7 @@ class Detector:
         self.class_names = tuple(class_names)
         self.category_ids = tuple(category_ids)
         self.precision = precision
+        self.thresholds: dict[str, float] = {}  # by class: what ``predict`` leaves out (``analyze --set-thresholds``)
 
     @classmethod
     def from_model(
@@ -187,7 +209,8 @@ class Detector:
         if type(model) is not CascadeRCNN:
             sizes = bucket_sizes(data)
             compiled = f"compiled for {len(sizes)} sizes at most" if sizes else "compiled for each size"
-        return f"{name}: {', '.join(words)}; {compiled}"
+        own = f"; thresholds of its own for {len(self.thresholds)} classes" if self.thresholds else ""
+        return f"{name}: {', '.join(words)}; {compiled}{own}"
 
     def to(self, device: str | torch.device) -> Detector:
         """Move the network to another device, in place; gives the detector itself. ``auto`` as in ``load``.
@@ -287,4 +310,9 @@ class Detector:
         collated = Collate(data.pad_multiple, buckets=bucket_sizes(data))(items)
         assert not isinstance(collated, DataError)
         images = dataclasses.replace(collated[0], image_ids=())
-        return to_detections(detect(self.model, images, self.precision), images, self.class_names, self.category_ids)
+        raw = detect(self.model, images, self.precision)
+        found = to_detections(raw, images, self.class_names, self.category_ids)
+        if not self.thresholds:
+            return found
+        limits = torch.tensor([self.thresholds.get(name, 0.0) for name in self.class_names], dtype=torch.float64)
+        return [one[one.scores.double() >= limits[one.labels]] for one in found]

@@ -126,6 +126,16 @@ def inference_mode(model: CascadeRCNN, precision: Precision = "auto") -> Iterato
         yield device
 
 
+def detect_each_stage(model: CascadeRCNN, images: ImageBatch, precision: Precision = "auto") -> list[RawDetections]:
+    """As ``detect``: what each stage says alone, and last what all say together; without masks."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with _evaluation_mode(model), torch.inference_mode(), _arithmetic(device, precision):
+        on_device = images.to(device, non_blocking=True)
+        pyramid = model.pyramid(on_device)
+        proposals = model.rpn.propose(pyramid, on_device.sizes)
+        return [one.to("cpu") for one in model.cascade.detect_each_stage(pyramid, proposals, on_device)]
+
+
 def to_detections(
     raw: RawDetections, images: ImageBatch, class_names: Sequence[str], category_ids: Sequence[int] = ()
 ) -> list[Detections]:

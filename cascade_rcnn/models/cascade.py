@@ -246,6 +246,23 @@ class Cascade(nn.Module):
             steps.append((unmoved.softmax(dim=-1), logits.softmax(dim=-1), boxes))
         return Followed(*(torch.stack(part) for part in zip(*steps)))
 
+    @torch.no_grad()
+    def detect_each_stage(self, pyramid: list[Tensor], proposals: Proposals, images: ImageBatch) -> list[RawDetections]:
+        """What each stage would say alone, by its own scores on the boxes it has moved; last, what ``detect`` says.
+
+        Without masks.
+        """
+        count = rows_in_use(proposals.valid)
+        boxes, valid = proposals.boxes[:, :count], proposals.valid[:, :count]
+        scores, found = [], []
+        for k, stage in enumerate(self.stages[: self.stages_at_test]):
+            logits, deltas = self._run_stage(k, pyramid, boxes, valid)
+            scores.append(logits)
+            moved = stage.move_every_class(deltas, boxes, images.sizes)
+            found.append(self._select(logits.softmax(dim=-1), moved, valid))
+            boxes = stage.move(deltas, boxes, most_likely(logits), images.sizes)
+        return [*found, self._select(self._ensemble(scores), moved, valid)]
+
     # Box heads
 
     def _run_stage(self, k: int, pyramid: list[Tensor], boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
