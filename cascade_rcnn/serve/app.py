@@ -32,7 +32,7 @@ from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.detector import Detector
 from cascade_rcnn.serve.batching import Batcher, QueueFullError
 from cascade_rcnn.serve.fetch import fetch_url
-from cascade_rcnn.serve.label_studio import TaskError, add_label_studio
+from cascade_rcnn.serve.label_studio import Backend, TaskError, add_label_studio
 from cascade_rcnn.serve.pictures import PictureTooLargeError, decode
 from cascade_rcnn.serve.settings import ServeSettings
 
@@ -130,14 +130,14 @@ def _add_label_studio(app: FastAPI, service: _Service) -> None:
         return _problem(422, str(error))
 
     app.add_exception_handler(TaskError, refused)
-    add_label_studio(
-        app,
-        detect,
-        service.settings,
+    backend = Backend(
+        detect=detect,
+        settings=service.settings,
         version=f"cascade-rcnn {__version__}",
         class_names=service.detector.class_names,
         masks=service.detector.config.model.masks != "none",
     )
+    add_label_studio(app, backend)
 
 
 def _problem(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -191,25 +191,31 @@ class TaskError(Exception):
     """What Label Studio is told instead of predictions."""
 
 
-def add_label_studio(
-    app: FastAPI,
-    detect: Detect,
-    settings: ServeSettings,
-    *,
-    version: str,
-    class_names: Sequence[str],
-    masks: bool,
-) -> None:
-    """The routes below ``/label-studio``. ``detect`` looks at pictures and may raise the service's own errors."""
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """A detector as Label Studio's model; ``detect`` looks at pictures and may raise the service's own errors."""
 
-    def requested(body: dict[str, Any], key: str) -> tuple[Interface, str, dict[int, str]]:
+    detect: Detect
+    settings: ServeSettings
+    version: str
+    class_names: Sequence[str]
+    masks: bool
+
+    def wanted(self, label_config: object) -> tuple[Interface, str, dict[int, str]]:
+        """The interface, the kind of regions, and the label of each class. Raises TaskError."""
         try:
-            interface = read_interface(str(body.get(key) or ""))
-            return (interface, *shared_classes(interface, class_names, masks=masks))
+            interface = read_interface(str(label_config or ""))
+            return (interface, *shared_classes(interface, self.class_names, masks=self.masks))
         except UserError as error:
             raise TaskError(str(error)) from None
 
-    def read(address: object) -> NDArray[np.uint8]:
+    def read(self, task: dict[str, Any], interface: Interface) -> NDArray[np.uint8]:
+        """The pixels of a task's picture. Raises UserError."""
+        data = task.get("data")
+        address = data.get(interface.image) if isinstance(data, dict) else None
+        if not address:
+            raise UserError(f"task {shown(task.get('id'))}: no {shown(interface.image)} in its data")
+        settings = self.settings
         content = fetch_task_image(
             str(address),
             server=settings.label_studio,
@@ -218,6 +224,30 @@ def add_label_studio(
             allow_urls=settings.allow_urls,
         )
         return decode(content, max_pixels=settings.max_pixels)
+
+    async def predict(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Regions for each task, in the tasks' order; a task whose picture cannot be read has none, and is told."""
+        tasks = body.get("tasks")
+        if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
+            raise TaskError("tasks: expected a list of tasks")
+        interface, kind, labels = self.wanted(body.get("label_config"))
+        results: list[dict[str, Any]] = []
+        for task in tasks:
+            try:
+                pixels = await asyncio.to_thread(self.read, task, interface)
+            except UserError as error:
+                print(f"label studio: {error}", file=sys.stderr, flush=True)
+                if len(tasks) == 1:
+                    raise TaskError(str(error)) from None
+                results.append({"model_version": self.version, "score": 0.0, "result": []})
+                continue
+            (found,) = await self.detect([pixels])
+            results.append(prediction(found, interface, kind, labels, version=self.version))
+        return {"results": results, "model_version": self.version}
+
+
+def add_label_studio(app: FastAPI, backend: Backend) -> None:
+    """The routes below ``/label-studio``."""
 
     @app.get(f"{PREFIX}/health")
     @app.get(PREFIX, include_in_schema=False)
@@ -228,41 +258,21 @@ def add_label_studio(
     @app.post(f"{PREFIX}/setup")
     async def setup(request: Request) -> dict[str, str]:
         """Label Studio tells the labelling interface; refused where it has no class in common with the detector."""
-        body = await _json(request)
-        if body.get("schema"):  # empty when the connection is only tried
-            requested(body, "schema")
-        return {"model_version": version}
+        schema = (await _json(request)).get("schema")
+        if schema:  # empty when the connection is only tried
+            backend.wanted(schema)
+        return {"model_version": backend.version}
+
+    @app.post(f"{PREFIX}/predict")
+    async def predict(request: Request) -> dict[str, Any]:
+        """Regions for each task, in the tasks' order."""
+        return await backend.predict(await _json(request))
 
     @app.post(f"{PREFIX}/webhook", status_code=201)
     @app.post(f"{PREFIX}/train", status_code=201)
     async def ignored() -> dict[str, str]:
         """Annotations that were made: the detector does not learn from them here."""
         return {"status": "ignored"}
-
-    @app.post(f"{PREFIX}/predict")
-    async def predict(request: Request) -> dict[str, Any]:
-        """Regions for each task, in the tasks' order; a task whose picture cannot be read has none."""
-        body = await _json(request)
-        tasks = body.get("tasks")
-        if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
-            raise TaskError("tasks: expected a list of tasks")
-        interface, kind, labels = requested(body, "label_config")
-        empty = {"model_version": version, "score": 0.0, "result": []}
-        results: list[dict[str, Any]] = []
-        for task in tasks:
-            address = (task.get("data") or {}).get(interface.image)
-            try:
-                if not address:
-                    raise UserError(f"task {shown(task.get('id'))}: no {shown(interface.image)} in its data")
-                found = (await detect([await asyncio.to_thread(read, address)]))[0]
-            except UserError as error:
-                print(f"label studio: {error}", file=sys.stderr, flush=True)
-                if len(tasks) == 1:
-                    raise TaskError(str(error)) from None
-                results.append(empty)
-                continue
-            results.append(prediction(found, interface, kind, labels, version=version))
-        return {"results": results, "model_version": version}
 
 
 async def _json(request: Request) -> dict[str, Any]:
