@@ -57,7 +57,8 @@ def read_interface(text: str) -> Interface:
     Raises:
         UserError: no XML, or without an Image tag and RectangleLabels or PolygonLabels for it.
     """
-    found, open_controls = Interface(), []
+    found = Interface()
+    open_controls: list[str] = []
 
     def start(tag: str, attributes: dict[str, str]) -> None:
         tag = tag.lower()
