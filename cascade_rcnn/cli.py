@@ -358,6 +358,9 @@ def _serve(words: Sequence[str]) -> None:
     ):
         parser.add_argument(option, type=type_, default=default, metavar=unit, help=f"{meaning} (%(default)s)")
     parser.add_argument("--allow-urls", action="store_true", help="also fetch images from public addresses")
+    parser.add_argument(
+        "--label-studio", default="", metavar="URL", help="be a model of the Label Studio at this address"
+    )
     _add_device(parser)
     args = parser.parse_all(words)
 
@@ -371,6 +374,8 @@ def _serve(words: Sequence[str]) -> None:
         max_pixels=args.max_megapixels * 1_000_000,
         timeout=args.timeout,
         allow_urls=args.allow_urls,
+        label_studio=args.label_studio,
+        label_studio_key=os.environ.get("LABEL_STUDIO_API_KEY", ""),
         api_key=os.environ.get(API_KEY, ""),
     )
     run_serve(

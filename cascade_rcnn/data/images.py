@@ -320,10 +320,12 @@ class ImageBytes(io.BytesIO):
 
     def __init__(self, content: bytes, name: str) -> None:
         super().__init__(content)
-        self._name = name
+        self.name = name
 
     def __str__(self) -> str:
-        return self._name
+        return self.name
+
+    __repr__ = __str__  # Pillow's errors show it
 
     def again(self) -> io.BytesIO:
         """The same content from its beginning, for a second reader while the first is not done."""
