@@ -323,7 +323,7 @@ class ImageBytes(io.BytesIO):
         self.name = name
 
     def __str__(self) -> str:
-        return self.name
+        return str(self.name)
 
     __repr__ = __str__  # Pillow's errors show it
 
