@@ -440,8 +440,10 @@ def _convert_data(words: Sequence[str]) -> int:
     _add_orientation(parser)
     args = parser.parse_all(words)
 
+    from cascade_rcnn.check.dataset import refuse_misread
     from cascade_rcnn.data.formats.convert import run_convert_data
 
+    refuse_misread(args.source, orientation=args.orientation or "auto")
     return run_convert_data(args.source, args.dest, to=args.to, orientation=args.orientation or "auto")
 
 

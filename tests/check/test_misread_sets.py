@@ -15,6 +15,7 @@ import brought
 from brought import HEIGHT, WIDTH, on_their_objects
 from cascade_rcnn.check.dataset import check_dataset, run_check
 from cascade_rcnn.check.objects import anchor_sides
+from cascade_rcnn.cli import main
 from cascade_rcnn.config import ModelConfig
 from cascade_rcnn.data.formats.open import open_split, splits
 from cascade_rcnn.data.problems import KINDS
@@ -43,6 +44,20 @@ def test_polygons_in_another_coding_are_rewritten_and_boxes_kept(tmp_path: Path,
     assert run_check(root, fix=tmp_path / "b") == 0
     split = open_split(tmp_path / "b", "train")
     assert on_their_objects(split) == (6, 6) and _kinds(tmp_path / "b") == set()
+
+
+def test_convert_data_refuses_what_another_format_would_hide(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turned = brought.coco_set(tmp_path / "turned", _polygons(lambda points: points[:, ::-1]))
+    plain = brought.coco_set(tmp_path / "plain")
+    assert main(["convert-data", str(turned), str(tmp_path / "a"), "--to", "yolo"]) == 2
+    error = capsys.readouterr().err
+    assert "y, x" in error and "check DATA --fix OUT" in error and not (tmp_path / "a").exists()
+    assert run_check(turned, fix=tmp_path / "fixed") == 0
+    for source, out in ((tmp_path / "fixed", "b"), (plain, "c")):
+        assert main(["convert-data", str(source), str(tmp_path / out), "--to", "yolo"]) == 0
+        assert on_their_objects(open_split(tmp_path / out, "train")) == (6, 6)
 
 
 def test_fix_leaves_boxes_alone_where_most_masks_are_off_them(tmp_path: Path) -> None:
