@@ -27,6 +27,7 @@ from cascade_rcnn.score import FORMATS
 
 if TYPE_CHECKING:
     from cascade_rcnn.inference.run_model import Inference
+    from cascade_rcnn.inference.tiles import Tiling
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -115,6 +116,7 @@ def _evaluate(words: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the metrics as JSON, values in 0..1")
     parser.add_argument("--submission", type=Path, metavar="DIR", help="also write the benchmark's own result files")
     _add_orientation(parser, default=" (as saved)")
+    _add_tiles(parser)
     _add_device(parser)
     args = parser.parse_all(words)
 
@@ -152,6 +154,7 @@ def _predict(words: Sequence[str]) -> None:
     )
     parser.add_argument("--no-draw", action="store_true", help="no drawings")
     _add_outputs(parser)
+    _add_tiles(parser)
     _add_device(parser)
     args = parser.parse_all(words)
     if not args.inputs:
@@ -579,6 +582,32 @@ def _add_device(parser: _Parser) -> None:
     )
 
 
+def _add_tiles(parser: _Parser) -> None:
+    parser.add_argument(
+        "--tile", type=_whole_number, metavar="N", help="look at tiles of N pixels a side; for pictures of any size"
+    )
+    parser.add_argument(
+        "--overlap", type=_number, default=0.2, metavar="S", help="of neighbouring tiles, share of their side (0.2)"
+    )
+    parser.add_argument(
+        "--whole",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with --tile: look at the shrunk picture too, for objects larger than the overlap (yes)",
+    )
+    parser.add_argument(
+        "--max-merged", type=_whole_number, metavar="N", help="with --tile: at most N objects of a picture (all)"
+    )
+
+
+def _tiling(args: argparse.Namespace) -> Tiling | None:
+    if getattr(args, "tile", None) is None:
+        return None
+    from cascade_rcnn.inference.tiles import Tiling
+
+    return Tiling(args.tile, args.overlap, args.whole, args.max_merged)
+
+
 def _inference(args: argparse.Namespace) -> Inference:
     from cascade_rcnn.inference.run_model import Inference
 
@@ -591,6 +620,7 @@ def _inference(args: argparse.Namespace) -> Inference:
         max_detections=args.max_detections,
         max_pixels=args.max_pixels,
         range=args.range,
+        tiling=_tiling(args),
     )
 
 
@@ -618,6 +648,12 @@ def _whole_number(word: str) -> int:
         if (value := int(word)) >= 1:
             return value
     raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of at least 1")
+
+
+def _number(word: str) -> float:
+    with contextlib.suppress(ValueError):
+        return float(word)
+    raise argparse.ArgumentTypeError(f"{word!r} is not a number")
 
 
 def _probability(word: str) -> float:

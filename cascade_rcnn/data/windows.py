@@ -1,8 +1,8 @@
 """Image files larger than memory, read from top to bottom by windows; and where on the Earth their pixels lie.
 
 rasterio (GDAL) reads them: TIFF, JPEG 2000, PNG, JPEG and BMP through one library, which also knows the coordinates of
-a GeoTIFF. Every block of a file is decoded once, in the file's own order. Its views, ``upright`` and ``stored``, and the
-rules for more than 8 bits are those of ``images.py``; what these ask of a whole picture is asked of a sample.
+a GeoTIFF. Every block of a file is decoded once, in the file's own order. Its views, ``upright`` and ``stored``, and
+the rules for more than 8 bits are those of ``images.py``; what these ask of a whole picture is asked of a sample.
 """
 
 from __future__ import annotations
@@ -24,7 +24,18 @@ from cascade_rcnn.data.orientation import turn_points
 from cascade_rcnn.errors import DataError, UserError
 from cascade_rcnn.messages import one_line, printable
 
-KINDS = {"GTiff": "TIFF", "JP2OpenJPEG": "JPEG 2000", "PNG": "PNG", "JPEG": "JPEG", "BMP": "BMP"}
+KINDS = ("TIFF", "JPEG 2000", "PNG", "JPEG", "BMP")
+_DRIVERS = {  # of GDAL, by a file's first bytes: no other of its many readers is let near a stranger's file
+    b"II*\0": "GTiff",
+    b"MM\0*": "GTiff",
+    b"II+\0": "GTiff",
+    b"MM\0+": "GTiff",
+    b"\0\0\0\x0cjP  ": "JP2OpenJPEG",
+    b"\xffO\xffQ": "JP2OpenJPEG",
+    b"\x89PNG": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"BM": "BMP",
+}
 SUFFIXES = frozenset(
     {".tif", ".tiff", ".jp2", ".j2k", ".jpx", ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib"}
 )
@@ -228,15 +239,17 @@ def _tiff_tags(path: Path) -> dict[int, Any]:
 @contextmanager
 def _opened(rasterio: Any, path: Path) -> Iterator[Any]:
     """The file as a dataset of rasterio; one that it does not read is one line."""
+    with path.open("rb") as stream:
+        head = stream.read(8)
+    driver = next((name for magic, name in _DRIVERS.items() if head.startswith(magic)), None)
+    if driver is None:
+        raise DataError(f"{printable(path)}: is no {', '.join(KINDS)}: not read by windows; convert it to a tiled TIFF")
     with rasterio.Env(**_OPTIONS):
         try:
             with quiet_pillow():  # warnings of files without coordinates
-                file = rasterio.open(path.resolve(), driver=list(KINDS))
+                file = rasterio.open(path.resolve(), driver=driver)
         except rasterio.errors.RasterioIOError as error:
-            raise DataError(
-                f"{printable(path)}: is no file that is read by windows ({', '.join(KINDS.values())}); "
-                "convert it to a tiled TIFF"
-            ) from error
+            raise DataError(f"{printable(path)}: cannot be read as an image ({one_line(error)}); replace it") from error
         with file:
             yield file
 

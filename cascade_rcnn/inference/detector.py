@@ -31,7 +31,7 @@ from cascade_rcnn.errors import CheckpointError, DataError, UserError
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.run_model import Precision, choose_precision, detect, to_detections
 from cascade_rcnn.inference.tiled import TiledDetections, open_rows, predict_tiles
-from cascade_rcnn.inference.tiles import Pyramid, Rows, Tiling
+from cascade_rcnn.inference.tiles import Pyramid, Tiling
 from cascade_rcnn.messages import printable, shown
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN, NoInitialValues
@@ -289,8 +289,9 @@ class Detector:
         self, image: ImageLike, tiling: Tiling, batch_size: int, max_pixels: int, score_threshold: float
     ) -> Detections:
         """Objects of one image that is cut into tiles."""
-        tiled = self.predict_tiled(open_rows(image, self.config, max_pixels=max_pixels), tiling, batch_size=batch_size)
-        for line in tiled.told():
+        rows = open_rows(image, self.config, max_pixels=max_pixels)
+        tiled = self.predict_tiled(Pyramid(rows, tiling), batch_size=batch_size)
+        for line in tiled.told(score=2.0)[:1]:  # what is missing; partial objects are the rule with whole=False
             warnings.warn(line, UserWarning, stacklevel=3)
         detections = tiled[: int((tiled.scores >= score_threshold).sum())]
         detections.image = Path(image) if isinstance(image, str | Path) else to_array(image, max_pixels=max_pixels)
@@ -298,8 +299,7 @@ class Detector:
 
     def predict_tiled(
         self,
-        rows: Rows,
-        tiling: Tiling,
+        pyramid: Pyramid,
         *,
         batch_size: int = 1,
         advance: Callable[[int], None] | None = None,
@@ -309,9 +309,7 @@ class Detector:
 
         ``advance`` is called with the number of tiles done.
         """
-        return predict_tiles(
-            self.look, Pyramid(rows, tiling), self.config, batch_size=batch_size, advance=advance, folder=folder
-        )
+        return predict_tiles(self.look, pyramid, self.config, batch_size=batch_size, advance=advance, folder=folder)
 
     def look(self, arrays: Sequence[NDArray[np.uint8]]) -> list[Detections]:
         """One batch of pictures [H, W, 3] through the network."""

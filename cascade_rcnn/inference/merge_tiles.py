@@ -54,7 +54,11 @@ class Merged:
     scores: NDArray[np.float64]  # [D]
     labels: NDArray[np.int64]  # [D]
     members: list[NDArray[np.int64]]  # [D], the candidates that each is made of: mostly one
-    partial: int  # objects that no tile shows whole
+    partial: NDArray[np.bool_]  # [D], no tile shows it whole
+
+    def best(self, most: int | None) -> Merged:
+        """The first so many; None: all."""
+        return Merged(*(column[:most] for column in (self.boxes, self.scores, self.labels, self.members, self.partial)))
 
 
 def merge(candidates: Candidates, views: Sequence[View], *, common: int, nms_iou: float, agnostic: bool) -> Merged:
@@ -230,5 +234,5 @@ def _listed(
         scores[chosen],
         candidates.labels[best[chosen]],
         [members[row] for row in chosen.tolist()],
-        int((chosen >= whole).sum()),
+        chosen >= whole,
     )

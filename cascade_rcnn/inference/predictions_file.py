@@ -35,9 +35,11 @@ class ResultsFile:
     What was written when the block is left by an error or Ctrl-C stays beside it as valid JSON, ``*.partial.json``.
     """
 
+    head, foot = "[", "\n]\n"
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.partial = path.with_name(path.stem + ".partial.json")
+        self.partial = path.with_name(f"{path.stem}.partial{path.suffix}")
         self.count = 0
         self._file: IO[str] | None = None
 
@@ -49,7 +51,7 @@ class ResultsFile:
             raise UserError(
                 f"{printable(self.partial)}: cannot be written ({error.strerror}); choose another --out"
             ) from error
-        self._file.write("[")
+        self._file.write(self.head)
         return self
 
     def add(self, results: Iterable[Mapping[str, Any]]) -> None:
@@ -63,7 +65,7 @@ class ResultsFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._file is not None
-        self._file.write("\n]\n")
+        self._file.write(self.foot)
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

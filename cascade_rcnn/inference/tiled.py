@@ -7,6 +7,7 @@ come back for the objects that are kept, as many at a time as somebody asks for.
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -59,7 +60,6 @@ class TiledDetections:
         self.scores = merged.scores
         self.tiles = pyramid.count
         self.full_tiles = 0  # where the network gave as many as it may
-        self.partial = merged.partial
 
     def __len__(self) -> int:
         return len(self._merged.scores)
@@ -91,16 +91,17 @@ class TiledDetections:
         """The picture to draw on, and how many times it is smaller."""
         return self._pyramid.overview(), self._pyramid.overview_factor
 
-    def told(self) -> list[str]:
-        """What the user should know."""
+    def told(self, score: float) -> list[str]:
+        """What the user should know of the objects from a score on."""
         lines = []
         if self.full_tiles:
             lines.append(
                 f"{self.full_tiles} of {self.tiles} tiles hold as many objects as the network may give: raise "
                 "--max-detections (load(max_detections=N)), or take smaller tiles"
             )
-        if self.partial:
-            lines.append(f"{self.partial} objects no tile shows whole: their boxes may end at a tile's border")
+        partial = int(self._merged.partial[self.scores >= score].sum())
+        if partial:
+            lines.append(f"{partial} objects no tile shows whole: their boxes may end at a tile's border")
         return lines
 
 
@@ -115,7 +116,8 @@ class MaskSpool:
     def add(self, probs: torch.Tensor) -> None:
         """Those of one tile, [n, m, m]."""
         if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115: it lives as long as this object
+            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+            weakref.finalize(self, self._file.close)
         self.side = int(probs.shape[-1])
         self._file.seek(0, 2)
         self._file.write(np.ascontiguousarray(probs.float().numpy()).tobytes())
@@ -173,7 +175,7 @@ def predict_tiles(
     candidates, views = collected.table()
     model = config.model
     merged = merge(candidates, views, common=tiling.common, nms_iou=model.nms_iou, agnostic=model.nms == "agnostic")
-    found = TiledDetections(_best(merged, tiling.max_merged), candidates, spool, like=like, pyramid=pyramid)
+    found = TiledDetections(merged.best(tiling.max_merged), candidates, spool, like=like, pyramid=pyramid)
     found.full_tiles = full
     return found
 
@@ -201,11 +203,3 @@ class _Collected:
         boxes, scores, labels = (np.concatenate(column) for column in zip(*self._columns))
         counts = [len(part[1]) for part in self._columns]
         return Candidates(boxes, scores, labels, np.repeat(np.arange(len(counts)), counts)), self._views
-
-
-def _best(merged: Merged, most: int | None) -> Merged:
-    if most is None or len(merged.scores) <= most:
-        return merged
-    return Merged(
-        merged.boxes[:most], merged.scores[:most], merged.labels[:most], merged.members[:most], merged.partial
-    )

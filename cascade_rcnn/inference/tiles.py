@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from cascade_rcnn.data.images import Size, turn
 from cascade_rcnn.data.orientation import turn_boxes
-from cascade_rcnn.errors import UserError
+from cascade_rcnn.errors import DataError, UserError
 from cascade_rcnn.messages import shown
 
 SMALLEST_TILE = 64
@@ -117,7 +117,7 @@ class Pyramid:
     """All tiles of a picture, and the picture itself shrunk to a size that can be drawn on.
 
     Raises:
-        UserError: a row of tiles would take more than 2 GiB.
+        DataError: a row of tiles would take more than 2 GiB.
     """
 
     def __init__(self, rows: Rows, tiling: Tiling) -> None:
@@ -125,7 +125,7 @@ class Pyramid:
         height, width = rows.size
         if 3 * min(tiling.tile, height) * width > LARGEST_BAND:
             fits = LARGEST_BAND // (3 * width)
-            raise UserError(
+            raise DataError(
                 f"tile {tiling.tile} on a picture {width:,} pixels wide: a row of tiles takes more than "
                 f"{LARGEST_BAND >> 30} GiB; give a tile of at most {fits}"
             )
