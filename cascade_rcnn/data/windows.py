@@ -126,7 +126,7 @@ class WindowRows:
         """Whole blocks, where these are not too much."""
         block = self._block[0]
         rows = block * -(-_ROWS // block)
-        fits = _CHUNK // (self.size[1] * max(len(self._bands), 3) * self._dtype.itemsize)
+        fits = int(_CHUNK // (self.size[1] * max(len(self._bands), 3) * self._dtype.itemsize))
         return max(min(rows, fits), 1)
 
     def _read(self, file: Any, top: int, rows: int, left: int = 0, columns: int = 0) -> NDArray[Any]:

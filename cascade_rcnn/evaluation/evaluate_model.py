@@ -72,7 +72,7 @@ def detect_split(
     dataset = DetectionDataset(split, config.data, training=False, semantics=config.model.semantics)
     rank, size = distributed.rank(), distributed.world_size()
     loader = eval_loader(dataset, batch_size=batch_size, rank=rank, world_size=size, workers=workers)
-    names, ids = _as_split(split, class_map)
+    names, ids = as_split(split, class_map)
     results: list[dict[str, Any]] = []
     seen: list[int | str] = []
     try:
@@ -80,7 +80,7 @@ def detect_split(
             for images, _ in loader:
                 for detections in to_detections(detect(model, images, precision), images, names, ids):
                     seen.append(detections.image_id if detections.image_id is not None else len(seen))
-                    results.extend(one for one in detections.to_coco() if one["category_id"] != _NOT_IN_SPLIT)
+                    results.extend(one for one in detections.to_coco() if one["category_id"] != NOT_IN_SPLIT)
                     if look is not None:
                         look(detections)
                 advance(len(images) * size)
@@ -94,15 +94,15 @@ def detect_split(
     return [one for part, _ in parts for one in part]
 
 
-_NOT_IN_SPLIT = -(2**31)  # a category id that no data set uses
+NOT_IN_SPLIT = -(2**31)  # a category id that no data set uses
 
 
-def _as_split(split: DataSplit, class_map: Sequence[int] | None) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def as_split(split: DataSplit, class_map: Sequence[int] | None) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Name and category id in the split of each label of the model."""
     if class_map is None:
         return split.class_names, split.category_ids
     names = tuple(split.class_names[label] if label >= 0 else "" for label in class_map)
-    return names, tuple(split.category_ids[label] if label >= 0 else _NOT_IN_SPLIT for label in class_map)
+    return names, tuple(split.category_ids[label] if label >= 0 else NOT_IN_SPLIT for label in class_map)
 
 
 def evaluate_results(

@@ -58,7 +58,9 @@ class Merged:
 
     def best(self, most: int | None) -> Merged:
         """The first so many; None: all."""
-        return Merged(*(column[:most] for column in (self.boxes, self.scores, self.labels, self.members, self.partial)))
+        return Merged(
+            self.boxes[:most], self.scores[:most], self.labels[:most], self.members[:most], self.partial[:most]
+        )
 
 
 def merge(candidates: Candidates, views: Sequence[View], *, common: int, nms_iou: float, agnostic: bool) -> Merged:
@@ -165,7 +167,8 @@ def _iou(first: Boxes, second: Boxes) -> NDArray[np.float64]:
     common = np.clip(high - low, 0, None).prod(axis=2)
     areas = [np.clip(boxes[:, 2:] - boxes[:, :2], 0, None).prod(axis=1) for boxes in (first, second)]
     union = areas[0][:, None] + areas[1] - common
-    return np.divide(common, union, out=np.zeros_like(common), where=common > 0)
+    overlap: NDArray[np.float64] = np.divide(common, union, out=np.zeros_like(common), where=common > 0)
+    return overlap
 
 
 def _clip(boxes: Boxes, rect: NDArray[np.float64]) -> Boxes:

@@ -11,10 +11,13 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from cascade_rcnn.errors import ConfigError, UserError
 from cascade_rcnn.messages import printable
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 NAME = "predictions.json"
 
@@ -43,7 +46,7 @@ class ResultsFile:
         self.count = 0
         self._file: IO[str] | None = None
 
-    def __enter__(self) -> ResultsFile:
+    def __enter__(self) -> Self:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.partial.open("w", encoding="utf-8", errors="backslashreplace")

@@ -240,12 +240,13 @@ class _Shrink:
         sums = _sums(_sums(rows[:ready].swapaxes(0, 1), self.ratio).swapaxes(0, 1), self.ratio)  # columns, then rows
         high, wide = (_sums(np.ones((side, 1, 1), np.uint8), self.ratio) for side in (ready, rows.shape[1]))
         area = high * wide.swapaxes(0, 1)
-        return ((sums + area // 2) // area).astype(np.uint8)
+        means: NDArray[np.uint8] = ((sums + area // 2) // area).astype(np.uint8)
+        return means
 
 
 def _sums(values: NDArray[Any], ratio: int) -> NDArray[np.uint32]:
     """Sums of ``ratio`` entries [n, ...] each, the last of those that are left."""
-    sums = values[::ratio].astype(np.uint32)
+    sums: NDArray[np.uint32] = values[::ratio].astype(np.uint32)
     for offset in range(1, ratio):
         part = values[offset::ratio]
         sums[: len(part)] += part
