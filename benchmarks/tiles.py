@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,7 @@ SMALL, LARGE = (56, 200), (300, 3000)  # longer side of the planted, pixels
 BLOCK = 2048  # backgrounds change every so many pixels
 TILE, OVERLAP, INPUT = 1024, 0.2, 256
 FOUND = 0.5  # IoU; and score, for recall
+LEAST = 0.1  # score; below it SAHI would suppress instead of merging
 
 
 class Planted:
@@ -48,7 +50,7 @@ class Planted:
         limits = LARGE if large else SMALL
         while True:
             self.seed = int(rng.integers(1 << 62))
-            pixels, mask, self.label = self._scene()
+            _, mask, self.label = self._scene()
             rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
             top, left, bottom, right = rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
             inside = top > 0 and left > 0 and bottom < SCENE and right < SCENE
@@ -114,6 +116,7 @@ def make(folder: Path, *, canvases: int, side: int, objects: int, large: int, se
         name = f"canvas_{number}.tif"
         options = {"tiled": True, "blockxsize": 512, "blockysize": 512, "compress": "deflate", "predictor": 2}
         shape = {"height": side, "width": side, "count": 3, "dtype": "uint8"}
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         with rasterio.open(folder / name, "w", driver="GTiff", BIGTIFF="IF_SAFER", **shape, **options) as file:
             for first in range(0, side, BLOCK):
                 rows = _background(rng, min(BLOCK, side - first), side)
@@ -156,7 +159,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> NDArray[np
 def _detector(checkpoint: str) -> Any:
     from cascade_rcnn.inference.detector import load
 
-    detector = load(checkpoint, device="cpu")
+    detector = load(checkpoint, device="cpu", score_threshold=LEAST)
     data = replace(detector.config.data, short_side=(INPUT,), long_side=INPUT, test_short_side=INPUT)
     detector.config = replace(detector.config, data=data)
     return detector
@@ -177,12 +180,13 @@ def ours(checkpoint: str, path: Path, whole: bool) -> Iterator[tuple[str, Any]]:
 
 
 def with_sahi(checkpoint: str, path: Path, whole: bool) -> Iterator[tuple[str, Any]]:
-    """The same of SAHI's sliced prediction, its defaults: GREEDYNMM by IOS 0.5."""
+    """The same of SAHI's sliced prediction with its defaults, GREEDYNMM by IOS 0.5, and the network's own boxes."""
     from sahi.predict import get_sliced_prediction
 
     from cascade_rcnn.sahi import CascadeRCNNDetectionModel
 
-    model = CascadeRCNNDetectionModel(model=_detector(checkpoint), confidence_threshold=0.1, device="cpu")
+    detector = _detector(checkpoint)
+    model = CascadeRCNNDetectionModel(model=detector, masks=False, confidence_threshold=LEAST, device="cpu")
     start = time.perf_counter()
     cut = {"slice_height": TILE, "slice_width": TILE, "overlap_height_ratio": OVERLAP, "overlap_width_ratio": OVERLAP}
     image = np.asarray(_decoded(path))

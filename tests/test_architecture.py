@@ -42,7 +42,7 @@ ROOMS = (
     "training",
     "benchmark",
     "serve",
-    "train evaluate predict score demo visualize",  # one verb each, and documented names
+    "train evaluate predict score demo visualize sahi",  # one verb each, and documented names
     "cli __main__",
 )
 

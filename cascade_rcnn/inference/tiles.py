@@ -201,7 +201,7 @@ class _Level:
 
     def _tiles(self, top: int) -> Iterator[Tile]:
         for left in self.lefts:
-            pixels = turn(self._buffer[:, left : left + self.width], self.tag)
+            pixels: NDArray[np.uint8] = turn(self._buffer[:, left : left + self.width], self.tag)
             yield Tile(pixels.copy(), self._view(top, left))
 
     def _view(self, top: int, left: int) -> View:
