@@ -37,6 +37,7 @@ from cascade_rcnn.data.synthetic_shapes import CLASS_NAMES, draw_scene
 SCENE = 128  # pixels of the demo's pictures
 ENLARGED = 4
 SMALL, LARGE = (56, 200), (300, 3000)  # longer side of the planted, pixels
+CELL = 32  # pixels: objects keep apart by so many
 BLOCK = 2048  # backgrounds change every so many pixels
 TILE, OVERLAP, INPUT = 1024, 0.2, 256
 FOUND = 0.5  # IoU; and score, for recall
@@ -85,18 +86,17 @@ class Planted:
 
 def plant(rng: np.random.Generator, side: int, count: int, large: int) -> list[Planted]:
     """Objects that do not touch, the large ones first."""
-    taken = np.zeros((-(-side // 64),) * 2, np.bool_)  # cells of 64 pixels
+    taken = np.zeros((-(-side // CELL),) * 2, np.bool_)
     placed: list[Planted] = []
     for number in range(large + count):
         one = Planted(rng, number < large)
-        for _ in range(2000):
+        for _ in range(5000):
             one.top, one.left = (int(rng.integers(0, side - length)) for length in one.size)
-            cells = taken[
-                max(one.top // 64 - 1, 0) : (one.top + one.size[0]) // 64 + 2,
-                max(one.left // 64 - 1, 0) : (one.left + one.size[1]) // 64 + 2,
-            ]
-            if not cells.any():
-                cells[:] = True
+            first = [one.top // CELL, one.left // CELL]
+            last = [(begin + length) // CELL + 1 for begin, length in zip((one.top, one.left), one.size)]
+            around = taken[max(first[0] - 1, 0) : last[0] + 1, max(first[1] - 1, 0) : last[1] + 1]
+            if not around.any():
+                taken[first[0] : last[0], first[1] : last[1]] = True
                 placed.append(one)
                 break
         else:

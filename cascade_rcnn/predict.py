@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cascade_rcnn.data.image_ids import ImageId, coco_id, match_names, read_image_ids
 from cascade_rcnn.data.images import to_array
-from cascade_rcnn.data.windows import WindowRows, georeference
+from cascade_rcnn.data.windows import georeference
 from cascade_rcnn.distributed import choose_device
 from cascade_rcnn.errors import DataError, UserError
 from cascade_rcnn.evaluation.submission import submission_ids, submit_predictions
@@ -289,7 +289,7 @@ class _Job:
             print(f"{printable(file.name)}: {line}", file=sys.stderr)
         sure = int((found.scores >= self.score).sum())
         if self.dataset is not None:
-            pixels = None if isinstance(rows, WindowRows) else to_array(file.path, max_pixels=data.max_pixels)
+            pixels = rows.pixels if isinstance(rows, ArrayRows) else None
             part = found[:sure]
             part.image_id = self.ids.get(file.name)
             self.dataset.add(file.path, file.name, pixels, part)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, TiffImagePlugin
+from PIL import TiffImagePlugin
 
 from cascade_rcnn.config import pixel_range
 from cascade_rcnn.data.images import Frame, Size, quiet_pillow, read_header
@@ -45,7 +45,13 @@ _ROWS = 64  # at least so many
 _COLUMNS = 4096  # of a tiled file at a time
 _SAMPLES = 16  # windows from which the levels of a picture of more than 8 bits are judged
 _GEO_TAGS = (33550, 34264, 34735)  # GeoTIFF: scale, matrix, keys
-_OPTIONS = {"GDAL_CACHEMAX": 64, "GDAL_NUM_THREADS": "ALL_CPUS", "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE"}
+_BLOCK = 512 << 20  # bytes of a file's own blocks, which are decoded at once
+_OPTIONS = {
+    "GDAL_CACHEMAX": 64,  # megabytes: every block is read once
+    "GDAL_NUM_THREADS": "ALL_CPUS",
+    "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE",  # a file that breaks off is an error, not a grey half
+    "GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO",  # it would take the picture's memory, and not see that a file breaks off
+}
 
 
 def import_rasterio(path: Path, why: str) -> Any:
@@ -100,6 +106,11 @@ class WindowRows:
             self._inverted = image.get("MINISWHITE") == "YES"
             self._block: Size = file.block_shapes[0]
             self.notes = _notes(file, self._bands)
+        if self._block[0] * self._block[1] * len(self._bands) * self._dtype.itemsize > _BLOCK:
+            raise DataError(
+                f"{printable(path)}: is stored in blocks of {self._block[1]} x {self._block[0]} pixels, each to be "
+                f"decoded at once; write it anew with tiles: rio convert IN OUT.tif --co TILED=YES"
+            )
         if self._dtype.kind not in "iuf":
             raise DataError(f"{printable(path)}: {self._dtype} pixels are no picture")
         tag = orientation(path)
@@ -228,6 +239,7 @@ def _tiff_tags(path: Path) -> dict[int, Any]:
     try:
         with path.open("rb") as stream, quiet_pillow():
             head = stream.read(16)
+            head = head if 43 in head[2:4] else head[:8]  # BigTIFF, or TIFF
             directory = TiffImagePlugin.ImageFileDirectory_v2(head)  # type: ignore[no-untyped-call]
             stream.seek(directory.next)
             directory.load(stream)  # type: ignore[no-untyped-call]
@@ -240,7 +252,12 @@ def _tiff_tags(path: Path) -> dict[int, Any]:
 def _opened(rasterio: Any, path: Path) -> Iterator[Any]:
     """The file as a dataset of rasterio; one that it does not read is one line."""
     with path.open("rb") as stream:
-        head = stream.read(8)
+        head = stream.read(29)
+    if head.startswith(b"\x89PNG") and head[28:] == b"\1":
+        raise DataError(
+            f"{printable(path)}: is an interlaced PNG, to be decoded at once; save it without interlacing, or raise "
+            "--max-pixels"
+        )
     driver = next((name for magic, name in _DRIVERS.items() if head.startswith(magic)), None)
     if driver is None:
         raise DataError(f"{printable(path)}: is no {', '.join(KINDS)}: not read by windows; convert it to a tiled TIFF")
@@ -297,14 +314,3 @@ def is_too_large(path: Path, max_pixels: int) -> bool:
     """Whether a file has more pixels than are decoded at once; False where its header cannot be read."""
     header = read_header(path)
     return not header.error and header.height * header.width > max_pixels
-
-
-def is_unknown_to_pillow(path: Path) -> bool:
-    """A TIFF or JPEG 2000 file of a kind that Pillow does not read, e.g. of many bands."""
-    if path.suffix.lower() not in (".tif", ".tiff", ".jp2", ".j2k", ".jpx") or not path.is_file():
-        return False
-    try:
-        with quiet_pillow(), Image.open(path):
-            return False
-    except Exception:
-        return True

@@ -294,7 +294,7 @@ class Detector:
         for line in tiled.told(score=2.0)[:1]:  # what is missing; partial objects are the rule with whole=False
             warnings.warn(line, UserWarning, stacklevel=3)
         detections = tiled[: int((tiled.scores >= score_threshold).sum())]
-        detections.image = Path(image) if isinstance(image, str | Path) else to_array(image, max_pixels=max_pixels)
+        detections.image = Path(image) if isinstance(image, str | Path) else rows.pixels
         return detections
 
     def predict_tiled(

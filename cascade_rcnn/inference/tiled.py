@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from cascade_rcnn.config import Config
-from cascade_rcnn.data.images import Frame, Size, to_array
-from cascade_rcnn.data.windows import SUFFIXES, WindowRows, is_too_large, is_unknown_to_pillow
-from cascade_rcnn.errors import DataError
+from cascade_rcnn.data.images import Size, to_array
+from cascade_rcnn.data.windows import SUFFIXES, WindowRows, is_too_large
+from cascade_rcnn.errors import DataError, UserError
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.merge_tiles import Candidates, Merged, merge
 from cascade_rcnn.inference.paste_masks import bilinear_weights
@@ -28,24 +28,36 @@ from cascade_rcnn.inference.tiles import ArrayRows, Pyramid, Rows, Tile, View
 from cascade_rcnn.messages import printable
 
 Look = Callable[[Sequence[NDArray[np.uint8]]], list[Detections]]
+_ODD_KINDS = frozenset({".tif", ".tiff", ".jp2", ".j2k", ".jpx"})
 _PART = 256  # objects whose masks are in memory at a time
 
 
-def open_rows(image: Any, config: Config, *, max_pixels: int, frame: Frame | Any = "upright") -> Rows:
+def open_rows(image: Any, config: Config, *, max_pixels: int) -> Rows:
     """The rows of whatever ``predict`` takes; files above ``max_pixels`` are read by windows.
+
+    So are TIFF and JPEG 2000 files of a kind that cannot be read whole, e.g. of many bands.
 
     Raises:
         UserError: what ``to_array`` refuses, or a large file that cannot be read by windows.
     """
     path = Path(image) if isinstance(image, str | Path) else None
-    if path is not None and path.is_file() and (is_too_large(path, max_pixels) or is_unknown_to_pillow(path)):
+    if path is not None and is_too_large(path, max_pixels):
         if path.suffix.lower() not in SUFFIXES:
             raise DataError(
                 f"{printable(path)}: more than max_pixels {max_pixels}, and {path.suffix} files are not read by "
                 "windows; convert it to a tiled TIFF, or raise --max-pixels"
             )
-        return WindowRows(path, frame=frame, range=config.data.range)
-    return ArrayRows(to_array(image, max_pixels=max_pixels, range=config.data.range))
+        return WindowRows(path, range=config.data.range)
+    try:
+        return ArrayRows(to_array(image, max_pixels=max_pixels, range=config.data.range))
+    except DataError:
+        if path is None or not path.is_file() or path.suffix.lower() not in _ODD_KINDS:
+            raise
+        try:
+            return WindowRows(path, range=config.data.range)
+        except UserError:
+            pass
+        raise
 
 
 class TiledDetections:

@@ -80,10 +80,10 @@ class ArrayRows:
 
     def __init__(self, pixels: NDArray[np.uint8]) -> None:
         self.size = (int(pixels.shape[0]), int(pixels.shape[1]))
-        self._pixels = pixels
+        self.pixels = pixels
 
     def chunks(self) -> Iterator[NDArray[np.uint8]]:
-        yield self._pixels
+        yield self.pixels
 
 
 class View(NamedTuple):
