@@ -587,12 +587,11 @@ def _add_tiles(parser: _Parser) -> None:
         "--tile", type=_whole_number, metavar="N", help="look at tiles of N pixels a side; for pictures of any size"
     )
     parser.add_argument(
-        "--overlap", type=_number, default=0.2, metavar="S", help="of neighbouring tiles, share of their side (0.2)"
+        "--overlap", type=_number, metavar="S", help="with --tile: of neighbours, as a share of their side (0.2)"
     )
     parser.add_argument(
         "--whole",
         action=argparse.BooleanOptionalAction,
-        default=True,
         help="with --tile: look at the shrunk picture too, for objects larger than the overlap (yes)",
     )
     parser.add_argument(
@@ -601,11 +600,18 @@ def _add_tiles(parser: _Parser) -> None:
 
 
 def _tiling(args: argparse.Namespace) -> Tiling | None:
-    if getattr(args, "tile", None) is None:
+    """What the words about tiles say; None where the command has none or nobody asks for tiles."""
+    given = {name: getattr(args, name, None) for name in ("tile", "overlap", "whole", "max_merged")}
+    said = {name: value for name, value in given.items() if value is not None}
+    if said and "tile" not in said:
+        name = next(iter(said))
+        option = "--no-whole" if said[name] is False else f"--{name.replace('_', '-')}"
+        raise _UsageError(f"{option} is about tiles: add --tile 1024")
+    if not said:
         return None
     from cascade_rcnn.inference.tiles import Tiling
 
-    return Tiling(args.tile, args.overlap, args.whole, args.max_merged)
+    return Tiling(**said)
 
 
 def _inference(args: argparse.Namespace) -> Inference:

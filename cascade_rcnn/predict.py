@@ -274,7 +274,7 @@ class _Job:
             rows = open_rows(file.path, self.detector.config, max_pixels=data.max_pixels)
             pyramid = Pyramid(rows, tiling)
             found = self._look_at_tiles(file, pyramid)
-        except DataError as error:
+        except UserError as error:  # of this file, or rasterio is missing: smaller files go without it
             self._skip(error)
             return
         facts = {"file_name": file.name}
@@ -395,7 +395,7 @@ class _Job:
             if writer is not None:
                 writer.close()
 
-    def _skip(self, error: DataError) -> None:
+    def _skip(self, error: UserError) -> None:
         self.summary.skipped.append(str(error))
         print(f"skipped: {error}", file=sys.stderr)
 

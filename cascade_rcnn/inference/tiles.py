@@ -30,6 +30,7 @@ LARGEST_OVERLAP = 0.75
 LARGEST_BAND = 2 << 30  # bytes of a row of tiles
 _RATIO = 4  # from one level to the next; the last step is smaller where that is enough
 _SLAB = 64  # rows that are shrunk at a time: bounds what the sums take
+_ROWS_TURNED, _COLUMNS_TURNED = (3, 4, 6, 7), (2, 3, 7, 8)  # tags whose last stored row (column) comes first upright
 _OVERVIEW = 2048  # longer side of the picture that results are drawn on
 
 
@@ -180,8 +181,12 @@ class _Level:
     def __init__(self, number: int, size: Size, factor: int, tiling: Tiling, rows: Rows) -> None:
         self.number, self.size, self.factor = number, size, factor
         self.full, self.tag = rows.size, rows.tag
-        self.tops, self.lefts = (starts(side, tiling.tile, tiling.common) for side in size)
         self.height, self.width = (min(side, tiling.tile) for side in size)  # of a tile
+        self.tops, self.lefts = (starts(side, tiling.tile, tiling.common) for side in size)
+        if rows.tag in _ROWS_TURNED:  # the same tiles of the upright picture, however it is stored
+            self.tops = [size[0] - self.height - top for top in reversed(self.tops)]
+        if rows.tag in _COLUMNS_TURNED:
+            self.lefts = [size[1] - self.width - left for left in reversed(self.lefts)]
         self.shrink: _Shrink | None = None  # to the next level
         self._buffer = np.empty((0, 0, 3), np.uint8)
         self._filled = self._row = 0
