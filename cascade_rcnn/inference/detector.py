@@ -31,7 +31,7 @@ from cascade_rcnn.errors import CheckpointError, DataError, UserError
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.run_model import Precision, choose_precision, detect, to_detections
 from cascade_rcnn.inference.tiled import TiledDetections, open_rows, predict_tiles
-from cascade_rcnn.inference.tiles import Pyramid, Tiling
+from cascade_rcnn.inference.tiles import ArrayRows, Pyramid, Tiling
 from cascade_rcnn.messages import printable, shown
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN, NoInitialValues
@@ -294,7 +294,9 @@ class Detector:
         for line in tiled.told(score=2.0)[:1]:  # what is missing; partial objects are the rule with whole=False
             warnings.warn(line, UserWarning, stacklevel=3)
         detections = tiled[: int((tiled.scores >= score_threshold).sum())]
-        detections.image = Path(image) if isinstance(image, str | Path) else rows.pixels
+        detections.image = rows.pixels if isinstance(rows, ArrayRows) else None
+        if isinstance(image, str | Path):
+            detections.image = Path(image)
         return detections
 
     def predict_tiled(

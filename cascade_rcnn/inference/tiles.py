@@ -239,10 +239,10 @@ class _Shrink:
         if self.ratio == 1:
             return rows.copy()
         self._seen += len(rows)
-        rows = np.concatenate([self._carry, rows])
-        ready = len(rows) if self._seen == self._height else len(rows) // self.ratio * self.ratio
-        self._carry = rows[ready:]
-        sums = _sums(_sums(rows[:ready].swapaxes(0, 1), self.ratio).swapaxes(0, 1), self.ratio)  # columns, then rows
+        held = np.concatenate([self._carry, rows])
+        ready = len(held) if self._seen == self._height else len(held) // self.ratio * self.ratio
+        self._carry = held[ready:]
+        sums = _sums(_sums(held[:ready].swapaxes(0, 1), self.ratio).swapaxes(0, 1), self.ratio)  # columns, then rows
         high, wide = (_sums(np.ones((side, 1, 1), np.uint8), self.ratio) for side in (ready, rows.shape[1]))
         area = high * wide.swapaxes(0, 1)
         means: NDArray[np.uint8] = ((sums + area // 2) // area).astype(np.uint8)
