@@ -249,9 +249,10 @@ def test_without_masks_features_are_boxes_and_the_date_line_is_told(
     features = json.loads((tmp_path / "out" / "predictions.geojson").read_text())["features"]
     boxes = [feature for feature in features if feature["geometry"] is not None]
     assert boxes and all(len(feature["geometry"]["coordinates"][0]) == 5 for feature in boxes)
+    longitudes = np.concatenate([np.array(one["geometry"]["coordinates"][0])[:, 0] for one in boxes])
+    assert longitudes.max() <= 180 and longitudes.min() >= -180 and longitudes.min() < 0 < longitudes.max()
     lost = len(features) - len(boxes)
-    told = capsys.readouterr().out
-    assert (f"{lost} without geometry, as they lie across the date line" in told) == (lost > 0)
+    assert lost and f"{lost} without geometry, as they lie across the date line" in capsys.readouterr().out
 
 
 def test_a_place_that_is_not_known_is_told(

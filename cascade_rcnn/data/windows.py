@@ -79,7 +79,9 @@ class Georeference:
         upright = self.size[::-1] if self.tag >= 5 else self.size
         x, y = turn_points(points, upright, {6: 8, 8: 6}.get(self.tag, self.tag)).T
         a, b, c, d, e, f = self.transform
-        return np.stack(transform(self.crs, "OGC:CRS84", a * x + b * y + c, d * x + e * y + f), axis=1)
+        lonlat = np.stack(transform(self.crs, "OGC:CRS84", a * x + b * y + c, d * x + e * y + f), axis=1)
+        lonlat[:, 0] -= 360 * np.sign(lonlat[:, 0]) * (np.abs(lonlat[:, 0]) > 180)  # files may count on beyond it
+        return lonlat
 
 
 class WindowRows:

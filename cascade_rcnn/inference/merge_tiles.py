@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 
 from cascade_rcnn.inference.tiles import View
 
-AGREE = 0.5  # IoU, within what a tile shows, of boxes that are the same object
+AGREE = 0.4  # IoU, within what a tile shows, of boxes that are the same object
 _NEAR = 2.0  # pixels of a level: a box that ends so near a border is cut by it ...
-_NEAR_SHARE = 0.05  # ... or within this share of its side
+_NEAR_SHARE = 0.1  # ... or within this share of its side
 _LESS_SURE = 0.5  # of a cut one's score: a whole one of another class below it does not replace it
 Boxes = NDArray[np.float64]
 
