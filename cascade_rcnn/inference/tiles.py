@@ -159,10 +159,14 @@ class Pyramid:
         """Reads the picture once."""
         small = _Shrink(self.rows.size, self.overview_factor)
         for chunk in self.rows.chunks():
-            for start in range(0, len(chunk), _SLAB):
-                slab = chunk[start : start + _SLAB]
-                self._overview.append(small.push(slab))
-                yield from self._push(0, slab)
+            yield from self._take(chunk, small)
+            del chunk  # before the next is read
+
+    def _take(self, chunk: NDArray[np.uint8], small: _Shrink) -> Iterator[Tile]:
+        for start in range(0, len(chunk), _SLAB):
+            slab = chunk[start : start + _SLAB]
+            self._overview.append(small.push(slab))
+            yield from self._push(0, slab)
 
     def _push(self, number: int, rows: NDArray[np.uint8]) -> Iterator[Tile]:
         level = self._levels[number]
