@@ -563,7 +563,7 @@ def _add_device(parser: _Parser) -> None:
         "--max-detections",
         type=_whole_number,
         metavar="N",
-        help="at most N per image (default: the checkpoint's, usually 100)",
+        help="at most N per image, or tile (default: the checkpoint's, usually 100)",
     )
     parser.add_argument(
         "--stages", type=_whole_number, metavar="N", help="use the first N stages of the cascade only (all)"

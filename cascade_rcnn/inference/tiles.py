@@ -241,7 +241,7 @@ class _Shrink:
     def push(self, rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Take the next rows, and give those that they complete."""
         if self.ratio == 1:
-            return rows.copy()
+            return np.array(rows)
         self._seen += len(rows)
         held = np.concatenate([self._carry, rows])
         ready = len(held) if self._seen == self._height else len(held) // self.ratio * self.ratio
