@@ -27,6 +27,7 @@ from cascade_rcnn.score import FORMATS
 
 if TYPE_CHECKING:
     from cascade_rcnn.inference.run_model import Inference
+    from cascade_rcnn.inference.tiles import Tiling
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -115,6 +116,7 @@ def _evaluate(words: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the metrics as JSON, values in 0..1")
     parser.add_argument("--submission", type=Path, metavar="DIR", help="also write the benchmark's own result files")
     _add_orientation(parser, default=" (as saved)")
+    _add_tiles(parser)
     _add_device(parser)
     args = parser.parse_all(words)
 
@@ -205,6 +207,7 @@ def _predict(words: Sequence[str]) -> None:
     )
     parser.add_argument("--no-draw", action="store_true", help="no drawings")
     _add_outputs(parser)
+    _add_tiles(parser)
     _add_device(parser)
     args = parser.parse_all(words)
     if not args.inputs:
@@ -443,8 +446,8 @@ def _convert_data(words: Sequence[str]) -> int:
     from cascade_rcnn.check.dataset import refuse_misread
     from cascade_rcnn.data.formats.convert import run_convert_data
 
-    refuse_misread(args.source, orientation=args.orientation or "auto")
-    return run_convert_data(args.source, args.dest, to=args.to, orientation=args.orientation or "auto")
+    orientation = args.orientation or "auto"
+    return run_convert_data(args.source, args.dest, to=args.to, orientation=orientation, refuse=refuse_misread)
 
 
 def _config(words: Sequence[str]) -> None:
@@ -658,7 +661,7 @@ def _add_device(parser: _Parser) -> None:
         "--max-detections",
         type=_whole_number,
         metavar="N",
-        help="at most N per image (default: the checkpoint's, usually 100)",
+        help="at most N per image, or tile (default: the checkpoint's, usually 100)",
     )
     parser.add_argument(
         "--stages", type=_whole_number, metavar="N", help="use the first N stages of the cascade only (all)"
@@ -677,6 +680,38 @@ def _add_device(parser: _Parser) -> None:
     )
 
 
+def _add_tiles(parser: _Parser) -> None:
+    parser.add_argument(
+        "--tile", type=_whole_number, metavar="N", help="look at tiles of N pixels a side; for pictures of any size"
+    )
+    parser.add_argument(
+        "--overlap", type=_number, metavar="S", help="with --tile: of neighbours, as a share of their side (0.2)"
+    )
+    parser.add_argument(
+        "--whole",
+        action=argparse.BooleanOptionalAction,
+        help="with --tile: look at the shrunk picture too, for objects larger than the overlap (yes)",
+    )
+    parser.add_argument(
+        "--max-merged", type=_whole_number, metavar="N", help="with --tile: at most N objects of a picture (all)"
+    )
+
+
+def _tiling(args: argparse.Namespace) -> Tiling | None:
+    """What the words about tiles say; None where the command has none or nobody asks for tiles."""
+    given = {name: getattr(args, name, None) for name in ("tile", "overlap", "whole", "max_merged")}
+    said = {name: value for name, value in given.items() if value is not None}
+    if said and "tile" not in said:
+        name = next(iter(said))
+        option = "--no-whole" if said[name] is False else f"--{name.replace('_', '-')}"
+        raise _UsageError(f"{option} is about tiles: add --tile 1024")
+    if not said:
+        return None
+    from cascade_rcnn.inference.tiles import Tiling
+
+    return Tiling(**said)
+
+
 def _inference(args: argparse.Namespace) -> Inference:
     from cascade_rcnn.inference.run_model import Inference
 
@@ -689,6 +724,7 @@ def _inference(args: argparse.Namespace) -> Inference:
         max_detections=args.max_detections,
         max_pixels=args.max_pixels,
         range=args.range,
+        tiling=_tiling(args),
     )
 
 
@@ -716,6 +752,12 @@ def _whole_number(word: str) -> int:
         if (value := int(word)) >= 1:
             return value
     raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of at least 1")
+
+
+def _number(word: str) -> float:
+    with contextlib.suppress(ValueError):
+        return float(word)
+    raise argparse.ArgumentTypeError(f"{word!r} is not a number")
 
 
 def _probability(word: str) -> float:

@@ -43,7 +43,7 @@ ROOMS = (
     "training",
     "benchmark",
     "serve",
-    "train evaluate analyze predict score demo visualize ray",  # one verb each, and documented names
+    "train evaluate analyze predict score demo visualize ray sahi",  # one verb each, and documented names
     "labels",
     "cli __main__",
 )

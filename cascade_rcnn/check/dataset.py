@@ -68,7 +68,7 @@ def _check(root: Path, split: str | None, data: DataConfig, model: ModelConfig) 
     return report, opened
 
 
-def refuse_misread(root: Path | str, *, orientation: Orientation = "auto") -> None:
+def refuse_misread(root: Path | str, orientation: Orientation = "auto") -> None:
     """Raises ``DataError`` where boxes or masks are written in another coding than their format's (corners, fractions).
 
     Another format would not show it any more.

@@ -39,6 +39,7 @@ IMAGE_SUFFIXES = frozenset(
     | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".tga", ".ico", ".qoi"}
 )
 _ORIENTATION, _TIFF_WIDTH, _TIFF_HEIGHT = 0x0112, 256, 257  # tags
+_MOST_EXIF = 1 << 20  # bytes
 Frame = Literal["stored", "upright"]
 Size = tuple[int, int]  # height, width
 _sizes_are: ContextVar[Frame] = ContextVar("sizes_are", default="upright")
@@ -141,8 +142,10 @@ def _orientation(picture: Image.Image) -> int:
             tag = picture.tag_v2.get(_ORIENTATION, 1)  # type: ignore[attr-defined]
         elif "exif" in picture.info or "Raw profile type exif" in picture.info:
             tag = picture.getexif().get(_ORIENTATION, 1)
-        elif picture.format == "PNG" and _has_late_exif(picture):
-            tag = picture.getexif().get(_ORIENTATION, 1)  # decodes the picture, to come behind its pixels
+        elif picture.format == "PNG" and (late := _late_exif(picture)):
+            exif = Image.Exif()
+            exif.load(late)
+            tag = exif.get(_ORIENTATION, 1)
         else:
             return 1
         return tag if isinstance(tag, int) and 1 <= tag <= 8 else 1
@@ -150,17 +153,21 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
-def _has_late_exif(picture: Image.Image) -> bool:
-    """Whether a PNG file has its EXIF behind the pixels, as the standard allows; only chunks' heads are read."""
+def _late_exif(picture: Image.Image) -> bytes:
+    """The EXIF of a PNG file that has it behind the pixels, as the standard allows; only chunks' heads are read.
+
+    Pillow would decode the picture to come there, whatever its size.
+    """
     stream = picture.fp  # type: ignore[attr-defined]
     start = stream.tell()
     try:
         stream.seek(8)
         while len(head := stream.read(8)) == 8:
+            length = int.from_bytes(head[:4], "big")
             if head[4:] == b"eXIf":
-                return True
-            stream.seek(int.from_bytes(head[:4], "big") + 4, 1)
-        return False
+                return bytes(stream.read(min(length, _MOST_EXIF)))
+            stream.seek(length + 4, 1)
+        return b""
     finally:
         stream.seek(start)
 

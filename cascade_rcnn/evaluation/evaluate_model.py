@@ -91,7 +91,7 @@ def detect_split(
                     seen.append(detections.image_id if detections.image_id is not None else len(seen))
                     if path in bad:
                         continue
-                    results.extend(one for one in detections.to_coco() if one["category_id"] != _NOT_IN_SPLIT)
+                    results.extend(one for one in detections.to_coco() if one["category_id"] != NOT_IN_SPLIT)
                     if look is not None:
                         look(detections)
                 advance(len(images) * size)
@@ -125,16 +125,16 @@ def _without_unread(split: DataSplit, bad: Mapping[str, str]) -> DataSplit:
 
 
 _NAMED = 5  # unreadable images that are named, of all that are counted
-_NOT_IN_SPLIT = -(2**31)  # a category id that no data set uses
+NOT_IN_SPLIT = -(2**31)  # a category id that no data set uses
 
 
 def as_split(split: DataSplit, class_map: Sequence[int] | None) -> tuple[tuple[str, ...], tuple[int, ...], int]:
     """Name and category id in the split of each label of the model, and the id of those that the split has not."""
     if class_map is None:
-        return split.class_names, split.category_ids, _NOT_IN_SPLIT
+        return split.class_names, split.category_ids, NOT_IN_SPLIT
     names = tuple(split.class_names[label] if label >= 0 else "" for label in class_map)
-    ids = tuple(split.category_ids[label] if label >= 0 else _NOT_IN_SPLIT for label in class_map)
-    return names, ids, _NOT_IN_SPLIT
+    ids = tuple(split.category_ids[label] if label >= 0 else NOT_IN_SPLIT for label in class_map)
+    return names, ids, NOT_IN_SPLIT
 
 
 def evaluate_results(

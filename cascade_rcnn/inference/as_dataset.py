@@ -122,14 +122,20 @@ class DatasetWriter:
         self.out.mkdir(parents=True, exist_ok=True)
         self.open()
 
-    def add(self, source: Path, name: str, pixels: NDArray[np.uint8], detections: Detections) -> None:
-        """Place the picture ``source``, whose upright pixels are [H, W, 3], and write its objects."""
-        objects = list(_found_objects(detections, self.notes))
+    def add(self, source: Path, name: str, pixels: NDArray[np.uint8] | None, detections: Detections) -> None:
+        """Place the picture ``source``, whose upright pixels are [H, W, 3], and write its objects.
+
+        Without pixels (of a picture larger than memory) one with an orientation tag is left out, and counted.
+        """
         turned = _is_turned(source)
+        if turned and pixels is None:
+            self.notes["large pictures with an orientation tag left out; store them upright"] += 1
+            return
+        objects = list(_found_objects(detections, self.notes))
         name = self._new_name(name, turned)
         target = self.out / self.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if turned:
+        if turned and pixels is not None:
             _save(pixels, target)
             self.notes["pictures with an orientation tag written anew, upright"] += 1
         else:

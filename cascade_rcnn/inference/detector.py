@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, cast, overload
 
@@ -29,6 +30,8 @@ from cascade_rcnn.distributed import choose_device
 from cascade_rcnn.errors import CheckpointError, DataError, UserError
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.run_model import Precision, choose_precision, detect, to_detections
+from cascade_rcnn.inference.tiled import TiledDetections, open_rows, predict_tiles
+from cascade_rcnn.inference.tiles import ArrayRows, Pyramid, Tiling
 from cascade_rcnn.messages import printable, shown
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN, NoInitialValues
@@ -233,6 +236,10 @@ class Detector:
         batch_size: int = 1,
         score_threshold: float | None = None,
         max_pixels: int | None = None,
+        tile: int | None = None,
+        overlap: float = 0.2,
+        whole: bool = True,
+        max_merged: int | None = None,
     ) -> Detections: ...
 
     @overload
@@ -243,6 +250,10 @@ class Detector:
         batch_size: int = 1,
         score_threshold: float | None = None,
         max_pixels: int | None = None,
+        tile: int | None = None,
+        overlap: float = 0.2,
+        whole: bool = True,
+        max_merged: int | None = None,
     ) -> list[Detections]: ...
 
     def predict(
@@ -252,6 +263,10 @@ class Detector:
         batch_size: int = 1,
         score_threshold: float | None = None,
         max_pixels: int | None = None,
+        tile: int | None = None,
+        overlap: float = 0.2,
+        whole: bool = True,
+        max_merged: int | None = None,
     ) -> Detections | list[Detections]:
         """Objects of one image, or of each image of a list.
 
@@ -262,7 +277,12 @@ class Detector:
             batch_size: images of a list that go through the network at once.
             score_threshold: leave out detections below it. Those below the model's own threshold never come; lower that
                 with ``load(..., score_threshold=)``.
-            max_pixels: refuse to decode a larger file; None: as loaded.
+            max_pixels: refuse to decode a larger file; None: as loaded. With ``tile`` it is read by windows instead.
+            tile: look at tiles of so many pixels a side, and merge what is found (docs/huge.md); ``batch_size`` then
+                counts tiles, and the network's limit of detections is one per tile.
+            overlap: of neighbouring tiles, as a share of their side.
+            whole: look at the picture at coarser resolutions too, for objects larger than the overlap.
+            max_merged: keep the best so many of a picture that was cut into tiles; None: all.
 
         Raises:
             UserError: an image of a wrong type, dtype or shape, a file that cannot be read, a number out of its range.
@@ -274,18 +294,50 @@ class Detector:
         one_image = not isinstance(image, list | tuple)
         images = [cast(ImageLike, image)] if one_image else cast(Sequence[ImageLike], image)
         found: list[Detections] = []
+        if tile is not None:
+            tiling = Tiling(tile, overlap, whole, max_merged)
+            found = [self._merged(one, tiling, batch_size, limit, score_threshold or 0) for one in images]
+            return found[0] if one_image else found
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size]
             arrays = [to_array(one, max_pixels=limit, range=self.config.data.range) for one in part]
-            for one, pixels, detections in zip(part, arrays, self._detect(arrays)):
+            for one, pixels, detections in zip(part, arrays, self.look(arrays)):
                 detections.image = Path(one) if isinstance(one, str | Path) else pixels
                 if score_threshold is not None:
                     detections = detections[detections.scores >= score_threshold]
                 found.append(detections)
         return found[0] if one_image else found
 
-    def _detect(self, arrays: Sequence[NDArray[np.uint8]]) -> list[Detections]:
-        """One batch through the network."""
+    def _merged(
+        self, image: ImageLike, tiling: Tiling, batch_size: int, max_pixels: int, score_threshold: float
+    ) -> Detections:
+        """Objects of one image that is cut into tiles."""
+        rows = open_rows(image, self.config, max_pixels=max_pixels)
+        tiled = self.predict_tiled(Pyramid(rows, tiling), batch_size=batch_size)
+        for line in tiled.told(score=2.0)[:1]:  # what is missing; partial objects are the rule with whole=False
+            warnings.warn(line, UserWarning, stacklevel=3)
+        detections = tiled[: int((tiled.scores >= score_threshold).sum())]
+        detections.image = rows.pixels if isinstance(rows, ArrayRows) else None
+        if isinstance(image, str | Path):
+            detections.image = Path(image)
+        return detections
+
+    def predict_tiled(
+        self,
+        pyramid: Pyramid,
+        *,
+        batch_size: int = 1,
+        advance: Callable[[int], None] | None = None,
+        folder: Path | None = None,
+    ) -> TiledDetections:
+        """Objects of a picture that is cut into tiles, with masks in a temporary file (in ``folder``) until asked for.
+
+        ``advance`` is called with the number of tiles done.
+        """
+        return predict_tiles(self.look, pyramid, self.config, batch_size=batch_size, advance=advance, folder=folder)
+
+    def look(self, arrays: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        """One batch of pictures [H, W, 3] through the network."""
         items = []
         for pixels in arrays:
             own_scale = self.config.model.semantics == "paper"

@@ -13,6 +13,7 @@ import torch
 
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.inference.detections import Detections
+from cascade_rcnn.inference.tiles import Tiling
 from cascade_rcnn.messages import shown
 from cascade_rcnn.models.detectron_rules import scale_boxes
 from cascade_rcnn.structures import ImageBatch, RawDetections
@@ -36,6 +37,7 @@ class Inference:
     max_detections: int | None = None
     max_pixels: int | None = None  # of an image that is decoded
     range: str | None = None  # of pictures of more than 8 bits (``data.range``)
+    tiling: Tiling | None = None  # look at tiles of a picture; None: at the picture
 
     def of_load(self) -> dict[str, Any]:
         """The arguments of ``load`` in it."""
