@@ -200,8 +200,20 @@ def wrap(model: nn.Module, world: World, *, norm: str = "") -> nn.Module:
     """
     if world.size == 1:
         return model
+    for parameter in model.parameters():
+        _as_its_gradient(parameter)
     options: dict[str, Any] = {_SYNC_BUFFERS: norm == "batch"}
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
+
+
+def _as_its_gradient(parameter: nn.Parameter) -> None:
+    """Give the weight of a 1x1 convolution the strides of its gradient, which comes channels-last.
+
+    The memory is the same either way, but DDP compares strides, warns, and copies each such gradient in each step.
+    """
+    if parameter.dim() == 4 and parameter.shape[2:] == (1, 1) and parameter.is_contiguous():
+        inputs = parameter.shape[1]
+        parameter.data = parameter.detach().as_strided(parameter.shape, (inputs, 1, inputs, inputs))
 
 
 def with_synchronised_norm(model: _Model, world: World) -> _Model:

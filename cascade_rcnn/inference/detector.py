@@ -32,7 +32,7 @@ from cascade_rcnn.inference.run_model import Precision, choose_precision, detect
 from cascade_rcnn.messages import printable, shown
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN, NoInitialValues
-from cascade_rcnn.models.ops.capabilities import triton_problem
+from cascade_rcnn.models.ops.capabilities import has_bfloat16_units, triton_problem
 from cascade_rcnn.models.ops.winograd import WinogradConv2d
 from cascade_rcnn.zoo.store import resolve
 
@@ -119,7 +119,7 @@ def load(
             "use another copy of the checkpoint"
         ) from error
     checkpoint.state.clear()  # the file's pages are memory too, and the weights are about to be laid out anew
-    model = model.to(chosen).optimize_for_inference()
+    model = model.to(chosen).optimize_for_inference(bfloat16=precision == "bf16")
     if compile:
         model, config = _compiled(model, config)
     return Detector(model, config, checkpoint.class_names, checkpoint.category_ids, precision=precision)
@@ -135,6 +135,15 @@ def _compiled(model: CascadeRCNN, config: Config) -> tuple[CascadeRCNN, Config]:
     if config.data.pad_buckets is None and not sees_padding:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, pad_buckets=True))
     return model, config
+
+
+def _about_bfloat16(device: torch.device, precision: str) -> str:
+    """On a CPU: that bfloat16 would be faster, or that it is not; else nothing."""
+    if device.type != "cpu" or has_bfloat16_units() == (precision == "bf16"):
+        return ""
+    if precision == "bf16":
+        return " (slower than float32 here: this processor has no units for it)"
+    return " (this processor has bfloat16 units: --precision bf16 is faster)"
 
 
 class Detector:
@@ -175,7 +184,8 @@ class Detector:
         model, data = self.model, self.config.data
         device = model.mean.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-        words = [_PRECISIONS[choose_precision(self.precision, device)], "channels-last"]
+        precision = choose_precision(self.precision, device)
+        words = [_PRECISIONS[precision] + _about_bfloat16(device, precision), "channels-last"]
         if self.config.model.norm != "group":
             words.append("batch norm folded")
         if device.type == "cuda":
