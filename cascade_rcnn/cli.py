@@ -548,8 +548,8 @@ def _add_device(parser: _Parser) -> None:
         "--precision",
         default="auto",
         choices=("auto", "fp32", "tf32", "bf16"),
-        help="precision of convolutions and matmuls (auto: tf32 on NVIDIA GPUs that have it, else fp32; bf16 also pays on "
-        "CPUs with AVX-512 BF16 or AMX)",
+        help="precision of convolutions and matmuls (auto: tf32 on NVIDIA GPUs that have it, else fp32; bf16 also pays "
+        "on CPUs with AVX-512 BF16 or AMX)",
     )
     parser.add_argument(
         "--score-threshold",

@@ -137,15 +137,6 @@ def _compiled(model: CascadeRCNN, config: Config) -> tuple[CascadeRCNN, Config]:
     return model, config
 
 
-def _about_bfloat16(device: torch.device, precision: str) -> str:
-    """On a CPU: that bfloat16 would be faster, or that it is not; else nothing."""
-    if device.type != "cpu" or has_bfloat16_units() == (precision == "bf16"):
-        return ""
-    if precision == "bf16":
-        return " (slower than float32 here: this processor has no units for it)"
-    return " (this processor has bfloat16 units: --precision bf16 is faster)"
-
-
 class Detector:
     """A network with all that is needed to use it on any picture."""
 
@@ -185,7 +176,7 @@ class Detector:
         device = model.mean.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         precision = choose_precision(self.precision, device)
-        words = [_PRECISIONS[precision] + _about_bfloat16(device, precision), "channels-last"]
+        words = [_PRECISIONS[precision], "channels-last"]
         if self.config.model.norm != "group":
             words.append("batch norm folded")
         if device.type == "cuda":
@@ -193,6 +184,12 @@ class Detector:
             words.append(f"no fused kernels ({problem})" if problem else "fused kernels, CUDA graphs")
         if any(isinstance(part, WinogradConv2d) for part in model.modules()):
             words.append("Winograd")
+        if device.type == "cpu" and has_bfloat16_units() != (precision == "bf16"):
+            words.append(
+                "slower than float32 on this processor, which has no bfloat16 units"
+                if precision == "bf16"
+                else "the processor's bfloat16 units unused (--precision bf16)"
+            )
         compiled = "not compiled (--compile)"
         if type(model) is not CascadeRCNN:
             sizes = bucket_sizes(data)
