@@ -38,6 +38,7 @@ ROOMS = (
     "drawing",
     "inference",
     "evaluation",
+    "export",
     "check",
     "training",
     "benchmark",

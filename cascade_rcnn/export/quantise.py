@@ -230,10 +230,13 @@ class _OpenVINO(Backend):
     suffix = ".xml"
 
     def write(self, out: Path, feeds: Sequence[Feed], integer: Sequence[str]) -> None:
+        import logging
+
         import nncf
         import openvino
         from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
 
+        nncf.set_log_level(logging.ERROR)  # type: ignore[attr-defined]
         model = openvino.convert_model(self.network)
         wanted = set(integer)
         # An ONNX node with a bias becomes NAME/WithoutBiases and, for the sum, NAME.

@@ -10,6 +10,7 @@ import shutil
 import torch
 
 _BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")  # torch's names, x86 and ARM
+_INT8_UNITS = ("avx512_vnni", "avx_vnni", "amx_int8", "dot", "i8mm")
 
 
 @functools.cache
@@ -40,6 +41,15 @@ def has_bfloat16_units() -> bool:
         return any(known.get(name) is True for name in _BFLOAT16_UNITS)
     asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # older than torch 2.11
     return any(getattr(torch.cpu, name, lambda: False)() for name in asked)
+
+
+@functools.cache
+def has_int8_units() -> bool:
+    """Whether the processor multiplies 8-bit integers four at a time (VNNI, AMX, ARM's dot products)."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        known = torch.cpu.get_capabilities()
+        return any(known.get(name) is True for name in _INT8_UNITS)
+    return bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
 
 
 def followed() -> bool:
