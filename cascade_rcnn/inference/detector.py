@@ -35,7 +35,7 @@ from cascade_rcnn.inference.tiles import ArrayRows, Pyramid, Tiling
 from cascade_rcnn.messages import printable, shown
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN, NoInitialValues
-from cascade_rcnn.models.ops.capabilities import triton_problem
+from cascade_rcnn.models.ops.capabilities import has_bfloat16_units, triton_problem
 from cascade_rcnn.models.ops.winograd import WinogradConv2d
 from cascade_rcnn.zoo.store import resolve
 
@@ -117,7 +117,7 @@ def load(
         model = build_model(config.model, len(checkpoint.class_names))
     _load_weights(model, checkpoint.state, path)
     checkpoint.state.clear()  # the file's pages are memory too, and the weights are about to be laid out anew
-    model = model.to(chosen).optimize_for_inference()
+    model = model.to(chosen).optimize_for_inference(bfloat16=precision == "bf16")
     if compile:
         model, config = _compiled(model, config)
     detector = Detector(model, config, checkpoint.class_names, checkpoint.category_ids, precision=precision)
@@ -200,7 +200,8 @@ class Detector:
         model, data = self.model, self.config.data
         device = model.mean.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-        words = [_PRECISIONS[choose_precision(self.precision, device)], "channels-last"]
+        precision = choose_precision(self.precision, device)
+        words = [_PRECISIONS[precision], "channels-last"]
         if self.config.model.norm != "group":
             words.append("batch norm folded")
         if device.type == "cuda":
@@ -208,6 +209,12 @@ class Detector:
             words.append(f"no fused kernels ({problem})" if problem else "fused kernels, CUDA graphs")
         if any(isinstance(part, WinogradConv2d) for part in model.modules()):
             words.append("Winograd")
+        if device.type == "cpu" and has_bfloat16_units() != (precision == "bf16"):
+            words.append(
+                "slower than float32 on this processor, which has no bfloat16 units"
+                if precision == "bf16"
+                else "the processor's bfloat16 units unused (--precision bf16)"
+            )
         compiled = "not compiled (--compile)"
         if type(model) is not CascadeRCNN:
             sizes = bucket_sizes(data)
