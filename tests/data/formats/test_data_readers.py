@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-import locations
 import scenes
 from cascade_rcnn.data.formats.open import open_split, recognise, splits
 from cascade_rcnn.errors import DataError
-
-SHARED = locations.SHARED / "data"
-
 
 # COCO
 
@@ -264,21 +259,6 @@ def test_citypersons_keeps_visible_boxes_and_kinds_and_needs_no_images(tmp_path:
     assert record.attributes["kind"].tolist() == [1, 0] and (record.height, record.width) == (1024, 2048)
     assert [record.image_id for record in split.records] == [1, 2]
     assert record.path == root / "leftImg8bit" / "train" / "ulm" / "a.png"
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real samples are not beside the repository")
-def test_citypersons_equals_the_official_truth_file() -> None:
-    split = open_split(SHARED / "citypersons", "val")
-    assert split.truth == SHARED / "citypersons" / "evaluation" / "val_gt.json"
-    truth = json.loads(split.truth.read_text())
-    assert [image["im_name"] for image in truth["images"]] == [record.file_name for record in split.records]
-    want = [row["bbox"] for row in truth["annotations"] if not row["ignore"]]
-    have = [
-        [box[0], box[1], box[2] - box[0], box[3] - box[1]]
-        for record in split.records
-        for box in record.boxes[~record.ignore].tolist()
-    ]
-    assert sorted(want) == sorted(have)
 
 
 def test_widerface_matlab_file_equals_the_text_file(tmp_path: Path) -> None:
