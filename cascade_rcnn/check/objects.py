@@ -84,7 +84,7 @@ def boxes_are_centred(split: DataSplit) -> bool:
     return int(known.sum()) >= 3 and split.format in CORNER_AND_SIZE and _centre_fits(table, known)
 
 
-def _centre_fits(table: _Table, known: NDArray[np.bool_]) -> bool:
+def _centre_fits(table: _Table, known: NDArray[np.bool_] | np.bool_) -> bool:
     centred = table.boxes[known].copy()
     half = (centred[:, 2:] - centred[:, :2]) / 2
     centred -= np.tile(half, 2)
