@@ -30,6 +30,11 @@ def has_triton() -> bool:
     return not triton_problem()
 
 
+def exporting() -> bool:
+    """Whether an exporter is tracing: no value may decide a shape, except through operators it knows."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+
+
 def followed() -> bool:
     """Whether torch's compiler or an exporter is tracing: it would not see a kernel or a recorded graph."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
