@@ -70,7 +70,7 @@ def _nms_exported(boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, 
     """As ``_nms_of_valid`` with one operator that exporters know: groups are kept apart by an offset."""
     batch, count = scores.shape
     image = torch.arange(batch, device=boxes.device)[:, None]
-    apart = (groups * batch + image).unsqueeze(-1) * (boxes.amax() + 1)  # [B, M, 1]
+    apart = (groups * batch + image).unsqueeze(-1) * (boxes.flatten().amax(dim=0) + 1)  # [B, M, 1]
     rows = valid.reshape(-1).nonzero().squeeze(1)
     kept = nms((boxes + apart).reshape(-1, 4)[rows], scores.reshape(-1)[rows], iou)
     keep = torch.zeros(batch * count, dtype=torch.bool, device=boxes.device)
