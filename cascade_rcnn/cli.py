@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from cascade_rcnn import __version__
 from cascade_rcnn.config import Config, pixel_range
@@ -27,6 +27,7 @@ from cascade_rcnn.score import FORMATS
 
 if TYPE_CHECKING:
     from cascade_rcnn.inference.run_model import Inference
+    from cascade_rcnn.inference.tiles import Tiling
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -115,6 +116,7 @@ def _evaluate(words: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the metrics as JSON, values in 0..1")
     parser.add_argument("--submission", type=Path, metavar="DIR", help="also write the benchmark's own result files")
     _add_orientation(parser, default=" (as saved)")
+    _add_tiles(parser)
     _add_device(parser)
     args = parser.parse_all(words)
 
@@ -132,6 +134,59 @@ def _evaluate(words: Sequence[str]) -> None:
     )
 
 
+def _analyze(words: Sequence[str]) -> None:
+    parser = _parser("analyze", "cascade-rcnn analyze runs/demo --data runs/demo/data --out report")
+    parser.add_argument(
+        "checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="one, or two to be compared; as for evaluate"
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="data set; its format is recognised")
+    parser.add_argument("--split", default="", metavar="NAME", help="split (the one of the recipe, mostly val)")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="instead: COCO results of any detector")
+    parser.add_argument("--truth", type=Path, metavar="FILE", help="and the COCO annotations they are held against")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="and the folder of the pictures, to show some")
+    parser.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="folder (report)")
+    parser.add_argument(
+        "--at-precision", type=_probability, metavar="P", help="show thresholds for this precision (0.9)"
+    )
+    parser.add_argument("--at-recall", type=_probability, metavar="R", help="show thresholds for this recall (0.9)")
+    parser.add_argument(
+        "--set-thresholds", nargs="?", const="", metavar="FILE",
+        help="write the threshold of each class into the checkpoint, or into a copy FILE: of the best F1, or of "
+        "--at-precision or --at-recall where given",
+    )  # fmt: skip
+    parser.add_argument("--resamples", type=_whole_number, default=200, metavar="N", help="for intervals (200)")
+    _add_device(parser)
+    args = parser.parse_all(words)
+    by_model, by_file = bool(args.checkpoints or args.data), bool(args.results or args.truth)
+    whole = args.checkpoints and args.data if by_model else args.results and args.truth
+    if by_model == by_file or not whole or len(args.checkpoints) > 2:
+        parser.error("give one or two CHECKPOINTs and --data DIR, or --results FILE and --truth FILE")
+    if args.at_precision is not None and args.at_recall is not None and args.set_thresholds is not None:
+        parser.error("--set-thresholds takes the threshold of --at-precision or of --at-recall: give one of them")
+    if by_file and args.set_thresholds is not None:
+        parser.error("--set-thresholds needs a CHECKPOINT to write into")
+
+    from cascade_rcnn.analysis.measure import Wanted
+    from cascade_rcnn.analyze import run_analyze, run_analyze_results
+
+    by = "recall" if args.at_recall is not None else "f1" if args.at_precision is None else "precision"
+    precision = 0.9 if args.at_precision is None else args.at_precision
+    wanted = Wanted(precision, 0.9 if args.at_recall is None else args.at_recall, by, args.resamples)
+    if by_file:
+        run_analyze_results(args.results, args.truth, images=args.images, out=args.out, wanted=wanted)
+        return
+    run_analyze(
+        args.checkpoints,
+        data=args.data,
+        split=args.split,
+        out=args.out,
+        wanted=wanted,
+        device=args.device,
+        inference=_inference(args),
+        set_thresholds=args.set_thresholds,
+    )
+
+
 def _predict(words: Sequence[str]) -> None:
     parser = _parser("predict", "cascade-rcnn predict runs/demo street.jpg photos/ --out found --score 0.5")
     _add_checkpoint(parser)
@@ -146,12 +201,13 @@ def _predict(words: Sequence[str]) -> None:
     parser.add_argument(
         "--score",
         type=_probability,
-        default=0.3,
         metavar="S",
-        help="draw detections (and write them with --as) from this score on; predictions.json has all (0.3)",
+        help="draw detections (and write them with --as) from this score on; predictions.json has all "
+        "(0.3; a checkpoint with thresholds of its own: all)",
     )
     parser.add_argument("--no-draw", action="store_true", help="no drawings")
     _add_outputs(parser)
+    _add_tiles(parser)
     _add_device(parser)
     args = parser.parse_all(words)
     if not args.inputs:
@@ -242,11 +298,23 @@ def _check(words: Sequence[str]) -> int:
     parser.add_argument(
         "--config",
         metavar="NAME",
-        help="recipe whose input scale and anchors objects are measured against (the defaults)",
+        help="recipe whose input scale and anchors objects are measured against (the defaults), or that --folds train",
     )
     _add_orientation(parser)
     parser.add_argument("--range", type=_range, metavar="LOW HIGH", help=_RANGE_HELP)
+    parser.add_argument("--model", type=Path, metavar="CHECKPOINT", help="rank the annotations that it takes for wrong")
+    parser.add_argument(
+        "--folds",
+        type=_whole_number,
+        default=0,
+        metavar="N",
+        help="the same by N small models, none of which has seen the images that it judges",
+    )
+    parser.add_argument("--device", default="auto", metavar="D", help="for --model and --folds: cpu, cuda (auto)")
     args = parser.parse_all(words)
+    if args.model or args.folds:
+        _check_labels(parser, args)
+        return 0
     recipe = load_config(args.config) if args.config else Config()
     said = {"orientation": args.orientation, "range": args.range}
     data = dataclasses.replace(recipe.data, **{name: value for name, value in said.items() if value is not None})
@@ -255,6 +323,24 @@ def _check(words: Sequence[str]) -> int:
     from cascade_rcnn.check.dataset import run_check
 
     return run_check(args.data, fix=args.fix, draw=args.draw, out=args.out, recipe=recipe)
+
+
+def _check_labels(parser: _Parser, args: argparse.Namespace) -> None:
+    if args.fix or args.draw:
+        parser.error(f"{'--fix' if args.fix else '--draw'} belongs to the check without --model and --folds")
+
+    from cascade_rcnn.labels.command import LabelCheck, run_label_check
+
+    settings = LabelCheck(
+        model=args.model,
+        folds=args.folds,
+        recipe=load_config(args.config) if args.config else None,
+        out=args.out or Path("label_errors"),
+        orientation=args.orientation,
+        range=args.range,
+        device=args.device,
+    )
+    run_label_check(args.data, settings)
 
 
 def _serve(words: Sequence[str]) -> None:
@@ -275,6 +361,9 @@ def _serve(words: Sequence[str]) -> None:
     ):
         parser.add_argument(option, type=type_, default=default, metavar=unit, help=f"{meaning} (%(default)s)")
     parser.add_argument("--allow-urls", action="store_true", help="also fetch images from public addresses")
+    parser.add_argument(
+        "--label-studio", default="", metavar="URL", help="be a model of the Label Studio at this address"
+    )
     _add_device(parser)
     args = parser.parse_all(words)
 
@@ -288,6 +377,8 @@ def _serve(words: Sequence[str]) -> None:
         max_pixels=args.max_megapixels * 1_000_000,
         timeout=args.timeout,
         allow_urls=args.allow_urls,
+        label_studio=args.label_studio,
+        label_studio_key=os.environ.get("LABEL_STUDIO_API_KEY", ""),
         api_key=os.environ.get(API_KEY, ""),
     )
     run_serve(
@@ -352,9 +443,11 @@ def _convert_data(words: Sequence[str]) -> int:
     _add_orientation(parser)
     args = parser.parse_all(words)
 
+    from cascade_rcnn.check.dataset import refuse_misread
     from cascade_rcnn.data.formats.convert import run_convert_data
 
-    return run_convert_data(args.source, args.dest, to=args.to, orientation=args.orientation or "auto")
+    orientation: Any = args.orientation or "auto"
+    return run_convert_data(args.source, args.dest, to=args.to, orientation=orientation, refuse=refuse_misread)
 
 
 def _config(words: Sequence[str]) -> None:
@@ -430,12 +523,20 @@ COMMANDS: dict[str, _Command] = {
         "On several GPUs: torchrun --nproc-per-node 8 -m cascade_rcnn train CONFIG ...",
     ),
     "evaluate": _Command(_evaluate, "Measures a checkpoint on a data set by the data set's own metrics."),
+    "analyze": _Command(
+        _analyze,
+        "Shows where a detector fails and which threshold to take: report.html.",
+        "With a checkpoint, stage by stage; or from any detector's COCO results.\n"
+        "Needs pip install 'cascade-rcnn[plots]'.",
+    ),
     "predict": _Command(_predict, "Finds objects in images, folders or videos: drawings and predictions.json."),
     "score": _Command(_score, "Scores a results file by a benchmark's official protocol; needs no model."),
     "check": _Command(
         _check,
         "Finds what would ruin a training on this data set, before it starts.",
-        "Exit code 1 when errors were found; warnings and notes alone give 0.",
+        "Exit code 1 when errors were found; warnings and notes alone give 0.\n"
+        "With --model or --folds instead: which labels are probably wrong, as tables, a sheet of pictures and files\n"
+        "for CVAT and Label Studio in --out (label_errors). The data set is only read.",
     ),
     "serve": _Command(
         _serve,
@@ -548,7 +649,8 @@ def _add_device(parser: _Parser) -> None:
         "--precision",
         default="auto",
         choices=("auto", "fp32", "tf32", "bf16"),
-        help="precision of convolutions and matmuls (auto: tf32 on NVIDIA GPUs that have it, else fp32)",
+        help="precision of convolutions and matmuls (auto: tf32 on NVIDIA GPUs that have it, else fp32; bf16 also pays "
+        "on CPUs with AVX-512 BF16 or AMX)",
     )
     parser.add_argument(
         "--score-threshold",
@@ -560,7 +662,7 @@ def _add_device(parser: _Parser) -> None:
         "--max-detections",
         type=_whole_number,
         metavar="N",
-        help="at most N per image (default: the checkpoint's, usually 100)",
+        help="at most N per image, or tile (default: the checkpoint's, usually 100)",
     )
     parser.add_argument(
         "--stages", type=_whole_number, metavar="N", help="use the first N stages of the cascade only (all)"
@@ -579,6 +681,38 @@ def _add_device(parser: _Parser) -> None:
     )
 
 
+def _add_tiles(parser: _Parser) -> None:
+    parser.add_argument(
+        "--tile", type=_whole_number, metavar="N", help="look at tiles of N pixels a side; for pictures of any size"
+    )
+    parser.add_argument(
+        "--overlap", type=_number, metavar="S", help="with --tile: of neighbours, as a share of their side (0.2)"
+    )
+    parser.add_argument(
+        "--whole",
+        action=argparse.BooleanOptionalAction,
+        help="with --tile: look at the shrunk picture too, for objects larger than the overlap (yes)",
+    )
+    parser.add_argument(
+        "--max-merged", type=_whole_number, metavar="N", help="with --tile: at most N objects of a picture (all)"
+    )
+
+
+def _tiling(args: argparse.Namespace) -> Tiling | None:
+    """What the words about tiles say; None where the command has none or nobody asks for tiles."""
+    given = {name: getattr(args, name, None) for name in ("tile", "overlap", "whole", "max_merged")}
+    said = {name: value for name, value in given.items() if value is not None}
+    if said and "tile" not in said:
+        name = next(iter(said))
+        option = "--no-whole" if said[name] is False else f"--{name.replace('_', '-')}"
+        raise _UsageError(f"{option} is about tiles: add --tile 1024")
+    if not said:
+        return None
+    from cascade_rcnn.inference.tiles import Tiling
+
+    return Tiling(**said)
+
+
 def _inference(args: argparse.Namespace) -> Inference:
     from cascade_rcnn.inference.run_model import Inference
 
@@ -591,6 +725,7 @@ def _inference(args: argparse.Namespace) -> Inference:
         max_detections=args.max_detections,
         max_pixels=args.max_pixels,
         range=args.range,
+        tiling=_tiling(args),
     )
 
 
@@ -618,6 +753,12 @@ def _whole_number(word: str) -> int:
         if (value := int(word)) >= 1:
             return value
     raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of at least 1")
+
+
+def _number(word: str) -> float:
+    with contextlib.suppress(ValueError):
+        return float(word)
+    raise argparse.ArgumentTypeError(f"{word!r} is not a number")
 
 
 def _probability(word: str) -> float:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -200,8 +201,22 @@ def wrap(model: nn.Module, world: World, *, norm: str = "") -> nn.Module:
     """
     if world.size == 1:
         return model
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dim() == 4 and parameter.shape[2:] == (1, 1):
+            parameter.register_hook(partial(_laid_out, strides=parameter.stride()))
     options: dict[str, Any] = {_SYNC_BUFFERS: norm == "batch"}
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
+
+
+def _laid_out(gradient: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The gradient of a 1x1 convolution's weight with the weight's own strides; no value moves.
+
+    In channels-last networks some algorithms give it the strides (C, 1, C, C) and others (C, 1, 1, 1): the same memory.
+    DDP compares strides, warns where they differ, and takes the slower way into its buckets.
+    """
+    if gradient.stride() == strides or not gradient[:, :, 0, 0].is_contiguous():
+        return gradient
+    return gradient.as_strided(gradient.shape, strides)
 
 
 def with_synchronised_norm(model: _Model, world: World) -> _Model:

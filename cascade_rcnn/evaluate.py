@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cascade_rcnn import distributed
 from cascade_rcnn.atomic_files import write_json
@@ -19,11 +19,15 @@ from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.data.split_levels import with_range
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation.evaluate_model import detect_split, evaluate_results, match_classes
+from cascade_rcnn.evaluation.evaluate_tiles import detect_in_tiles, merged_limits
 from cascade_rcnn.evaluation.metrics import Metrics, print_metrics
 from cascade_rcnn.inference.run_model import AS_SAVED, Inference
 from cascade_rcnn.messages import printable
 from cascade_rcnn.score import FORMATS, score
 from cascade_rcnn.zoo.store import published_for
+
+if TYPE_CHECKING:
+    from cascade_rcnn.inference.detector import Detector
 
 
 def run_evaluate(
@@ -63,18 +67,14 @@ def run_evaluate(
             print(line)
         detector.config = replace(detector.config, data=settings)
         class_map = match_classes(detector.class_names, chosen, checkpoint, quiet=not world.is_main)
-        results = detect_split(
-            detector.model,
-            detector.config,
-            chosen,
-            class_map=class_map,
-            batch_size=inference.batch_size,
-            precision=inference.precision,
-        )
+        results, chosen = _detect(detector, chosen, class_map, inference)
         if not world.is_main:
             return distributed.broadcast({})
         notes: list[str] = []
-        metrics = _measure(results, detector.config, chosen, submission, notes)
+        config = detector.config
+        if inference.tiling is not None:
+            config, chosen = merged_limits(results, config, chosen, notes)
+        metrics = _measure(results, config, chosen, submission, notes)
         if metrics:
             title = f"{printable(checkpoint)} on {chosen.name} of {printable(chosen.root)}"
             print_metrics(metrics, notes=notes, title=title)
@@ -82,6 +82,23 @@ def run_evaluate(
         if metrics and out is not None:
             _write_metrics(metrics, out)
         return distributed.broadcast(metrics)
+
+
+def _detect(
+    detector: Detector, split: DataSplit, class_map: list[int], inference: Inference
+) -> tuple[list[dict[str, Any]], DataSplit]:
+    """COCO results of all processes, on rank 0, and the split that was looked at."""
+    if inference.tiling is not None:
+        options: dict[str, Any] = {"class_map": class_map, "batch_size": inference.batch_size}
+        return detect_in_tiles(detector, split, inference.tiling, **options), split
+    return detect_split(
+        detector.model,
+        detector.config,
+        split,
+        class_map=class_map,
+        batch_size=inference.batch_size,
+        precision=inference.precision,
+    )
 
 
 def _measure(

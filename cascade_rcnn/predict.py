@@ -7,6 +7,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,19 +17,24 @@ from numpy.typing import NDArray
 
 from cascade_rcnn.data.image_ids import ImageId, coco_id, match_names, read_image_ids
 from cascade_rcnn.data.images import to_array
+from cascade_rcnn.data.windows import georeference
 from cascade_rcnn.distributed import choose_device
 from cascade_rcnn.errors import DataError, UserError
 from cascade_rcnn.evaluation.submission import submission_ids, submit_predictions
 from cascade_rcnn.inference.as_dataset import DatasetWriter, dataset_writer
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.detector import Detector, checked_number, load
+from cascade_rcnn.inference.geojson import FeaturesFile
 from cascade_rcnn.inference.media import InputFile, VideoReader, VideoWriter, collect, listed_endings
 from cascade_rcnn.inference.predictions_file import ResultsFile, join_shards, parse_shard, results_path
 from cascade_rcnn.inference.run_model import AS_SAVED, Inference
+from cascade_rcnn.inference.tiled import TiledDetections, open_rows
+from cascade_rcnn.inference.tiles import ArrayRows, Pyramid, Tiling
 from cascade_rcnn.messages import printable
 from cascade_rcnn.progress import progress_bar
 
 _T = TypeVar("_T")
+_MOST_DRAWN = 2000  # objects on the drawing of a picture that was cut into tiles
 _AHEAD = 4  # batches decoded before they are needed
 
 
@@ -42,6 +48,7 @@ class PredictSummary:
     skipped: list[str] = dataclasses.field(default_factory=list)  # one line for each file that could not be read
     results: Path = Path()
     dataset: Path | None = None  # folder of the data set of what was found
+    features: Path | None = None  # GeoJSON of georeferenced pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +70,7 @@ def run_predict(
     inputs: Sequence[str | Path],
     *,
     out: Path,
-    score: float = 0.3,
+    score: float | None = None,
     draw: bool = True,
     device: str = "auto",
     inference: Inference = AS_SAVED,
@@ -75,7 +82,7 @@ def run_predict(
     Args:
         out: folder for ``predictions.json``, ``drawings/``, which repeats the folders of the inputs, and the data set.
         score: draw, and write into a data set, detections from this score on; ``predictions.json`` has all that the
-            model gives.
+            model gives. None: 0.3, or 0 for a checkpoint with thresholds of its own (``analyze --set-thresholds``).
         shard: ``i/n`` looks at every n-th image only; under torchrun each process takes its own part by itself.
         outputs: polygons, a data set, the benchmark's result files; the last two not with shards.
 
@@ -94,13 +101,14 @@ def run_predict(
     dataset = _dataset(outputs, out, everything, checkpoint)
     detector = load(checkpoint, device=choose_device(device, share_gpus=True), **inference.of_load())
     print(detector.choices())
+    score = (0.0 if detector.thresholds else 0.3) if score is None else score
     if others and part[0] == 1:
         print(f"left out, being no images or videos: {listed_endings(others)}", file=sys.stderr)
     summary = PredictSummary(results=results_path(out, part))
     if part[1] > 1:
         summary.results.unlink(missing_ok=True)  # of an earlier run that was broken off: not to be joined with this one
     job = _Job(detector, summary, score, inference.batch_size, drawings=out / "drawings" if draw else None)
-    job.ids, job.polygons, job.dataset = ids, outputs.polygons, dataset
+    job.ids, job.polygons, job.dataset, job.tiling = ids, outputs.polygons, dataset, inference.tiling
     with ResultsFile(summary.results) as results:
         job.run(everything[part[0] - 1 :: part[1]], results)
         if summary.skipped and not summary.images and part[1] == 1:  # leaves an earlier predictions.json as it is
@@ -110,12 +118,30 @@ def run_predict(
     _report(summary, out, score)
     if summary.skipped and not summary.images:
         raise DataError(_nothing_read(summary))
-    if dataset is not None:
-        summary.dataset = dataset.out
-        print(f"data set: {printable(dataset.out)}: {dataset.finish()}")
+    _report_outputs(summary, job)
     if outputs.submission:
         _submit(outputs.submission, summary, everything, detector, ids)
     return summary
+
+
+def _report_outputs(summary: PredictSummary, job: _Job) -> None:
+    if job.tiling is not None:
+        _report_features(summary, job)
+    if job.dataset is not None:
+        summary.dataset = job.dataset.out
+        print(f"data set: {printable(job.dataset.out)}: {job.dataset.finish()}")
+
+
+def _report_features(summary: PredictSummary, job: _Job) -> None:
+    """Where the GeoJSON is; one of an earlier run does not stay beside the results of this one."""
+    path = job.results.path.with_suffix(".geojson")
+    if summary.features is None:
+        path.unlink(missing_ok=True)
+        return
+    assert job.features is not None
+    lost = job.features.over_date_line
+    without = f"; {lost} without geometry, as they lie across the date line" if lost else ""
+    print(f"on the map: {printable(path)}{without}")
 
 
 def _submit(
@@ -208,6 +234,8 @@ class _Job:
         self.ids: dict[str, ImageId] = {}
         self.polygons = False
         self.dataset: DatasetWriter | None = None
+        self.tiling: Tiling | None = None
+        self.features: FeaturesFile | None = None
         self._pending: deque[Future[None]] = deque()
 
     def run(self, files: Sequence[InputFile], results: ResultsFile) -> None:
@@ -216,6 +244,11 @@ class _Job:
         videos = [file for file in files if file.is_video]
         if self.dataset is not None:
             self.dataset.begin(self.detector.class_names, self.detector.category_ids)
+        if self.tiling is not None:
+            with ExitStack() as self._open_files:
+                for file in images:
+                    self._tiled(file, self.tiling)
+            images = []
         with ThreadPoolExecutor(max_workers=4) as pool, progress_bar(len(images)) as advance:
             for batch in _batches(_ahead(pool, self._read, images, self.batch_size * _AHEAD), self.batch_size):
                 readable = [(file, pixels) for file, pixels in batch if not isinstance(pixels, DataError)]
@@ -239,6 +272,78 @@ class _Job:
             except DataError as error:
                 self._skip(error)
 
+    def _tiled(self, file: InputFile, tiling: Tiling) -> None:
+        """One picture by its tiles: as large as it may be, no more of it is in memory than a row of them."""
+        data = self.detector.config.data
+        try:
+            rows = open_rows(file.path, self.detector.config, max_pixels=data.max_pixels)
+            pyramid = Pyramid(rows, tiling)
+            found = self._look_at_tiles(file, pyramid)
+        except UserError as error:  # of this file, or rasterio is missing: smaller files go without it
+            self._skip(error)
+            return
+        facts = {"file_name": file.name}
+        where, why_not = georeference(file.path)
+        self.summary.images += 1
+        for part in found.parts():
+            part.image_id = self.ids.get(file.name)
+            self._write(part, facts)
+            if where is not None:
+                self._features_file().add_detections(part, where, facts)
+        for line in (*getattr(rows, "notes", ()), *found.told(self.score), *([why_not] if why_not else [])):
+            print(f"{printable(file.name)}: {line}", file=sys.stderr)
+        sure = int((found.scores >= self.score).sum())
+        if self.dataset is not None:
+            pixels = rows.pixels if isinstance(rows, ArrayRows) else None
+            part = found[:sure]
+            part.image_id = self.ids.get(file.name)
+            self.dataset.add(file.path, file.name, pixels, part)
+        if self.drawings is not None:
+            self._draw_overview(file, found, sure)
+
+    def _look_at_tiles(self, file: InputFile, pyramid: Pyramid) -> TiledDetections:
+        name, done = printable(file.name), 0
+        height, width = pyramid.size
+        levels = ", ".join(f"1/{factor}" for factor in pyramid.factors[1:])
+        coarser = f", the picture at {levels} among them" if levels else ""
+        print(f"{name}: {width:,} x {height:,} pixels, {pyramid.count:,} tiles{coarser}")
+
+        def moved(count: int) -> None:
+            nonlocal done
+            done += count
+            advance(count)
+
+        with progress_bar(pyramid.count, f"tiles of {name}") as advance:
+            try:
+                return self.detector.predict_tiled(
+                    pyramid, batch_size=self.batch_size, advance=moved, folder=self.results.path.parent
+                )
+            except KeyboardInterrupt:
+                print(
+                    f"interrupted after {done:,} of {pyramid.count:,} tiles of {name}: nothing of this picture is "
+                    f"written; {printable(self.results.partial)} has the pictures before it",
+                    file=sys.stderr,
+                )
+                raise
+
+    def _features_file(self) -> FeaturesFile:
+        """Opened for the first georeferenced picture."""
+        if self.features is None:
+            path = self.results.path.with_suffix(".geojson")
+            self.features = self._open_files.enter_context(FeaturesFile(path))
+            self.summary.features = path
+        return self.features
+
+    def _draw_overview(self, file: InputFile, found: TiledDetections, sure: int) -> None:
+        """The picture shrunk to what a screen shows, with its best objects."""
+        pixels, factor = found.overview()
+        shown = found[: min(sure, _MOST_DRAWN)]
+        if sure > _MOST_DRAWN:
+            print(f"{printable(file.name)}: the drawing has the best {_MOST_DRAWN:,} of {sure:,} objects")
+        shown = dataclasses.replace(shown, boxes=shown.boxes / factor, size=pixels.shape[:2])
+        assert self.drawings is not None
+        self._draw(file, pixels, shown, self.drawings / file.drawing)
+
     def _read(self, file: InputFile) -> tuple[InputFile, NDArray[np.uint8] | DataError]:
         try:
             data = self.detector.config.data
@@ -247,10 +352,16 @@ class _Job:
             return file, error
 
     def _predict(self, arrays: list[NDArray[np.uint8]]) -> list[Detections]:
+        if self.tiling is not None:
+            tiled = [self.detector.predict_tiled(Pyramid(ArrayRows(one), self.tiling)) for one in arrays]
+            return [found[: len(found)] for found in tiled]
         return self.detector.predict(arrays, batch_size=self.batch_size)
 
     def _keep(self, detections: Detections, facts: dict[str, Any]) -> None:
         self.summary.images += 1
+        self._write(detections, facts)
+
+    def _write(self, detections: Detections, facts: dict[str, Any]) -> None:
         self.summary.objects += len(detections)
         self.summary.drawn += int((detections.scores >= self.score).sum())
         self.results.add(
@@ -289,7 +400,7 @@ class _Job:
             if writer is not None:
                 writer.close()
 
-    def _skip(self, error: DataError) -> None:
+    def _skip(self, error: UserError) -> None:
         self.summary.skipped.append(str(error))
         print(f"skipped: {error}", file=sys.stderr)
 

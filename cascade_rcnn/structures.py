@@ -56,7 +56,7 @@ class ImageBatch(_TensorBatch):
     original_sizes: Tensor  # int64 [B, 2], (height, width) before resizing
     image_ids: tuple[int | str, ...] = ()
     paths: tuple[str, ...] = ()
-    bad: tuple[tuple[str, str], ...] = ()  # (path, reason) of unreadable images that others in the batch stand in for
+    bad: tuple[tuple[str, str], ...] = ()  # (path, reason) of unreadable images; see ``Loader``
     scales: Tensor | None = None  # float32 [B], Detectron's one factor for both axes; None: each side has its own
 
     def __len__(self) -> int:

@@ -38,11 +38,13 @@ ROOMS = (
     "drawing",
     "inference",
     "evaluation",
+    "analysis",
     "check",
     "training",
     "benchmark",
     "serve",
-    "train evaluate predict score demo visualize",  # one verb each, and documented names
+    "train evaluate analyze predict score demo visualize ray sahi",  # one verb each, and documented names
+    "labels",
     "cli __main__",
 )
 

@@ -30,6 +30,7 @@ REPOSITORY = locations.REPOSITORY
 FUNCTION_OF = {
     "demo": "demo.run_demo",
     "train": "train.run_train",
+    "analyze": "analyze.run_analyze",
     "evaluate": "evaluate.run_evaluate",
     "predict": "predict.run_predict",
     "score": "score.run_score",
@@ -56,7 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
 
         return record
 
-    for command, path in FUNCTION_OF.items():
+    for command, path in (*FUNCTION_OF.items(), ("check", "labels.command.run_label_check")):
         module, _, function = f"cascade_rcnn.{path}".rpartition(".")
         holder = importlib.import_module(module)
         monkeypatch.setattr(holder, function, recorder(command, getattr(holder, function)))

@@ -121,6 +121,20 @@ def test_missed_images_cost_recall(tmp_path: Path) -> None:
     assert metrics["bbox/AP"] is not None and 0.05 < metrics["bbox/AP"] < 0.95
 
 
+def test_an_image_that_cannot_be_read_is_left_out_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    split = make_split(tmp_path)
+    oracle = Oracle(split)
+    (tmp_path / "4.png").write_bytes((tmp_path / "4.png").read_bytes()[:200])
+    metrics = evaluate_model(oracle, make_config(), split, batch_size=3)
+    assert metrics["bbox/AP"] == pytest.approx(1.0)
+    err = capsys.readouterr().err
+    assert "4.png" in err and "1 of 7 images of 'val' cannot be read" in err
+    for record in split.records:
+        record.path.write_bytes(b"nothing")
+    with pytest.raises(DataError, match="all 7 images of 'val': nothing to evaluate on"):
+        evaluate_model(oracle, make_config(), split)
+
+
 def test_a_blind_network_reaches_0(tmp_path: Path) -> None:
     split = make_split(tmp_path)
     metrics = evaluate_model(Oracle(split, miss=1), make_config(), split)

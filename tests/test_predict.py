@@ -26,11 +26,12 @@ from cascade_rcnn.cli import main
 from cascade_rcnn.config import Config, DataConfig, ModelConfig
 from cascade_rcnn.distributed import choose_device
 from cascade_rcnn.errors import CheckpointError, ConfigError, DataError, UserError
+from cascade_rcnn.inference import detector as detector_module
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.detector import Detector
 from cascade_rcnn.inference.media import VideoReader, VideoWriter, collect
 from cascade_rcnn.inference.predictions_file import NAME, ResultsFile, join_shards, parse_shard
-from cascade_rcnn.inference.run_model import Inference
+from cascade_rcnn.inference.run_model import Inference, Precision
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.predict import Outputs, run_predict
 from cascade_rcnn.structures import ImageBatch, RawDetections
@@ -685,6 +686,26 @@ def test_videos_without_pyav_say_how_to_install_it(tmp_path: Path, monkeypatch: 
 
 def test_the_generated_shapes_can_be_predicted(tmp_path: Path, checkpoint: Path) -> None:
     assert run_predict(checkpoint, [small_data() / "val"], out=tmp_path / "out", device="cpu", draw=False).images == 4
+
+
+@pytest.mark.parametrize(
+    ("units", "precision", "words"),
+    [
+        (
+            True,
+            "auto",
+            "float32, channels-last, batch norm folded, the processor's bfloat16 units unused (--precision",
+        ),
+        (False, "auto", "float32, channels-last, batch norm folded;"),
+        (True, "bf16", "bfloat16, channels-last, batch norm folded;"),
+        (False, "bf16", "bfloat16, channels-last, batch norm folded, slower than float32 on this processor"),
+    ],
+)
+def test_bfloat16_is_offered_where_it_pays(
+    units: bool, precision: Precision, words: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detector_module, "has_bfloat16_units", lambda: units)
+    assert load(checkpoint, device="cpu", precision=precision).choices().startswith(f"cpu: {words}")
 
 
 def test_what_was_chosen_for_the_device_is_told(

@@ -16,6 +16,7 @@ from cascade_rcnn.benchmark.peer import build_peer, freeze_peer
 from cascade_rcnn.config import Config
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
+from cascade_rcnn.models.ops.capabilities import has_bfloat16_units
 from cascade_rcnn.structures import ImageBatch, MaskCrops, Targets
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Contender:
     model: CascadeRCNN | None = None  # ours, to be watched while it runs
     peak_memory: int | None = None
     warm_up: float = 0.0
+    dtype: torch.dtype | None = None  # of the products, where it is not the setting's
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Setting:
 
     @property
     def dtype(self) -> torch.dtype:
-        """bfloat16 where the device is fast in it: GPUs. CPUs without matrix units are slower in it than in float32."""
+        """What is chosen automatically: bfloat16 on GPUs; on CPUs with units for it a contender of its own shows it."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
@@ -89,10 +91,15 @@ def our_contenders(setting: Setting, *, compile: bool) -> list[Contender]:
     if setting.device.type == "cuda" and not setting.train:
         found[0].name += ", without CUDA graphs"
         found.append(our_contender(setting, recorded=True))
+    if setting.device.type == "cpu" and not setting.train and has_bfloat16_units():
+        found.append(our_contender(setting, bfloat16=True))
     return [*found, our_contender(setting, compiled=True)] if compile else found
 
 
-def our_contender(setting: Setting, *, compiled: bool = False, recorded: bool = False) -> Contender:
+def our_contender(
+    setting: Setting, *, compiled: bool = False, recorded: bool = False, bfloat16: bool = False
+) -> Contender:
+    """One way to run our model; ``bfloat16`` as ``--precision bf16`` does on a CPU."""
     model = build_model(setting.config.model, CLASSES)
     stopwatch.seed_weights(model)
     images = images_of(setting)
@@ -109,17 +116,20 @@ def our_contender(setting: Setting, *, compiled: bool = False, recorded: bool = 
         model.eval().to(setting.device)
 
         def run() -> Any:
-            with torch.inference_mode(), setting.precision():
+            half = torch.autocast("cpu", torch.bfloat16) if bfloat16 else setting.precision()
+            with torch.inference_mode(), half:
                 return model.detect(images)
 
-    contender = Contender(title + ", compiled" * compiled, run, setting.batch)
-    if not (compiled or recorded):
+    contender = Contender(title + ", compiled" * compiled + ", bfloat16" * bfloat16, run, setting.batch)
+    contender.dtype = torch.bfloat16 if bfloat16 else None
+    parts_are_timed = not (compiled or recorded or bfloat16)
+    if parts_are_timed:
         watch = stopwatch.Stopwatch(setting.device)
         contender.macs = count_multiply_adds(model, setting, images, watch)
         contender.stopwatch, contender.model = watch, model
     if not setting.train:
-        model.optimize_for_inference()
-    if not (compiled or recorded):
+        model.optimize_for_inference(bfloat16=bfloat16)
+    if parts_are_timed:
         model.recorder = None
     if compiled:
         from cascade_rcnn.inference.compiled import compile_for_inference, compile_for_training

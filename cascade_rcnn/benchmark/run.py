@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cascade_rcnn.atomic_files import write_json
 from cascade_rcnn.benchmark import parts, stopwatch
 from cascade_rcnn.benchmark.contenders import BACKWARD, Contender, Setting, our_contenders, peer_contender, watched
@@ -19,6 +21,7 @@ from cascade_rcnn.benchmark.memory import measure_memory
 from cascade_rcnn.benchmark.table import print_report
 from cascade_rcnn.distributed import choose_device
 from cascade_rcnn.errors import UserError
+from cascade_rcnn.models.ops.capabilities import has_bfloat16_units, has_int8_units
 from cascade_rcnn.recipes import load_config
 
 
@@ -91,7 +94,13 @@ def _measure(setting: Setting, contenders: list[Contender], rounds: int) -> dict
                 contender.core_seconds.append(time.process_time() - cores)
             for name, seconds in (watch.parts() if watch else {}).items():
                 contender.parts.setdefault(name, []).append(seconds)
-    return {"macs_per_second": statistics.median(limits), "bytes_per_second": stopwatch.copy_rate(device)}
+    found = {"macs_per_second": statistics.median(limits), "bytes_per_second": stopwatch.copy_rate(device)}
+    if device.type == "cpu":
+        for dtype, has_units in ((torch.bfloat16, has_bfloat16_units()), (torch.int8, has_int8_units())):
+            if has_units:
+                name = str(dtype).removeprefix("torch.")
+                found[f"{name}_macs_per_second"] = stopwatch.matmul_rate(device, dtype, small=small)
+    return found
 
 
 # The report
@@ -118,7 +127,8 @@ def _report(
             "peak_memory_bytes": contender.peak_memory,
         }
         if contender is not peer:
-            entry |= {"macs": macs, "share_of_limit": macs / rate / seconds}
+            own = limits.get("bfloat16_macs_per_second", rate) if contender.dtype == torch.bfloat16 else rate
+            entry |= {"macs": macs, "share_of_limit": macs / own / seconds, "limit": own}
         if contender.parts:
             parts = {name: statistics.median(values) for name, values in contender.parts.items()}
             parts[BACKWARD if setting.train else "the rest"] = seconds - sum(parts.values())

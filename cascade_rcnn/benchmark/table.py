@@ -46,7 +46,7 @@ def _table(report: dict[str, Any], rate: float) -> Table:
         memory = model["peak_memory_bytes"]
         table.add_row(
             model["name"],
-            *_time_cells(model["seconds"], model.get("macs", 0.0), rate),
+            *_time_cells(model["seconds"], model.get("macs", 0.0), model.get("limit", rate)),
             f"{model['images_per_second']:.2f}",
             f"{memory / 1e6:.0f}" if memory else "",
             f"{model['ratio_to_peer']:.2f}",
@@ -72,6 +72,12 @@ def _print_machine(console: Console, report: dict[str, Any], rate: float) -> Non
         f"memory copy {report['limits']['bytes_per_second'] / 1e9:.1f} GB/s"
     )
     if machine["device"] == "cpu":
+        units = {
+            name: report["limits"].get(f"{name}_macs_per_second")  # G multiply-adds/s
+            for name in ("bfloat16", "int8")
+        }
+        rates = (f"{name} {one / 1e9:.0f} G" if one else f"no {name} units" for name, one in units.items())
+        console.print(f"other products of this processor: {', '.join(rates)}")
         times = (
             f"{model['name']} {model['core_seconds']:.2f} s ({model['core_ratio_to_peer']:.2f})" for model in models
         )

@@ -15,7 +15,7 @@ from cascade_rcnn.cache import cache_folder
 from cascade_rcnn.check.images import check_images, check_same_images
 from cascade_rcnn.check.objects import check_classes, check_objects
 from cascade_rcnn.check.report import Report, new_report
-from cascade_rcnn.config import Config, DataConfig, ModelConfig
+from cascade_rcnn.config import Config, DataConfig, ModelConfig, Orientation
 from cascade_rcnn.data.formats.open import describe_split, disjoint_splits, open_split, recognise
 from cascade_rcnn.data.formats.unlisted import report_unlisted
 from cascade_rcnn.data.images import IMAGE_SUFFIXES
@@ -66,6 +66,20 @@ def _check(root: Path, split: str | None, data: DataConfig, model: ModelConfig) 
         report_unlisted(root, opened, problems)
     report.problems = problems.items
     return report, opened
+
+
+def refuse_misread(root: Path | str, orientation: Orientation = "auto") -> None:
+    """Raises ``DataError`` where boxes or masks are written in another coding than their format's (corners, fractions).
+
+    Another format would not show it any more.
+    """
+    for name in disjoint_splits(Path(root)):
+        problems = Problems(strict=False)
+        part = open_split(root, name, strict=False, orientation=orientation)
+        check_objects(part, problems, data=DataConfig(), model=ModelConfig())
+        for problem in problems.items:
+            if KINDS[problem.kind].refuses:
+                raise DataError(f"{problem.where}: {problem.message}; {advice(problem.kind)}")
 
 
 def _training_first(names: list[str]) -> list[str]:

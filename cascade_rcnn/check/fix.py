@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rcnn.check.images import truncation
-from cascade_rcnn.check.objects import boxes_are_corners, mask_is_off
+from cascade_rcnn.check.objects import boxes_are_corners, mask_is_off, polygon_coding
 from cascade_rcnn.config import Orientation
 from cascade_rcnn.data import files
 from cascade_rcnn.data.formats.write import write_coco
@@ -24,7 +24,7 @@ from cascade_rcnn.data.images import read_header
 from cascade_rcnn.data.masks import segmentation_area, segmentation_box
 from cascade_rcnn.data.orientation import annotated_size, fit_resized, record_view, settled
 from cascade_rcnn.data.problems import KINDS, READ_ANYWAY, REWRITTEN
-from cascade_rcnn.data.records import DataSplit, ImageRecord
+from cascade_rcnn.data.records import DataSplit, ImageRecord, Segmentation
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.messages import printable, shown
 
@@ -82,6 +82,7 @@ def fix_split(split: DataSplit, *, orientation: Orientation = "auto") -> tuple[D
     learnable = any((~record.ignore).any() for record in split.records)
     all_crowd = not learnable and any(record.attributes.get("iscrowd", np.zeros(1)).any() for record in split.records)
     relative = _are_relative(split)
+    coding = polygon_coding(split)
     records: list[ImageRecord] = []
     wrong_sizes = _sizes_are_wrong(split)
     have_images = any(files.is_file(record.path) for record in split.records)  # none at all: not downloaded yet
@@ -99,6 +100,9 @@ def fix_split(split: DataSplit, *, orientation: Orientation = "auto") -> tuple[D
         if relative:
             record.boxes *= (record.width, record.height, record.width, record.height)
             record.areas = _areas(record)
+        if coding in ("y, x", "fractions"):
+            record.segmentations = [_recoded(mask, coding, record) for mask in record.segmentations or ()]
+            record.areas = _areas(record)
         if all_crowd:
             record.ignore[:] = False
             record.attributes["iscrowd"] = np.zeros_like(record.ignore, dtype=np.int64)
@@ -107,10 +111,11 @@ def fix_split(split: DataSplit, *, orientation: Orientation = "auto") -> tuple[D
             if seen is None:
                 continue
             record = seen
-        records.append(_fix_objects(record, changes))
+        records.append(_fix_objects(record, changes, from_masks=coding != "unknown"))
     where = f"{printable(split.root)} {split.name}"
     changes += [f"{where}: all boxes rewritten from corners to x, y, width, height"] * corners
     changes += [f"{where}: all boxes rewritten from fractions to pixels"] * relative
+    changes += [f"{where}: all polygons rewritten from {coding} to x, y in pixels"] * (coding in ("y, x", "fractions"))
     changes += [f"{where}: iscrowd set to 0 for every object"] * all_crowd
     return replace(split, records=records), changes
 
@@ -134,6 +139,16 @@ def _copy(record: ImageRecord) -> ImageRecord:
         areas=record.areas.copy(),
         attributes=dict(record.attributes),
     )
+
+
+def _recoded(mask: Segmentation | None, coding: str, record: ImageRecord) -> Segmentation | None:
+    """Polygons of y, x or of fractions as x, y in pixels; run lengths as they are."""
+    if not isinstance(mask, list):
+        return mask
+    points = [np.array(polygon, dtype=np.float64).reshape(-1, 2) for polygon in mask]
+    if coding == "y, x":
+        return [part[:, ::-1].reshape(-1).tolist() for part in points]
+    return [(part * (record.width, record.height)).reshape(-1).tolist() for part in points]
 
 
 def _areas(record: ImageRecord) -> NDArray[np.float64]:
@@ -203,7 +218,7 @@ def _fit_picture(
     return scaled
 
 
-def _fix_objects(record: ImageRecord, changes: list[str]) -> ImageRecord:
+def _fix_objects(record: ImageRecord, changes: list[str], *, from_masks: bool) -> ImageRecord:
     """Takes boxes from masks that they do not fit, clips, and drops empty and repeated boxes."""
     keep = np.ones(len(record.boxes), dtype=np.bool_)
     seen: set[tuple[Any, ...]] = set()
@@ -213,7 +228,7 @@ def _fix_objects(record: ImageRecord, changes: list[str]) -> ImageRecord:
         )
         box, old = record.boxes[row], np.round(record.boxes[row], 2).tolist()
         around = segmentation_box(record.segmentations[row]) if record.segmentations is not None else None
-        if around is not None and mask_is_off(box, around, record):
+        if from_masks and around is not None and mask_is_off(box, around, record):
             box[:] = around
             changes.append(f"{place}: box {old} set to its mask's {np.round(around, 2).tolist()}")
         clipped = np.clip(box, 0, (record.width or np.inf, record.height or np.inf) * 2)

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cascade_rcnn.config import DataConfig, Orientation, pixel_range
 from cascade_rcnn.data.files import is_file
 from cascade_rcnn.data.images import Header, quiet_pillow, read_header
@@ -89,6 +91,8 @@ def _check_file(record: ImageRecord, header: Header, problems: Problems, max_pix
         )
     elif torn := truncation(record.path):
         problems.add("truncated-image", where, f"{name}: {torn}")
+    elif header.pages > 1:
+        problems.add("more-pages", where, f"{name} has {header.pages} pages or frames")
     return True
 
 
@@ -115,7 +119,13 @@ def _check_view(
 def _check_levels(split: DataSplit, deep: list[ImageRecord], problems: Problems, data: DataConfig) -> None:
     """Levels in use of pictures of more than 8 bits, against the range that the data set is read by."""
     chosen = spread(deep, _LEVELS_OF)
-    pictures = [(record, levels_of([pixels])) for record in chosen for pixels in read_all([record.path], data=data)]
+    pictures = []
+    for record in chosen:
+        for pixels in read_all([record.path], data=data):
+            pictures.append((record, levels_of([pixels])))
+            unknown = 1 - float(np.isfinite(pixels).mean())
+            if unknown:
+                problems.add("not-a-number", record.source, f"{shown(record.file_name)}: {unknown:.1%} of its pixels")
     known = [(record, levels) for record, levels in pictures if levels is not None]
     together = Levels.of([levels for _, levels in known])
     if together is None:
@@ -156,7 +166,10 @@ def _check_levels(split: DataSplit, deep: list[ImageRecord], problems: Problems,
 def check_same_images(splits: list[DataSplit], problems: Problems) -> None:
     """Adds image files of equal content in two splits, or twice in one; contents are compared, names are not."""
     files = [
-        (number, record) for number, split in enumerate(splits) for record in split.records if is_file(record.path)
+        (number, record)
+        for number, split in enumerate(splits)
+        for record in split.records
+        if is_file(record.path) and _size(record.path)
     ]
     groups: Iterable[list[tuple[int, ImageRecord]]] = [files]
     for key in (_size, _first_bytes, _content):  # each only where the one before leaves a doubt
@@ -165,12 +178,18 @@ def check_same_images(splits: list[DataSplit], problems: Problems) -> None:
         number, first = group[0]
         for other, record in group[1:]:
             kind = "same-image-twice" if other == number else "same-image-in-splits"
+            if other == number and record.path == first.path and not _same_objects(record, first):
+                kind = "image-listed-twice"
             problems.add(
                 kind,
                 record.source,
                 f"{shown(record.file_name)} of {splits[other].name!r} is "
                 f"{shown(first.file_name)} of {splits[number].name!r}",
             )
+
+
+def _same_objects(one: ImageRecord, other: ImageRecord) -> bool:
+    return np.array_equal(one.labels, other.labels) and np.array_equal(one.boxes, other.boxes)
 
 
 def _grouped(members: list[tuple[int, ImageRecord]], key: Any) -> list[list[tuple[int, ImageRecord]]]:

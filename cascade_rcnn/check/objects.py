@@ -5,6 +5,7 @@ G objects of a split, A anchors per cell, L levels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,6 +117,19 @@ def _check_coding(split: DataSplit, table: _Table, where: str, problems: Problem
                 f"({record.width} x {record.height})",
             )
             return True
+        centred = table.boxes[known].copy()
+        half = (centred[:, 2:] - centred[:, :2]) / 2
+        centred -= np.tile(half, 2)
+        inside = (centred[:, :2] >= -_SLACK).all(axis=1) & (centred[:, 2:] <= table.sizes[known] + _SLACK).all(axis=1)
+        beyond = (table.boxes[known][:, 2:] > table.sizes[known] + _SLACK).any(axis=1)
+        if beyond.mean() >= 0.25 and inside.mean() >= 0.95:
+            problems.add(
+                "centre-as-xywh",
+                where,
+                f"{int(beyond.sum())} of {total} boxes leave their image when read as x, y, width, height, all fit "
+                "around x, y as their centre",
+            )
+            return True
     if (table.boxes[known] <= 1.5).all() and (table.sizes[known] > 16).all():
         problems.add("relative-boxes", where, f"all {total} boxes lie between 0 and 1.5 pixels")
         return True
@@ -157,6 +171,18 @@ def _check_doubles(split: DataSplit, table: _Table, problems: Problems) -> None:
 def _check_masks(split: DataSplit, problems: Problems) -> None:
     if not split.has_masks:
         return
+    coding = polygon_coding(split)
+    if coding not in ("", "unknown"):
+        problems.add(
+            "misread-masks",
+            f"{split.root} {split.name}",
+            f"nearly all polygons lie off their boxes, and on them when read as {coding}",
+        )
+        return
+    if coding:
+        problems.add(
+            "unlike-masks", f"{split.root} {split.name}", "half of the polygons or more are off their boxes, as below"
+        )
     for record in split.records:
         for row, mask in enumerate(record.segmentations or ()):
             place = f"{record.source}, annotation id {record.attributes.get('ids', range(10**9))[row]}"
@@ -170,6 +196,28 @@ def _check_masks(split: DataSplit, problems: Problems) -> None:
                 problems.add("mask-off-box", place, f"box {np.round(box, 1).tolist()}, mask {text}")
 
 
+def polygon_coding(split: DataSplit) -> str:
+    """What polygons that mostly lie off their boxes are: ``y, x``, ``fractions``; ``unknown`` for neither, empty where
+    most lie on their boxes.
+    """
+    off, total, fits = 0, 0, {"y, x": 0, "fractions": 0}
+    for record in split.records:
+        for box, mask in zip(record.boxes, record.segmentations or ()):
+            around = segmentation_box(mask) if isinstance(mask, list) else None
+            if around is None:
+                continue
+            total += 1
+            if mask_is_off(box, around, record):
+                off += 1
+                fits["y, x"] += not mask_is_off(box, around[[1, 0, 3, 2]], record)
+                sides = np.array([record.width, record.height] * 2, dtype=np.float64)
+                fits["fractions"] += bool((around <= 1.5).all()) and not mask_is_off(box, around * sides, record)
+    found = [coding for coding, count in fits.items() if count >= 0.9 * off]
+    if off < 3 or off < 0.5 * total:
+        return ""
+    return found[0] if found and off >= 0.75 * total else "unknown"
+
+
 def mask_is_off(box: NDArray[np.float64], around: NDArray[np.float64], record: ImageRecord) -> bool:
     """Whether a mask's extent (xyxy) is another box within the image: IoU below 0.7, an edge over 2 pixels away."""
     if record.height and record.width:
@@ -181,26 +229,35 @@ def mask_is_off(box: NDArray[np.float64], around: NDArray[np.float64], record: I
 
 
 def best_anchor_iou(
-    boxes: NDArray[np.float64], *, scales: tuple[float, ...], ratios: tuple[float, ...]
+    boxes: NDArray[np.float64], *, sizes: Sequence[Sequence[float]], ratios: Sequence[float]
 ) -> NDArray[np.float64]:
     """Highest IoU [G] of each box (xyxy, input pixels) with any anchor of the pyramid's grids, borders aside.
 
-    An anchor of side ``scale * stride`` and any ``ratio`` (height over width) stands at each multiple of the stride.
+    An anchor of each side in a level's ``sizes`` and any ``ratio`` (height over width) stands at each multiple of the
+    level's stride.
     """
     width, height = (boxes[:, 2] - boxes[:, 0]), (boxes[:, 3] - boxes[:, 1])
     center = (boxes[:, :2] + boxes[:, 2:]) / 2
     best = np.zeros(len(boxes))
-    for stride in _STRIDES:
+    for stride, sides in zip(_STRIDES, sizes, strict=True):
         offset = np.abs(center - np.round(center / stride) * stride)  # to the nearest anchor's centre
-        for scale in scales:
+        for side in sides:
             for ratio in ratios:
-                high, wide = scale * stride * ratio**0.5, scale * stride / ratio**0.5
+                high, wide = side * ratio**0.5, side / ratio**0.5
                 shared = np.clip(np.minimum(np.minimum(width, wide), (width + wide) / 2 - offset[:, 0]), 0, None)
                 shared = shared * np.clip(
                     np.minimum(np.minimum(height, high), (height + high) / 2 - offset[:, 1]), 0, None
                 )
                 best = np.maximum(best, shared / (width * height + wide * high - shared))
     return best
+
+
+def anchor_sides(model: ModelConfig) -> list[list[float]]:
+    """Sides in pixels of the anchors of each level."""
+    if model.anchor_sizes:
+        each = len(model.anchor_sizes) // len(_STRIDES)
+        return [list(model.anchor_sizes[level * each : (level + 1) * each]) for level in range(len(_STRIDES))]
+    return [[scale * stride for scale in model.anchor_scales] for stride in _STRIDES]
 
 
 def _check_anchors(
@@ -214,7 +271,7 @@ def _check_anchors(
     short = data.test_short_side or max(data.short_side)
     scale = np.minimum(short / sizes.min(axis=1), data.long_side / sizes.max(axis=1))
     boxes = table.boxes[learnt] * scale[:, None]
-    best = best_anchor_iou(boxes, scales=model.anchor_scales, ratios=model.anchor_ratios)
+    best = best_anchor_iou(boxes, sizes=anchor_sides(model), ratios=model.anchor_ratios)
     sides = boxes[:, 2:] - boxes[:, :2]
     lost, tiny = best < 0.5, sides.min(axis=1) < _TINY
     total, where = len(best), f"{split.root} {split.name}"
@@ -237,7 +294,9 @@ def _check_anchors(
 
 def _why_lost(sides: NDArray[np.float64], model: ModelConfig) -> str:
     """How many of the objects (width, height [G, 2], input pixels) are too small, too large, too long for anchors."""
-    smallest, largest = min(model.anchor_scales) * _STRIDES[0], max(model.anchor_scales) * _STRIDES[-1]
+    anchors = anchor_sides(model)
+    smallest, largest = min(map(min, anchors)), max(map(max, anchors))
+    setting = "model.anchor_sizes" if model.anchor_sizes else "model.anchor_scales"
     side, aspect = np.sqrt(sides.prod(axis=1)), sides[:, 1] / np.maximum(sides[:, 0], 1e-9)
     small, large = side < 0.8 * smallest, side > 1.25 * largest
     long = ~small & ~large & ((aspect < min(model.anchor_ratios) / 1.4) | (aspect > max(model.anchor_ratios) * 1.4))
@@ -245,9 +304,9 @@ def _why_lost(sides: NDArray[np.float64], model: ModelConfig) -> str:
         (
             small,
             f"smaller than the smallest anchor ({smallest:g} pixels; median {np.median(side):.0f}): a larger "
-            "data.short_side or smaller model.anchor_scales",
+            f"data.short_side or smaller {setting}",
         ),
-        (large, f"larger than the largest anchor ({largest:g} pixels): larger model.anchor_scales"),
+        (large, f"larger than the largest anchor ({largest:g} pixels): larger {setting}"),
         (
             long,
             f"longer than model.anchor_ratios {', '.join(f'{ratio:g}' for ratio in model.anchor_ratios)} "

@@ -159,6 +159,12 @@ def _compare(
     ]
     if listed:
         raise CheckpointError(f"its keys do not fit the network ({network}); {'; '.join(listed)}")
+    whole = [key for key, value in fitted.items() if not value.is_floating_point() and key[-7:] != "tracked"]
+    if whole:
+        raise CheckpointError(
+            f"{len(whole)} of its weights are whole numbers ({whole[0]}: {fitted[whole[0]].dtype}), as in a quantised "
+            "network, whose scales are not in them: take the checkpoint from before the quantisation"
+        )
     broken = [key for key, value in fitted.items() if not bool(torch.isfinite(value).all())]
     if broken:
         raise CheckpointError(

@@ -115,6 +115,12 @@ def choose_classes(given: Classes | None, in_file: tuple[str, ...], number: int,
             f"it has {number + 1} class outputs for {len(in_file)} names ({_few(in_file)}): no counterpart here for "
             f"heads with one for objectness (seesaw loss); if it knows {number} classes, name them with --classes"
         )
+    twice = [name for name in in_file if in_file.count(name) > 1]
+    if twice and len(in_file) <= number:
+        raise CheckpointError(
+            f"its metadata names the class {shown(twice[0])} twice, and classes are told apart by name: give {number} "
+            "names, in the order in which it was trained, with --classes"
+        )
     if 0 < len(in_file) < number:
         spare = number - len(in_file)
         notes.append(f"class names: its metadata ({_few(in_file)}); {spare} further outputs are named unused")

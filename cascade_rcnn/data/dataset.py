@@ -115,17 +115,20 @@ class DetectionDataset(Dataset[Item]):
     def __getitem__(self, key: SampleKey | int) -> Item:
         """One image by its index, or in training by index and seed.
 
+        An image that cannot be read is listed in the item's ``bad``. In training another one stands in for it;
+        otherwise the item is black, and what is found in it is to be left out.
+
         Raises:
-            DataError: the image cannot be read (in training: neither can the ones tried in its place).
+            DataError: in training, none of the images tried in its place can be read either.
         """
         key = SampleKey(key) if isinstance(key, int) else key
         if not self.training:
-            return self._load(key.image, None)
+            return self._load_or_black(key.image)
         index, bad = key.image, []
         for attempt in range(_REPLACEMENTS):
             rng = np.random.default_rng((*key.seed, attempt))
             try:
-                item = self._load(index, rng)
+                item = self._load(index, rng, self._read(index))
             except OrientationError:
                 raise  # of which another picture would not free the user
             except DataError as error:
@@ -136,6 +139,17 @@ class DetectionDataset(Dataset[Item]):
             return item
         raise DataError(f"{bad[0][1]} ({_REPLACEMENTS} images in a row could not be used)")
 
+    def _load_or_black(self, index: int) -> Item:
+        try:
+            image, bad = self._read(index), []
+        except OrientationError:
+            raise
+        except DataError as error:
+            image, bad = torch.zeros((3, 32, 32), dtype=torch.uint8), [(self.packed.path(index), str(error))]
+        item = self._load(index, None, image)
+        item.bad = bad
+        return item
+
     def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[Item] | DataError:
         """A batch of items for the loader; an error travels as a value, so that its one line stays one line."""
         try:
@@ -143,12 +157,14 @@ class DetectionDataset(Dataset[Item]):
         except DataError as error:
             return DataError(str(error))
 
-    def _load(self, index: int, rng: np.random.Generator | None) -> Item:
-        """Decode an image and transform it: at random with a generator, as for the test without."""
+    def _read(self, index: int) -> Tensor:
         path = self.packed.path(index)
         annotated = self.packed.annotated_size(index) if not self._sizeless else None
         view = view_decider(annotated, self.config.orientation, path=path, sizeless=self._sizeless)
-        image = read_image(path, max_pixels=self.config.max_pixels, frame=view, range=self.config.range)
+        return read_image(path, max_pixels=self.config.max_pixels, frame=view, range=self.config.range)
+
+    def _load(self, index: int, rng: np.random.Generator | None, image: Tensor) -> Item:
+        """Transform an image with its objects: at random with a generator, as for the test without."""
         size = (int(image.shape[1]), int(image.shape[2]))
         start, end = self.packed.offsets[index : index + 2].tolist()
         # mmdetection scales boxes in float32, detectron2 in float64: where overlaps tie, the last bit decides.
@@ -163,7 +179,7 @@ class DetectionDataset(Dataset[Item]):
             image=sample.image,
             original_size=size,
             image_id=self.packed.image_id(index),
-            path=path,
+            path=self.packed.path(index),
             boxes=sample.boxes[kept].astype(np.float32),
             labels=self.packed.labels[start:end].numpy()[kept].astype(np.int64),
             ignore=self.packed.ignore[start:end].numpy()[kept],

@@ -39,6 +39,7 @@ IMAGE_SUFFIXES = frozenset(
     | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".tga", ".ico", ".qoi"}
 )
 _ORIENTATION, _TIFF_WIDTH, _TIFF_HEIGHT = 0x0112, 256, 257  # tags
+_MOST_EXIF = 1 << 20  # bytes
 Frame = Literal["stored", "upright"]
 Size = tuple[int, int]  # height, width
 _sizes_are: ContextVar[Frame] = ContextVar("sizes_are", default="upright")
@@ -95,6 +96,7 @@ class Header:
     orientation: int  # 1 upright; 2, 4 mirrored; 3 upside down; 5 to 8 turned on the side
     deep: bool  # more than 8 bits per channel
     error: str = ""  # why the file is no image
+    pages: int = 1  # or frames
 
     @property
     def stored(self) -> Size:
@@ -111,7 +113,7 @@ def read_header(path: Path) -> Header:
         try:
             with Image.open(path) as picture:
                 (height, width), orientation = _stored_size(picture), _orientation(picture)
-                return Header(height, width, orientation, is_deep(picture))
+                return Header(height, width, orientation, is_deep(picture), pages=_pages(picture))
         except Exception as error:  # decoders raise what they like on damaged headers
             try:
                 empty = path.stat().st_size == 0
@@ -119,6 +121,10 @@ def read_header(path: Path) -> Header:
                 empty = False
             reason = "empty file" if empty else " ".join(str(error).split())
             return Header(0, 0, 1, False, reason.replace(str(path), path.name) or type(error).__name__)
+
+
+def _pages(picture: Image.Image) -> int:
+    return 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # cameras' previews are no second picture
 
 
 def _stored_size(picture: Image.Image) -> Size:
@@ -136,8 +142,10 @@ def _orientation(picture: Image.Image) -> int:
             tag = picture.tag_v2.get(_ORIENTATION, 1)  # type: ignore[attr-defined]
         elif "exif" in picture.info or "Raw profile type exif" in picture.info:
             tag = picture.getexif().get(_ORIENTATION, 1)
-        elif picture.format == "PNG" and _has_late_exif(picture):
-            tag = picture.getexif().get(_ORIENTATION, 1)  # decodes the picture, to come behind its pixels
+        elif picture.format == "PNG" and (late := _late_exif(picture)):
+            exif = Image.Exif()
+            exif.load(late)
+            tag = exif.get(_ORIENTATION, 1)
         else:
             return 1
         return tag if isinstance(tag, int) and 1 <= tag <= 8 else 1
@@ -145,17 +153,21 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
-def _has_late_exif(picture: Image.Image) -> bool:
-    """Whether a PNG file has its EXIF behind the pixels, as the standard allows; only chunks' heads are read."""
+def _late_exif(picture: Image.Image) -> bytes:
+    """The EXIF of a PNG file that has it behind the pixels, as the standard allows; only chunks' heads are read.
+
+    Pillow would decode the picture to come there, whatever its size.
+    """
     stream = picture.fp  # type: ignore[attr-defined]
     start = stream.tell()
     try:
         stream.seek(8)
         while len(head := stream.read(8)) == 8:
+            length = int.from_bytes(head[:4], "big")
             if head[4:] == b"eXIf":
-                return True
-            stream.seek(int.from_bytes(head[:4], "big") + 4, 1)
-        return False
+                return bytes(stream.read(min(length, _MOST_EXIF)))
+            stream.seek(length + 4, 1)
+        return b""
     finally:
         stream.seek(start)
 
@@ -176,6 +188,12 @@ def image_size(path: Path) -> Size | None:
     if header.error:
         return None
     return header.upright if _sizes_are.get() == "upright" else header.stored
+
+
+def lies_in_file(path: Path, x: float, y: float) -> bool:
+    """Whether a point lies within the picture that is there: where it leaves the annotated size, that may be wrong."""
+    size = image_size(path)
+    return size is not None and x < size[1] and y < size[0]
 
 
 def read_image(
@@ -309,10 +327,12 @@ class ImageBytes(io.BytesIO):
 
     def __init__(self, content: bytes, name: str) -> None:
         super().__init__(content)
-        self._name = name
+        self.name = name
 
     def __str__(self) -> str:
-        return self._name
+        return str(self.name)
+
+    __repr__ = __str__  # Pillow's errors show it
 
     def again(self) -> io.BytesIO:
         """The same content from its beginning, for a second reader while the first is not done."""

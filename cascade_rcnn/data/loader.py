@@ -219,8 +219,8 @@ def _mask_crops(masks: list[list[Window | None]], rows: int) -> MaskCrops:
 class Loader:
     """Batches (ImageBatch, Targets) of one rank; iterate once per epoch.
 
-    In training ``ImageBatch.bad`` lists (path, reason) of unreadable images that others stand in for; in evaluation
-    an unreadable image raises DataError.
+    ``ImageBatch.bad`` lists (path, reason) of unreadable images: in training others stand in for them, in evaluation
+    they are black.
     """
 
     def __init__(self, dataset: DetectionDataset, sampler: TrainSampler | EvalSampler, *, workers: int) -> None:

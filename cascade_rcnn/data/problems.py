@@ -68,6 +68,18 @@ KINDS: dict[str, Kind] = {
         "`--fix OUT` rewrites them",
         refuses=True,
     ),
+    "centre-as-xywh": Kind(
+        "error",
+        "COCO boxes stored as centre and size where x, y of the upper left corner are wanted",
+        "write x - width / 2, y - height / 2 in the annotation file",
+        refuses=True,
+    ),
+    "topleft-as-centre": Kind(
+        "error",
+        "YOLO boxes stored from their corner (x y w h) where their centre (cx cy w h) is wanted",
+        "`--fix OUT` rewrites them",
+        refuses=True,
+    ),
     "xywh-as-corners": Kind(
         "error",
         "VOC boxes stored as x, y, width, height where xmin, ymin, xmax, ymax are wanted",
@@ -214,6 +226,11 @@ KINDS: dict[str, Kind] = {
         "nearly all pixels in a small part of the range",
         "if the rest are glints, set data.range to the levels of nearly all pixels, or to percentile",
     ),
+    "not-a-number": Kind(
+        "warning",
+        "picture with pixels that are not a number",
+        "they are read as black; if they mean no data, that is fine, else export the picture again",
+    ),
     "deep-pictures": Kind(
         "note",
         "pictures of more than 8 bits",
@@ -221,7 +238,15 @@ KINDS: dict[str, Kind] = {
     ),
     "beyond-image": Kind("warning", "box that leaves its image", "it is clipped in training; `--fix OUT` clips it"),
     "duplicate-box": Kind("warning", "same box and class twice in an image", "`--fix OUT` keeps one"),
-    "mask-off-box": Kind("warning", "mask that does not fit its box", "`--fix OUT` takes the box from the mask"),
+    "mask-off-box": Kind(
+        "warning", "mask that does not fit its box", "`--fix OUT` takes the box from the mask, where most fit"
+    ),
+    "misread-masks": Kind("error", "polygons in another coding than boxes", "`--fix OUT` rewrites them", refuses=True),
+    "unlike-masks": Kind(
+        "error",
+        "masks and boxes that belong to different objects or sizes",
+        "find out which are right (--draw 12 shows both); `--fix OUT` leaves both as they are",
+    ),
     "missing-mask": Kind(
         "warning", "object without a mask in a data set with masks", "its box is learned, its mask is not"
     ),
@@ -229,11 +254,22 @@ KINDS: dict[str, Kind] = {
         "error", "same image in two splits", "results on the second are worth nothing: take it out of one"
     ),
     "same-image-twice": Kind("note", "same image twice in a split", "harmless but for the weight it gets"),
+    "image-listed-twice": Kind(
+        "error",
+        "image listed twice in a split, with other objects each time",
+        "the objects of one entry are background in the other: put all objects of an image into one entry",
+    ),
+    "more-pages": Kind(
+        "note", "picture of several pages or frames", "the first is read; save the others as pictures of their own"
+    ),
     "different-classes": Kind(
         "error",
         "splits with different lists of classes",
         "rename or drop them in the annotations, or label them in the training split too",
         refuses=True,
+    ),
+    "absent-split": Kind(
+        "note", "split that the data file names and that is not there", "nothing, if it was never exported"
     ),
     "other-classes": Kind(
         "note", "splits that list their classes differently", "classes are matched by name; nothing to do"
@@ -283,8 +319,10 @@ READ_ANYWAY = frozenset(
         "rotated-box",
         "keypoints",
         "corner-fractions",
+        "topleft-as-centre",
         "xywh-as-corners",
         "relative-boxes",
+        "absent-split",
         "merged-category",
         "similar-classes",
         "other-path",
@@ -296,7 +334,15 @@ READ_ANYWAY = frozenset(
 
 # Of these, kinds whose copy by `--fix` differs from what the file says
 REWRITTEN = frozenset(
-    {"corner-fractions", "xywh-as-corners", "relative-boxes", "box-from-mask", "image-name", "image-elsewhere"}
+    {
+        "corner-fractions",
+        "topleft-as-centre",
+        "xywh-as-corners",
+        "relative-boxes",
+        "box-from-mask",
+        "image-name",
+        "image-elsewhere",
+    }
 )
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cascade_rcnn.errors import DataError
 
+MOST_RLE_PIXELS = 2**32 - 1  # of a picture: COCO's tools keep the length of a run in 32 bits
 PACKED_RLE = b"R"  # the first byte of a packed mask of this kind
 
 
@@ -122,7 +123,10 @@ def unite_rles(rles: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def encode_crop(crop: MaskCrop, size: tuple[int, int]) -> dict[str, Any]:
-    """COCO's compressed RLE of a crop within an image of ``size``; costs the crop's pixels, not the image's."""
+    """COCO's compressed RLE of a crop within an image of ``size``; costs the crop's pixels, not the image's.
+
+    In an image of more than ``MOST_RLE_PIXELS`` it stays uncompressed: the compressing code counts in 32 bits.
+    """
     from faster_coco_eval.core import mask as coco_mask
 
     height, width = size
@@ -140,6 +144,8 @@ def encode_crop(crop: MaskCrop, size: tuple[int, int]) -> dict[str, Any]:
     counts = np.diff(np.concatenate([[0], borders, [height * width]])).tolist()
     if counts[-1] == 0 and len(counts) > 1:
         counts.pop()
+    if height * width > MOST_RLE_PIXELS:
+        return {"size": [height, width], "counts": counts}
     encoded = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
     text = encoded["counts"]
     return {"size": [height, width], "counts": text.decode("ascii") if isinstance(text, bytes) else text}

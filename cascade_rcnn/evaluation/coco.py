@@ -164,7 +164,7 @@ def _table(
 ) -> CocoTable:
     from faster_coco_eval import COCO, COCOeval_faster  # slow to import
 
-    dataset, rows = _own_truth(*truth, iou_type)
+    dataset, rows = own_truth(*truth, iou_type)
     names = _class_names(dataset["categories"], class_names)
     detections = _own_results(*results, rows, dataset, iou_type)
     coco = COCO(dataset)
@@ -189,7 +189,7 @@ def _mean(values: NDArray[np.float64]) -> float | None:
     return float(np.mean(known)) if known.size else None
 
 
-def _own_truth(truth: Any, where: str, iou_type: IouType) -> tuple[dict[str, Any], dict[Hashable, int]]:
+def own_truth(truth: Any, where: str, iou_type: IouType) -> tuple[dict[str, Any], dict[Hashable, int]]:
     """A checked copy with images numbered 1.. in the order of their ids and annotations numbered from 1 (the official
     matching takes an annotation id 0 for "not matched"), and the new number of each image id."""
     if not isinstance(truth, dict) or not all(isinstance(truth.get(key), list) for key in ("images", "categories")):
@@ -287,9 +287,7 @@ def _own_results(
     """Checked copies with only what ``iou_type`` needs: with a box in it, a mask's area would be taken from the box."""
     known = {one["id"] for one in dataset["categories"]}
     need_box = iou_type == "bbox"
-    table = _faultless(found, rows, known, need_box)
-    if table is None:
-        table = read_results.parse_results(found, name=where, images=rows, categories=known, need_box=need_box)
+    table = results_table(found, where, rows, known, need_box=need_box)
     own: list[dict[str, Any]] = [
         {"image_id": int(image), "category_id": int(category), "score": float(score)}
         for image, category, score in zip(table.images, table.categories, table.scores)
@@ -303,6 +301,16 @@ def _own_results(
         except (TypeError, ValueError) as error:
             raise DataError(f"{where}: detection {index}: {error}: encode the mask at the image's own size") from error
     return own
+
+
+def results_table(
+    found: Any, where: str, rows: Mapping[Hashable, int], categories: set[int], *, need_box: bool = True
+) -> read_results.ResultTable:
+    """A results list as arrays, with the row of each image; ``where`` is its file. Raises ``DataError``."""
+    table = _faultless(found, rows, categories, need_box)
+    if table is None:
+        table = read_results.parse_results(found, name=where, images=rows, categories=categories, need_box=need_box)
+    return table
 
 
 def _faultless(

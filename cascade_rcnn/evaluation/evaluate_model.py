@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def evaluate_model(
     """
     if device is not None:
         model = model.to(device)
-    results = detect_split(
+    results, split = detect_split(
         model, config, split, progress=progress, batch_size=batch_size, class_map=class_map, workers=workers, look=look
     )
     metrics = evaluate_results(results, config, split) if distributed.rank() == 0 else {}
@@ -67,42 +68,73 @@ def detect_split(
     workers: int | None = None,
     look: Callable[[Detections], None] | None = None,
     precision: Precision = "auto",
-) -> list[dict[str, Any]]:
-    """COCO results of a model on all images of a split: on rank 0 those of all processes, elsewhere an empty list."""
+) -> tuple[list[dict[str, Any]], DataSplit]:
+    """COCO results of a model on a split (on rank 0 those of all processes, elsewhere none), and what was looked at:
+    the split without the images that cannot be read. Those are named on stderr.
+
+    Raises:
+        DataError: no image can be read.
+    """
     dataset = DetectionDataset(split, config.data, training=False, semantics=config.model.semantics)
     rank, size = distributed.rank(), distributed.world_size()
     loader = eval_loader(dataset, batch_size=batch_size, rank=rank, world_size=size, workers=workers)
-    names, ids = _as_split(split, class_map)
+    names, ids, _ = as_split(split, class_map)
     results: list[dict[str, Any]] = []
     seen: list[int | str] = []
+    bad: dict[str, str] = {}
     try:
         with progress_bar(len(dataset), show=progress and rank == 0) as advance:
             for images, _ in loader:
-                for detections in to_detections(detect(model, images, precision), images, names, ids):
+                bad |= dict(images.bad)
+                found = to_detections(detect(model, images, precision), images, names, ids)
+                for path, detections in zip(images.paths, found, strict=True):
                     seen.append(detections.image_id if detections.image_id is not None else len(seen))
-                    results.extend(one for one in detections.to_coco() if one["category_id"] != _NOT_IN_SPLIT)
+                    if path in bad:
+                        continue
+                    results.extend(one for one in detections.to_coco() if one["category_id"] != NOT_IN_SPLIT)
                     if look is not None:
                         look(detections)
                 advance(len(images) * size)
     finally:
         loader.close()
-    parts = distributed.gather((results, seen))
+    parts = distributed.gather((results, seen, bad))
     if not parts:
-        return []
-    looked_at = sorted(str(image) for _, images in parts for image in images)
+        return [], split
+    looked_at = sorted(str(image) for _, images, _ in parts for image in images)
     assert looked_at == sorted(str(record.image_id) for record in split.records), "each image once over all processes"
-    return [one for part, _ in parts for one in part]
+    read = _without_unread(split, {path: reason for _, _, some in parts for path, reason in some.items()})
+    return [one for part, _, _ in parts for one in part], read
 
 
-_NOT_IN_SPLIT = -(2**31)  # a category id that no data set uses
+def _without_unread(split: DataSplit, bad: Mapping[str, str]) -> DataSplit:
+    """The split without the images (path: reason) that cannot be read; names them."""
+    if not bad:
+        return split
+    kept = [record for record in split.records if str(record.path) not in bad]
+    reasons = list(bad.values())
+    if not kept:
+        raise DataError(f"{reasons[0]} (so with all {len(split):,} images of {split.name!r}: nothing to evaluate on)")
+    for reason in reasons[:_NAMED]:
+        print(f"left out of the evaluation: {reason}", file=sys.stderr)
+    print(
+        f"{len(split) - len(kept):,} of {len(split):,} images of {split.name!r} cannot be read: the metrics are those "
+        "of the others",
+        file=sys.stderr,
+    )
+    return replace(split, records=kept)
 
 
-def _as_split(split: DataSplit, class_map: Sequence[int] | None) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Name and category id in the split of each label of the model."""
+_NAMED = 5  # unreadable images that are named, of all that are counted
+NOT_IN_SPLIT = -(2**31)  # a category id that no data set uses
+
+
+def as_split(split: DataSplit, class_map: Sequence[int] | None) -> tuple[tuple[str, ...], tuple[int, ...], int]:
+    """Name and category id in the split of each label of the model, and the id of those that the split has not."""
     if class_map is None:
-        return split.class_names, split.category_ids
+        return split.class_names, split.category_ids, NOT_IN_SPLIT
     names = tuple(split.class_names[label] if label >= 0 else "" for label in class_map)
-    return names, tuple(split.category_ids[label] if label >= 0 else _NOT_IN_SPLIT for label in class_map)
+    ids = tuple(split.category_ids[label] if label >= 0 else NOT_IN_SPLIT for label in class_map)
+    return names, ids, NOT_IN_SPLIT
 
 
 def evaluate_results(

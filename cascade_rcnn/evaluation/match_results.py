@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from cascade_rcnn.data.image_ids import match_names
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.messages import few_names, shown
+
+_ENOUGH = 20  # boxes that a coding is judged by
 
 
 def match_results(found: Any, dataset: Any, where: str, truth: str, notes: list[str]) -> Any:
@@ -26,7 +30,40 @@ def match_results(found: Any, dataset: Any, where: str, truth: str, notes: list[
         return found
     if not isinstance(dataset, dict):
         return found
-    return _with_category_ids(_with_image_ids(found, dataset, where, truth, notes), dataset, where, truth, notes)
+    found = _with_image_ids(found, dataset, where, truth, notes)
+    _refuse_corners(found, dataset, where)
+    return _with_category_ids(found, dataset, where, truth, notes)
+
+
+def _refuse_corners(found: list[dict[str, Any]], dataset: dict[str, Any], where: str) -> None:
+    """Boxes written as corners would score next to nothing without a word."""
+    images = dataset.get("images")
+    entries = [one for one in images if isinstance(one, dict)] if isinstance(images, list) else []
+    sizes = {
+        str(one.get("id")): (one["width"], one["height"])
+        for one in entries
+        if all(type(one.get(side)) in (int, float) for side in ("width", "height"))
+    }
+    rows = [
+        (*one["bbox"], *sizes[str(one["image_id"])])
+        for one in found
+        if str(one.get("image_id")) in sizes and _is_box(one.get("bbox"))
+    ]
+    if len(rows) < _ENOUGH:
+        return
+    table = np.array(rows, dtype=np.float64)
+    low, high, size = table[:, :2], table[:, 2:4], table[:, 4:]
+    beyond = (low + high > size + 1).any(axis=1)
+    fits = (high > low).all(axis=1) & (high <= size + 1).all(axis=1)
+    if beyond.mean() >= 0.25 and fits.mean() >= 0.95:
+        raise DataError(
+            f"{where}: {int(beyond.sum())} of {len(rows)} boxes leave their image as x, y, width, height, and nearly "
+            f"all fit as corners, e.g. {shown(found[0].get('bbox'))}: write x, y, width, height"
+        )
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(type(number) in (int, float) for number in value)
 
 
 def _with_image_ids(

@@ -140,7 +140,9 @@ def read_truth(root: Path, split: str) -> tuple[dict[str, ClassObjects], dict[st
     if not listing.is_file():
         known = few_names(sorted(path.stem for path in listing.parent.glob("*.txt"))) or "none"
         raise DataError(f"{listing}: not found: choose --split among {known}")
-    lines = [list_entry(line) for line in read_results.read_text(listing).splitlines() if line.strip()]
+    lines = [line.strip() for line in read_results.read_text(listing).splitlines() if line.strip()]
+    # a name may end like a flag: "bolt 1"
+    lines = [line if (root / "Annotations" / f"{line}.xml").is_file() else list_entry(line) for line in lines]
     image_ids = {name: row for row, name in enumerate(lines)}
     if len(image_ids) != len(lines):
         twice = next(name for row, name in enumerate(lines) if image_ids[name] != row)

@@ -13,11 +13,12 @@ One class per format; each writes image by image, so that memory does not grow w
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -84,6 +85,24 @@ def dataset_writer(format: str, out: Path, *, checkpoint: str, copy: bool = Fals
     return kinds[format](out, checkpoint=checkpoint, copy=copy)
 
 
+def _found_objects(detections: Detections, notes: Counter[str]) -> Iterator[FoundObject]:
+    """Each detection as it is written; ``notes`` counts those that cover no pixel and are left out."""
+    crops = detections.mask_crops()
+    rows = zip(detections.boxes.double().tolist(), detections.scores.tolist(), detections.labels.tolist())
+    for box, score, label in rows:
+        area, rings = (box[2] - box[0]) * (box[3] - box[1]), None
+        if detections.mask_probs is not None:
+            crop = next(crops)
+            area, rings = float(crop.pixels.sum()), [with_slits(part) for part in outlines(crop)]
+            if rings:  # as annotations have it: the box of a mask is its extent
+                corners = np.concatenate(rings)
+                box = [*corners.min(axis=0).tolist(), *corners.max(axis=0).tolist()]
+        if area <= 0:
+            notes["objects without a pixel left out"] += 1
+            continue
+        yield FoundObject(label, score, (box[0], box[1], box[2], box[3]), area, rings)
+
+
 class DatasetWriter:
     """Places pictures and hands their objects to ``write``; subclasses know a format."""
 
@@ -103,18 +122,24 @@ class DatasetWriter:
         self.out.mkdir(parents=True, exist_ok=True)
         self.open()
 
-    def add(self, source: Path, name: str, pixels: NDArray[np.uint8], detections: Detections) -> None:
-        """Place the picture ``source``, whose upright pixels are [H, W, 3], and write its objects."""
-        objects = list(self._objects(detections))
+    def add(self, source: Path, name: str, pixels: NDArray[np.uint8] | None, detections: Detections) -> None:
+        """Place the picture ``source``, whose upright pixels are [H, W, 3], and write its objects.
+
+        Without pixels (of a picture larger than memory) one with an orientation tag is left out, and counted.
+        """
         turned = _is_turned(source)
+        if turned and pixels is None:
+            self.notes["large pictures with an orientation tag left out; store them upright"] += 1
+            return
+        objects = list(_found_objects(detections, self.notes))
         name = self._new_name(name, turned)
         target = self.out / self.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if turned:
+        if turned and pixels is not None:
             _save(pixels, target)
             self.notes["pictures with an orientation tag written anew, upright"] += 1
         else:
-            _place(source, target, copy=self.copy)
+            place_picture(source, target, copy=self.copy)
         height, width = detections.size
         self.images += 1
         self.objects += len(objects)
@@ -142,22 +167,6 @@ class DatasetWriter:
     def how_to_open(self) -> str:
         """The end of the last line."""
         raise NotImplementedError
-
-    def _objects(self, detections: Detections) -> Iterator[FoundObject]:
-        crops = detections.mask_crops()
-        rows = zip(detections.boxes.double().tolist(), detections.scores.tolist(), detections.labels.tolist())
-        for box, score, label in rows:
-            area, rings = (box[2] - box[0]) * (box[3] - box[1]), None
-            if detections.mask_probs is not None:
-                crop = next(crops)
-                area, rings = float(crop.pixels.sum()), [with_slits(part) for part in outlines(crop)]
-                if rings:  # as annotations have it: the box of a mask is its extent
-                    corners = np.concatenate(rings)
-                    box = [*corners.min(axis=0).tolist(), *corners.max(axis=0).tolist()]
-            if area <= 0:
-                self.notes["objects without a pixel left out"] += 1
-                continue
-            yield FoundObject(label, score, (box[0], box[1], box[2], box[3]), area, rings)
 
     def _new_name(self, name: str, turned: bool) -> str:
         """The name in the data set: labels lie in NAME.txt or NAME.json, so that endings do not tell names apart."""
@@ -282,6 +291,45 @@ class _Labelme(DatasetWriter):
         return f"open it with: labelme {folder} --labels {folder}/labels.txt; {_train_on(self.out, 'all')}"
 
 
+def label_studio_regions(detections: Detections, labels: Mapping[int, str], *, polygons: bool) -> list[dict[str, Any]]:
+    """Label Studio's regions of detections, with the names of ``labels``; ``polygons`` needs masks, else boxes."""
+    objects = _found_objects(detections, Counter())
+    wanted = [one if polygons else dataclasses.replace(one, rings=None) for one in objects]
+    return _regions(wanted, labels, size=detections.size)
+
+
+def _regions(
+    objects: Sequence[FoundObject], labels: Mapping[int, str], *, size: tuple[int, int]
+) -> list[dict[str, Any]]:
+    return [
+        _region(one, f"{number}-{part}", ring, f"part {part} of {len(one.rings or [0])}", labels[one.label], size)
+        for number, one in enumerate(objects, start=1)
+        for part, ring in enumerate(one.rings or [np.array(one.box).reshape(2, 2)], start=1)
+    ]
+
+
+def _region(one: FoundObject, name: str, ring: Ring, part: str, label: str, size: tuple[int, int]) -> dict[str, Any]:
+    height, width = size
+    per_cent = ring / (width, height) * 100
+    kind = "rectanglelabels" if one.rings is None else "polygonlabels"
+    value: dict[str, Any] = {"points": per_cent.tolist(), "closed": True}
+    if one.rings is None:
+        (x1, y1), (x2, y2) = per_cent.tolist()
+        value = {"x": x1, "y": y1, "width": x2 - x1, "height": y2 - y1, "rotation": 0}
+    region = {
+        "id": name,
+        "type": kind,
+        "from_name": "label",
+        "to_name": "image",
+        "original_width": width,
+        "original_height": height,
+        "image_rotation": 0,
+        "score": one.score,
+        "value": value | {kind: [label]},
+    }
+    return region if len(one.rings or [0]) == 1 else region | {"meta": {"text": [part]}}
+
+
 class _LabelStudio(DatasetWriter):
     folder = PurePosixPath("images")
 
@@ -291,37 +339,14 @@ class _LabelStudio(DatasetWriter):
         self._masks = False
 
     def write(self, image: FoundImage) -> None:
-        regions = [
-            self._region(image, one, f"{number}-{part}", ring, f"part {part} of {len(one.rings or [0])}")
-            for number, one in enumerate(image.objects, start=1)
-            for part, ring in enumerate(one.rings or [np.array(one.box).reshape(2, 2)], start=1)
-        ]
+        names = dict(enumerate(self.class_names))
+        regions = _regions(image.objects, names, size=(image.height, image.width))
         self._masks = self._masks or any(one.rings is not None for one in image.objects)
         prediction: dict[str, Any] = {"model_version": self.checkpoint, "result": regions}
         if image.objects:
             prediction["score"] = min(one.score for one in image.objects)  # the least sure one is looked at first
         address = f"/data/local-files/?d={quote(f'images/{image.name}')}"
         self._tasks.add([{"data": {"image": address}, "predictions": [prediction]}])
-
-    def _region(self, image: FoundImage, one: FoundObject, name: str, ring: Ring, part: str) -> dict[str, Any]:
-        per_cent = ring / (image.width, image.height) * 100
-        kind = "rectanglelabels" if one.rings is None else "polygonlabels"
-        value: dict[str, Any] = {"points": per_cent.tolist(), "closed": True}
-        if one.rings is None:
-            (x1, y1), (x2, y2) = per_cent.tolist()
-            value = {"x": x1, "y": y1, "width": x2 - x1, "height": y2 - y1, "rotation": 0}
-        region = {
-            "id": name,
-            "type": kind,
-            "from_name": "label",
-            "to_name": "image",
-            "original_width": image.width,
-            "original_height": image.height,
-            "image_rotation": 0,
-            "score": one.score,
-            "value": value | {kind: [self.class_names[one.label]]},
-        }
-        return region if len(one.rings or [0]) == 1 else region | {"meta": {"text": [part]}}
 
     def close(self) -> None:
         self._tasks.__exit__(None, None, None)
@@ -366,7 +391,7 @@ def _save(pixels: NDArray[np.uint8], path: Path) -> None:
     Image.fromarray(pixels).save(path, **options)
 
 
-def _place(source: Path, target: Path, *, copy: bool) -> None:
+def place_picture(source: Path, target: Path, *, copy: bool = False) -> None:
     """A hard link, which containers and archives take for a file of their own; else a link by name; else a copy."""
     source = source.resolve()
     for link in () if copy else (os.link, os.symlink):

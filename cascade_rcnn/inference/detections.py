@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cascade_rcnn.data.contours import EXACT, Outline, Ring, outlines, with_slits
-from cascade_rcnn.data.rle import MaskCrop, encode_crop
+from cascade_rcnn.data.rle import MOST_RLE_PIXELS, MaskCrop, encode_crop
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.inference.paste_masks import paste_in_whole_pixels, paste_mask
 
@@ -153,8 +153,10 @@ class Detections:
         """COCO results: ``image_id`` (when known), ``category_id``, ``bbox`` [x, y, w, h], ``score``, ``segmentation``.
 
         Numbers keep their full float precision; masks are compressed RLE, pasted one at a time, or ``polygons`` as
-        those of :meth:`polygons` (an empty mask stays RLE: COCO has no list without a polygon).
+        those of :meth:`polygons` (an empty mask stays RLE: COCO has no list without a polygon). A picture of 2^32
+        pixels or more always has polygons: the runs of COCO's tools end there.
         """
+        polygons = polygons or self.size[0] * self.size[1] > MOST_RLE_PIXELS
         ids = self.category_ids or tuple(range(1, len(self.class_names) + 1))
         known: dict[str, Any] = {} if self.image_id is None else {"image_id": self.image_id}
         results = []

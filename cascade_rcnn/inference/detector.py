@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, cast, overload
 
@@ -29,10 +30,12 @@ from cascade_rcnn.distributed import choose_device
 from cascade_rcnn.errors import CheckpointError, DataError, UserError
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.run_model import Precision, choose_precision, detect, to_detections
+from cascade_rcnn.inference.tiled import TiledDetections, open_rows, predict_tiles
+from cascade_rcnn.inference.tiles import ArrayRows, Pyramid, Tiling
 from cascade_rcnn.messages import printable, shown
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN, NoInitialValues
-from cascade_rcnn.models.ops.capabilities import triton_problem
+from cascade_rcnn.models.ops.capabilities import has_bfloat16_units, triton_problem
 from cascade_rcnn.models.ops.winograd import WinogradConv2d
 from cascade_rcnn.zoo.store import resolve
 
@@ -84,6 +87,8 @@ def load(
     pictures of more than 8 bits: ``"0 4095"``), ``max_pixels`` (of an image that is decoded), ... ``precision`` auto is
     float32, on recent NVIDIA GPUs with TF32 products.
 
+    ``predict`` applies the thresholds by class that ``analyze --set-thresholds`` wrote; ``score_threshold`` overrides.
+
     ``compile`` makes code for each of the few sizes that images are padded to, when the first image of that size comes:
     that takes a minute and is told on stderr; what it finds is the same (docs/speed.md).
 
@@ -110,19 +115,38 @@ def load(
     config = _changed(checkpoint.config, model_settings, {"max_pixels": max_pixels, "range": range})
     with NoInitialValues():
         model = build_model(config.model, len(checkpoint.class_names))
+    _load_weights(model, checkpoint.state, path)
+    checkpoint.state.clear()  # the file's pages are memory too, and the weights are about to be laid out anew
+    model = model.to(chosen).optimize_for_inference(bfloat16=precision == "bf16")
+    if compile:
+        model, config = _compiled(model, config)
+    detector = Detector(model, config, checkpoint.class_names, checkpoint.category_ids, precision=precision)
+    if score_threshold is None:
+        detector.thresholds = _thresholds(checkpoint.metadata.get("thresholds", {}), path)
+    return detector
+
+
+def _load_weights(model: CascadeRCNN, state: dict[str, Tensor], path: Path) -> None:
     try:
-        model.load_state_dict(checkpoint.state)
+        model.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{printable(path)}: its weights do not fit its own configuration ({reason}); "
             "use another copy of the checkpoint"
         ) from error
-    checkpoint.state.clear()  # the file's pages are memory too, and the weights are about to be laid out anew
-    model = model.to(chosen).optimize_for_inference()
-    if compile:
-        model, config = _compiled(model, config)
-    return Detector(model, config, checkpoint.class_names, checkpoint.category_ids, precision=precision)
+
+
+def _thresholds(written: Any, path: Path) -> dict[str, float]:
+    """The thresholds of classes in a checkpoint, checked."""
+    if not isinstance(written, dict) or not all(
+        type(one) in (int, float) and 0 <= one <= 1 for one in written.values()
+    ):
+        raise CheckpointError(
+            f"{printable(path)}: its thresholds {shown(written)} are no numbers from 0 to 1 by class; write them anew: "
+            "cascade-rcnn analyze ... --set-thresholds"
+        )
+    return {str(name): float(value) for name, value in written.items()}
 
 
 def _compiled(model: CascadeRCNN, config: Config) -> tuple[CascadeRCNN, Config]:
@@ -154,6 +178,7 @@ class Detector:
         self.class_names = tuple(class_names)
         self.category_ids = tuple(category_ids)
         self.precision = precision
+        self.thresholds: dict[str, float] = {}  # by class: what ``predict`` leaves out (``analyze --set-thresholds``)
 
     @classmethod
     def from_model(
@@ -175,7 +200,8 @@ class Detector:
         model, data = self.model, self.config.data
         device = model.mean.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-        words = [_PRECISIONS[choose_precision(self.precision, device)], "channels-last"]
+        precision = choose_precision(self.precision, device)
+        words = [_PRECISIONS[precision], "channels-last"]
         if self.config.model.norm != "group":
             words.append("batch norm folded")
         if device.type == "cuda":
@@ -183,11 +209,18 @@ class Detector:
             words.append(f"no fused kernels ({problem})" if problem else "fused kernels, CUDA graphs")
         if any(isinstance(part, WinogradConv2d) for part in model.modules()):
             words.append("Winograd")
+        if device.type == "cpu" and has_bfloat16_units() != (precision == "bf16"):
+            words.append(
+                "slower than float32 on this processor, which has no bfloat16 units"
+                if precision == "bf16"
+                else "the processor's bfloat16 units unused (--precision bf16)"
+            )
         compiled = "not compiled (--compile)"
         if type(model) is not CascadeRCNN:
             sizes = bucket_sizes(data)
             compiled = f"compiled for {len(sizes)} sizes at most" if sizes else "compiled for each size"
-        return f"{name}: {', '.join(words)}; {compiled}"
+        own = f"; thresholds of its own for {len(self.thresholds)} classes" if self.thresholds else ""
+        return f"{name}: {', '.join(words)}; {compiled}{own}"
 
     def to(self, device: str | torch.device) -> Detector:
         """Move the network to another device, in place; gives the detector itself. ``auto`` as in ``load``.
@@ -210,6 +243,10 @@ class Detector:
         batch_size: int = 1,
         score_threshold: float | None = None,
         max_pixels: int | None = None,
+        tile: int | None = None,
+        overlap: float = 0.2,
+        whole: bool = True,
+        max_merged: int | None = None,
     ) -> Detections: ...
 
     @overload
@@ -220,6 +257,10 @@ class Detector:
         batch_size: int = 1,
         score_threshold: float | None = None,
         max_pixels: int | None = None,
+        tile: int | None = None,
+        overlap: float = 0.2,
+        whole: bool = True,
+        max_merged: int | None = None,
     ) -> list[Detections]: ...
 
     def predict(
@@ -229,6 +270,10 @@ class Detector:
         batch_size: int = 1,
         score_threshold: float | None = None,
         max_pixels: int | None = None,
+        tile: int | None = None,
+        overlap: float = 0.2,
+        whole: bool = True,
+        max_merged: int | None = None,
     ) -> Detections | list[Detections]:
         """Objects of one image, or of each image of a list.
 
@@ -239,7 +284,12 @@ class Detector:
             batch_size: images of a list that go through the network at once.
             score_threshold: leave out detections below it. Those below the model's own threshold never come; lower that
                 with ``load(..., score_threshold=)``.
-            max_pixels: refuse to decode a larger file; None: as loaded.
+            max_pixels: refuse to decode a larger file; None: as loaded. With ``tile`` it is read by windows instead.
+            tile: look at tiles of so many pixels a side, and merge what is found (docs/huge.md); ``batch_size`` then
+                counts tiles, and the network's limit of detections is one per tile.
+            overlap: of neighbouring tiles, as a share of their side.
+            whole: look at the picture at coarser resolutions too, for objects larger than the overlap.
+            max_merged: keep the best so many of a picture that was cut into tiles; None: all.
 
         Raises:
             UserError: an image of a wrong type, dtype or shape, a file that cannot be read, a number out of its range.
@@ -251,18 +301,50 @@ class Detector:
         one_image = not isinstance(image, list | tuple)
         images = [cast(ImageLike, image)] if one_image else cast(Sequence[ImageLike], image)
         found: list[Detections] = []
+        if tile is not None:
+            tiling = Tiling(tile, overlap, whole, max_merged)
+            found = [self._merged(one, tiling, batch_size, limit, score_threshold or 0) for one in images]
+            return found[0] if one_image else found
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size]
             arrays = [to_array(one, max_pixels=limit, range=self.config.data.range) for one in part]
-            for one, pixels, detections in zip(part, arrays, self._detect(arrays)):
+            for one, pixels, detections in zip(part, arrays, self.look(arrays)):
                 detections.image = Path(one) if isinstance(one, str | Path) else pixels
                 if score_threshold is not None:
                     detections = detections[detections.scores >= score_threshold]
                 found.append(detections)
         return found[0] if one_image else found
 
-    def _detect(self, arrays: Sequence[NDArray[np.uint8]]) -> list[Detections]:
-        """One batch through the network."""
+    def _merged(
+        self, image: ImageLike, tiling: Tiling, batch_size: int, max_pixels: int, score_threshold: float
+    ) -> Detections:
+        """Objects of one image that is cut into tiles."""
+        rows = open_rows(image, self.config, max_pixels=max_pixels)
+        tiled = self.predict_tiled(Pyramid(rows, tiling), batch_size=batch_size)
+        for line in tiled.told(score=2.0)[:1]:  # what is missing; partial objects are the rule with whole=False
+            warnings.warn(line, UserWarning, stacklevel=3)
+        detections = tiled[: int((tiled.scores >= score_threshold).sum())]
+        detections.image = rows.pixels if isinstance(rows, ArrayRows) else None
+        if isinstance(image, str | Path):
+            detections.image = Path(image)
+        return detections
+
+    def predict_tiled(
+        self,
+        pyramid: Pyramid,
+        *,
+        batch_size: int = 1,
+        advance: Callable[[int], None] | None = None,
+        folder: Path | None = None,
+    ) -> TiledDetections:
+        """Objects of a picture that is cut into tiles, with masks in a temporary file (in ``folder``) until asked for.
+
+        ``advance`` is called with the number of tiles done.
+        """
+        return predict_tiles(self.look, pyramid, self.config, batch_size=batch_size, advance=advance, folder=folder)
+
+    def look(self, arrays: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        """One batch of pictures [H, W, 3] through the network."""
         items = []
         for pixels in arrays:
             own_scale = self.config.model.semantics == "paper"
@@ -287,4 +369,9 @@ class Detector:
         collated = Collate(data.pad_multiple, buckets=bucket_sizes(data))(items)
         assert not isinstance(collated, DataError)
         images = dataclasses.replace(collated[0], image_ids=())
-        return to_detections(detect(self.model, images, self.precision), images, self.class_names, self.category_ids)
+        raw = detect(self.model, images, self.precision)
+        found = to_detections(raw, images, self.class_names, self.category_ids)
+        if not self.thresholds:
+            return found
+        limits = torch.tensor([self.thresholds.get(name, 0.0) for name in self.class_names], dtype=torch.float64)
+        return [one[one.scores.double() >= limits[one.labels]] for one in found]

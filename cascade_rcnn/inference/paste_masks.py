@@ -10,7 +10,7 @@ from cascade_rcnn.data.rle import MaskCrop
 MASK_THRESHOLD = 0.5
 
 
-def _bilinear_weights(start: float, end: float, first: int, last: int, side: int) -> NDArray[np.float32]:
+def bilinear_weights(start: float, end: float, first: int, last: int, side: int) -> NDArray[np.float32]:
     """Weights [last - first, side] of a bilinear sample at each pixel's centre, on ``side`` cells from start to end.
 
     As ``grid_sample`` with ``align_corners=False`` and zeros outside: a tent of one cell around each cell's centre.
@@ -34,8 +34,8 @@ def paste_mask(
     top, bottom = max(int(np.floor(y1)) - 1, 0), min(int(np.ceil(y2)) + 1, height)
     if x2 <= x1 or y2 <= y1 or right <= left or bottom <= top:
         return MaskCrop(0, 0, np.zeros((0, 0), dtype=np.bool_))
-    rows = _bilinear_weights(y1, y2, top, bottom, probs.shape[0])
-    columns = _bilinear_weights(x1, x2, left, right, probs.shape[1])
+    rows = bilinear_weights(y1, y2, top, bottom, probs.shape[0])
+    columns = bilinear_weights(x1, x2, left, right, probs.shape[1])
     return MaskCrop(top, left, (rows @ probs @ columns.T) >= threshold)
 
 
@@ -53,6 +53,6 @@ def paste_in_whole_pixels(
     top, bottom = max(y1, 0), min(y2 + 1, size[0])
     if right <= left or bottom <= top:
         return MaskCrop(0, 0, np.zeros((0, 0), dtype=np.bool_))
-    rows = _bilinear_weights(y1, y2 + 1, top, bottom, side + 2)[:, 1:-1]
-    columns = _bilinear_weights(x1, x2 + 1, left, right, side + 2)[:, 1:-1]
+    rows = bilinear_weights(y1, y2 + 1, top, bottom, side + 2)[:, 1:-1]
+    columns = bilinear_weights(x1, x2 + 1, left, right, side + 2)[:, 1:-1]
     return MaskCrop(top, left, (rows @ probs @ columns.T) > threshold)

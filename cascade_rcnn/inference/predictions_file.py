@@ -11,10 +11,13 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from cascade_rcnn.errors import ConfigError, UserError
 from cascade_rcnn.messages import printable
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 NAME = "predictions.json"
 
@@ -35,13 +38,15 @@ class ResultsFile:
     What was written when the block is left by an error or Ctrl-C stays beside it as valid JSON, ``*.partial.json``.
     """
 
+    head, foot = "[", "\n]\n"
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.partial = path.with_name(path.stem + ".partial.json")
+        self.partial = path.with_name(f"{path.stem}.partial{path.suffix}")
         self.count = 0
         self._file: IO[str] | None = None
 
-    def __enter__(self) -> ResultsFile:
+    def __enter__(self) -> Self:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.partial.open("w", encoding="utf-8", errors="backslashreplace")
@@ -49,7 +54,7 @@ class ResultsFile:
             raise UserError(
                 f"{printable(self.partial)}: cannot be written ({error.strerror}); choose another --out"
             ) from error
-        self._file.write("[")
+        self._file.write(self.head)
         return self
 
     def add(self, results: Iterable[Mapping[str, Any]]) -> None:
@@ -63,7 +68,7 @@ class ResultsFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._file is not None
-        self._file.write("\n]\n")
+        self._file.write(self.foot)
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

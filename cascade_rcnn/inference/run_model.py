@@ -13,6 +13,7 @@ import torch
 
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.inference.detections import Detections
+from cascade_rcnn.inference.tiles import Tiling
 from cascade_rcnn.messages import shown
 from cascade_rcnn.models.detectron_rules import scale_boxes
 from cascade_rcnn.structures import ImageBatch, RawDetections
@@ -36,6 +37,7 @@ class Inference:
     max_detections: int | None = None
     max_pixels: int | None = None  # of an image that is decoded
     range: str | None = None  # of pictures of more than 8 bits (``data.range``)
+    tiling: Tiling | None = None  # look at tiles of a picture; None: at the picture
 
     def of_load(self) -> dict[str, Any]:
         """The arguments of ``load`` in it."""
@@ -114,9 +116,26 @@ def detect(model: CascadeRCNN, images: ImageBatch, precision: Precision = "auto"
 
     Threads may share a model, in training mode too.
     """
+    with inference_mode(model, precision) as device:
+        return model.detect(images.to(device, non_blocking=True)).to("cpu")
+
+
+@contextmanager
+def inference_mode(model: CascadeRCNN, precision: Precision = "auto") -> Iterator[torch.device]:
+    """A network in evaluation mode, without gradients and in that precision; gives the device where it lies."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with _evaluation_mode(model), torch.inference_mode(), _arithmetic(device, precision):
-        return model.detect(images.to(device, non_blocking=True)).to("cpu")
+        yield device
+
+
+def detect_each_stage(model: CascadeRCNN, images: ImageBatch, precision: Precision = "auto") -> list[RawDetections]:
+    """As ``detect``: what each stage says alone, and last what all say together; without masks."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with _evaluation_mode(model), torch.inference_mode(), _arithmetic(device, precision):
+        on_device = images.to(device, non_blocking=True)
+        pyramid = model.pyramid(on_device)
+        proposals = model.rpn.propose(pyramid, on_device.sizes)
+        return [one.to("cpu") for one in model.cascade.detect_each_stage(pyramid, proposals, on_device)]
 
 
 def to_detections(

@@ -51,6 +51,15 @@ class CascadeDetails:
     max_detections: int = 100
 
 
+@dataclass(frozen=True)
+class Followed:
+    """Given boxes on their way through S stages, each entry one stage's."""
+
+    unmoved: Tensor  # [S, B, N, K + 1] class probabilities at the boxes as they were given
+    probs: Tensor  # [S, B, N, K + 1] at the boxes as the stage before has moved them
+    boxes: Tensor  # [S, B, N, 4] as this stage moves them
+
+
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """``x`` itself, whose gradient is multiplied by ``factor`` on its way back."""
     return x if factor == 1.0 else x * factor + x.detach() * (1 - factor)
@@ -223,6 +232,36 @@ class Cascade(nn.Module):
         if self.mask_heads:
             found.masks = self._masks(pyramid, found)
         return found
+
+    @torch.no_grad()
+    def follow(self, pyramid: list[Tensor], proposals: Proposals, images: ImageBatch) -> Followed:
+        """What the stages say of given boxes (annotated ones, say) and where they move them; padding gets garbage."""
+        boxes, steps = proposals.boxes, []
+        for k, stage in enumerate(self.stages[: self.stages_at_test]):
+            unmoved, deltas = self._run_stage(k, pyramid, proposals.boxes, proposals.valid)
+            logits = unmoved
+            if k:
+                logits, deltas = self._run_stage(k, pyramid, boxes, proposals.valid)
+            boxes = stage.move(deltas, boxes, most_likely(logits), images.sizes)
+            steps.append((unmoved.softmax(dim=-1), logits.softmax(dim=-1), boxes))
+        return Followed(*(torch.stack(part) for part in zip(*steps)))
+
+    @torch.no_grad()
+    def detect_each_stage(self, pyramid: list[Tensor], proposals: Proposals, images: ImageBatch) -> list[RawDetections]:
+        """What each stage would say alone, by its own scores on the boxes it has moved; last, what ``detect`` says.
+
+        Without masks.
+        """
+        count = rows_in_use(proposals.valid)
+        boxes, valid = proposals.boxes[:, :count], proposals.valid[:, :count]
+        scores, found = [], []
+        for k, stage in enumerate(self.stages[: self.stages_at_test]):
+            logits, deltas = self._run_stage(k, pyramid, boxes, valid)
+            scores.append(logits)
+            moved = stage.move_every_class(deltas, boxes, images.sizes)
+            found.append(self._select(logits.softmax(dim=-1), moved, valid))
+            boxes = stage.move(deltas, boxes, most_likely(logits), images.sizes)
+        return [*found, self._select(self._ensemble(scores), moved, valid)]
 
     # Box heads
 

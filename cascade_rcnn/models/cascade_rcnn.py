@@ -94,12 +94,16 @@ class CascadeRCNN(nn.Module):
         """Recompute the backbone's activations in the backward pass: less memory, more time."""
         self.backbone.recompute = on
 
-    def optimize_for_inference(self) -> CascadeRCNN:
+    def optimize_for_inference(self, *, bfloat16: bool = False) -> CascadeRCNN:
         """Prepare for inference on the weights' device: the same detections to float tolerance, but no more training.
 
         Batch norms are folded; box heads read RoI features in memory order; on a CPU wide convolutions take a
         quarter of the multiplications; on a GPU biases and ReLUs are applied in one pass, and predictions of a shape
         seen before are replayed as CUDA graphs. Weights may not change afterwards.
+
+        ``bfloat16``: the network will run under autocast to it. On a CPU the weights of convolutions and linear layers
+        are then kept in it, not converted in each call, and no convolution is Winograd's, whose transforms need more
+        digits.
         """
         self.eval().requires_grad_(False)
         self.backbone.fold_batch_norm()
@@ -107,8 +111,11 @@ class CascadeRCNN(nn.Module):
             assert isinstance(head, BoxHead)
             head.take_rows()
         if self.mean.device.type == "cpu":
-            for module in (self.fpn, self.rpn, self.cascade.mask_heads):
-                use_winograd(module)
+            if bfloat16:
+                _keep_in_bfloat16(self)
+            else:
+                for module in (self.fpn, self.rpn, self.cascade.mask_heads):
+                    use_winograd(module)
         elif self.mean.device.type == "cuda" and has_triton():
             self._use_the_gpu()
         for parameter in self.parameters():
@@ -143,6 +150,13 @@ class NoInitialValues(TorchFunctionMode):
         if getattr(func, "__name__", "") in ("normal_", "uniform_"):
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
+
+
+def _keep_in_bfloat16(module: nn.Module) -> None:
+    """Weights and biases of the layers that autocast runs in bfloat16."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            layer.to(torch.bfloat16)
 
 
 def _lay_channels_last(weight: nn.Parameter) -> None:

@@ -6,6 +6,7 @@ Errors are ``application/problem+json`` (RFC 9457) with one line in ``detail``; 
 from __future__ import annotations
 
 import asyncio
+import base64
 import hmac
 import importlib.resources
 import json
@@ -13,7 +14,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import FastAPI, Query, Request, Response
@@ -31,9 +32,11 @@ from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.detector import Detector
 from cascade_rcnn.serve.batching import Batcher, QueueFullError
 from cascade_rcnn.serve.fetch import fetch_url
+from cascade_rcnn.serve.label_studio import Backend, TaskError, add_label_studio
 from cascade_rcnn.serve.pictures import PictureTooLargeError, decode
 from cascade_rcnn.serve.settings import ServeSettings
 
+_T = TypeVar("_T")
 _OPEN = ("/", "/health", "/ready")  # without a key
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; style-src 'self' 'unsafe-inline'; "
@@ -114,7 +117,27 @@ def create_app(detector: Detector, settings: ServeSettings | None = None) -> Fas
     _add_errors(app)
     _add_middleware(app, service)
     _add_routes(app, service)
+    if service.settings.label_studio:
+        _add_label_studio(app, service)
     return app
+
+
+def _add_label_studio(app: FastAPI, service: _Service) -> None:
+    async def detect(images: list[NDArray[np.uint8]]) -> list[Detections]:
+        return await _limited(_detect(service, images, 0), service.settings.timeout)
+
+    async def refused(_: Request, error: Exception) -> Response:
+        return _problem(422, str(error))
+
+    app.add_exception_handler(TaskError, refused)
+    backend = Backend(
+        detect=detect,
+        settings=service.settings,
+        version=f"cascade-rcnn {__version__}",
+        class_names=service.detector.class_names,
+        masks=service.detector.config.model.masks != "none",
+    )
+    add_label_studio(app, backend)
 
 
 def _problem(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
@@ -145,12 +168,23 @@ def _add_errors(app: FastAPI) -> None:
     app.add_exception_handler(Exception, unknown)
 
 
+def _credentials(header: str) -> str:
+    """The key of ``Bearer KEY``, or the password of basic authentication (the only one that Label Studio sends)."""
+    kind, _, value = header.partition(" ")
+    if kind.lower() != "basic":
+        return header.removeprefix("Bearer ")
+    try:
+        return base64.b64decode(value, validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""
+
+
 def _add_middleware(app: FastAPI, service: _Service) -> None:
     key = service.settings.api_key
 
     @app.middleware("http")
     async def guard(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        given = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
+        given = request.headers.get("x-api-key") or _credentials(request.headers.get("authorization", ""))
         path = request.url.path
         if key and path not in _OPEN and not hmac.compare_digest(given.encode(), key.encode()):
             answer: Response = _problem(401, "a key is needed: send X-API-Key", {"WWW-Authenticate": "Bearer"})
@@ -238,7 +272,7 @@ def describe(service: _Service) -> dict[str, Any]:
     }
 
 
-async def _limited(work: Awaitable[dict[str, Any]], timeout: float) -> dict[str, Any]:
+async def _limited(work: Awaitable[_T], timeout: float) -> _T:
     try:
         return await asyncio.wait_for(work, timeout)
     except (TimeoutError, asyncio.TimeoutError):
@@ -259,12 +293,19 @@ async def _predict(service: _Service, request: Request, score: float, stages: in
         except UserError as error:
             raise ServiceError(422, f"{name}: {error}") from None
         names.append(name)
+    found = await _detect(service, images, stages)
+    return {"images": await asyncio.to_thread(_answers, service, names, found, score, masks)}
+
+
+async def _detect(service: _Service, images: list[NDArray[np.uint8]], stages: int) -> list[Detections]:
+    if not service.ready or service.batcher is None:
+        raise ServiceError(503, "starting or stopping", {"Retry-After": "1"})
     try:
         found = await service.batcher.detect(images, stages)
     except QueueFullError as error:
         raise ServiceError(429, str(error), {"Retry-After": str(math.ceil(error.retry_after))}) from None
     service.metrics.images.inc(len(found))
-    return {"images": await asyncio.to_thread(_answers, service, names, found, score, masks)}
+    return found
 
 
 def _answers(

@@ -40,9 +40,12 @@ def run_serve(
         max_detections=inference.max_detections,
     )
     print(detector.choices())
-    app = create_app(detector, settings or ServeSettings(api_key=os.environ.get(API_KEY, "")))
+    settings = settings or ServeSettings(api_key=os.environ.get(API_KEY, ""))
+    app = create_app(detector, settings)
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{port}/  (the page; POST /predict, GET /model /health /ready /metrics)", flush=True)
+    if settings.label_studio:
+        print(f"Label Studio: add the model http://{shown}:{port}/label-studio in the project's settings", flush=True)
     config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30, server_header=False
     )

@@ -29,6 +29,10 @@ class ServeSettings:
     """Seconds until a request is answered 504."""
     allow_urls: bool = False
     """Fetch images from addresses that clients name: off, since it lets them reach what this machine can reach."""
+    label_studio: str = ""
+    """Address of a Label Studio server: answer its machine-learning API under ``/label-studio``; empty: do not."""
+    label_studio_key: str = ""
+    """Its access token, to read the tasks' pictures."""
     api_key: str = ""
     """What clients must send as ``Authorization: Bearer KEY`` or ``X-API-Key: KEY``; empty: nothing."""
 
@@ -36,6 +40,8 @@ class ServeSettings:
         for name in ("max_batch", "max_queue", "max_bytes", "max_files", "max_pixels"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name.replace('_', '-')} {getattr(self, name)}: at least 1")
+        if self.label_studio and not self.label_studio.startswith(("http://", "https://")):
+            raise ConfigError(f"label-studio {self.label_studio!r}: an address such as http://localhost:8080")
         if not (0 <= self.max_delay <= 10 and 0 < self.timeout <= 3600):
             raise ConfigError(
                 f"max-delay {self.max_delay}: 0 to 10 seconds; timeout {self.timeout}: up to 3600 seconds"

@@ -43,7 +43,7 @@ def open_validation(config: Config, log: RunLog) -> DataSplit:
     """
     split = open_split(config.data.root, config.data.val, orientation=config.data.orientation)
     refuse_undecided(split, config.data.orientation)
-    found = _unusable(split, config.data) if distributed.rank() == 0 else {}
+    found = unusable_images(split, config.data) if distributed.rank() == 0 else {}
     unusable = distributed.broadcast(found)
     if not unusable:
         return split
@@ -60,7 +60,7 @@ def open_validation(config: Config, log: RunLog) -> DataSplit:
     return dataclasses.replace(split, records=usable)
 
 
-def _unusable(split: DataSplit, data: DataConfig) -> dict[int, str]:
+def unusable_images(split: DataSplit, data: DataConfig) -> dict[int, str]:
     """The rows of a split's images that an evaluation could not read, as ``check`` finds them, with the reason."""
     reasons = {row: _problem(split, record, data) for row, record in enumerate(split.records)}
     return {row: reason for row, reason in reasons.items() if reason}

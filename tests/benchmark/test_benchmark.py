@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from cascade_rcnn.benchmark import contenders as contenders_module
+from cascade_rcnn.benchmark import run as run_module
 from cascade_rcnn.benchmark import stopwatch
 from cascade_rcnn.benchmark.contenders import Setting
 from cascade_rcnn.benchmark.memory import measure_memory
@@ -30,6 +32,30 @@ def recipe(tmp_path: Path) -> str:
     path = tmp_path / "small.py"
     path.write_text(RECIPE.format(masks="none"))
     return str(path)
+
+
+@pytest.fixture(autouse=True)
+def no_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever processor the tests run on."""
+    monkeypatch.setattr(contenders_module, "has_bfloat16_units", lambda: False)
+    monkeypatch.setattr(run_module, "has_bfloat16_units", lambda: False)
+    monkeypatch.setattr(run_module, "has_int8_units", lambda: False)
+
+
+def test_bfloat16_is_measured_against_its_own_limit_where_there_are_units(
+    recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contenders_module, "has_bfloat16_units", lambda: True)
+    monkeypatch.setattr(run_module, "has_bfloat16_units", lambda: True)
+    monkeypatch.setattr(run_module, "measure_memory", lambda *_, **__: {})
+    report = run_benchmark(config=recipe, size=SIZE, device="cpu", rounds=1)
+    names = [model["name"] for model in report["models"]]
+    assert len(names) == 3 and names[1] == f"{names[0]}, bfloat16"
+    half = report["models"][1]
+    assert half["limit"] == report["limits"]["bfloat16_macs_per_second"]
+    assert half["share_of_limit"] == pytest.approx(half["macs"] / half["limit"] / half["seconds"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "other products of this processor: bfloat16" in told and "no int8 units" in told
 
 
 def parts_of(model: dict[str, Any]) -> dict[str, float]:

@@ -18,7 +18,7 @@ import locations
 import scenes
 from cascade_rcnn.check import dataset as check_module
 from cascade_rcnn.check.dataset import check_before_training, check_dataset, run_check
-from cascade_rcnn.check.objects import best_anchor_iou
+from cascade_rcnn.check.objects import anchor_sides, best_anchor_iou
 from cascade_rcnn.config import Config, DataConfig, ModelConfig
 from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.data.problems import KINDS
@@ -246,7 +246,9 @@ def test_best_anchor_overlap_equals_the_full_table_of_anchors() -> None:
             high = np.minimum(boxes[:, None, 2:], centers + side / 2)
             shared = np.clip(high - low, 0, None).prod(axis=2)
             best = np.maximum(best, (shared / (size.prod(axis=1)[:, None] + side.prod() - shared)).max(axis=1))
-    np.testing.assert_allclose(best_anchor_iou(boxes, scales=(8.0,), ratios=(0.5, 1.0, 2.0)), best, rtol=1e-12)
+    np.testing.assert_allclose(
+        best_anchor_iou(boxes, sizes=anchor_sides(ModelConfig()), ratios=(0.5, 1.0, 2.0)), best, rtol=1e-12
+    )
 
 
 def _broken(root: Path) -> Path:

@@ -624,3 +624,16 @@ def test_two_networks_in_a_file_are_refused(tmp_path: Path) -> None:
     state = {prefix + key: value for prefix in ("first.", "second.") for key, value in small_state().items()}
     with pytest.raises(CheckpointError, match=r"2 networks.*first\., second\."):
         convert(tmp_path, {"state_dict": state})
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    state = {key: value.to(torch.int8) if value.ndim == 4 else value for key, value in small_state().items()}
+    with pytest.raises(CheckpointError, match=r"are whole numbers \(.*torch\.int8\), as in a quantised network"):
+        convert(tmp_path, {"state_dict": state})
+
+
+def test_a_name_twice_in_the_metadata_is_refused_until_the_classes_are_named(tmp_path: Path) -> None:
+    content = {"state_dict": small_state(), "meta": {"CLASSES": ("nut", "nut", "bolt")}}
+    with pytest.raises(CheckpointError, match=r"names the class 'nut' twice.* with --classes"):
+        convert(tmp_path, content)
+    assert convert(tmp_path, content, classes=("nut", "nut 2", "bolt")).class_names == ("nut", "nut 2", "bolt")

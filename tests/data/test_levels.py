@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import zlib
@@ -149,3 +150,13 @@ def test_not_a_number_is_black(tmp_path: Path) -> None:
 def test_a_range_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.range"):
         DataConfig(range=text)
+
+
+def test_bytes_and_open_files_of_16_bits_are_read_by_a_range_that_is_known() -> None:
+    stream = io.BytesIO()
+    Image.fromarray(GREY.astype(np.uint16) * 16).save(stream, "PNG")
+    assert (to_array(stream.getvalue(), range="0 4095")[..., 0] == GREY).all()
+    stream.seek(0)
+    assert (to_array(stream, range="0 4095")[..., 0] == GREY).all()
+    with pytest.raises(DataError, match=r"bytes of an image: levels 0 to 4080 .*--range"):
+        to_array(stream.getvalue())

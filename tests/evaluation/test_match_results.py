@@ -110,3 +110,21 @@ def test_polygons_of_results_are_scored_as_masks(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(json.dumps(found))
     metrics = score(format="coco", truth=tmp_path / "t.json", results=tmp_path / "r.json")
     assert metrics["segm/AP"] == pytest.approx(1)
+
+
+def test_boxes_written_as_corners_are_refused(tmp_path: Path) -> None:
+    truth(tmp_path / "truth.json")
+    boxes = [[10 + n, 20, 40, 50 + n] for n in range(25)]  # x, y, width, height
+
+    def write(corners: bool) -> Path:
+        found = [
+            {"image_id": 1, "category_id": 2, "score": 0.5, "bbox": [x, y, x + w, y + h] if corners else [x, y, w, h]}
+            for x, y, w, h in boxes
+        ]
+        path = tmp_path / "found.json"
+        path.write_text(json.dumps(found))
+        return path
+
+    score(format="coco", truth=tmp_path / "truth.json", results=write(corners=False))
+    with pytest.raises(DataError, match=r"13 of 25 boxes leave their image .*: write x, y, width, height"):
+        score(format="coco", truth=tmp_path / "truth.json", results=write(corners=True))

@@ -15,6 +15,9 @@ from cascade_rcnn.benchmark.stopwatch import seed_weights
 from cascade_rcnn.models import boxes, cascade, detectron_rules, matching, postprocess, rpn
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.models.mask_head import mask_targets
+from cascade_rcnn.models.ops.roi_align import roi_align_rows
+from cascade_rcnn.models.ops.roi_sampling import Sampling
+from cascade_rcnn.models.ops.winograd import WinogradConv2d
 from tiny import squares, tiny_model
 
 # Where a function is looked up, and its name.
@@ -150,3 +153,48 @@ def test_mask_targets_do_not_depend_on_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(mask_targets(*arguments), expected)
     assert 0 < expected.mean() < 1
+
+
+def test_weights_kept_in_bfloat16_give_what_autocast_gives() -> None:
+    """On a CPU; no layer is Winograd's, whose transforms need float32. Boxes, scores and masks come in float32."""
+    images, _ = squares()
+    plain, kept = (tiny_model(masks="last", fpn_channels=192).eval() for _ in range(2))
+    for model in (plain, kept):
+        seed_weights(model)
+    kept.optimize_for_inference(bfloat16=True)
+    layers = [m for m in kept.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d, torch.nn.Linear))]
+    assert {layer.weight.dtype for layer in layers} == {torch.bfloat16}
+    assert not any(isinstance(module, WinogradConv2d) for module in kept.modules())
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        features, expected = kept.pyramid(images), plain.pyramid(images)
+        found = kept.detect(images)
+    assert {feature.dtype for feature in features} == {torch.bfloat16}
+    for one, other in zip(features, expected):
+        scale = float(other.float().std())
+        assert float((one.float() - other.float()).square().mean().sqrt()) < 0.03 * scale
+    assert found.masks is not None
+    assert {found.boxes.dtype, found.scores.dtype, found.masks.dtype} == {torch.float32}
+
+
+def test_winograd_stays_in_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(192, 192, 3, padding=1).requires_grad_(False)
+    x = torch.randn(1, 192, 12, 16).bfloat16()
+    exact = conv(x.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        made = WinogradConv2d(conv)(x)
+    assert made.dtype == torch.bfloat16
+    assert float((made.float() - exact).abs().max()) <= 2**-8 * float(exact.abs().max())  # rounded once
+
+
+def test_roi_align_of_bfloat16_features_sums_in_float32() -> None:
+    torch.manual_seed(0)
+    features = [torch.randn(1, 64, 200 // s, 272 // s).contiguous(memory_format=torch.channels_last) for s in (1, 2)]
+    corner = torch.rand(1, 50, 2) * 400
+    boxes = torch.cat((corner, corner + torch.rand(1, 50, 2) * 400), dim=2)
+    sampling = Sampling(7, (4, 8))
+    exact = roi_align_rows([f.bfloat16().float() for f in features], boxes, sampling)
+    half = roi_align_rows([f.bfloat16() for f in features], boxes, sampling)
+    assert half.dtype == torch.bfloat16
+    error = (half.float() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert error < 3.5e-3  # rounding the result alone gives 1.7e-3; sums in bfloat16 would give 1e-2

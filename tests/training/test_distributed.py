@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,23 @@ def test_two_processes_give_the_gradients_and_weights_of_one(tmp_path: Path) -> 
         torch.testing.assert_close(second[f"model.{name}"], first[f"model.{name}"], rtol=1e-3, atol=1e-6)
 
 
+def _backward_in_channels_last(channels: int) -> list[str]:
+    """Warnings of a backward pass of 1x1 convolutions, whose algorithm depends on the size of the maps."""
+    with distributed.start("cpu") as world, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.set_num_threads(2)  # one thread multiplies matrices instead: the other algorithm
+        network = nn.Sequential(nn.Conv2d(4, channels, 1), nn.Conv2d(channels, 8, 3), nn.Conv2d(8, 2, 1))
+        wrapped = distributed.wrap(network, world)
+        wrapped(torch.rand(2, 4, 26, 25).contiguous(memory_format=torch.channels_last)).sum().backward()
+    return [str(warning.message)[:40] for warning in caught]
+
+
+@pytest.mark.parametrize("channels", [8, 256])
+def test_gradients_lie_as_the_buckets_that_add_them_up(channels: int) -> None:
+    """Otherwise PyTorch warns."""
+    assert run_ranks(2, _backward_in_channels_last, channels) == [[], []]
+
+
 def _divisor() -> float:
     with distributed.start("cpu") as world:
         return normalizer(torch.tensor(1.0 if world.is_main else 0.0)).item()
@@ -167,7 +185,7 @@ def _detect(config: Config) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         torch.manual_seed(0)
         model = build_model(config.model, 5)
         split = open_split(config.data.root, "val")
-        results = detect_split(model, config, split, progress=False)
+        results, split = detect_split(model, config, split, progress=False)
         return results, evaluate_results(results, config, split) if distributed.rank() == 0 else {}
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cascade_rcnn.data import files
 from cascade_rcnn.data.formats.find_images import ImageFinder
-from cascade_rcnn.data.images import image_size
+from cascade_rcnn.data.images import image_size, lies_in_file
 from cascade_rcnn.data.masks import polygon_points, segmentation_area, segmentation_box, usual_segmentation
 from cascade_rcnn.data.problems import Problems
 from cascade_rcnn.data.records import DataSplit, ImageRecord, Segmentation, empty_record
@@ -156,7 +156,8 @@ class _Ids:
 def _flag(value: object) -> bool:
     """A flag as it is written: 1, 1.0, true, "1", "true". Raises ``ValueError`` for what is neither yes nor no."""
     if isinstance(value, str):
-        value = {"0": 0, "false": 0, "no": 0, "": 0, "1": 1, "true": 1, "yes": 1}.get(value.strip().lower(), value)
+        words = {"0": 0, "0.0": 0, "false": 0, "no": 0, "": 0, "1": 1, "1.0": 1, "true": 1, "yes": 1}
+        value = words.get(value.strip().lower(), value)
     if value is None:
         return False
     if not isinstance(value, int | float) or value not in (0, 1):
@@ -378,7 +379,8 @@ def _read_box(
     if width <= 0 or height <= 0:
         problems.add("empty-box", place, f"bbox {shown(box)} of {shown(record.file_name)} has no area")
         return None
-    if record.width and (x >= record.width or y >= record.height or x + width <= 0 or y + height <= 0):
+    beyond = x >= record.width or y >= record.height
+    if record.width and (x + width <= 0 or y + height <= 0 or (beyond and not lies_in_file(record.path, x, y))):
         problems.add(
             "outside-box",
             place,

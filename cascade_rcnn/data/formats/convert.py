@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from cascade_rcnn.config import Orientation
@@ -62,8 +63,20 @@ def _refuse_empty(split: DataSplit) -> None:
         )
 
 
-def run_convert_data(src: Path, dst: Path, *, to: str, orientation: Orientation = "auto") -> int:
-    """The command: converts, and prints what was written and how. Returns the exit code 0."""
+def run_convert_data(
+    src: Path,
+    dst: Path,
+    *,
+    to: str,
+    orientation: Orientation = "auto",
+    refuse: Callable[[Path, Orientation], None] | None = None,
+) -> int:
+    """The command: converts, and prints what was written and how. Returns the exit code 0.
+
+    ``refuse`` looks at the source first and raises ``DataError`` for what another format would hide.
+    """
+    if refuse is not None:
+        refuse(src, orientation)
     splits, counts = convert_data(src, dst, to=to, orientation=orientation)
     for split in splits:
         print(describe_split(split))

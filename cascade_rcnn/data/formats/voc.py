@@ -22,7 +22,7 @@ import numpy as np
 
 from cascade_rcnn.data import files
 from cascade_rcnn.data.formats.find_images import ImageFinder, same_name, stem_of
-from cascade_rcnn.data.images import IMAGE_SUFFIXES, image_size
+from cascade_rcnn.data.images import IMAGE_SUFFIXES, image_size, lies_in_file
 from cascade_rcnn.data.problems import Problems
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError
@@ -143,12 +143,18 @@ def _lists_of_folder(folder: Path, annotations: Path) -> Iterator[_List]:
         yield _List(prefix, name, folder, annotations, images, wanted[name])
     if names:
         return
-    inner = [child for child in files.subfolders(annotations) if files.split_word(child.name) and _has_xml(child)]
+    inner = _split_folders(annotations)
+    if not inner and not files.list_files(annotations, {".xml"}):  # annotations/xmls/train
+        inner = [child for middle in files.subfolders(annotations) for child in _split_folders(middle)]
     for child in inner:  # annotations/train with images/train
         pictures = next((images / p.name for p in files.subfolders(images) if p.name == child.name), images)
         yield _List(prefix, child.name, folder, child, pictures, None)
     if not inner:
         yield _List(prefix, "all", folder, annotations, images, None)
+
+
+def _split_folders(folder: Path) -> list[Path]:
+    return [child for child in files.subfolders(folder) if files.split_word(child.name) and _has_xml(child)]
 
 
 def _has_xml(folder: Path, depth: int = 3) -> bool:
@@ -223,7 +229,9 @@ def _read_list(entry: _List, labels: dict[str, int], problems: Problems) -> tupl
     if entry.file is None:
         names = [_name_below(entry.annotations, path) for path in files.list_files_below(entry.annotations, {".xml"})]
     else:
-        names = list(dict.fromkeys(list_entry(line) for line in files.read_lines(entry.file) if line.strip()))
+        lines = [line.strip() for line in files.read_lines(entry.file) if line.strip()]
+        # a name may end like a flag: "bolt 1"
+        names = list(dict.fromkeys(line if same_name(line) in annotations else list_entry(line) for line in lines))
     trees: list[tuple[str, Path, ElementTree.Element]] = []
     plain = True
     for number, name in enumerate(names):
@@ -355,7 +363,7 @@ def _read_record(
     boxes, kept, flags = [], [], []
     for position, item in enumerate(objects):
         place = f"{where}, object {position + 1}"
-        box = _read_box(item, height, width, place, problems)
+        box = _read_box(item, (height, width), image, place, problems)
         label = labels.get(item.name)
         if label is None:
             problems.add("bad-annotation", place, "an object without a name")
@@ -431,9 +439,10 @@ def _corners(item: ElementTree.Element) -> tuple[str, tuple[float, float, float,
 
 
 def _read_box(
-    item: VocObject, height: int, width: int, place: str, problems: Problems
+    item: VocObject, size: tuple[int, int], image: Path, place: str, problems: Problems
 ) -> tuple[float, float, float, float] | None:
     left, top, right, bottom = item.corners
+    height, width = size
     if not item.shape:
         problems.add("bad-annotation", place, "an object without bndbox")
         return None
@@ -444,7 +453,8 @@ def _read_box(
     if right < left or bottom < top or (right == left and bottom == top):
         problems.add("empty-box", place, f"bndbox {shown([left, top, right, bottom])} has no area")
         return None
-    if width and (left > width or top > height or right < 1 or bottom < 1):
+    beyond = left > width or top > height
+    if width and (right < 1 or bottom < 1 or (beyond and not lies_in_file(image, left - 1, top - 1))):
         problems.add(
             "outside-box",
             place,

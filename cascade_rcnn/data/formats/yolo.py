@@ -167,6 +167,9 @@ def _read_yaml(path: Path) -> _Layout:
         try:
             places = [_place(path, base, word, layout, name) for word in words]
         except DataError as error:  # the other splits may be read
+            if name == "test" and layout.splits and not any((base / word).exists() for word in words):
+                layout.notes.append(("absent-split", printable(path), f"test: {shown(value)} is not there"))
+                continue  # Roboflow names it although nothing is in it
             places, layout.broken[name] = [], error
         if words:
             layout.splits[name] = places
@@ -460,17 +463,30 @@ def _find_misread_rows(rows: list[list[_Row]], layout: _Layout, where: str, prob
             if len(row.values) == 4:
                 x1, y1, x2, y2 = row.values
                 row.values = [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
+    elif len(boxes) >= 3 and _are_from_corner(boxes):
+        problems.add(
+            "topleft-as-centre",
+            where,
+            f"as cx cy w h many of {len(boxes):,} boxes leave their image, as x y w h from the upper left corner none "
+            f"does; e.g. {shown(next(row.text for row in every if len(row.values) == 4))}",
+        )
+        for row in every:
+            if len(row.values) == 4:
+                x, y, width, height = row.values
+                row.values = [x + width / 2, y + height / 2, width, height]
     if layout.keypoints and every:
         problems.add("keypoints", where, f"the keypoints of {len(every):,} objects are left out")
     shapes = {len(row.values) for row in every}
     count = shapes.pop() if len(shapes) == 1 and len(every) >= 3 else 0
-    if count >= 8:
+    if count >= 6:
         values = np.array([row.values for row in every])
-        if count >= 10 and _are_poses(values):
+        if not layout.keypoints and _are_poses(values):
+            triangles = "; if they are triangles, write the first corner again at the end" if count == 6 else ""
             problems.add(
                 "pose-labels",
                 where,
-                f"all {len(every):,} rows hold {count + 1} numbers, like a box and {(count - 4) // 2} keypoints",
+                f"all {len(every):,} rows hold {count + 1} numbers, like a box and {(count - 4) // 2} keypoints"
+                f"{triangles}",
             )
         elif count == 8 and not layout.keypoints:
             problems.add("rotated-box", where, f"all {len(every):,} objects have four corners (8 numbers)")
@@ -486,10 +502,18 @@ def _are_corners(boxes: NDArray[np.float64]) -> bool:
     return bool(leaves.mean() >= 0.25 and fits.mean() >= 0.95)
 
 
+def _are_from_corner(boxes: NDArray[np.float64]) -> bool:
+    """Whether boxes [N, 4] that leave the image as centre and size would all fit as upper left corner and size."""
+    leaves = (np.abs(boxes[:, :2] - 0.5) + boxes[:, 2:] / 2 > 0.5 + _SLACK).any(axis=1)
+    fits = (boxes >= -_SLACK).all(axis=1) & (boxes[:, :2] + boxes[:, 2:] <= 1 + _SLACK).all(axis=1)
+    return bool(leaves.mean() >= 0.25 and fits.mean() >= 0.95)
+
+
 def _are_poses(values: NDArray[np.float64]) -> bool:
     """Whether rows [N, 4 + 2 P] are all a box (centre, size) within the image and P points within that box.
 
-    Polygons in the middle of their image may look like that, but their outline hardly ever crosses itself.
+    Polygons in the middle of their image may look like that, but their outline hardly ever crosses itself; with a box
+    and two points it does so now and then. Triangles (a box and one point) cannot.
     """
     centre, size = values[:, None, :2], values[:, None, 2:4]
     points = values[:, 4:].reshape(len(values), -1, 2)
@@ -497,7 +521,10 @@ def _are_poses(values: NDArray[np.float64]) -> bool:
     if not (box_inside and (np.abs(points - centre) <= size / 2 + _SLACK).all()):
         return False
     some = values[:100].reshape(min(len(values), 100), -1, 2)
-    return bool(np.mean([_crosses_itself(polygon) for polygon in some]) > 0.5)
+    if values.shape[1] == 6:
+        return True
+    crossing = float(np.mean([_crosses_itself(polygon) for polygon in some]))
+    return crossing > (0.5 if values.shape[1] > 8 else 0.1)
 
 
 def _crosses_itself(polygon: NDArray[np.float64]) -> bool:

@@ -1,4 +1,4 @@
-"""What can run now: Triton kernels on this machine, or only torch operations while a compiler or exporter traces."""
+"""What can run now: Triton kernels, bfloat16 on the processor, or torch operations alone while a compiler traces."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import os
 import shutil
 
 import torch
+
+_BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")  # torch's names, x86 and ARM
+_INT8_UNITS = ("avx512_vnni", "avx_vnni", "amx_int8", "dot", "i8mm")
 
 
 @functools.cache
@@ -33,6 +36,25 @@ def has_triton() -> bool:
 def exporting() -> bool:
     """Whether an exporter is tracing: no value may decide a shape, except through operators it knows."""
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+
+
+@functools.cache
+def has_bfloat16_units() -> bool:
+    """Whether this machine's processor multiplies bfloat16 itself. Without, float32 is faster than bfloat16."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        known = torch.cpu.get_capabilities()
+        return any(known.get(name) is True for name in _BFLOAT16_UNITS)
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # older than torch 2.11
+    return any(getattr(torch.cpu, name, lambda: False)() for name in asked)
+
+
+@functools.cache
+def has_int8_units() -> bool:
+    """Whether the processor multiplies 8-bit integers four at a time (VNNI, AMX, ARM's dot products)."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        known = torch.cpu.get_capabilities()
+        return any(known.get(name) is True for name in _INT8_UNITS)
+    return bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
 
 
 def followed() -> bool:

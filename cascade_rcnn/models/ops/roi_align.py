@@ -260,9 +260,19 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
+def _summed_in(feature: Tensor) -> torch.dtype:
+    """Type of the rows that the forward pass reads.
+
+    On CPUs ``embedding_bag`` reads bfloat16 and sums in float32: half of the memory traffic and no copy of the maps, so
+    a third of the time. The weights are rounded too: 2.2e-3 instead of 1.4e-3 of error, which is bfloat16's own.
+    """
+    is_bfloat16 = feature.dtype == torch.bfloat16 and feature.device.type == "cpu"
+    return torch.bfloat16 if is_bfloat16 else _wide(feature.dtype)
+
+
 def _plain_forward(features: Sequence[Tensor], boxes: Tensor, valid: Tensor | None, sampling: Sampling) -> Tensor:
-    channels, dtype = features[0].shape[1], _wide(features[0].dtype)
-    device = features[0].device
+    channels, device = features[0].shape[1], features[0].device
+    dtype = _summed_in(features[0])
     levels = [feature.permute(0, 2, 3, 1).reshape(-1, channels).to(dtype) for feature in features]  # [B * H * W, C]
     bins = sampling.size**2
     result = torch.empty(boxes.shape[0] * boxes.shape[1], bins, channels, dtype=dtype, device=device)

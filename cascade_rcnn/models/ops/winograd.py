@@ -90,7 +90,9 @@ class WinogradConv2d(nn.Module):
         """[B, C, H, W] to [B, out, H, W]."""
         # For torch.compile one operator: the loop over bands, unrolled, would compile for minutes and gain nothing.
         convolve = _operator if torch.compiler.is_compiling() else _convolve
-        return convolve(x, self.weight, self.bias, self.to_basis, self.from_basis)
+        with torch.autocast(x.device.type, enabled=False):  # in half precision the transforms would lose what is left
+            made = convolve(x.to(self.weight.dtype), self.weight, self.bias, self.to_basis, self.from_basis)
+        return made.to(x.dtype)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, to_basis: Tensor, from_basis: Tensor) -> Tensor:

@@ -179,6 +179,7 @@ def _halves(entry: dict[str, Any]) -> list[dict[str, Any]]:
         lambda content: [image.update(id=str(image["id"])) for image in content["images"]],
         lambda content: [image.update(width=160.0, height="120") for image in content["images"]],
         _annotations(lambda entry: entry.update(iscrowd="0", ignore="false")),
+        _annotations(lambda entry: entry.update(iscrowd="False", ignore="0.0")),
         _annotations(lambda entry: entry.update(iscrowd=0.0, ignore=None)),
         _annotations(lambda entry: entry.update(bbox=[str(value) for value in entry["bbox"]])),
         _annotations(lambda entry: entry.pop("bbox")),
