@@ -450,6 +450,40 @@ def _convert_data(words: Sequence[str]) -> int:
     return run_convert_data(args.source, args.dest, to=args.to, orientation=orientation, refuse=refuse_misread)
 
 
+def _export(words: Sequence[str]) -> None:
+    settings, words = _split_settings(words)
+    parser = _parser("export", "cascade-rcnn export runs/demo --to onnx --data runs/demo/data")
+    _add_checkpoint(parser)
+    parser.add_argument("--to", required=True, choices=("onnx", "openvino", "torch"), help="format to write")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--size", type=_whole_number, nargs=2, metavar=("H", "W"), help="the only size of the network's input"
+    )
+    size.add_argument("--dynamic", action="store_true", help="images of any size (the default)")
+    parser.add_argument("--batch", type=_whole_number, metavar="N", help="the only number of images at once")
+    parser.add_argument("--int8", type=Path, metavar="IMAGES", help="8-bit integers, calibrated on a folder of images")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="data set: compare on its images, and measure the AP of both"
+    )
+    parser.add_argument("--split", default="", metavar="NAME", help="of the data set; default: the one for validation")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write; default: beside the checkpoint")
+    args = parser.parse_all(words)
+
+    from cascade_rcnn.export.command import run_export
+
+    run_export(
+        args.checkpoint,
+        to=args.to,
+        out=args.out,
+        size=None if args.size is None else (args.size[0], args.size[1]),
+        batch=args.batch,
+        int8=args.int8,
+        data=args.data,
+        split=args.split,
+        settings=settings,
+    )
+
+
 def _config(words: Sequence[str]) -> None:
     settings, words = _split_settings(words)
     parser = _parser("config", "cascade-rcnn config finetune --train.lr 0.01 > my_recipe.py")
@@ -543,6 +577,13 @@ COMMANDS: dict[str, _Command] = {
         "Serves a checkpoint over HTTP, with a page to try it.",
         "POST /predict takes pictures, / is a page for the browser, /metrics is for Prometheus. Clients must send\n"
         "a key where CASCADE_RCNN_API_KEY is set. Needs pip install 'cascade-rcnn[serve]'.",
+    ),
+    "export": _Command(
+        _export,
+        "Writes a checkpoint's network for ONNX Runtime, OpenVINO or torch.export, compared with PyTorch.",
+        "The folder (model.onnx, model.xml or model.pt2, and report.json) is taken wherever a checkpoint is. Test-time\n"
+        "settings such as --model.max-detections 300 become the network's own. Needs pip install 'cascade-rcnn[onnx]'\n"
+        "or 'cascade-rcnn[openvino]', --int8 needs 'cascade-rcnn[int8]'.",
     ),
     "models": _Command(
         _models,

@@ -45,6 +45,7 @@ ROOMS = (
     "serve",
     "train evaluate analyze predict score demo visualize ray sahi",  # one verb each, and documented names
     "labels",
+    "export",
     "cli __main__",
 )
 
