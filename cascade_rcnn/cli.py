@@ -581,9 +581,9 @@ COMMANDS: dict[str, _Command] = {
     "export": _Command(
         _export,
         "Writes a checkpoint's network for ONNX Runtime, OpenVINO or torch.export, compared with PyTorch.",
-        "The folder (model.onnx, model.xml or model.pt2, and report.json) is taken wherever a checkpoint is. Test-time\n"
-        "settings such as --model.max-detections 300 become the network's own. Needs pip install 'cascade-rcnn[onnx]'\n"
-        "or 'cascade-rcnn[openvino]', --int8 needs 'cascade-rcnn[int8]'.",
+        "The folder (model.onnx, model.xml or model.pt2, and report.json) is taken wherever a checkpoint is.\n"
+        "Test-time settings such as --model.max-detections 300 become the network's own.\n"
+        "Needs pip install 'cascade-rcnn[onnx]' or 'cascade-rcnn[openvino]', --int8 needs 'cascade-rcnn[int8]'.",
     ),
     "models": _Command(
         _models,

@@ -1,4 +1,4 @@
-"""``cascade-rcnn export CHECKPOINT --to onnx|openvino|torch``: the network for other runtimes, compared with PyTorch."""
+"""``cascade-rcnn export CHECKPOINT --to onnx|openvino|torch``: the network for other runtimes, beside PyTorch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cascade_rcnn.errors import ConfigError, DataError, UserError
 from cascade_rcnn.export import network, report
 from cascade_rcnn.export.quantise import CALIBRATION_IMAGES, Feed, quantise
 from cascade_rcnn.inference.detector import Detector, load
-from cascade_rcnn.inference.exported import NAMES, ExportInfo, exported_file, padded
+from cascade_rcnn.inference.exported import NAMES, ExportInfo, exported_file
 from cascade_rcnn.inference.media import collect
 from cascade_rcnn.messages import printable
 from cascade_rcnn.recipes import apply_overrides
@@ -60,6 +60,10 @@ def run_export(
     folder = out or _default_folder(path, to, int8=int8 is not None)
     _check_folder(folder)
     model = network.network_of(path, info.config)
+    if info.size is not None and info.config.model.norm == "group":
+        print(
+            "group norm sees the padding of a fixed size: detections differ from the checkpoint's; --dynamic keeps them"
+        )
     print(f"tracing the network ({'any size' if info.size is None else f'{info.size[0]} x {info.size[1]}'}) ...")
     program = network.trace(model, size=info.size, batch=info.batch)
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,12 +166,9 @@ def _feeds(path: Path, images: Path, info: ExportInfo) -> list[Feed]:
         except DataError as error:
             print(f"left out of the calibration: {error}")
             continue
-        pixels = batch.pixels
-        if info.size is not None:
-            pixels = padded(pixels, info.size)
         count = info.batch or 1
         feeds.append(
-            {"pixels": pixels.expand(count, -1, -1, -1).numpy(), "sizes": batch.sizes.expand(count, -1).numpy()}
+            {"pixels": batch.pixels.expand(count, -1, -1, -1).numpy(), "sizes": batch.sizes.expand(count, -1).numpy()}
         )
     if not feeds:
         raise UserError(f"{printable(images)}: no images to calibrate with; give a folder of about 100")
@@ -201,8 +202,8 @@ def _report(path: Path, target: Path, info: ExportInfo, *, data: Path | None, sp
     write_json(target.with_name("report.json"), content)
     equality, seconds = content["equality"], content["time"]
     print(
-        f"{printable(target)}: {content['megabytes']:.1f} MB; {equality['matched']} of {equality['detections']} detections "
-        f"as PyTorch's on {what}; {seconds['exported_ms']:.0f} ms, PyTorch {seconds['pytorch_ms']:.0f} ms"
+        f"{printable(target)}: {content['megabytes']:.1f} MB; {equality['matched']} of {equality['detections']} "
+        f"detections as PyTorch's on {what}; {seconds['exported_ms']:.0f} ms, PyTorch {seconds['pytorch_ms']:.0f} ms"
     )
     print(f"use it as a checkpoint: cascade-rcnn predict {printable(target.parent)} photos")
 

@@ -132,7 +132,9 @@ def write_onnx(program: Any, path: Path, info: ExportInfo) -> None:
 
 def _sort_stable(values: Any, *, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
     """``aten.sort.stable`` by TopK, which puts the earlier of two equal values first."""
-    from onnxscript import opset18 as op
+    import onnxscript
+
+    op: Any = onnxscript.opset18
 
     axis = dim % len(values.shape)
     count = op.Slice(op.Shape(values), [axis], [axis + 1], [0])

@@ -29,7 +29,7 @@ from cascade_rcnn.data.transforms import resize_for_test
 from cascade_rcnn.distributed import choose_device
 from cascade_rcnn.errors import CheckpointError, DataError, UserError
 from cascade_rcnn.inference.detections import Detections
-from cascade_rcnn.inference.exported import ExportedNetwork, exported_file, fitting
+from cascade_rcnn.inference.exported import ExportedNetwork, exported_file, fitting, padded
 from cascade_rcnn.inference.run_model import Precision, choose_precision, detect, to_detections
 from cascade_rcnn.inference.tiled import TiledDetections, open_rows, predict_tiles
 from cascade_rcnn.inference.tiles import ArrayRows, Pyramid, Tiling
@@ -428,4 +428,7 @@ class Detector:
         buckets = () if isinstance(self.model, ExportedNetwork) else bucket_sizes(data)
         collated = Collate(data.pad_multiple, buckets=buckets)(items)
         assert not isinstance(collated, DataError)
-        return dataclasses.replace(collated[0], image_ids=())
+        images = dataclasses.replace(collated[0], image_ids=())
+        if self.canvas is not None:
+            images.pixels = padded(images.pixels, self.canvas)
+        return images
