@@ -24,6 +24,7 @@ from cascade_rcnn.evaluation.submission import submission_ids, submit_prediction
 from cascade_rcnn.inference.as_dataset import DatasetWriter, dataset_writer
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.detector import Detector, checked_number, load
+from cascade_rcnn.inference.exported import usual_device
 from cascade_rcnn.inference.geojson import FeaturesFile
 from cascade_rcnn.inference.media import InputFile, VideoReader, VideoWriter, collect, listed_endings
 from cascade_rcnn.inference.predictions_file import ResultsFile, join_shards, parse_shard, results_path
@@ -99,7 +100,8 @@ def run_predict(
     everything = list(collect(paths, leave_out=out, others=others))
     ids = _image_ids([file.name for file in everything if not file.is_video], outputs)
     dataset = _dataset(outputs, out, everything, checkpoint)
-    detector = load(checkpoint, device=choose_device(device, share_gpus=True), **inference.of_load())
+    chosen = choose_device(usual_device(checkpoint, device), share_gpus=True)
+    detector = load(checkpoint, device=chosen, **inference.of_load())
     print(detector.choices())
     score = (0.0 if detector.thresholds else 0.3) if score is None else score
     if others and part[0] == 1:

@@ -75,6 +75,19 @@ def fitted_size(size: tuple[int, int], short_side: int, long_side: int) -> tuple
     return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
 
+def fitting(data: DataConfig, size: tuple[int, ...], canvas: tuple[int, int] | None) -> DataConfig:
+    """Limits under which an image of ``size`` (height, width) fits into ``canvas``: the usual ones where it does."""
+    if canvas is None:
+        return data
+    height, width = size[0], size[1]
+    fitted = fitted_size((height, width), data.test_short_side or max(data.short_side), data.long_side)
+    if fitted[0] <= canvas[0] and fitted[1] <= canvas[1]:
+        return data
+    scale = min(canvas[0] / height, canvas[1] / width)
+    short, long = (max(1, int(side(height, width) * scale)) for side in (min, max))
+    return replace(data, test_short_side=short, long_side=max(short, long))
+
+
 def detectron_scale(size: tuple[int, int], short_side: int, long_side: int) -> float:
     """The one factor of both axes: ``short_side`` for the shorter, unless the longer is rounded above ``long_side``."""
     scale = short_side / min(size)

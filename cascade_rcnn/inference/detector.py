@@ -25,11 +25,11 @@ from cascade_rcnn.config import Config
 from cascade_rcnn.data.dataset import Item
 from cascade_rcnn.data.images import to_array
 from cascade_rcnn.data.loader import Collate, bucket_sizes
-from cascade_rcnn.data.transforms import resize_for_test
+from cascade_rcnn.data.transforms import fitting, resize_for_test
 from cascade_rcnn.distributed import choose_device
 from cascade_rcnn.errors import CheckpointError, DataError, UserError
 from cascade_rcnn.inference.detections import Detections
-from cascade_rcnn.inference.exported import ExportedNetwork, exported_file, fitting, padded
+from cascade_rcnn.inference.exported import ExportedNetwork, exported_file, padded
 from cascade_rcnn.inference.run_model import Precision, choose_precision, detect, to_detections
 from cascade_rcnn.inference.tiled import TiledDetections, open_rows, predict_tiles
 from cascade_rcnn.inference.tiles import ArrayRows, Pyramid, Tiling
@@ -162,7 +162,7 @@ def _load_exported(path: Path, model: dict[str, Any], data: dict[str, Any]) -> D
     config = _changed(info.config, {**model, "stop_after_stage": None}, data)
     # it takes a network's place wherever batches are looked at
     detector = Detector(cast(CascadeRCNN, network), config, info.class_names, info.category_ids)
-    detector.canvas = info.size
+    network.score_threshold, network.max_detections = score or 0.0, limit
     detector.thresholds = dict(info.thresholds) if score is None else {}
     return detector
 
@@ -219,7 +219,8 @@ class Detector:
         self.class_names = tuple(class_names)
         self.category_ids = tuple(category_ids)
         self.precision = precision
-        self.canvas: tuple[int, int] | None = None  # the only input size (height, width) of an exported network
+        # the only input size (height, width) of an exported network; None: any
+        self.canvas: tuple[int, int] | None = model.canvas if isinstance(model, ExportedNetwork) else None
         self.thresholds: dict[str, float] = {}  # by class: what ``predict`` leaves out (``analyze --set-thresholds``)
 
     @classmethod

@@ -6,7 +6,6 @@ names as JSON under ``METADATA``. B images, D detections.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cascade_rcnn.config import Config, DataConfig
-from cascade_rcnn.data.transforms import fitted_size
+from cascade_rcnn.config import Config
 from cascade_rcnn.errors import CheckpointError, UserError
 from cascade_rcnn.messages import one_line, printable
 from cascade_rcnn.recipes import config_from_dict
@@ -84,17 +82,9 @@ def exported_file(path: str | Path) -> Path | None:
     return found[0] if found else None
 
 
-def fitting(data: DataConfig, size: tuple[int, ...], canvas: tuple[int, int] | None) -> DataConfig:
-    """Limits under which an image of ``size`` (height, width) fits into ``canvas``: the usual ones where it does."""
-    if canvas is None:
-        return data
-    height, width = size[0], size[1]
-    fitted = fitted_size((height, width), data.test_short_side or max(data.short_side), data.long_side)
-    if fitted[0] <= canvas[0] and fitted[1] <= canvas[1]:
-        return data
-    scale = min(canvas[0] / height, canvas[1] / width)
-    short, long = (max(1, int(side(height, width) * scale)) for side in (min, max))
-    return dataclasses.replace(data, test_short_side=short, long_side=max(short, long))
+def usual_device(path: str | Path, device: str) -> str:
+    """The device of a command: ``auto`` is the CPU for an exported network, which runs nowhere else."""
+    return "cpu" if device == "auto" and exported_file(path) is not None else device
 
 
 def padded(pixels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -103,7 +93,13 @@ def padded(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class ExportedNetwork(nn.Module):
-    """Runs an exported network on batches; has no weights of its own, and is always on the CPU."""
+    """Runs an exported network on batches; has no weights of its own, and is always on the CPU.
+
+    ``score_threshold`` and ``max_detections`` leave out more than the network does by itself.
+    """
+
+    score_threshold: float = 0.0
+    max_detections: int | None = None
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError: no such file, a damaged one, or another program's; UserError: no runtime for it."""
@@ -119,6 +115,7 @@ class ExportedNetwork(nn.Module):
         except Exception as error:  # runtimes raise kinds of their own
             raise CheckpointError(f"{printable(path)}: cannot be loaded ({one_line(error)[:200]})") from error
         self.info = read_info(text, path)
+        self.canvas = self.info.size
         self.eval()
 
     def detect(self, images: ImageBatch) -> RawDetections:
@@ -143,12 +140,14 @@ class ExportedNetwork(nn.Module):
         if images.scales is not None:
             feed["scales"] = images.scales.numpy()
         found = {name: torch.from_numpy(np.asarray(value)) for name, value in self._run(feed).items()}
+        rows = slice(self.max_detections)  # sorted by descending score
+        masks = found.get("masks")
         return RawDetections(
-            found["boxes"],
-            found["scores"],
-            found["labels"],
-            found["valid"].bool(),
-            masks=found.get("masks"),
+            found["boxes"][:, rows],
+            found["scores"][:, rows],
+            found["labels"][:, rows],
+            (found["valid"].bool() & (found["scores"] > self.score_threshold))[:, rows],
+            masks=None if masks is None else masks[:, rows],
             scales=images.scales,
         )
 

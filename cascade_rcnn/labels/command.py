@@ -14,6 +14,7 @@ from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.data.split_levels import with_range
 from cascade_rcnn.errors import DataError, UserError
 from cascade_rcnn.inference.detector import Detector, load
+from cascade_rcnn.inference.exported import exported_file
 from cascade_rcnn.labels.evidence import Evidence
 from cascade_rcnn.labels.folds import judge_by_folds, small_recipe
 from cascade_rcnn.labels.judge import judge_split, refuse_whole_pixels
@@ -55,6 +56,11 @@ def run_label_check(root: Path, settings: LabelCheck) -> list[Suspect]:
         raise UserError("nothing to judge the labels by: give --model CHECKPOINT or --folds 3")
     if settings.folds == 1:
         raise UserError("--folds 1: no image would be left to learn from; give 2 or more, or --model alone")
+    if settings.model is not None and exported_file(settings.model) is not None:
+        raise UserError(
+            f"{printable(settings.model)}: an exported network cannot be asked about given boxes; give the checkpoint "
+            "that it was made from"
+        )
     out = settings.out
     _refuse_foreign(out)
     detector = load(settings.model, device=settings.device) if settings.model is not None else None
