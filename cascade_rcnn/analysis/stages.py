@@ -79,8 +79,8 @@ def stage_results(
     config, model = detector.config, detector.model
     if isinstance(model, ExportedNetwork):
         print("an exported network does not show its stages: the report has what they say together")
-        found, _ = detect_split(model, config, split, class_map=class_map, batch_size=inference.batch_size)
-        return {"exported network": found}
+        together, _ = detect_split(model, config, split, class_map=class_map, batch_size=inference.batch_size)
+        return {"exported network": together}
     dataset = DetectionDataset(split, config.data, training=False, semantics=config.model.semantics)
     names, ids, absent = as_split(split, class_map)
     stages = model.cascade.stages_at_test
