@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -216,6 +217,9 @@ def _predict(words: Sequence[str]) -> None:
             "give a checkpoint or run folder first, then images"
         )
 
+    if importlib.util.find_spec("torch") is None:
+        _predict_without_torch(args)
+        return
     from cascade_rcnn.predict import Outputs, run_predict
 
     run_predict(
@@ -234,6 +238,27 @@ def _predict(words: Sequence[str]) -> None:
             images_from=args.images_from,
             submission=(args.format, args.submission) if args.submission else None,
         ),
+    )
+
+
+def _predict_without_torch(args: argparse.Namespace) -> None:
+    """Exported networks need no torch for images; what does is refused before anything is read."""
+    given = {"--as": args.as_dataset, "--images-from": args.images_from, "--shard": args.shard, "--tile": args.tile}
+    given |= {"--submission": args.submission, "--compile": args.compile}
+    if needing := [option for option, value in given.items() if value]:
+        raise UserError(f"{needing[0]} needs PyTorch, which is not installed: pip install cascade-rcnn")
+    from cascade_rcnn.predict_without_torch import run_predict_without_torch
+
+    names = ("score_threshold", "max_detections", "max_pixels", "range", "device", "precision")
+    run_predict_without_torch(
+        args.checkpoint,
+        args.inputs,
+        out=args.out,
+        score=args.score,
+        draw=not args.no_draw,
+        polygons=args.polygons,
+        batch_size=args.batch_size,
+        settings={name: getattr(args, name) for name in names} | {"stop_after_stage": args.stages},
     )
 
 
@@ -611,6 +636,12 @@ def main(words: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except UserError as error:
         _print_error(error)
+        return EXIT_USER_ERROR
+    except ImportError as error:
+        if importlib.util.find_spec("torch") is not None:
+            raise
+        what = f"{words[0]!r} needs PyTorch and the packages beside it ({error.name} is missing)"
+        _print_error(UserError(f"{what}: pip install cascade-rcnn; without it, 'predict' runs exported networks"))
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cascade_rcnn.data.image_ids import ImageId, coco_id, match_names, read_image_ids
+from cascade_rcnn.data.image_ids import ImageId, ids_by_name, match_names, read_image_ids
 from cascade_rcnn.data.images import to_array
 from cascade_rcnn.data.windows import georeference
 from cascade_rcnn.distributed import choose_device
@@ -179,9 +179,7 @@ def _image_ids(names: Sequence[str], outputs: Outputs) -> dict[str, ImageId]:
     elif listed is not None:
         ids = {name: listed[one] for name, one in match_names(names, listed, where=where).items()}
     else:
-        ids = {name: number for name in names if (number := coco_id(name)) is not None}
-        counts = Counter(ids.values())
-        ids = {name: number for name, number in ids.items() if counts[number] == 1}
+        ids = ids_by_name(names)
     if listed is not None:
         missing = len(listed) - len(ids)
         print(

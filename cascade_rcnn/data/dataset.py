@@ -22,7 +22,8 @@ from cascade_rcnn.data.images import read_image
 from cascade_rcnn.data.masks import decode_window, pack_segmentations, transform_window
 from cascade_rcnn.data.orientation import FORMATS_WITHOUT_SIZES, OrientationError, annotated_size, view_decider
 from cascade_rcnn.data.records import DataSplit, ImageRecord
-from cascade_rcnn.data.transforms import Sample, fitting, test_transform, train_transform
+from cascade_rcnn.data.sizes import fitting
+from cascade_rcnn.data.transforms import Sample, test_transform, train_transform
 from cascade_rcnn.errors import DataError
 
 _REPLACEMENTS = 20  # images tried in place of an unreadable one before giving up

@@ -16,10 +16,10 @@ from cascade_rcnn.errors import ConfigError, DataError, UserError
 from cascade_rcnn.export import network, report
 from cascade_rcnn.export.quantise import CALIBRATION_IMAGES, Feed, quantise
 from cascade_rcnn.inference.detector import Detector, load
-from cascade_rcnn.inference.exported import NAMES, ExportInfo, exported_file
 from cascade_rcnn.inference.media import collect
 from cascade_rcnn.messages import printable
 from cascade_rcnn.recipes import apply_overrides
+from cascade_rcnn.runtime.network import NAMES, ExportInfo, exported_file
 from cascade_rcnn.zoo.store import resolve
 
 _MULTIPLE = 32

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from cascade_rcnn.checkpoint import load_checkpoint
 from cascade_rcnn.config import Config
 from cascade_rcnn.errors import UserError
-from cascade_rcnn.inference.exported import INPUTS, METADATA, OUTPUTS, ExportInfo
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN, NoInitialValues
+from cascade_rcnn.runtime.network import INPUTS, METADATA, OUTPUTS, ExportInfo
 from cascade_rcnn.structures import ImageBatch
 
 OPSET = 18  # the first with all operators that the network needs

@@ -25,11 +25,12 @@ from cascade_rcnn.config import Config
 from cascade_rcnn.data.dataset import Item
 from cascade_rcnn.data.images import to_array
 from cascade_rcnn.data.loader import Collate, bucket_sizes
-from cascade_rcnn.data.transforms import fitting, resize_for_test
+from cascade_rcnn.data.sizes import fitting
+from cascade_rcnn.data.transforms import resize_for_test
 from cascade_rcnn.distributed import choose_device
 from cascade_rcnn.errors import CheckpointError, DataError, UserError
 from cascade_rcnn.inference.detections import Detections
-from cascade_rcnn.inference.exported import ExportedNetwork, exported_file, padded
+from cascade_rcnn.inference.exported import ExportedNetwork, padded
 from cascade_rcnn.inference.run_model import Precision, choose_precision, detect, to_detections
 from cascade_rcnn.inference.tiled import TiledDetections, open_rows, predict_tiles
 from cascade_rcnn.inference.tiles import ArrayRows, Pyramid, Tiling
@@ -38,6 +39,7 @@ from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN, NoInitialValues
 from cascade_rcnn.models.ops.capabilities import has_bfloat16_units, triton_problem
 from cascade_rcnn.models.ops.winograd import WinogradConv2d
+from cascade_rcnn.runtime.network import exported_file, refuse_setting
 from cascade_rcnn.structures import ImageBatch
 from cascade_rcnn.zoo.store import resolve
 
@@ -105,11 +107,8 @@ def load(
     checked_number("max_pixels", max_pixels, low=1, whole=True)
     if not isinstance(compile, bool):
         raise UserError(f"compile {shown(compile)}: give True or False")
-    model_settings = {
-        "score_threshold": score_threshold,
-        "max_detections": max_detections,
-        "stop_after_stage": stop_after_stage,
-    }
+    numbers_at_test = (score_threshold, max_detections, stop_after_stage)
+    model_settings = dict(zip(("score_threshold", "max_detections", "stop_after_stage"), numbers_at_test))
     if (exported := exported_file(path)) is not None:
         _refuse_for_exported(exported, device=device, precision=precision, compile=compile)
         return _load_exported(exported, model_settings, {"max_pixels": max_pixels, "range": range})
@@ -147,18 +146,8 @@ def _refuse_for_exported(path: Path, *, device: str | torch.device, precision: P
 def _load_exported(path: Path, model: dict[str, Any], data: dict[str, Any]) -> Detector:
     network = ExportedNetwork(path)
     info = network.info
-    inside = info.config.model
-    score, limit, stages = model["score_threshold"], model["max_detections"], model["stop_after_stage"]
-    for name, wanted, possible in (
-        ("score_threshold", score, score is None or score >= inside.score_threshold),
-        ("max_detections", limit, limit is None or limit <= inside.max_detections),
-        ("stop_after_stage", stages, stages is None or stages == inside.stop_after_stage),
-    ):
-        if not possible:
-            raise UserError(
-                f"{name} {wanted}: {printable(path)} was exported with {getattr(inside, name)}; export the checkpoint "
-                f"again with --model.{name.replace('_', '-')} {wanted}"
-            )
+    refuse_setting(info, path, **model)
+    score, limit = model["score_threshold"], model["max_detections"]
     config = _changed(info.config, {**model, "stop_after_stage": None}, data)
     # it takes a network's place wherever batches are looked at
     detector = Detector(cast(CascadeRCNN, network), config, info.class_names, info.category_ids)
@@ -242,9 +231,7 @@ class Detector:
         """One line: the device, and what was chosen for it or forced."""
         own = f"; thresholds of its own for {len(self.thresholds)} classes" if self.thresholds else ""
         if isinstance(self.model, ExportedNetwork):
-            kind = "8-bit integers" if self.model.info.int8 else "float32"
-            size = "any size" if self.canvas is None else f"input {self.canvas[0]} x {self.canvas[1]}"
-            return f"cpu: {self.model.runtime}, {kind}, {size}{own}"
+            return f"cpu: {self.model.runtime}, {self.model.info.kind()}{own}"
         model, data = self.model, self.config.data
         device = model.mean.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

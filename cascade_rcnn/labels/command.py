@@ -14,7 +14,6 @@ from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.data.split_levels import with_range
 from cascade_rcnn.errors import DataError, UserError
 from cascade_rcnn.inference.detector import Detector, load
-from cascade_rcnn.inference.exported import exported_file
 from cascade_rcnn.labels.evidence import Evidence
 from cascade_rcnn.labels.folds import judge_by_folds, small_recipe
 from cascade_rcnn.labels.judge import judge_split, refuse_whole_pixels
@@ -24,6 +23,7 @@ from cascade_rcnn.labels.review import write_review
 from cascade_rcnn.labels.sheet import draw_sheet
 from cascade_rcnn.messages import few_names, printable
 from cascade_rcnn.progress import progress_bar
+from cascade_rcnn.runtime.network import exported_file
 from cascade_rcnn.training.data import unusable_images
 
 _KNOWS_ENOUGH = 0.6  # share of the annotations that are found again

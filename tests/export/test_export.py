@@ -21,16 +21,16 @@ from cascade_rcnn.checkpoint import save_checkpoint
 from cascade_rcnn.cli import main
 from cascade_rcnn.config import Config, DataConfig
 from cascade_rcnn.data.formats.open import open_split
+from cascade_rcnn.data.sizes import fitted_size, fitting
 from cascade_rcnn.data.synthetic_shapes import CLASS_NAMES, generate_shapes
-from cascade_rcnn.data.transforms import fitted_size, fitting
 from cascade_rcnn.errors import CheckpointError, ConfigError, UserError
 from cascade_rcnn.evaluation.evaluate_model import detect_split
 from cascade_rcnn.export.command import run_export
 from cascade_rcnn.export.report import match
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.detector import Detector, load
-from cascade_rcnn.inference.exported import exported_file
 from cascade_rcnn.inference.run_model import Inference
+from cascade_rcnn.runtime.network import exported_file
 from tiny import TINY, tiny_model
 
 CLASSES = CLASS_NAMES
