@@ -6,13 +6,15 @@
     detections = detector.predict("street.jpg")  # a path, Pillow image, array or tensor; or a list of them
     detections.save("found.jpg")
 
-What needs torch is imported when it is first used: ``import cascade_rcnn`` alone takes no time.
+What needs torch is imported when it is first used: ``import cascade_rcnn`` alone takes no time. Where torch is not
+installed, ``load`` takes exported networks, and detections hold NumPy's arrays.
 Everything else is a verb in a module of its own: ``from cascade_rcnn.train import train``.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
 from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
@@ -42,11 +44,14 @@ __all__ = [
 ]
 
 _NEEDS_TORCH = {"Detections": "detections", "Detector": "detector", "load": "detector"}  # modules of ``inference``
+_WITHOUT_TORCH = {"Detections": "ArrayDetections", "Detector": "ArrayDetector", "load": "load"}  # of ``runtime``
 
 
 def __getattr__(name: str) -> object:
     if name not in _NEEDS_TORCH:
         raise AttributeError(f"module 'cascade_rcnn' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    if importlib.util.find_spec("torch") is None:  # exported networks run without it
+        return getattr(importlib.import_module(f"cascade_rcnn.runtime.{_NEEDS_TORCH[name]}"), _WITHOUT_TORCH[name])
     return getattr(importlib.import_module(f"cascade_rcnn.inference.{_NEEDS_TORCH[name]}"), name)
 
 

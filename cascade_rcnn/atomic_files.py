@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.messages import one_line
 
@@ -68,7 +66,9 @@ def clear_failure(path: Path) -> Iterator[None]:
     """Turn an operating system error about a failed write into one line that says how to fix it."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":  # JSON needs no safetensors
+            raise
         before = "the file from before is unchanged" if path.exists() else "nothing was left behind"
         raise CheckpointError(
             f"{path}: cannot be written ({one_line(error)}); {before}; free some space or make the "

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ FORMAT_VERSION = 1
 BEST, LAST = "best.safetensors", "last.safetensors"
 STATE = Path("state") / "training.safetensors"
 _FOREIGN = (".pth", ".pt", ".pkl", ".ckpt", ".bin", ".tar")
+_EXPORTED = (".onnx", ".xml", ".pt2")
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def find_checkpoint(path: Path) -> Path:
         for name in (BEST, LAST):
             if (path / name).is_file():
                 return path / name
+        _refuse_exported(path, (path / f"model{suffix}" for suffix in _EXPORTED))
         raise CheckpointError(
             f"{path}: neither {BEST} nor {LAST} in this folder; give a run's folder or a .safetensors file"
         )
@@ -131,7 +133,15 @@ def find_checkpoint(path: Path) -> Path:
             f"{path}: a checkpoint of another library; convert it first: "
             f"cascade-rcnn convert {path} {path.with_suffix('.safetensors').name}"
         )
+    _refuse_exported(path, [path] if path.suffix.lower() in _EXPORTED else [])
     return path
+
+
+def _refuse_exported(path: Path, files: Iterable[Path]) -> None:
+    if any(file.is_file() for file in files):
+        raise CheckpointError(
+            f"{path}: an exported network, whose weights cannot be read back; give the checkpoint that it was made from"
+        )
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -216,6 +217,9 @@ def _predict(words: Sequence[str]) -> None:
             "give a checkpoint or run folder first, then images"
         )
 
+    if importlib.util.find_spec("torch") is None:
+        _predict_without_torch(args)
+        return
     from cascade_rcnn.predict import Outputs, run_predict
 
     run_predict(
@@ -234,6 +238,27 @@ def _predict(words: Sequence[str]) -> None:
             images_from=args.images_from,
             submission=(args.format, args.submission) if args.submission else None,
         ),
+    )
+
+
+def _predict_without_torch(args: argparse.Namespace) -> None:
+    """Exported networks need no torch for images; what does is refused before anything is read."""
+    given = {"--as": args.as_dataset, "--images-from": args.images_from, "--shard": args.shard, "--tile": args.tile}
+    given |= {"--submission": args.submission, "--compile": args.compile}
+    if needing := [option for option, value in given.items() if value]:
+        raise UserError(f"{needing[0]} needs PyTorch, which is not installed: pip install cascade-rcnn")
+    from cascade_rcnn.predict_without_torch import run_predict_without_torch
+
+    names = ("score_threshold", "max_detections", "max_pixels", "range", "device", "precision")
+    run_predict_without_torch(
+        args.checkpoint,
+        args.inputs,
+        out=args.out,
+        score=args.score,
+        draw=not args.no_draw,
+        polygons=args.polygons,
+        batch_size=args.batch_size,
+        settings={name: getattr(args, name) for name in names} | {"stop_after_stage": args.stages},
     )
 
 
@@ -450,6 +475,40 @@ def _convert_data(words: Sequence[str]) -> int:
     return run_convert_data(args.source, args.dest, to=args.to, orientation=orientation, refuse=refuse_misread)
 
 
+def _export(words: Sequence[str]) -> None:
+    settings, words = _split_settings(words)
+    parser = _parser("export", "cascade-rcnn export runs/demo --to onnx --data runs/demo/data")
+    _add_checkpoint(parser)
+    parser.add_argument("--to", required=True, choices=("onnx", "openvino", "torch"), help="format to write")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--size", type=_whole_number, nargs=2, metavar=("H", "W"), help="the only size of the network's input"
+    )
+    size.add_argument("--dynamic", action="store_true", help="images of any size (the default)")
+    parser.add_argument("--batch", type=_whole_number, metavar="N", help="the only number of images at once")
+    parser.add_argument("--int8", type=Path, metavar="IMAGES", help="8-bit integers, calibrated on a folder of images")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="data set: compare on its images, and measure the AP of both"
+    )
+    parser.add_argument("--split", default="", metavar="NAME", help="of the data set; default: the one for validation")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write; default: beside the checkpoint")
+    args = parser.parse_all(words)
+
+    from cascade_rcnn.export.command import run_export
+
+    run_export(
+        args.checkpoint,
+        to=args.to,
+        out=args.out,
+        size=None if args.size is None else (args.size[0], args.size[1]),
+        batch=args.batch,
+        int8=args.int8,
+        data=args.data,
+        split=args.split,
+        settings=settings,
+    )
+
+
 def _config(words: Sequence[str]) -> None:
     settings, words = _split_settings(words)
     parser = _parser("config", "cascade-rcnn config finetune --train.lr 0.01 > my_recipe.py")
@@ -544,6 +603,13 @@ COMMANDS: dict[str, _Command] = {
         "POST /predict takes pictures, / is a page for the browser, /metrics is for Prometheus. Clients must send\n"
         "a key where CASCADE_RCNN_API_KEY is set. Needs pip install 'cascade-rcnn[serve]'.",
     ),
+    "export": _Command(
+        _export,
+        "Writes a checkpoint's network for ONNX Runtime, OpenVINO or torch.export, compared with PyTorch.",
+        "The folder (model.onnx, model.xml or model.pt2, and report.json) is taken wherever a checkpoint is.\n"
+        "Test-time settings such as --model.max-detections 300 become the network's own.\n"
+        "Needs pip install 'cascade-rcnn[onnx]' or 'cascade-rcnn[openvino]', --int8 needs 'cascade-rcnn[int8]'.",
+    ),
     "models": _Command(
         _models,
         "Lists published weights by name; a name is taken wherever a checkpoint is.",
@@ -570,6 +636,12 @@ def main(words: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except UserError as error:
         _print_error(error)
+        return EXIT_USER_ERROR
+    except ImportError as error:
+        if importlib.util.find_spec("torch") is not None:
+            raise
+        what = f"{words[0]!r} needs PyTorch and the packages beside it ({error.name} is missing)"
+        _print_error(UserError(f"{what}: pip install cascade-rcnn; without it, 'predict' runs exported networks"))
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

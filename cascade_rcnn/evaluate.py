@@ -54,8 +54,9 @@ def run_evaluate(
         CheckpointError, DataError: what cannot be read, or classes of the data that the checkpoint does not know.
     """
     from cascade_rcnn.inference.detector import load
+    from cascade_rcnn.inference.exported import usual_device
 
-    with distributed.start(device) as world:
+    with distributed.start(usual_device(checkpoint, device)) as world:
         detector = load(checkpoint, device=world.device, **inference.of_load())
         if world.is_main:
             print(detector.choices())

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cascade_rcnn.data.image_ids import ImageId, coco_id, match_names, read_image_ids
+from cascade_rcnn.data.image_ids import ImageId, ids_by_name, match_names, read_image_ids
 from cascade_rcnn.data.images import to_array
 from cascade_rcnn.data.windows import georeference
 from cascade_rcnn.distributed import choose_device
@@ -24,6 +24,7 @@ from cascade_rcnn.evaluation.submission import submission_ids, submit_prediction
 from cascade_rcnn.inference.as_dataset import DatasetWriter, dataset_writer
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.detector import Detector, checked_number, load
+from cascade_rcnn.inference.exported import usual_device
 from cascade_rcnn.inference.geojson import FeaturesFile
 from cascade_rcnn.inference.media import InputFile, VideoReader, VideoWriter, collect, listed_endings
 from cascade_rcnn.inference.predictions_file import ResultsFile, join_shards, parse_shard, results_path
@@ -99,7 +100,8 @@ def run_predict(
     everything = list(collect(paths, leave_out=out, others=others))
     ids = _image_ids([file.name for file in everything if not file.is_video], outputs)
     dataset = _dataset(outputs, out, everything, checkpoint)
-    detector = load(checkpoint, device=choose_device(device, share_gpus=True), **inference.of_load())
+    chosen = choose_device(usual_device(checkpoint, device), share_gpus=True)
+    detector = load(checkpoint, device=chosen, **inference.of_load())
     print(detector.choices())
     score = (0.0 if detector.thresholds else 0.3) if score is None else score
     if others and part[0] == 1:
@@ -177,9 +179,7 @@ def _image_ids(names: Sequence[str], outputs: Outputs) -> dict[str, ImageId]:
     elif listed is not None:
         ids = {name: listed[one] for name, one in match_names(names, listed, where=where).items()}
     else:
-        ids = {name: number for name in names if (number := coco_id(name)) is not None}
-        counts = Counter(ids.values())
-        ids = {name: number for name, number in ids.items() if counts[number] == 1}
+        ids = ids_by_name(names)
     if listed is not None:
         missing = len(listed) - len(ids)
         print(

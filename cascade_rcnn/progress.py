@@ -21,9 +21,12 @@ def steps_bar(step: int, total: int) -> tuple[Any, Any]:
 @contextmanager
 def progress_bar(total: int, what: str = "images", *, show: bool = True) -> Iterator[Callable[[int], None]]:
     """Gives a function that moves the bar on by so many; ``total`` 0 means unknown. On stderr, gone when it is done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:  # an exported network runs without it
+        yield lambda count: None
+        return
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not show or not console.is_terminal) as bar:

@@ -36,6 +36,7 @@ ROOMS = (
     "convert",
     "zoo",
     "drawing",
+    "runtime",  # what runs without torch
     "inference",
     "evaluation",
     "analysis",
@@ -43,8 +44,10 @@ ROOMS = (
     "training",
     "benchmark",
     "serve",
-    "train evaluate analyze predict score demo visualize ray sahi",  # one verb each, and documented names
+    # one verb each, and documented names
+    "train evaluate analyze predict predict_without_torch score demo visualize ray sahi",
     "labels",
+    "export",
     "cli __main__",
 )
 

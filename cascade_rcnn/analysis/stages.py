@@ -17,7 +17,8 @@ from cascade_rcnn.data.split_levels import with_range
 from cascade_rcnn.distributed import choose_device
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation.coco import coco_truth
-from cascade_rcnn.evaluation.evaluate_model import as_split, match_classes
+from cascade_rcnn.evaluation.evaluate_model import as_split, detect_split, match_classes
+from cascade_rcnn.inference.exported import ExportedNetwork, usual_device
 from cascade_rcnn.inference.run_model import Inference, detect_each_stage, to_detections
 from cascade_rcnn.messages import printable
 from cascade_rcnn.progress import progress_bar
@@ -47,7 +48,7 @@ def run_stages(checkpoint: str | Path, data: str | Path, *, split: str, device: 
     """
     from cascade_rcnn.inference.detector import load
 
-    detector = load(checkpoint, device=choose_device(device), **inference.of_load())
+    detector = load(checkpoint, device=choose_device(usual_device(checkpoint, device)), **inference.of_load())
     print(detector.choices())
     settings = detector.config.data
     settings = replace(settings, val=split or settings.val)
@@ -71,8 +72,15 @@ def run_stages(checkpoint: str | Path, data: str | Path, *, split: str, device: 
 def stage_results(
     detector: Detector, split: DataSplit, *, class_map: Sequence[int], inference: Inference
 ) -> dict[str, Results]:
-    """COCO results by the name of the stage; ``mean of stages`` equals ``detect_split``. One stage: only that."""
+    """COCO results by the name of the stage; ``mean of stages`` equals ``detect_split``. One stage: only that.
+
+    An exported network gives only what all its stages say together.
+    """
     config, model = detector.config, detector.model
+    if isinstance(model, ExportedNetwork):
+        print("an exported network does not show its stages: the report has what they say together")
+        together, _ = detect_split(model, config, split, class_map=class_map, batch_size=inference.batch_size)
+        return {"exported network": together}
     dataset = DetectionDataset(split, config.data, training=False, semantics=config.model.semantics)
     names, ids, absent = as_split(split, class_map)
     stages = model.cascade.stages_at_test

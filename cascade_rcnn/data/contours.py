@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rcnn.data.rle import MaskCrop
+from cascade_rcnn.errors import UserError
 
 EXACT = 0.2  # pixels; with it the polygon covers the mask's own pixels, none more and none less
 Ring = NDArray[np.float64]  # [V, 2] x, y; the last point is joined to the first
@@ -39,8 +40,10 @@ def outlines(crop: MaskCrop, *, tolerance: float = EXACT) -> list[Outline]:
     Args:
         tolerance: pixels that the simplified outline may lie off; up to 0.2 the same pixels come back.
     """
-    from scipy import ndimage
-
+    try:
+        from scipy import ndimage
+    except ImportError as error:  # an exported network runs without it
+        raise UserError("the package scipy is missing, which outlines of masks need: pip install scipy") from error
     if not crop.pixels.any():
         return []
     inside = np.pad(crop.pixels, 1)

@@ -22,6 +22,7 @@ from cascade_rcnn.data.images import read_image
 from cascade_rcnn.data.masks import decode_window, pack_segmentations, transform_window
 from cascade_rcnn.data.orientation import FORMATS_WITHOUT_SIZES, OrientationError, annotated_size, view_decider
 from cascade_rcnn.data.records import DataSplit, ImageRecord
+from cascade_rcnn.data.sizes import fitting
 from cascade_rcnn.data.transforms import Sample, test_transform, train_transform
 from cascade_rcnn.errors import DataError
 
@@ -84,13 +85,15 @@ class DetectionDataset(Dataset[Item]):
         training: bool,
         masks: bool = False,
         semantics: SemanticsName = "mmdetection",
+        canvas: tuple[int, int] | None = None,
     ) -> None:
-        """``masks``: give instance masks too, where the split has them.
+        """``masks``: give instance masks too, where the split has them. ``canvas``: the largest (height, width) of test
+        time, of an exported network; images are fitted into it.
 
         Raises:
             DataError: no images, or no image with objects where ``config.keep_empty`` is False.
         """
-        self.config, self.training, self.semantics = config, training, semantics
+        self.config, self.training, self.semantics, self.canvas = config, training, semantics, canvas
         self._sizeless = split.format in FORMATS_WITHOUT_SIZES
         self.class_names = split.class_names
         self.masks = masks and split.has_masks
@@ -171,7 +174,7 @@ class DetectionDataset(Dataset[Item]):
         precision = np.float64 if self.semantics == "detectron2" else np.float32
         sample = Sample.of(image, self.packed.boxes[start:end].numpy().astype(precision))
         if rng is None:
-            sample = test_transform(sample, self.config, semantics=self.semantics)
+            sample = test_transform(sample, fitting(self.config, size, self.canvas), semantics=self.semantics)
         else:
             sample = train_transform(sample, self.config, rng, semantics=self.semantics)
         kept = np.flatnonzero(sample.keep & (sample.boxes[:, 2:] > sample.boxes[:, :2]).all(axis=1))

@@ -7,15 +7,19 @@ grey level in a fifth of the pixels, which moves the scores of a detector in the
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor  # exported networks run without it
 
 _ONE = 1 << 11
 _BLOCK = 16  # rows at a time, so that the 32-bit sums stay in the cache: 8 ms for 800x1080 where whole images take 19
 Integers = NDArray[np.int32]
+Pixels = NDArray[np.uint8]
 
 
 def _taps(source: int, target: int, *, clamp: bool) -> tuple[Integers, Integers, Integers, Integers]:
@@ -31,19 +35,25 @@ def _taps(source: int, target: int, *, clamp: bool) -> tuple[Integers, Integers,
 
 
 def resize_like_opencv(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """``image`` uint8 [C, H, W] on the CPU resized to ``size`` (height, width): bit for bit what ``cv2.resize`` gives.
+    """``image`` uint8 [C, H, W] on the CPU as :func:`opencv_resized`; the result lies channels-last in memory."""
+    import torch
 
-    The result lies channels-last in memory.
-    """
     if tuple(image.shape[-2:]) == size:
         return image
-    channels, height, width = image.shape
+    return torch.from_numpy(opencv_resized(image.permute(1, 2, 0).contiguous().numpy(), size)).permute(2, 0, 1)
+
+
+def opencv_resized(image: Pixels, size: tuple[int, int]) -> Pixels:
+    """``image`` [H, W, C] resized to ``size`` (height, width): bit for bit what ``cv2.resize`` gives."""
+    if image.shape[:2] == size:
+        return image
+    height, width, channels = image.shape
     left, right, *weights = _taps(width, size[1], clamp=True)
     top, bottom, weight_top, weight_bottom = _taps(height, size[0], clamp=False)
     # one row of an image is W * C numbers: index and weigh it so, all channels at once
     take_left, take_right = ((taps[:, None] * channels + np.arange(channels)).reshape(-1) for taps in (left, right))
     weight_left, weight_right = (np.repeat(weight, channels) for weight in weights)
-    rows = image.permute(1, 2, 0).contiguous().numpy().reshape(height, width * channels)
+    rows = np.ascontiguousarray(image).reshape(height, width * channels)
     across = np.empty((height, size[1] * channels), dtype=np.int16)  # at most 255 * 2048 >> 4
     for start in range(0, height, _BLOCK):
         part = rows[start : start + _BLOCK].astype(np.int32)
@@ -66,7 +76,7 @@ def resize_like_opencv(image: Tensor, size: tuple[int, int]) -> Tensor:
         upper += 2
         upper >>= 2
         resized[block] = upper  # 0..255 already: the weights of a pixel add up to one
-    return torch.from_numpy(resized.reshape(*size, channels)).permute(2, 0, 1)
+    return resized.reshape(*size, channels)
 
 
 def resize_to_float(image: Tensor, size: tuple[int, int], scale: float) -> Tensor:
@@ -74,6 +84,8 @@ def resize_to_float(image: Tensor, size: tuple[int, int], scale: float) -> Tenso
 
     Samples lie ``1 / scale`` apart, whatever ``size`` was rounded to, and nothing is rounded to grey levels.
     """
+    import torch
+
     pixels = image.permute(1, 2, 0).float()  # [H, W, C]
     for axis, target in enumerate(size):
         source = pixels.shape[axis]
@@ -86,7 +98,12 @@ def resize_to_float(image: Tensor, size: tuple[int, int], scale: float) -> Tenso
 
 
 def resize_with_pillow(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """``image`` uint8 [3, H, W] resized to ``size`` (height, width) with Pillow's antialiased filter (detectron2)."""
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    resized = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+    """``image`` uint8 [3, H, W] as :func:`pillow_resized`."""
+    import torch
+
+    return torch.from_numpy(pillow_resized(image.permute(1, 2, 0).contiguous().numpy(), size)).permute(2, 0, 1)
+
+
+def pillow_resized(image: Pixels, size: tuple[int, int]) -> Pixels:
+    """``image`` [H, W, 3] resized to ``size`` (height, width) with Pillow's antialiased filter (detectron2)."""
+    return np.array(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))

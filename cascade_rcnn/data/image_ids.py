@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,6 +24,13 @@ def coco_id(name: str) -> int | None:
     """The id that COCO itself writes into its files' names: 000000397133.jpg, COCO_val2014_000000397133.jpg."""
     match = re.fullmatch(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})", PurePosixPath(name).stem, flags=re.ASCII)
     return int(match[1]) if match else None
+
+
+def ids_by_name(names: Sequence[str]) -> dict[str, ImageId]:
+    """The ids in COCO's own file names; none for names of other kinds, or an id that two names have."""
+    ids = {name: number for name in names if (number := coco_id(name)) is not None}
+    counts = Counter(ids.values())
+    return {name: number for name, number in ids.items() if counts[number] == 1}
 
 
 def read_image_ids(path: Path) -> dict[str, ImageId]:

@@ -203,7 +203,21 @@ def read_image(
     frame: Frame | Callable[[Size, int], Frame] = "upright",
     range: str = "auto",
 ) -> Tensor:
-    """Decode an image file: uint8 [3, H, W], RGB, stored channels-last.
+    """As ``read_pixels``, a tensor uint8 [3, H, W] stored channels-last."""
+    import torch  # checking and converting annotations needs no torch
+
+    pixels = read_pixels(path, max_pixels=max_pixels, frame=frame, range=range)
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # a view: [3, H, W] over [H, W, 3] in memory
+
+
+def read_pixels(
+    path: str | Path | ImageBytes,
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    frame: Frame | Callable[[Size, int], Frame] = "upright",
+    range: str = "auto",
+) -> NDArray[np.uint8]:
+    """Decode an image file: uint8 [H, W, 3], RGB.
 
     Grey, palette, alpha (dropped) and CMYK files become RGB; of an animation the first frame.
 
@@ -222,9 +236,7 @@ def read_image(
         pixels = _rgb(picture, path, range)
     if tag != 1 and (wanted == "upright") != turned_by_pillow:
         pixels = np.ascontiguousarray(turn_back(pixels, tag) if turned_by_pillow else turn(pixels, tag))
-    import torch  # checking and converting annotations needs no torch
-
-    return torch.from_numpy(pixels).permute(2, 0, 1)  # a view: [3, H, W] over [H, W, 3] in memory
+    return pixels
 
 
 def turn(pixels: NDArray[Any], tag: int) -> NDArray[Any]:
@@ -401,5 +413,4 @@ def read_upright(
         raise DataError(f"{printable(path)}: is a folder; give its files, or use the predict command")
     if isinstance(path, Path) and not path.exists():
         raise DataError(f"{printable(path)}: no such file; check the name")
-    pixels: NDArray[np.uint8] = read_image(path, max_pixels=max_pixels, range=range).permute(1, 2, 0).numpy()
-    return pixels
+    return read_pixels(path, max_pixels=max_pixels, range=range)

@@ -127,8 +127,6 @@ def encode_crop(crop: MaskCrop, size: tuple[int, int]) -> dict[str, Any]:
 
     In an image of more than ``MOST_RLE_PIXELS`` it stays uncompressed: the compressing code counts in 32 bits.
     """
-    from faster_coco_eval.core import mask as coco_mask
-
     height, width = size
     rows, columns = crop.pixels.shape
     padded = np.zeros((columns, rows + 2), dtype=np.bool_)  # RLE runs down the columns; the padding ends each run
@@ -146,6 +144,23 @@ def encode_crop(crop: MaskCrop, size: tuple[int, int]) -> dict[str, Any]:
         counts.pop()
     if height * width > MOST_RLE_PIXELS:
         return {"size": [height, width], "counts": counts}
+    try:
+        from faster_coco_eval.core import mask as coco_mask
+    except ImportError:  # an exported network runs without it
+        return {"size": [height, width], "counts": _compress(counts)}
     encoded = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
     text = encoded["counts"]
     return {"size": [height, width], "counts": text.decode("ascii") if isinstance(text, bytes) else text}
+
+
+def _compress(runs: Sequence[int]) -> str:
+    """The inverse of ``_decompress``."""
+    text = bytearray()
+    for position, run in enumerate(runs):
+        value = run - (runs[position - 2] if position > 2 else 0)
+        more = True
+        while more:
+            code, value = value & 31, value >> 5
+            more = value != (-1 if code & 16 else 0)
+            text.append(48 + code + (32 if more else 0))
+    return text.decode("ascii")

@@ -8,7 +8,7 @@ Pixels go through torchvision's transforms v2, in uint8 and channels-last (twice
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from torchvision.transforms.v2 import functional as F
 from cascade_rcnn.config import DataConfig, SemanticsName
 from cascade_rcnn.data.exact_resize import resize_like_opencv, resize_to_float, resize_with_pillow
 from cascade_rcnn.data.masks import nearest_indices
+from cascade_rcnn.data.sizes import Interpolation, detectron_scale, detectron_size, fitted_size, interpolation
 
-Interpolation = Literal["fast", "opencv", "float", "antialias", "pillow"]  # all bilinear
 SMALLEST_CROPPED_BOX = 1.0  # pixels; what a random crop leaves of an object below this is not learnt
 
 
@@ -49,41 +49,6 @@ class Sample:
     def size(self) -> tuple[int, int]:
         """(height, width)"""
         return int(self.image.shape[-2]), int(self.image.shape[-1])
-
-
-def interpolation(config: DataConfig, semantics: SemanticsName = "mmdetection", *, training: bool) -> Interpolation:
-    """How pixels are resized: like Pillow (detectron2), or without antialiasing, like OpenCV (the others; the authors'
-    release in float).
-
-    Their arithmetic is followed bit for bit at test time, where published scores are compared. Training takes
-    torchvision's, which is off by one grey level in a fifth of the pixels and ten times as fast.
-    """
-    if semantics == "detectron2" if config.antialias is None else config.antialias:
-        return "antialias" if training else "pillow"
-    if training or semantics == "torchvision":
-        return "fast"
-    return "float" if semantics == "paper" else "opencv"
-
-
-def fitted_size(size: tuple[int, int], short_side: int, long_side: int) -> tuple[int, int]:
-    """(height, width) after scaling so that the shorter side is ``short_side`` unless the longer exceeds ``long_side``.
-
-    mmdetection's rule, int(side * scale + 0.5); detectron2's gives the same sizes. At least one pixel.
-    """
-    height, width = size
-    scale = min(long_side / max(size), short_side / min(size))
-    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
-
-
-def detectron_scale(size: tuple[int, int], short_side: int, long_side: int) -> float:
-    """The one factor of both axes: ``short_side`` for the shorter, unless the longer is rounded above ``long_side``."""
-    scale = short_side / min(size)
-    return scale if round(scale * max(size)) <= long_side else long_side / max(size)
-
-
-def detectron_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """(height, width) times ``scale``, rounded half to even as OpenCV does; at least one pixel."""
-    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
 
 
 def resize_as_detectron(sample: Sample, short_side: int, long_side: int, how: Interpolation) -> Sample:

@@ -15,19 +15,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from torch import Tensor
 
 from cascade_rcnn.data.images import read_image, to_array
 from cascade_rcnn.data.masks import decode_window, pack_segmentation
 from cascade_rcnn.data.orientation import view_decider
 from cascade_rcnn.data.records import ImageRecord, Segmentation
 from cascade_rcnn.data.rle import MaskCrop
-from cascade_rcnn.structures import ImageBatch, MaskCrops, Targets
+
+if TYPE_CHECKING:  # detections of an exported network are drawn without torch
+    from torch import Tensor
+
+    from cascade_rcnn.structures import ImageBatch, MaskCrops, Targets
 
 Color = tuple[int, int, int]
 PAPER: Color = (255, 255, 255)
@@ -99,14 +102,14 @@ class Style:
 class Drawable(Protocol):
     """What is drawn of detections; ``Detections`` has it."""
 
-    boxes: Tensor  # [D, 4] xyxy in pixels of the image
-    scores: Tensor  # [D]
-    labels: Tensor  # [D]
+    boxes: Any  # tensor or array [D, 4], xyxy in pixels of the image
+    scores: Any  # [D]
+    labels: Any  # [D]
     size: tuple[int, int]  # (height, width)
     class_names: tuple[str, ...]
-    mask_probs: Tensor | None
+    mask_probs: Any  # None: no masks
 
-    def __getitem__(self, index: Tensor, /) -> Drawable: ...
+    def __getitem__(self, index: NDArray[Any], /) -> Drawable: ...
 
     def __len__(self) -> int: ...
 
@@ -136,8 +139,8 @@ def draw_detections(
             f"image of {picture.width}x{picture.height} pixels for detections made in "
             f"{detections.size[1]}x{detections.size[0]}: give the same image"
         )
-    kept = detections[detections.scores >= score_threshold]
-    kept = kept[kept.scores.argsort(descending=True, stable=True)]
+    kept = detections[np.asarray(detections.scores) >= score_threshold]
+    kept = kept[np.argsort(-np.asarray(kept.scores), kind="stable")]
     picture = _enlarged(picture, scale)
     kept = kept.enlarged(scale)
     crops = kept.mask_crops() if kept.mask_probs is not None else iter([None] * len(kept))
@@ -224,8 +227,6 @@ def _enlarged(picture: Image.Image, scale: int) -> Image.Image:
 def _to_picture(image: Any) -> Image.Image:
     if isinstance(image, Image.Image):
         return image.convert("RGB")
-    if isinstance(image, Tensor):
-        return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
     return Image.fromarray(to_array(image))
 
 

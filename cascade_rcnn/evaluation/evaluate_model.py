@@ -20,6 +20,7 @@ from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation.coco import coco_truth, evaluate_coco
 from cascade_rcnn.evaluation.metrics import Metrics
 from cascade_rcnn.inference.detections import Detections
+from cascade_rcnn.inference.exported import ExportedNetwork
 from cascade_rcnn.inference.run_model import Precision, detect, to_detections
 from cascade_rcnn.messages import few_names, printable
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
@@ -75,7 +76,8 @@ def detect_split(
     Raises:
         DataError: no image can be read.
     """
-    dataset = DetectionDataset(split, config.data, training=False, semantics=config.model.semantics)
+    canvas = model.canvas if isinstance(model, ExportedNetwork) else None
+    dataset = DetectionDataset(split, config.data, training=False, semantics=config.model.semantics, canvas=canvas)
     rank, size = distributed.rank(), distributed.world_size()
     loader = eval_loader(dataset, batch_size=batch_size, rank=rank, world_size=size, workers=workers)
     names, ids, _ = as_split(split, class_map)

@@ -25,10 +25,12 @@ from cascade_rcnn.config import Config
 from cascade_rcnn.data.dataset import Item
 from cascade_rcnn.data.images import to_array
 from cascade_rcnn.data.loader import Collate, bucket_sizes
+from cascade_rcnn.data.sizes import fitting
 from cascade_rcnn.data.transforms import resize_for_test
 from cascade_rcnn.distributed import choose_device
 from cascade_rcnn.errors import CheckpointError, DataError, UserError
 from cascade_rcnn.inference.detections import Detections
+from cascade_rcnn.inference.exported import ExportedNetwork, padded
 from cascade_rcnn.inference.run_model import Precision, choose_precision, detect, to_detections
 from cascade_rcnn.inference.tiled import TiledDetections, open_rows, predict_tiles
 from cascade_rcnn.inference.tiles import ArrayRows, Pyramid, Tiling
@@ -37,6 +39,8 @@ from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN, NoInitialValues
 from cascade_rcnn.models.ops.capabilities import has_bfloat16_units, triton_problem
 from cascade_rcnn.models.ops.winograd import WinogradConv2d
+from cascade_rcnn.runtime.network import exported_file, refuse_setting
+from cascade_rcnn.structures import ImageBatch
 from cascade_rcnn.zoo.store import resolve
 
 _PRECISIONS = {"fp32": "float32", "tf32": "float32 with products in TF32", "bf16": "bfloat16"}
@@ -78,8 +82,8 @@ def load(
     max_pixels: int | None = None,
     range: str | None = None,
 ) -> Detector:
-    """A detector from a ``.safetensors`` checkpoint, a run folder (its best, else its last), or the name of published
-    weights.
+    """A detector from a ``.safetensors`` checkpoint, a run folder (its best, else its last), the name of published
+    weights, or an exported network (``model.onnx``, ``model.xml``, ``model.pt2``, or the folder of an export).
 
     Published weights (``cascade-rcnn models`` lists them) are downloaded, converted and kept when first used.
 
@@ -103,15 +107,15 @@ def load(
     checked_number("max_pixels", max_pixels, low=1, whole=True)
     if not isinstance(compile, bool):
         raise UserError(f"compile {shown(compile)}: give True or False")
+    numbers_at_test = (score_threshold, max_detections, stop_after_stage)
+    model_settings = dict(zip(("score_threshold", "max_detections", "stop_after_stage"), numbers_at_test))
+    if (exported := exported_file(path)) is not None:
+        _refuse_for_exported(exported, device=device, precision=precision, compile=compile)
+        return _load_exported(exported, model_settings, {"max_pixels": max_pixels, "range": range})
     chosen = choose_device(device)
     precision = choose_precision(precision, chosen)
     path = resolve(path)
     checkpoint = load_checkpoint(path)
-    model_settings = {
-        "score_threshold": score_threshold,
-        "max_detections": max_detections,
-        "stop_after_stage": stop_after_stage,
-    }
     config = _changed(checkpoint.config, model_settings, {"max_pixels": max_pixels, "range": range})
     with NoInitialValues():
         model = build_model(config.model, len(checkpoint.class_names))
@@ -123,6 +127,32 @@ def load(
     detector = Detector(model, config, checkpoint.class_names, checkpoint.category_ids, precision=precision)
     if score_threshold is None:
         detector.thresholds = _thresholds(checkpoint.metadata.get("thresholds", {}), path)
+    return detector
+
+
+def _refuse_for_exported(path: Path, *, device: str | torch.device, precision: Precision, compile: bool) -> None:
+    """Settings that an exported network cannot have any more."""
+    where = printable(path)
+    if str(device) not in ("auto", "cpu"):
+        raise UserError(
+            f"{where}: an exported network runs on the CPU here, not on {device}; load the checkpoint itself"
+        )
+    if precision not in ("auto", "fp32"):
+        raise UserError(f"{where}: exported in float32 (or --int8); for {precision} load the checkpoint itself")
+    if compile:
+        raise UserError(f"{where}: an exported network is not compiled by torch; drop --compile")
+
+
+def _load_exported(path: Path, model: dict[str, Any], data: dict[str, Any]) -> Detector:
+    network = ExportedNetwork(path)
+    info = network.info
+    refuse_setting(info, path, **model)
+    score, limit = model["score_threshold"], model["max_detections"]
+    config = _changed(info.config, {**model, "stop_after_stage": None}, data)
+    # it takes a network's place wherever batches are looked at
+    detector = Detector(cast(CascadeRCNN, network), config, info.class_names, info.category_ids)
+    network.score_threshold, network.max_detections = score or 0.0, limit
+    detector.thresholds = dict(info.thresholds) if score is None else {}
     return detector
 
 
@@ -178,6 +208,8 @@ class Detector:
         self.class_names = tuple(class_names)
         self.category_ids = tuple(category_ids)
         self.precision = precision
+        # the only input size (height, width) of an exported network; None: any
+        self.canvas: tuple[int, int] | None = model.canvas if isinstance(model, ExportedNetwork) else None
         self.thresholds: dict[str, float] = {}  # by class: what ``predict`` leaves out (``analyze --set-thresholds``)
 
     @classmethod
@@ -197,6 +229,9 @@ class Detector:
 
     def choices(self) -> str:
         """One line: the device, and what was chosen for it or forced."""
+        own = f"; thresholds of its own for {len(self.thresholds)} classes" if self.thresholds else ""
+        if isinstance(self.model, ExportedNetwork):
+            return f"cpu: {self.model.runtime}, {self.model.info.kind()}{own}"
         model, data = self.model, self.config.data
         device = model.mean.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
@@ -219,7 +254,6 @@ class Detector:
         if type(model) is not CascadeRCNN:
             sizes = bucket_sizes(data)
             compiled = f"compiled for {len(sizes)} sizes at most" if sizes else "compiled for each size"
-        own = f"; thresholds of its own for {len(self.thresholds)} classes" if self.thresholds else ""
         return f"{name}: {', '.join(words)}; {compiled}{own}"
 
     def to(self, device: str | torch.device) -> Detector:
@@ -229,6 +263,8 @@ class Detector:
             UserError: no such device, one without the detector's precision, or a compiled network.
         """
         chosen = choose_device(device)
+        if isinstance(self.model, ExportedNetwork):
+            raise UserError(f"an exported network stays on the CPU; load the checkpoint itself for {device}")
         if type(self.model) is not CascadeRCNN and isinstance(self.model, CascadeRCNN):
             raise UserError(f"a compiled network stays on its device: load(..., device={str(device)!r}, compile=True)")
         choose_precision(self.precision, chosen)
@@ -345,11 +381,22 @@ class Detector:
 
     def look(self, arrays: Sequence[NDArray[np.uint8]]) -> list[Detections]:
         """One batch of pictures [H, W, 3] through the network."""
+        images = self.prepare(arrays)
+        raw = detect(self.model, images, self.precision)
+        found = to_detections(raw, images, self.class_names, self.category_ids)
+        if not self.thresholds:
+            return found
+        limits = torch.tensor([self.thresholds.get(name, 0.0) for name in self.class_names], dtype=torch.float64)
+        return [one[one.scores.double() >= limits[one.labels]] for one in found]
+
+    def prepare(self, arrays: Sequence[NDArray[np.uint8]]) -> ImageBatch:
+        """Pictures [H, W, 3] as the network takes them: resized, padded to one size."""
         items = []
         for pixels in arrays:
             own_scale = self.config.model.semantics == "paper"
+            data = fitting(self.config.data, pixels.shape[:2], self.canvas)
             resized, factors = resize_for_test(
-                torch.from_numpy(pixels).permute(2, 0, 1), self.config.data, semantics=self.config.model.semantics
+                torch.from_numpy(pixels).permute(2, 0, 1), data, semantics=self.config.model.semantics
             )
             nothing = np.zeros(0, np.int64)
             items.append(
@@ -366,12 +413,10 @@ class Detector:
                 )
             )
         data = self.config.data
-        collated = Collate(data.pad_multiple, buckets=bucket_sizes(data))(items)
+        buckets = () if isinstance(self.model, ExportedNetwork) else bucket_sizes(data)
+        collated = Collate(data.pad_multiple, buckets=buckets)(items)
         assert not isinstance(collated, DataError)
         images = dataclasses.replace(collated[0], image_ids=())
-        raw = detect(self.model, images, self.precision)
-        found = to_detections(raw, images, self.class_names, self.category_ids)
-        if not self.thresholds:
-            return found
-        limits = torch.tensor([self.thresholds.get(name, 0.0) for name in self.class_names], dtype=torch.float64)
-        return [one[one.scores.double() >= limits[one.labels]] for one in found]
+        if self.canvas is not None:
+            images.pixels = padded(images.pixels, self.canvas)
+        return images

@@ -23,9 +23,9 @@ from cascade_rcnn.data.windows import SUFFIXES, WindowRows, is_too_large
 from cascade_rcnn.errors import DataError, UserError
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.merge_tiles import Candidates, Merged, merge
-from cascade_rcnn.inference.paste_masks import bilinear_weights
 from cascade_rcnn.inference.tiles import ArrayRows, Pyramid, Rows, Tile, View
 from cascade_rcnn.messages import printable
+from cascade_rcnn.runtime.paste_masks import bilinear_weights
 
 Look = Callable[[Sequence[NDArray[np.uint8]]], list[Detections]]
 _ODD_KINDS = frozenset({".tif", ".tiff", ".jp2", ".j2k", ".jpx"})

@@ -23,6 +23,7 @@ from cascade_rcnn.labels.review import write_review
 from cascade_rcnn.labels.sheet import draw_sheet
 from cascade_rcnn.messages import few_names, printable
 from cascade_rcnn.progress import progress_bar
+from cascade_rcnn.runtime.network import exported_file
 from cascade_rcnn.training.data import unusable_images
 
 _KNOWS_ENOUGH = 0.6  # share of the annotations that are found again
@@ -55,6 +56,11 @@ def run_label_check(root: Path, settings: LabelCheck) -> list[Suspect]:
         raise UserError("nothing to judge the labels by: give --model CHECKPOINT or --folds 3")
     if settings.folds == 1:
         raise UserError("--folds 1: no image would be left to learn from; give 2 or more, or --model alone")
+    if settings.model is not None and exported_file(settings.model) is not None:
+        raise UserError(
+            f"{printable(settings.model)}: an exported network cannot be asked about given boxes; give the checkpoint "
+            "that it was made from"
+        )
     out = settings.out
     _refuse_foreign(out)
     detector = load(settings.model, device=settings.device) if settings.model is not None else None

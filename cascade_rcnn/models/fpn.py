@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cascade_rcnn.models.ops.capabilities import exporting, followed
+
 
 class FeaturePyramid(nn.Module):
     """Feature pyramid network (arXiv 1612.03144): maps of one width at strides 4, 8, 16, 32 and 64.
@@ -47,16 +49,16 @@ class FeaturePyramid(nn.Module):
             x = self.output[level](merged)
             pyramid.append(self.output_norm[level](x) if self.output_norm else x)
         pyramid.reverse()
-        pyramid.append(pyramid[-1][..., ::2, ::2])
+        last = pyramid[-1]
+        pyramid.append(F.max_pool2d(last, 1, stride=2) if exporting() else last[..., ::2, ::2])  # the same values
         return pyramid
 
 
 def _add_coarser(fine: Tensor, coarse: Tensor) -> Tensor:
     """``fine`` [B, C, H, W], changed in place, plus the nearest-neighbour enlargement of ``coarse``."""
     height, width = fine.shape[-2:]
-    double = (height, width) == (2 * coarse.shape[-2], 2 * coarse.shape[-1])
-    captured = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    if double and not captured and not torch.is_grad_enabled():
+    plain = not followed() and not exporting() and not torch.is_grad_enabled()
+    if plain and (height, width) == (2 * coarse.shape[-2], 2 * coarse.shape[-1]):
         # Without the enlarged map: 6 instead of 35 ms at stride 4 of 800 x 1088, and 56 MB less.
         fine.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).add_(coarse[:, :, :, None, :, None])
         return fine

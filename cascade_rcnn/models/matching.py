@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cascade_rcnn.models.boxes import pairwise_iof, pairwise_iou
+from cascade_rcnn.models.ops.capabilities import exporting
 from cascade_rcnn.structures import Targets
 
 MAX_TABLE = 1 << 24  # entries of a pairwise table held at once (64 MB in float32)
@@ -44,7 +45,7 @@ class Samples:
 
 def host_sync_is_free(tensor: Tensor) -> bool:
     """Whether the host may read values: on a GPU it would have to wait for them."""
-    return tensor.device.type == "cpu"
+    return tensor.device.type == "cpu" and not exporting()
 
 
 def rows_in_use(valid: Tensor) -> int:

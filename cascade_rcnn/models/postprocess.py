@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, nms
 
 from cascade_rcnn.models.boxes import pairwise_iou
-from cascade_rcnn.models.matching import take
-from cascade_rcnn.models.ops.capabilities import has_triton
+from cascade_rcnn.models.matching import host_sync_is_free, take
+from cascade_rcnn.models.ops.capabilities import exporting, has_triton
 from cascade_rcnn.structures import RawDetections
 
 # Candidates handed to NMS per image on a GPU, where shapes must not depend on the data. Only images with more boxes
@@ -42,6 +42,8 @@ def nms_keep(
     """
     if offset_groups and scores.shape[1]:
         boxes = boxes + (groups * (boxes.flatten(1).amax(dim=1, keepdim=True) + 1)).unsqueeze(-1)
+    if exporting():
+        return _nms_exported(boxes, scores, groups, valid, iou)
     if boxes.is_cuda and has_triton():
         from cascade_rcnn.models.ops.nms_triton import nms_mask
 
@@ -62,6 +64,17 @@ def _nms_of_valid(boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, 
     kept = batched_nms(boxes.flatten(0, 1)[rows], scores.flatten()[rows], groups.flatten()[rows], iou)
     keep[rows[kept]] = True
     return keep.view_as(valid)
+
+
+def _nms_exported(boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, iou: float) -> Tensor:
+    """As ``_nms_of_valid`` with one operator that exporters know: groups are kept apart by an offset."""
+    batch, count = scores.shape
+    image = torch.arange(batch, device=boxes.device)[:, None]
+    apart = (groups * batch + image).unsqueeze(-1) * (boxes.flatten().amax(dim=0) + 1)  # [B, M, 1]
+    rows = valid.reshape(-1).nonzero().squeeze(1)
+    kept = nms((boxes + apart).reshape(-1, 4)[rows], scores.reshape(-1)[rows], iou)
+    keep = torch.zeros(batch * count, dtype=torch.bool, device=boxes.device)
+    return keep.index_fill(0, rows[kept], True).view(batch, count)
 
 
 def _nms_of_all(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Tensor:
@@ -105,8 +118,8 @@ def select_detections(
     # the best scores of all boxes and classes: on a CPU those above the threshold, on a GPU a fixed number
     scores = probabilities.masked_fill(~valid[..., None], 0.0).flatten(1)  # [B, N * K]
     above = scores > score_threshold
-    limit = MAX_CANDIDATES if boxes.device.type != "cpu" else int(above.sum(dim=1).amax()) if batch else 0
-    scores, rows = scores.topk(min(max(limit, 1), scores.shape[1]), dim=1)  # [B, M]
+    limit = MAX_CANDIDATES if not host_sync_is_free(boxes) else int(above.sum(dim=1).amax()) if batch else 0
+    scores, rows = scores.topk(torch.sym_min(max(limit, 1), scores.shape[1]), dim=1)  # [B, M]
     labels = rows % classes
     if boxes.dim() == 4:
         candidates = take(boxes.flatten(1, 2), rows)  # [B, M, 4]
@@ -127,7 +140,7 @@ def select_detections(
         keep = nms_keep(candidates, scores, groups, candidate, nms_iou, runs=[scores.shape[1]], max_keep=max_detections)
     # the best of all classes
     scores = scores * keep
-    best = scores.topk(min(max_detections, scores.shape[1]), dim=1)
+    best = scores.topk(torch.sym_min(max_detections, scores.shape[1]), dim=1)
     found = best.values > 0
     return RawDetections(
         take(candidates, best.indices) * found[..., None],

@@ -149,13 +149,13 @@ class RPN(nn.Module):
         details = self.details
         pre_nms, post_nms = (pair[0 if training else 1] for pair in (details.pre_nms, details.post_nms))
         # the best of each level by objectness, before NMS
-        valid = predictions.valid.split([len(anchors) for anchors in predictions.anchors], dim=1)
+        valid = predictions.valid.split([anchors.shape[0] for anchors in predictions.anchors], dim=1)
         scores, levels, anchors, deltas = [], [], [], []
         for level, (logits, level_valid) in enumerate(zip(predictions.logits, valid)):
             score, rows = self._best_of_level(logits.detach(), level_valid, pre_nms)
             scores.append(score)
             levels.append(torch.full_like(rows, level))
-            anchors.append(take(predictions.anchors[level].expand(len(score), -1, -1), rows))
+            anchors.append(take(predictions.anchors[level].expand(score.shape[0], -1, -1), rows))
             deltas.append(take(predictions.deltas[level].detach(), rows))
         score, level_of = torch.cat(scores, 1), torch.cat(levels, 1)  # [B, M]
         # their boxes, clipped to the image
@@ -180,7 +180,7 @@ class RPN(nn.Module):
         # the best of all levels
         if training:
             score = self._limit_per_batch(score, post_nms)
-        score, rows = score.topk(min(post_nms, score.shape[1]), dim=1)
+        score, rows = score.topk(torch.sym_min(post_nms, score.shape[1]), dim=1)
         found = torch.isfinite(score)
         return Proposals(take(boxes, rows) * found[..., None], found, score)
 
@@ -189,7 +189,7 @@ class RPN(nn.Module):
 
         Scores are -inf where fewer anchors are valid.
         """
-        score, rows = logits.masked_fill(~valid, -torch.inf).topk(min(count, logits.shape[1]), dim=1)
+        score, rows = logits.masked_fill(~valid, -torch.inf).topk(torch.sym_min(count, logits.shape[1]), dim=1)
         if not self.details.rank_by_probability:
             return score, rows
         # Near 1 float32 probabilities of different logits are equal; then the earlier anchor comes first.

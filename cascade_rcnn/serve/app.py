@@ -30,6 +30,7 @@ from cascade_rcnn import __version__
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.detector import Detector
+from cascade_rcnn.inference.exported import ExportedNetwork
 from cascade_rcnn.serve.batching import Batcher, QueueFullError
 from cascade_rcnn.serve.fetch import fetch_url
 from cascade_rcnn.serve.label_studio import Backend, TaskError, add_label_studio
@@ -74,12 +75,15 @@ class _Service:
     def __init__(self, detector: Detector, settings: ServeSettings) -> None:
         self.detector, self.settings = detector, settings
         self.stages = len(detector.config.model.stage_ious)
+        self.exported = isinstance(detector.model, ExportedNetwork)
         self.batcher: Batcher | None = None
         self.ready = False
         self.metrics = _Metrics(self)
 
     def detect(self, images: Sequence[NDArray[np.uint8]], stages: int) -> list[Detections]:
         """Called in the one thread that runs the network."""
+        if self.exported:  # its stages are fixed
+            return self.detector.predict(list(images), batch_size=len(images))
         cascade: Any = self.detector.model.cascade
         before = cascade.stages_at_test
         cascade.stages_at_test = stages or before
@@ -284,6 +288,8 @@ async def _predict(service: _Service, request: Request, score: float, stages: in
         raise ServiceError(503, "starting or stopping", {"Retry-After": "1"})
     if stages > service.stages:
         raise ServiceError(422, f"stages {stages}: the cascade has {service.stages}")
+    if stages and service.exported:
+        raise ServiceError(422, f"stages {stages}: an exported network always runs the stages it was exported with")
     images, names = [], []
     for name, content in await _received(service, request):
         try:

@@ -20,7 +20,7 @@ from PIL import Image
 from cascade_rcnn.data.rle import MaskCrop, encode_crop
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.inference.detections import Detections
-from cascade_rcnn.inference.paste_masks import paste_mask
+from cascade_rcnn.runtime.paste_masks import paste_mask
 
 
 def make_detections(count: int = 3, size: tuple[int, int] = (60, 80), masks: bool = True, **more: Any) -> Detections:

@@ -22,11 +22,11 @@ from cascade_rcnn.data.loader import Collate
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.data.transforms import detectron_scale, detectron_size
 from cascade_rcnn.inference.detector import Detector
-from cascade_rcnn.inference.paste_masks import paste_in_whole_pixels
 from cascade_rcnn.models.cascade import Cascade, Stage
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.models.detectron_rules import DetectronAnchorGenerator, DetectronStage, OriginalFrame
 from cascade_rcnn.rounding import round_up
+from cascade_rcnn.runtime.paste_masks import paste_in_whole_pixels
 from cascade_rcnn.structures import ImageBatch, Proposals
 from detectron_rules import Array, Objects
 from tiny import TINY, tiny_model

@@ -33,6 +33,11 @@ def has_triton() -> bool:
     return not triton_problem()
 
 
+def exporting() -> bool:
+    """Whether an exporter is tracing: no value may decide a shape, except through operators it knows."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+
+
 @functools.cache
 def has_bfloat16_units() -> bool:
     """Whether this machine's processor multiplies bfloat16 itself. Without, float32 is faster than bfloat16."""

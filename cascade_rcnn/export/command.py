@@ -1,0 +1,222 @@
+"""``cascade-rcnn export CHECKPOINT --to onnx|openvino|torch``: the network for other runtimes, beside PyTorch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cascade_rcnn.atomic_files import write_json
+from cascade_rcnn.checkpoint import Checkpoint, load_checkpoint
+from cascade_rcnn.config import Config
+from cascade_rcnn.data.images import to_array
+from cascade_rcnn.errors import ConfigError, DataError, UserError
+from cascade_rcnn.export import network, report
+from cascade_rcnn.export.quantise import CALIBRATION_IMAGES, Feed, quantise
+from cascade_rcnn.inference.detector import Detector, load
+from cascade_rcnn.inference.media import collect
+from cascade_rcnn.messages import printable
+from cascade_rcnn.recipes import apply_overrides
+from cascade_rcnn.runtime.network import NAMES, ExportInfo, exported_file
+from cascade_rcnn.zoo.store import resolve
+
+_MULTIPLE = 32
+
+
+def run_export(
+    checkpoint: str | Path,
+    *,
+    to: str,
+    out: Path | None = None,
+    size: tuple[int, int] | None = None,
+    batch: int | None = None,
+    int8: Path | None = None,
+    data: Path | None = None,
+    split: str = "",
+    settings: Sequence[str] = (),
+) -> Path:
+    """Write a folder with the network (``model.onnx``, ``model.xml`` or ``model.pt2``) and ``report.json``.
+
+    Args:
+        size: the only input size (height, width), rounded up to multiples of 32; None: any size.
+        batch: the only number of images at once; None: any, or 1 with a fixed size.
+        int8: folder of about 100 images to calibrate 8-bit integers with.
+        data: data set for the comparison on real pictures, and for the AP of both.
+        settings: changes such as ``--model.max-detections 300``, which the network then holds.
+
+    Raises:
+        UserError: what cannot be exported, a runtime that is not installed, a folder that holds something else.
+    """
+    if exported_file(checkpoint) is not None:
+        raise UserError(f"{printable(checkpoint)}: is exported already; give the checkpoint that it was made from")
+    if int8 is not None and to == "torch":
+        raise UserError("--int8 goes with --to openvino or --to onnx")
+    path = resolve(checkpoint)
+    saved = load_checkpoint(path)
+    config = _changed_settings(saved.config, settings)
+    info = _info(saved, config, size, batch, int8=int8 is not None)
+    folder = out or _default_folder(path, to, int8=int8 is not None)
+    _check_folder(folder)
+    model = network.network_of(path, info.config)
+    if info.size is not None and info.config.model.norm == "group":
+        print(
+            "group norm sees the padding of a fixed size: detections differ from the checkpoint's; --dynamic keeps them"
+        )
+    print(f"tracing the network ({'any size' if info.size is None else f'{info.size[0]} x {info.size[1]}'}) ...")
+    program = network.trace(model, size=info.size, batch=info.batch)
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / NAMES[to]
+    feeds = None if int8 is None else _feeds(path, int8, info)
+    kept = _write(program, target, info, feeds)
+    del program, model
+    _report(path, target, info, data=data, split=split, kept=kept)
+    return folder
+
+
+_CHANGEABLE = ("score_threshold", "max_detections", "nms", "nms_iou", "stop_after_stage")
+
+
+def _changed_settings(config: Config, words: Sequence[str]) -> Config:
+    """The configuration with settings of the test time changed. Raises ConfigError for those of the network itself."""
+    changed = apply_overrides(config, list(words))
+    kept = {name: getattr(changed.model, name) for name in _CHANGEABLE}
+    if replace(config, model=replace(config.model, **kept), data=changed.data) != changed:
+        names = ", ".join(f"--model.{name.replace('_', '-')}" for name in _CHANGEABLE)
+        raise ConfigError(
+            f"{' '.join(words)}: the trained network is exported as it is; only {names} and --data.* change"
+        )
+    return changed
+
+
+def _info(
+    saved: Checkpoint, config: Config, size: tuple[int, int] | None, batch: int | None, *, int8: bool
+) -> ExportInfo:
+    if batch is not None and batch < 1:
+        raise ConfigError(f"--batch {batch}: at least 1")
+    if size is not None:
+        if min(size) < 1:
+            raise ConfigError(f"--size {size[0]} {size[1]}: height and width in pixels")
+        size = (-(-size[0] // _MULTIPLE) * _MULTIPLE, -(-size[1] // _MULTIPLE) * _MULTIPLE)
+        limits = config.data
+        short = min(limits.test_short_side or max(limits.short_side), min(size))
+        config = replace(
+            config, data=replace(limits, test_short_side=short, long_side=min(limits.long_side, max(size)))
+        )
+    return ExportInfo(
+        config=config,
+        class_names=saved.class_names,
+        category_ids=saved.category_ids,
+        thresholds=saved.metadata.get("thresholds", {}),
+        size=size,
+        batch=batch if size is None else batch or 1,
+        int8=int8,
+    )
+
+
+def _default_folder(path: Path, to: str, *, int8: bool) -> Path:
+    run = path.stem in ("best", "last")
+    name = f"{to}_int8" if int8 else to
+    return path.parent / name if run else path.parent / f"{path.stem}_{name}"
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{printable(folder)}: is a file; give a folder as --out")
+    ours = {*NAMES.values(), "model.bin", "report.json"}
+    others = [child.name for child in folder.iterdir() if child.name not in ours] if folder.exists() else []
+    if others:
+        raise UserError(f"{printable(folder)}: holds {printable(others[0])}; give an empty or new folder as --out")
+
+
+def _write(program: Any, target: Path, info: ExportInfo, feeds: list[Feed] | None) -> list[str]:
+    """Write the network's file; the groups of layers that stay in float, where integers were asked for."""
+    for old in (*NAMES.values(), "model.bin", "report.json"):
+        target.with_name(old).unlink(missing_ok=True)
+    if target.suffix == ".pt2":
+        network.write_torch(program, target, info)
+        return []
+    with tempfile.TemporaryDirectory() as temporary:
+        plain = Path(temporary) / "plain.onnx"
+        network.write_onnx(program, plain if feeds or target.suffix == ".xml" else target, info)
+        if feeds:
+            done = quantise(plain, target, feeds, to="openvino" if target.suffix == ".xml" else "onnx")
+            (network.mark_openvino if target.suffix == ".xml" else network.mark_onnx)(target, info)
+            return done.kept
+        if target.suffix == ".xml":
+            network.write_openvino(plain, target, info)
+    return []
+
+
+def _feeds(path: Path, images: Path, info: ExportInfo) -> list[Feed]:
+    """Network inputs of up to ``CALIBRATION_IMAGES`` images of a folder, spread evenly.
+
+    Raises:
+        UserError: no image there, or none that can be read.
+    """
+    detector = load(path, device="cpu")
+    detector.config, detector.canvas = info.config, info.size
+    files = [file.path for file in collect([images]) if not file.is_video]
+    step = max(1, len(files) // CALIBRATION_IMAGES)
+    feeds: list[Feed] = []
+    for file in files[::step][:CALIBRATION_IMAGES]:
+        try:
+            batch = detector.prepare([to_array(file, range=info.config.data.range)])
+        except DataError as error:
+            print(f"left out of the calibration: {error}")
+            continue
+        count = info.batch or 1
+        feeds.append(
+            {"pixels": batch.pixels.expand(count, -1, -1, -1).numpy(), "sizes": batch.sizes.expand(count, -1).numpy()}
+        )
+    if not feeds:
+        raise UserError(f"{printable(images)}: no images to calibrate with; give a folder of about 100")
+    return feeds
+
+
+def _report(path: Path, target: Path, info: ExportInfo, *, data: Path | None, split: str, kept: list[str]) -> None:
+    exported = load(target.parent)
+    reference = load(path, device="cpu")
+    reference.config, reference.canvas = info.config, info.size
+    _take_settings(reference, info.config)
+    split = split or info.config.data.val
+    images, what = report.pictures(data, split)
+    content: dict[str, Any] = {
+        "network": target.name,
+        "runtime": exported.model.runtime,  # type: ignore[union-attr]
+        "checkpoint": path.name,
+        "size": info.size or "any",
+        "batch": info.batch or "any",
+        "megabytes": sum(file.stat().st_size for file in target.parent.glob("model.*")) / 1e6,
+        "compared_on": what,
+        "equality": report.compare(reference, exported, images),
+        "time": report.time_both(reference, exported, images),
+    }
+    if target.suffix == ".onnx":
+        content["opset"] = network.OPSET
+    if info.int8:
+        content["groups_in_float"] = kept
+    if data is not None:
+        content["metrics"] = report.average_precision(path, target, data, split)
+    write_json(target.with_name("report.json"), content)
+    equality, seconds = content["equality"], content["time"]
+    print(
+        f"{printable(target)}: {content['megabytes']:.1f} MB; {equality['matched']} of {equality['detections']} "
+        f"detections as PyTorch's on {what}; {seconds['exported_ms']:.0f} ms, PyTorch {seconds['pytorch_ms']:.0f} ms"
+    )
+    print(f"use it as a checkpoint: cascade-rcnn predict {printable(target.parent)} photos")
+
+
+def _take_settings(detector: Detector, config: Config) -> None:
+    """Settings of the test time that the exported network holds, in the network of the checkpoint."""
+    model, cascade = config.model, detector.model.cascade
+    cascade.details = replace(
+        cascade.details,
+        score_threshold=model.score_threshold,
+        max_detections=model.max_detections,
+        nms=model.nms,
+        nms_iou=model.nms_iou,
+    )
+    if model.stop_after_stage:
+        cascade.stages_at_test = model.stop_after_stage

@@ -1,0 +1,191 @@
+"""A checkpoint's network as an exported program: traced by ``torch.export``, then ONNX, then OpenVINO.
+
+B images (dynamic, or fixed), H, W: the network's input (multiples of 32), D detections.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cascade_rcnn.checkpoint import load_checkpoint
+from cascade_rcnn.config import Config
+from cascade_rcnn.errors import UserError
+from cascade_rcnn.models.build import build_model
+from cascade_rcnn.models.cascade_rcnn import CascadeRCNN, NoInitialValues
+from cascade_rcnn.runtime.network import INPUTS, METADATA, OUTPUTS, ExportInfo
+from cascade_rcnn.structures import ImageBatch
+
+OPSET = 18  # the first with all operators that the network needs
+
+
+class Detect(nn.Module):
+    """What is exported: pixels uint8 [B, 3, H, W] and sizes int64 [B, 2] to boxes [B, D, 4], scores, labels, valid and,
+    where the network has masks, their probabilities [B, D, 28, 28]; all in pixels of the input.
+    """
+
+    def __init__(self, model: CascadeRCNN) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        found = self.model._detect(ImageBatch(pixels, sizes, sizes))
+        outputs = (found.boxes, found.scores, found.labels, found.valid, found.masks)
+        return tuple(one for one in outputs if one is not None)
+
+
+def network_of(path: Path, config: Config) -> CascadeRCNN:
+    """The network of a checkpoint as it is exported: for inference, batch norms folded.
+
+    Raises:
+        CheckpointError: as ``load_checkpoint``.
+        UserError: a setting that cannot be exported.
+    """
+    refuse_unexportable(config)
+    checkpoint = load_checkpoint(path)
+    with NoInitialValues():
+        model = build_model(config.model, len(checkpoint.class_names))
+    model.load_state_dict(checkpoint.state)
+    model.eval().requires_grad_(False)
+    model.backbone.fold_batch_norm()
+    return model
+
+
+def refuse_unexportable(config: Config) -> None:
+    """Raises UserError for a network that no exporter can follow, or that would compute something else there."""
+    if config.model.nms == "soft":
+        raise UserError(
+            "model.nms soft: soft-NMS goes on box by box, which no format here can hold; export with --model.nms class"
+        )
+    if config.model.semantics == "paper":
+        raise UserError(
+            "model.semantics paper: the authors' rules (resizing in float, boxes of whole pixels) are not exported; "
+            "predict with the checkpoint itself"
+        )
+
+
+def trace(model: CascadeRCNN, *, size: tuple[int, int] | None, batch: int | None) -> Any:
+    """The network as a ``torch.export.ExportedProgram``; None leaves size or batch dynamic.
+
+    Raises:
+        UserError: a backbone whose own code decides by values or sizes.
+    """
+    height, width = size or (192, 256)
+    images = batch or 2
+    pixels = torch.zeros(images, 3, height, width, dtype=torch.uint8)
+    sizes = torch.tensor([[height, width]] * images)
+    free = torch.export.Dim.DYNAMIC
+    of_pixels: dict[int, Any] = {} if batch else {0: free}
+    if size is None:
+        of_pixels |= {2: free, 3: free}
+    shapes = (of_pixels or None, None if batch else {0: free})
+    with torch.no_grad(), _quiet():
+        try:
+            return torch.export.export(Detect(model), (pixels, sizes), dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            hint = "; give its input a fixed --size H W" if size is None else ""
+            raise UserError(f"the network cannot be traced ({' '.join(str(error).split())[:200]}){hint}") from error
+
+
+def write_torch(program: Any, path: Path, info: ExportInfo) -> None:
+    """A ``.pt2`` file for ``torch.export.load``."""
+    torch.export.save(program, path, extra_files={METADATA: info.to_json()})
+
+
+def write_onnx(program: Any, path: Path, info: ExportInfo) -> None:
+    """An ONNX file of standard operators, checked, with the settings in its metadata.
+
+    Raises:
+        UserError: onnx or onnxscript are not installed.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401 - what torch's exporter needs
+    except ImportError as error:
+        raise UserError(f"the package {error.name} is missing: pip install 'cascade-rcnn[onnx]'") from error
+    with torch.no_grad(), _quiet():
+        made = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(INPUTS[:2]),
+            output_names=list(OUTPUTS[: len(program.graph_signature.user_outputs)]),
+            custom_translation_table={torch.ops.aten.sort.stable: _sort_stable},
+            verbose=False,
+        )
+    assert made is not None
+    made.save(path, external_data=False)
+    network = onnx.load(path)
+    onnx.checker.check_model(network, full_check=True)
+    onnx.helper.set_model_props(network, {METADATA: info.to_json()})
+    onnx.save(network, path)
+
+
+def _sort_stable(values: Any, *, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+    """``aten.sort.stable`` by TopK, which puts the earlier of two equal values first."""
+    import onnxscript
+
+    op: Any = onnxscript.opset18
+
+    axis = dim % len(values.shape)
+    count = op.Slice(op.Shape(values), [axis], [axis + 1], [0])
+    return op.TopK(values, count, axis=axis, largest=int(descending), sorted=1)
+
+
+def write_openvino(onnx_file: Path, path: Path, info: ExportInfo) -> None:
+    """OpenVINO's IR (``.xml`` and ``.bin``) of an ONNX file, weights in float32.
+
+    Raises:
+        UserError: openvino is not installed.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise UserError("the package openvino is missing: pip install 'cascade-rcnn[openvino]'") from error
+    model = openvino.convert_model(onnx_file)
+    model.set_rt_info(info.to_json(), [METADATA])
+    openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def mark_openvino(path: Path, info: ExportInfo) -> None:
+    """Write the settings into an IR that a quantiser has made."""
+    import openvino
+
+    model = openvino.Core().read_model(path)
+    model.set_rt_info(info.to_json(), [METADATA])
+    weights = path.with_suffix(".bin")
+    openvino.save_model(model, path.with_name("marked.xml"), compress_to_fp16=False)
+    del model
+    path.with_name("marked.xml").replace(path)
+    path.with_name("marked.bin").replace(weights)
+
+
+def mark_onnx(path: Path, info: ExportInfo) -> None:
+    """Write the settings into an ONNX file that a quantiser has made."""
+    import onnx
+
+    network = onnx.load(path)
+    onnx.helper.set_model_props(network, {METADATA: info.to_json()})
+    onnx.save(network, path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters speak of their own steps and deprecations."""
+    level = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(level)

@@ -1,0 +1,304 @@
+"""8-bit integers for an exported network: calibrated with the user's own images, without training.
+
+An ONNX file of the whole network goes in; an OpenVINO network (NNCF) or an ONNX file in QDQ form (ONNX Runtime) comes
+out. Weights get one scale per output channel, activations one per tensor. Only layers with weights, and what lies
+between those of backbone, FPN and RPN, become integers: everything about boxes stays in float32.
+
+Which layers bear it is measured: one group of layers at a time is made integer, and what the network then finds is
+compared with what it found before. Groups that change the detections too much stay in float.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cascade_rcnn.errors import UserError
+
+Feed = Mapping[str, NDArray[Any]]  # the network's inputs by name, one image
+Target = Literal["openvino", "onnx"]
+
+CALIBRATION_IMAGES = 100
+_MEASURED_IMAGES = 8  # for the choice of the layers that stay in float
+_LARGEST_CHANGE = 0.03  # of a group that becomes integer, as `change` counts it
+_CONFIDENT = 0.3  # score of the detections that are compared
+# Parts of a network, by the names of their weights. The first convolution is a group of its own.
+_GROUPS = (
+    ("backbone", r"\bbackbone\."),
+    ("FPN lateral", r"\bfpn\.lateral\."),
+    ("FPN output", r"\bfpn\.output\."),
+    ("RPN convolution", r"\brpn\.conv\b"),
+    ("RPN outputs", r"\brpn\.(objectness|deltas)\."),
+    ("box head outputs", r"\bbox_heads\.\d+\.(classifier|deltas)\."),
+    ("box heads", r"\bbox_heads\."),
+    ("mask logits", r"\bmask_heads\.\d+\.logits\."),
+    ("mask heads", r"\bmask_heads\."),
+)
+_TRUNK = ("first convolution", "backbone", "FPN lateral", "FPN output", "RPN convolution", "RPN outputs")
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+class Found(NamedTuple):
+    """Detections of one image."""
+
+    boxes: NDArray[np.float32]  # [N, 4] xyxy
+    scores: NDArray[np.float32]  # [N]
+    labels: NDArray[np.int64]  # [N]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What of a network can become integer: names of its nodes, by group."""
+
+    groups: dict[str, list[str]]
+    between: list[str]  # nodes among those of the trunk: sums of residual blocks, ReLUs, poolings
+
+    def without(self, kept: Iterable[str]) -> list[str]:
+        """The nodes to make integer when the groups ``kept`` stay in float."""
+        kept = set(kept)
+        return [*(name for group, names in self.groups.items() if group not in kept for name in names), *self.between]
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """What was done."""
+
+    changes: dict[str, float]  # what integers in one group alone change, 0..1
+    kept: list[str]  # groups in float
+
+
+def quantise(
+    network: Path,
+    out: Path,
+    feeds: Sequence[Feed],
+    *,
+    to: Target,
+    keep: Sequence[str] | None = None,
+    say: Callable[[str], None] = print,
+) -> Quantised:
+    """Write the network ``out`` (``.xml`` for OpenVINO, ``.onnx``) with integers where they do no harm.
+
+    ``feeds`` are network inputs of the user's images, prepared as for prediction; ``keep`` names the groups that stay
+    in float, instead of measuring them (about three passes of 8 images per group).
+
+    Raises:
+        UserError: no images, an unknown group, or NNCF, OpenVINO or ONNX Runtime are missing.
+    """
+    if not feeds:
+        raise UserError("--int8: the folder has no images to calibrate with; give about 100 like those of later use")
+    backend = _backend(to, network)
+    layers = find_layers(network)
+    if unknown := set(keep or ()) - set(layers.groups):
+        raise UserError(f"{sorted(unknown)[0]!r} is no group of layers: choose of {', '.join(layers.groups)}")
+    changes = {} if keep is not None else measure_changes(backend, layers, feeds[:_MEASURED_IMAGES], say=say)
+    kept = list(keep) if keep is not None else [name for name, value in changes.items() if value > _LARGEST_CHANGE]
+    backend.write(out, feeds, layers.without(kept))
+    say(f"int8: {len(feeds)} images of calibration; in float: {', '.join(kept) or 'no layer'}")
+    return Quantised(changes, kept)
+
+
+def measure_changes(
+    backend: Backend, layers: Layers, feeds: Sequence[Feed], *, say: Callable[[str], None]
+) -> dict[str, float]:
+    """How much integers in each group alone change the detections (``change``, the mean over ``feeds``)."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = [as_found(one) for one in backend.run(backend.network, feeds)]
+        changes = {}
+        for group in layers.groups:
+            trial = Path(folder) / f"trial{backend.suffix}"
+            backend.write(trial, feeds, layers.without(set(layers.groups) - {group}))
+            after = [as_found(one) for one in backend.run(trial, feeds)]
+            changes[group] = float(np.mean([change(old, new) for old, new in zip(before, after)]))
+            say(f"int8 in {group} alone changes detections by {changes[group]:.1%}")
+    return changes
+
+
+def as_found(outputs: Mapping[str, NDArray[Any]]) -> Found:
+    """Detections of the network's first image, without padding."""
+    valid = outputs["valid"][0].astype(bool)
+    return Found(outputs["boxes"][0][valid], outputs["scores"][0][valid], outputs["labels"][0][valid])
+
+
+def change(before: Found, after: Found) -> float:
+    """0 (equal) to 1 (nothing found again): the mean over the confident detections of both, each way.
+
+    A detection counts by the best partner of its class: 1 - IoU, plus the difference of the scores, at most 1.
+    """
+    losses = [*_losses(before, after), *_losses(after, before)]
+    return float(np.mean(losses)) if losses else 0.0
+
+
+def _losses(ones: Found, others: Found) -> Iterator[float]:
+    for box, score, label in zip(*ones):
+        if score < _CONFIDENT:
+            continue
+        same = others.labels == label
+        if not same.any():
+            yield 1.0
+            continue
+        loss = 1 - _iou(box, others.boxes[same]) + np.abs(others.scores[same] - score)
+        yield float(min(1.0, loss.min()))
+
+
+def _iou(box: NDArray[np.float32], boxes: NDArray[np.float32]) -> NDArray[np.float32]:
+    """IoU [N] of a box [4] with boxes [N, 4]."""
+    inside = np.clip(np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2]), 0, None).prod(axis=1)
+    area, areas = (box[2:] - box[:2]).prod(), (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    iou: NDArray[np.float32] = inside / np.maximum(area + areas - inside, 1e-9)
+    return iou
+
+
+# The graph
+
+
+def find_layers(network: Path) -> Layers:
+    """The layers of an ONNX file by group, in their order, and what lies between those of the trunk."""
+    import onnx
+
+    graph = onnx.load(network, load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    producer = {output: node for node in graph.node for output in node.output}
+    groups: dict[str, list[str]] = {}
+    trunk, first = [], None
+    for node in graph.node:
+        if node.op_type not in _WEIGHTED or len(node.input) < 2 or node.input[1] not in weights:
+            continue
+        group = next((group for group, pattern in _GROUPS if re.search(pattern, node.input[1])), None)
+        if first is None and node.op_type == "Conv":
+            group, first = "first convolution", node
+        if group is None:
+            continue
+        groups.setdefault(group, []).append(node.name)
+        if group in _TRUNK:
+            trunk.append(node)
+    if first is None:
+        raise UserError(f"{network}: no convolution with weights in it; quantise a network that 'export' has written")
+    inside = _before(trunk, producer) - _before([first], producer) - {node.name for node in trunk}
+    return Layers(groups, sorted(inside))
+
+
+def _before(nodes: Iterable[Any], producer: Mapping[str, Any]) -> set[str]:
+    """Names of all nodes that those read, directly or not."""
+    seen: set[str] = set()
+    waiting = [name for node in nodes for name in node.input]
+    while waiting:
+        node = producer.get(waiting.pop())
+        if node is not None and node.name not in seen:
+            seen.add(node.name)
+            waiting.extend(node.input)
+    return seen
+
+
+# The runtimes
+
+
+class Backend:
+    """A runtime that can quantise a network and run it."""
+
+    suffix = ""
+
+    def __init__(self, network: Path) -> None:
+        self.network = network
+
+    def write(self, out: Path, feeds: Sequence[Feed], integer: Sequence[str]) -> None:
+        """The network with the nodes ``integer`` in integers."""
+        raise NotImplementedError
+
+    def run(self, network: Path, feeds: Sequence[Feed]) -> Iterator[dict[str, NDArray[Any]]]:
+        """Outputs by name."""
+        raise NotImplementedError
+
+
+def _backend(to: Target, network: Path) -> Backend:
+    needed = ("nncf", "openvino", "onnx") if to == "openvino" else ("onnxruntime", "onnx")
+    for name in needed:
+        try:
+            __import__(name)
+        except ImportError as error:
+            raise UserError(f"--int8 needs {name}: pip install {' '.join(needed)}") from error
+    return _OpenVINO(network) if to == "openvino" else _OnnxRuntime(network)
+
+
+class _OpenVINO(Backend):
+    suffix = ".xml"
+
+    def write(self, out: Path, feeds: Sequence[Feed], integer: Sequence[str]) -> None:
+        import logging
+
+        import nncf
+        import openvino
+        from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
+
+        nncf.set_log_level(logging.ERROR)  # type: ignore[attr-defined]
+        model = openvino.convert_model(self.network)
+        wanted = set(integer)
+        # An ONNX node with a bias becomes NAME/WithoutBiases and, for the sum, NAME.
+        ignored = [
+            node.get_friendly_name()
+            for node in model.get_ordered_ops()
+            if node.get_type_name() not in ("Constant", "Parameter", "Result")
+            and node.get_friendly_name().partition("/")[0] not in wanted
+        ]
+        made = nncf.quantize(
+            model,
+            nncf.Dataset([dict(feed) for feed in feeds]),
+            subset_size=len(feeds),
+            ignored_scope=nncf.IgnoredScope(names=ignored, validate=False),
+            # Processors without VNNI add two products in 16 bits: with half of the weights' range it is right there too
+            advanced_parameters=AdvancedQuantizationParameters(overflow_fix=OverflowFix.ENABLE),
+        )
+        openvino.save_model(made, out, compress_to_fp16=False)
+
+    def run(self, network: Path, feeds: Sequence[Feed]) -> Iterator[dict[str, NDArray[Any]]]:
+        import openvino
+
+        compiled = openvino.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        for feed in feeds:
+            outputs = compiled(dict(feed))
+            yield {output.get_any_name(): np.array(outputs[output]) for output in compiled.outputs}
+
+
+class _OnnxRuntime(Backend):
+    suffix = ".onnx"
+
+    def write(self, out: Path, feeds: Sequence[Feed], integer: Sequence[str]) -> None:
+        from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+
+        quantize_static(
+            self.network,
+            out,
+            _Reader(feeds),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            reduce_range=True,  # as OverflowFix above
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=[*_WEIGHTED, "Add", "MaxPool", "Resize"],
+            nodes_to_quantize=list(integer),
+        )
+
+    def run(self, network: Path, feeds: Sequence[Feed]) -> Iterator[dict[str, NDArray[Any]]]:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(network), providers=["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+        for feed in feeds:
+            yield dict(zip(names, session.run(names, dict(feed))))
+
+
+class _Reader:
+    """Images one by one, as ONNX Runtime asks for them."""
+
+    def __init__(self, feeds: Sequence[Feed]) -> None:
+        self._feeds = iter(feeds)
+
+    def get_next(self) -> dict[str, NDArray[Any]] | None:
+        feed = next(self._feeds, None)
+        return None if feed is None else dict(feed)

@@ -1,0 +1,128 @@
+"""Whether an exported network says what PyTorch says, how long both take, and how good both are: ``report.json``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cascade_rcnn.data.formats.open import open_split
+from cascade_rcnn.data.images import to_array
+from cascade_rcnn.data.synthetic_shapes import draw_scene
+from cascade_rcnn.errors import DataError
+from cascade_rcnn.evaluate import run_evaluate
+from cascade_rcnn.inference.detections import Detections
+from cascade_rcnn.inference.detector import Detector
+from cascade_rcnn.models.boxes import pairwise_iou
+
+IMAGES = 8  # that are compared
+ROUNDS = 3
+IOU, SCORE = 0.99, 1e-3  # of two detections that are the same
+
+Pixels = NDArray[np.uint8]
+
+
+def pictures(data: Path | None, split: str) -> tuple[list[Pixels], str]:
+    """Up to ``IMAGES`` pictures to compare on, spread evenly over a split, and what they are.
+
+    Raises:
+        DataError: none of the split's pictures can be read.
+    """
+    if data is None:
+        made = [draw_scene(np.random.default_rng(seed), size=480, objects=(3, 12))[0] for seed in range(IMAGES)]
+        return made, f"{len(made)} generated pictures (--data DIR takes real ones)"
+    opened = open_split(data, split, strict=False)
+    step = max(1, len(opened.records) // IMAGES)
+    read: list[Pixels] = []
+    for record in islice(opened.records, 0, None, step):
+        try:
+            read.append(to_array(record.path))
+        except DataError:
+            continue
+    if not read:
+        raise DataError(f"{data}: none of the pictures of {split!r} can be read; check the data set first")
+    return read[:IMAGES], f"{len(read[:IMAGES])} pictures of {data.name}, {split}"
+
+
+def compare(reference: Detector, exported: Detector, images: Sequence[Pixels]) -> dict[str, Any]:
+    """Detections that both give, of those that either gives; largest differences and masks of those."""
+    total = matched = 0
+    boxes, scores, masks = [0.0], [0.0], []
+    for image in images:
+        one, other = reference.predict(image), exported.predict(image)
+        pairs = match(one, other)
+        total, matched = total + max(len(one), len(other)), matched + len(pairs)
+        rows, columns = [row for row, _ in pairs], [column for _, column in pairs]
+        first, second = one[rows], other[columns]
+        if pairs:
+            boxes.append(float((first.boxes - second.boxes).abs().max()))
+            scores.append(float((first.scores - second.scores).abs().max()))
+        masks += [_mask_iou(a, b) for a, b in zip(first, second)] if first.mask_probs is not None else []
+    report: dict[str, Any] = {
+        "images": len(images),
+        "detections": total,
+        "matched": matched,
+        "matched_at": {"iou": IOU, "score": SCORE},
+        "largest_box_difference": max(boxes),
+        "largest_score_difference": max(scores),
+    }
+    if masks:
+        report |= {"mask_iou_mean": float(np.mean(masks)), "mask_iou_least": float(np.min(masks))}
+    return report
+
+
+def match(one: Detections, other: Detections) -> list[tuple[int, int]]:
+    """Rows of detections that are the same: class, IoU above 0.99, score within 1e-3; each at most once."""
+    if not len(one) or not len(other):
+        return []
+    same = pairwise_iou(one.boxes, other.boxes) > IOU
+    same &= one.labels[:, None] == other.labels
+    same &= (one.scores[:, None] - other.scores).abs() <= SCORE
+    pairs, taken = [], set[int]()
+    for row, candidates in enumerate(same):
+        free = [column for column in candidates.nonzero().flatten().tolist() if column not in taken]
+        if free:
+            taken.add(free[0])
+            pairs.append((row, free[0]))
+    return pairs
+
+
+def _mask_iou(one: Detections, other: Detections) -> float:
+    assert one.masks is not None and other.masks is not None
+    union = int((one.masks | other.masks).sum())
+    return int((one.masks & other.masks).sum()) / union if union else 1.0
+
+
+def time_both(reference: Detector, exported: Detector, images: Sequence[Pixels]) -> dict[str, Any]:
+    """Milliseconds per picture, from pixels to detections, in turn: medians, and the median of each turn's ratio."""
+    seconds: list[tuple[float, float]] = []
+    for number in range(ROUNDS + 1):
+        for image in images[:4]:
+            turn = []
+            for detector in (reference, exported):
+                began = time.perf_counter()
+                detector.predict(image)
+                turn.append(time.perf_counter() - began)
+            if number:  # the first round warms up
+                seconds.append((turn[0], turn[1]))
+    return {
+        "pytorch_ms": 1000 * median(one for one, _ in seconds),
+        "exported_ms": 1000 * median(other for _, other in seconds),
+        "ratio": median(other / one for one, other in seconds),
+        "turns": len(seconds),
+    }
+
+
+def average_precision(checkpoint: Path, exported: Path, data: Path, split: str) -> dict[str, Any]:
+    """AP of both on a split of a data set."""
+    both = {}
+    for name, path in (("pytorch", checkpoint), ("exported", exported)):
+        metrics = run_evaluate(path, data=data, split=split)
+        both[name] = {key: metrics[key] for key in ("bbox/AP", "segm/AP") if metrics.get(key) is not None}
+    return both

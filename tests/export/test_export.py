@@ -1,0 +1,237 @@
+"""Exported networks: what PyTorch says, as any other checkpoint to the commands, refused where they cannot be right."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+pytest.importorskip("onnxscript", reason="needs pip install 'cascade-rcnn[onnx]'")
+pytest.importorskip("onnxruntime", reason="needs pip install 'cascade-rcnn[onnx]'")
+
+from cascade_rcnn.analysis.stages import stage_results
+from cascade_rcnn.checkpoint import save_checkpoint
+from cascade_rcnn.cli import main
+from cascade_rcnn.config import Config, DataConfig
+from cascade_rcnn.data.formats.open import open_split
+from cascade_rcnn.data.sizes import fitted_size, fitting
+from cascade_rcnn.data.synthetic_shapes import CLASS_NAMES, generate_shapes
+from cascade_rcnn.errors import CheckpointError, ConfigError, UserError
+from cascade_rcnn.evaluation.evaluate_model import detect_split
+from cascade_rcnn.export.command import run_export
+from cascade_rcnn.export.report import match
+from cascade_rcnn.inference.detections import Detections
+from cascade_rcnn.inference.detector import Detector, load
+from cascade_rcnn.inference.run_model import Inference
+from cascade_rcnn.runtime.network import exported_file
+from tiny import TINY, tiny_model
+
+CLASSES = CLASS_NAMES
+
+
+def _checkpoint(path: Path, **changes: Any) -> Path:
+    import dataclasses
+
+    model = dataclasses.replace(TINY, **changes)
+    config = Config(model=model, data=DataConfig(short_side=(96,), long_side=160, workers=0))
+    save_checkpoint(path, tiny_model(len(CLASSES), **changes).state_dict(), config=config, class_names=CLASSES)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A frozen batch norm: its statistics do not see padding."""
+    return _checkpoint(tmp_path_factory.mktemp("export") / "tiny.safetensors", norm="frozen")
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint: Path) -> Path:
+    """Two images of 160 x 160 at once."""
+    return run_export(checkpoint, to="onnx", size=(150, 160), batch=2)
+
+
+def _pictures(*sizes: tuple[int, int]) -> list[NDArray[np.uint8]]:
+    random = np.random.default_rng(0)
+    return [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+
+
+def _same(one: Detections, other: Detections) -> float:
+    assert len(one) == len(other) > 0
+    return len(match(one, other)) / len(one)
+
+
+def test_onnx_says_what_the_checkpoint_says(checkpoint: Path, folder: Path) -> None:
+    exported, reference = load(folder), load(checkpoint, device="cpu")
+    assert exported.class_names == CLASSES and exported.canvas == (160, 160)
+    reference.config, reference.canvas = exported.config, exported.canvas  # the same padding
+    pictures = _pictures((96, 150), (150, 96), (400, 90))
+    for one, other in zip(exported.predict(pictures, batch_size=3), reference.predict(pictures)):
+        assert one.size == other.size and _same(one, other) == 1
+        for mine, theirs in [(one[row], other[column]) for row, column in match(one, other)][:10]:
+            assert mine.masks is not None and theirs.masks is not None
+            assert int((mine.masks ^ theirs.masks).sum()) <= 0.01 * int(theirs.masks.sum()) + 2
+
+
+def test_the_report_tells_equality_time_and_size(folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    assert report["equality"]["matched"] / report["equality"]["detections"] > 0.95
+    assert report["equality"]["mask_iou_mean"] > 0.99 and report["opset"] == 18
+    assert report["time"]["ratio"] > 0 and report["megabytes"] == pytest.approx(
+        (folder / "model.onnx").stat().st_size / 1e6
+    )
+    assert report["size"] == [160, 160] and report["batch"] == 2
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return generate_shapes(tmp_path_factory.mktemp("shapes") / "data", train_images=2, val_images=3, size=96)
+
+
+def test_predict_and_evaluate_take_it_as_a_checkpoint(
+    folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = tmp_path / "a.png"
+    Image.fromarray(_pictures((100, 220))[0]).save(photo)
+    for name, options in (("whole", []), ("tiles", ["--tile", "96"])):
+        out = tmp_path / name
+        assert main(["predict", str(folder / "model.onnx"), str(photo), "--out", str(out), *options]) == 0
+        assert "ONNX Runtime" in capsys.readouterr().out
+        assert "segmentation" in json.loads((out / "predictions.json").read_text())[0]
+    assert main(["evaluate", str(folder), "--data", str(data), "--out", str(tmp_path / "metrics.json")]) == 0
+    assert "segm/AP" in json.loads((tmp_path / "metrics.json").read_text())
+
+
+def test_evaluate_sees_what_predict_sees(folder: Path, data: Path) -> None:
+    """Tall pictures in a network for wide ones, too: they are made smaller."""
+    detector = load(folder)
+    split = open_split(data, "val")
+    results, _ = detect_split(detector.model, detector.config, split, progress=False)
+    found = detector.predict([record.path for record in split.records])
+    assert sorted(one["score"] for one in results) == sorted(score for one in found for score in one.scores.tolist())
+    settings = DataConfig(short_side=(96,), long_side=160)
+    assert fitting(settings, (96, 150), (96, 160)) == settings
+    tall = fitting(settings, (300, 200), (96, 160))
+    assert fitted_size((300, 200), tall.test_short_side, tall.long_side) == (96, 64)
+
+
+def test_serve_takes_it_without_a_choice_of_stages(folder: Path) -> None:
+    pytest.importorskip("fastapi")
+    from cascade_rcnn.serve.app import ServiceError, _predict, _Service
+    from cascade_rcnn.serve.settings import ServeSettings
+
+    async def ask() -> None:
+        service = _Service(load(folder), ServeSettings())
+        await service.start()
+        assert service.batcher is not None and len((await service.batcher.detect(_pictures((96, 96)), 0))[0])
+        with pytest.raises(ServiceError, match="exported network always runs"):
+            await _predict(service, cast(Any, None), 0.0, 2, True)
+        await service.stop()
+
+    asyncio.run(ask())
+
+
+def test_analyze_has_one_result_and_the_others_refuse(
+    folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    detector, split = load(folder), open_split(data, "val")
+    found = stage_results(detector, split, class_map=list(range(5)), inference=Inference())
+    assert list(found) == ["exported network"] and found["exported network"]
+    assert "does not show its stages" in capsys.readouterr().out
+    for words in (
+        ["check", str(data), "--model", str(folder)],
+        ["train", "finetune", "--data", str(data), "--train.init", str(folder)],
+    ):
+        assert main([*words, "--out", str(tmp_path / "run")]) == 2, words
+        error = capsys.readouterr().err
+        assert "give the checkpoint that it was made from" in error and error.count("\n") == 1, error
+
+
+def test_settings_that_the_file_holds_are_refused_with_the_way_out(folder: Path) -> None:
+    assert len(load(folder, max_detections=5).predict(_pictures((100, 100))[0])) <= 5
+    for settings, words in (
+        ({"score_threshold": 0.0}, "export the checkpoint again with --model.score-threshold 0.0"),
+        ({"max_detections": 1000}, "--model.max-detections 1000"),
+        ({"stop_after_stage": 1}, "--model.stop-after-stage 1"),
+        ({"precision": "bf16"}, "load the checkpoint itself"),
+        ({"compile": True}, "drop --compile"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load(folder, **settings)
+    with pytest.raises(UserError, match="is exported already"):
+        run_export(folder, to="onnx")
+
+
+def test_what_cannot_be_exported_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"soft: .*export with --model\.nms class"):
+        run_export(checkpoint, to="onnx", settings=["--model.nms", "soft"], out=tmp_path / "a")
+    with pytest.raises(ConfigError, match="the trained network is exported as it is"):
+        run_export(checkpoint, to="onnx", settings=["--model.stage-ious", "0.5", "0.6"], out=tmp_path / "a")
+    with pytest.raises(UserError, match="semantics paper"):
+        run_export(_checkpoint(tmp_path / "p.safetensors", semantics="paper"), to="onnx", out=tmp_path / "a")
+    with pytest.raises(UserError, match="--int8 goes with"):
+        run_export(checkpoint, to="torch", int8=tmp_path, out=tmp_path / "a")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"holds notes\.txt"):
+        run_export(checkpoint, to="onnx", out=tmp_path / "full")
+    assert not (tmp_path / "a").exists()
+
+
+def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "other.onnx").write_bytes(b"no network")
+    with pytest.raises(CheckpointError, match=r"other\.onnx: cannot be loaded"):
+        load(tmp_path / "other.onnx")
+    with pytest.raises(CheckpointError, match="no such file"):
+        load(tmp_path / "absent.pt2")
+    assert exported_file(tmp_path) is None and exported_file("runs/demo") is None
+
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("onnx", {"norm": "frozen", "masks": "every"}),
+    ("onnx", {"norm": "frozen", "semantics": "detectron2", "masks": "one"}),
+    ("onnx", {"norm": "frozen", "stage_ious": (0.5,), "stage_stds": None, "masks": "none", "class_agnostic": False}),
+    ("torch", {}),
+    ("openvino", {"norm": "frozen"}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("to", "changes"), VARIANTS)
+def test_every_kind_at_any_size_and_batch(to: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    if to == "openvino":
+        pytest.importorskip("openvino")
+    path = _checkpoint(tmp_path / "tiny.safetensors", **changes)
+    exported, reference = load(run_export(path, to=to)), load(path, device="cpu")
+    pictures = _pictures((96, 150), (96, 150), (300, 200))
+    for size in (1, 2):
+        for one, other in zip(
+            exported.predict(pictures, batch_size=size), reference.predict(pictures, batch_size=size)
+        ):
+            assert _same(one, other) >= 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_integers_find_nearly_the_same(checkpoint: Path, tmp_path: Path, to: str) -> None:
+    pytest.importorskip("nncf")
+    for number, pixels in enumerate(_pictures(*[(96, 128)] * 12)):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    folder = run_export(checkpoint, to=to, int8=tmp_path, out=tmp_path / "out")
+    assert json.loads((folder / "report.json").read_text())["groups_in_float"] is not None
+    exported = load(folder)
+    assert isinstance(exported, Detector) and "8-bit" in exported.choices()
+    assert len(exported.predict(_pictures((96, 128))[0]))
+
+
+def test_tracing_leaves_the_network_as_it_is() -> None:
+    """Values that decide shapes are only forbidden while an exporter traces."""
+    from cascade_rcnn.models.ops.capabilities import exporting
+
+    assert not exporting() and torch.compiler.is_exporting() is False

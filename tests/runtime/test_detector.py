@@ -1,0 +1,163 @@
+"""Exported networks without torch: the same pixels in and the same detections out, to the bit, as with torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+pytest.importorskip("onnx", reason="needs pip install 'cascade-rcnn[onnx]'")
+pytest.importorskip("onnxruntime", reason="needs pip install 'cascade-rcnn[onnx]'")
+
+import cascade_rcnn
+from cascade_rcnn.cli import main
+from cascade_rcnn.config import ModelConfig
+from cascade_rcnn.errors import CheckpointError, UserError
+from cascade_rcnn.inference.detector import load as load_with_torch
+from cascade_rcnn.predict_without_torch import run_predict_without_torch
+from cascade_rcnn.runtime.detector import load
+from handmade_network import CLASSES, handmade_network
+
+
+def _pictures(*sizes: tuple[int, int]) -> list[NDArray[np.uint8]]:
+    random = np.random.default_rng(0)
+    return [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Path:
+    return handmade_network(tmp_path / "model.onnx")
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"size": (96, 128)},
+    {"size": (128, 96), "batch": 2},
+    {"model": ModelConfig(semantics="detectron2")},  # Pillow's resizing
+    {"thresholds": {"cat": 0.6, "dog": 0.1}},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_says_what_it_says_with_torch(tmp_path: Path, variant: dict[str, Any]) -> None:
+    path = handmade_network(tmp_path / "model.onnx", **variant)
+    ours, theirs = load(path, threads=1), load_with_torch(path)
+    pictures = _pictures((96, 150), (300, 200), (77, 400), (96, 128), (31, 20))
+    for one, other in zip(ours.predict(pictures, batch_size=3), theirs.predict(pictures, batch_size=3), strict=True):
+        assert len(one) == len(other) > 1 and one.size == other.size and one.names == other.names
+        for name in ("boxes", "scores", "labels", "mask_probs", "masks"):
+            mine, his = getattr(one, name), getattr(other, name).numpy()
+            assert isinstance(mine, np.ndarray) and mine.dtype == his.dtype and np.array_equal(mine, his), name
+        assert one.to_coco() == other.to_coco() and one.polygons()[0][0].tolist() == other.polygons()[0][0].tolist()
+        assert np.array_equal(np.asarray(one.draw()), np.asarray(other.draw())) and repr(one) == repr(other)
+
+
+def test_pixels_are_prepared_as_with_torch(network: Path) -> None:
+    pictures = _pictures((333, 500), (97, 96))
+    pixels, sizes = load(network).prepare(pictures)
+    batch = load_with_torch(network).prepare(pictures)
+    assert np.array_equal(pixels, batch.pixels.numpy()) and np.array_equal(sizes, batch.sizes.numpy())
+
+
+def test_detections_are_taken_as_tensors_are(network: Path) -> None:
+    found = load(network).predict(_pictures((96, 150))[0])
+    assert len(found) == 5 and found[0].names == ["cat"] and len(found[-2:]) == 2
+    assert found[found.scores > 0.4].names == ["cat", "dog", "eel"] and [one.names for one in found][1] == ["dog"]
+    for index in (7, [True], [0.5], "cat"):
+        with pytest.raises(IndexError):
+            found[index]  # type: ignore[index]
+    assert found.enlarged(2).boxes[0, 0] == 2 * found.boxes[0, 0]
+
+
+def test_settings(network: Path) -> None:
+    pictures = _pictures((96, 150))
+    assert len(load(network, max_detections=2).predict(pictures[0])) == 2
+    assert len(load(network, score_threshold=0.6).predict(pictures)[0]) == 2
+    assert "without PyTorch" in load(network, device="cpu", precision="auto").choices()
+    for settings, words in (
+        ({"max_detections": 1000}, "--model.max-detections 1000"),
+        ({"stop_after_stage": 1}, "--model.stop-after-stage 1"),
+        ({"device": "cuda"}, "device cuda: .* pip install cascade-rcnn"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load(network, **settings)
+    with pytest.raises(UserError, match="tile 96: tiles need PyTorch"):
+        load(network).predict(pictures[0], tile=96)  # type: ignore[call-overload]
+
+
+def test_what_needs_torch_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.pt2").write_bytes(b"")
+    with pytest.raises(UserError, match=r"model\.pt2: needs PyTorch, which is not installed; export with --to onnx"):
+        load(tmp_path / "model.pt2")
+    with pytest.raises(CheckpointError, match="checkpoints need PyTorch"):
+        load("runs/demo")
+    path = handmade_network(tmp_path / "own.onnx", model=ModelConfig(semantics="torchvision"))
+    with pytest.raises(UserError, match=r"PyTorch's own rule \(semantics torchvision\)"):
+        load(path)
+
+
+def test_both_commands_write_the_same(network: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    (photos / "more").mkdir(parents=True)
+    for name, pixels in zip(("000000000007.png", "more/b.png"), _pictures((96, 150), (120, 90))):
+        Image.fromarray(pixels).save(photos / name)
+    (photos / "broken.jpg").write_bytes(b"none")
+    assert main(["predict", str(network), str(photos), "--out", str(tmp_path / "with")]) == 0
+    run_predict_without_torch(network, [photos], out=tmp_path / "without")
+    first, second = tmp_path / "with", tmp_path / "without"
+    names = [sorted(file.relative_to(out) for file in out.rglob("*")) for out in (first, second)]
+    assert names[0] == names[1]
+    for name in ("predictions.json", "drawings/more/b.png"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+_BLOCKED = """
+import sys
+# what is not there after pip install --no-deps cascade-rcnn && pip install numpy pillow onnxruntime
+for name in "torch torchvision timm safetensors faster_coco_eval rich yaml scipy onnx onnxscript".split():
+    sys.modules[name] = None
+import numpy, cascade_rcnn
+from cascade_rcnn.cli import main
+found = cascade_rcnn.load("model.onnx").predict("photo.png")
+assert isinstance(found, cascade_rcnn.Detections) and isinstance(found.boxes, numpy.ndarray)
+assert found.masks.shape == (5, 120, 160)
+found.save("drawn.jpg")
+assert main(["predict", "model.onnx", "photo.png", "--out", "out"]) == 0
+assert main(["predict", "model.onnx", "photo.png", "--out", "tiles", "--tile", "96"]) == 2
+assert main(["predict", "best.safetensors", "photo.png", "--out", "none"]) == 2
+assert main(["predict", "model.onnx", "photo.png", "--out", "rings", "--polygons"]) == 2
+assert main(["evaluate", "model.onnx", "--data", "."]) == 2
+assert main(["predict", "--help"]) == 0
+"""
+
+
+def test_all_of_it_without_the_packages(network: Path, tmp_path: Path) -> None:
+    Image.fromarray(_pictures((120, 160))[0]).save(tmp_path / "photo.png")
+    package = str(Path(cascade_rcnn.__file__).resolve().parents[1])
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", _BLOCKED],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        env={"PYTHONPATH": package, "PATH": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 4 and done.stderr.count("\n") == 4, done.stderr
+    for line, word in zip(
+        errors, ("--tile needs PyTorch", "checkpoints need PyTorch", "scipy", "'evaluate' needs PyTorch")
+    ):
+        assert word in line
+    with_torch = load_with_torch(network).predict(tmp_path / "photo.png")
+    written = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [one["score"] for one in written] == with_torch.scores.tolist()
+    assert [one["segmentation"] for one in written] == [one["segmentation"] for one in with_torch.to_coco()]
+    assert [one["category"] for one in written] == [CLASSES[label] for label in with_torch.labels.tolist()]
