@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "tests")]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "tests/models", "tests/support")]
 import test_parity as parity  # noqa: E402
 
 from cascade_rcnn.inference.detector import load  # noqa: E402

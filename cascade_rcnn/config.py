@@ -56,6 +56,11 @@ class ModelConfig:
     """Batch norm: statistics frozen and affine trained; all frozen; trained; trained over all GPUs; or group norm."""
     frozen_stages: int = 1
     """-1 trains all, 0 freezes the stem, 1 the stem and the first stage, ... 4 the whole backbone."""
+    deformable: Literal["none", "plain", "modulated"] = "none"
+    """Deformable convolutions (DCN, or DCNv2 with modulation) for the 3x3 of deformable_stages of a ResNet."""
+    deformable_stages: tuple[int, ...] = (2, 3, 4)
+    """Of the backbone's four stages; 2 to 4 are C3 to C5."""
+    deformable_groups: int = 1
     semantics: SemanticsName = "mmdetection"
     """Whose training and test details to follow (docs/parity.md)."""
 
@@ -119,6 +124,11 @@ class ModelConfig:
         _require(
             sizes is None or (len(sizes) >= 5 and len(sizes) % 5 == 0 and min(sizes) > 0),
             f"model.anchor_sizes {sizes}: sides in pixels for each of five levels, as many for each",
+        )
+        _require(
+            set(self.deformable_stages) <= {1, 2, 3, 4} and self.deformable_groups >= 1,
+            f"model.deformable_stages {self.deformable_stages}, deformable_groups {self.deformable_groups}: stages 1 "
+            "to 4, at least one group",
         )
         _require(-1 <= self.frozen_stages <= 4, f"model.frozen_stages {self.frozen_stages}: between -1 and 4")
         _require(0 <= self.score_threshold < 1, f"model.score_threshold {self.score_threshold}: from 0 to below 1")

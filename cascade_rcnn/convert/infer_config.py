@@ -127,6 +127,7 @@ def structure_of(state: Mapping[str, Tensor], source: Format) -> Structure:
         "stage_ious": tuple(round(min(0.5 + 0.1 * k, 0.9), 1) for k in range(stages)),
         "masks": masks,
     }
+    model |= _deformable(state)
     if "fpn.lateral_norm.0.weight" in state:
         model["norm"] = "group"
     if mask_heads:
@@ -160,6 +161,27 @@ def _check_class_rows(state: Mapping[str, Tensor], stages: int) -> None:
             )
         if what == "its masks" and classes == 1 and rows[0] > 2:
             raise CheckpointError("it has one mask for all classes (class_agnostic), which has no counterpart here")
+
+
+def _deformable(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Which stages have deformable convolutions, and of which kind: 18 offsets a group, with modulation 27.
+
+    Multiples of 54 could be both and are taken for modulated ones, as published ones are.
+    """
+    sign = re.compile(r"backbone\.body\.layer(\d)\.\d+\.conv2\.offset\.weight")
+    rows = {(int(match[1]), int(value.shape[0])) for key, value in state.items() if (match := sign.fullmatch(key))}
+    if not rows:
+        return {}
+    widths = {width for _, width in rows}
+    if len(widths) > 1 or min(widths) % 9:
+        raise CheckpointError(f"its deformable convolutions have {sorted(widths)} offsets: no counterpart here")
+    width = widths.pop()
+    modulated = width % 27 == 0
+    return {
+        "deformable": "modulated" if modulated else "plain",
+        "deformable_stages": tuple(sorted(stage for stage, _ in rows)),
+        "deformable_groups": width // (27 if modulated else 18),
+    }
 
 
 def _box_head(state: Mapping[str, Tensor]) -> str:

@@ -39,6 +39,8 @@ MMDETECTION: Table = [
     ("backbone.stem.{i}.{p}", BODY + "conv1.{i}.{p}"),
     ("backbone.gn{i}.{p}", BODY + "bn{i}.{p}"),
     ("backbone.layer{n}.{b}.gn{i}.{p}", BODY + "layer{n}.{b}.bn{i}.{p}"),
+    ("backbone.layer{n}.{b}.conv2.conv_offset.{p}", BODY + "layer{n}.{b}.conv2.offset.{p}"),
+    ("backbone.layer{n}.{b}.conv2_offset.{p}", BODY + "layer{n}.{b}.conv2.offset.{p}"),  # mmcv before 1.0
     ("backbone.timm_model.{p}", BODY + "{p}"),
     ("backbone.{p}", BODY + "{p}"),
     ("neck.lateral_convs.{i}.conv.{p}", "fpn.lateral.{i}.{p}"),
@@ -71,6 +73,7 @@ DETECTRON2_BACKBONE: Table = [
     ("<backbone.><bottom_up.>stem.conv1.{p}", BODY + "conv1.{p}"),
     ("<backbone.><bottom_up.>res{n}.{b}.shortcut.norm.{p}", BODY + "layer{n-1}.{b}.downsample.1.{p}"),
     ("<backbone.><bottom_up.>res{n}.{b}.shortcut.{p}", BODY + "layer{n-1}.{b}.downsample.0.{p}"),
+    ("<backbone.><bottom_up.>res{n}.{b}.conv2_offset.{p}", BODY + "layer{n-1}.{b}.conv2.offset.{p}"),
     ("<backbone.><bottom_up.>res{n}.{b}.conv{i}.norm.{p}", BODY + "layer{n-1}.{b}.bn{i}.{p}"),
     ("<backbone.><bottom_up.>res{n}.{b}.conv{i}.{p}", BODY + "layer{n-1}.{b}.conv{i}.{p}"),
 ]

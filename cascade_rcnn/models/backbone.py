@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cascade_rcnn.errors import CheckpointError, ConfigError
+from cascade_rcnn.models.ops.deformable import DeformableConv2d
 from cascade_rcnn.models.ops.frozen_norm import FrozenStatisticsNorm, freeze_statistics
 
 STRIDES = (4, 8, 16, 32)
@@ -116,6 +117,15 @@ def is_channels_last(network: nn.Module) -> bool:
     return str(getattr(network, "output_fmt", "")).rpartition(".")[2] == "NHWC"
 
 
+@dataclass(frozen=True)
+class Deformable:
+    """Which 3x3 convolutions of a ResNet are deformable, and how (models/ops/deformable.py)."""
+
+    stages: tuple[int, ...] = (2, 3, 4)
+    modulated: bool = False
+    groups: int = 1
+
+
 class Backbone(nn.Module):
     """A timm network cut to its features of strides 4..32.
 
@@ -131,6 +141,7 @@ class Backbone(nn.Module):
         style: str = "pytorch",
         norm: str = "frozen_statistics",
         frozen_stages: int = 1,
+        deformable: Deformable | None = None,
     ) -> None:
         super().__init__()
         usage = _usage(name.split(".")[0])  # whatever the weights' tag
@@ -145,6 +156,8 @@ class Backbone(nn.Module):
         self.recompute = False
         if style == "caffe":
             _move_stride_to_first_convolution(body, name)
+        if deformable is not None:
+            _make_deformable(body, name, deformable)
         if norm == "group":
             _replace_batch_norm(body)
         if norm in ("frozen_statistics", "frozen"):
@@ -252,6 +265,17 @@ def _move_stride_to_first_convolution(body: nn.Module, name: str) -> None:
         raise ConfigError(f"model.style caffe is for ResNets with bottleneck blocks, not for {name!r}: use pytorch")
     for block in blocks:
         block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)  # type: ignore[union-attr, assignment]
+
+
+def _make_deformable(body: nn.Module, name: str, wanted: Deformable) -> None:
+    for stage in wanted.stages:
+        blocks = list(getattr(body, f"layer{stage}", []))
+        if not blocks or not all(hasattr(block, "conv3") and block.conv2.kernel_size == (3, 3) for block in blocks):
+            raise ConfigError(
+                f"model.deformable is for ResNets with bottleneck blocks, not for {name!r}: set it to none"
+            )
+        for block in blocks:
+            DeformableConv2d.of(block.conv2, modulated=wanted.modulated, groups=wanted.groups)
 
 
 def _replace_batch_norm(module: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from cascade_rcnn.config import ModelConfig
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.models.anchors import AnchorGenerator
-from cascade_rcnn.models.backbone import STRIDES, Backbone
+from cascade_rcnn.models.backbone import STRIDES, Backbone, Deformable
 from cascade_rcnn.models.box_head import BoxHead, ConvBoxHead
 from cascade_rcnn.models.cascade import Cascade, CascadeDetails, Stage, StageDetails
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
@@ -164,7 +164,7 @@ def stage_stds(config: ModelConfig) -> tuple[tuple[float, ...], ...]:
 def check_backbone(config: ModelConfig) -> None:
     """Raise ConfigError for a backbone that cannot be used as it is configured; nothing is downloaded or allocated."""
     with torch.device("meta"):
-        Backbone(config.backbone, style=config.style, norm=config.norm, frozen_stages=config.frozen_stages)
+        _backbone(config)
 
 
 def anchor_sizes(config: ModelConfig) -> tuple[tuple[float, ...], ...]:
@@ -190,13 +190,7 @@ def build_model(config: ModelConfig, num_classes: int, *, pretrained: bool = Fal
             "timm has no Caffe-style ImageNet weights: give a file with --model.backbone-weights FILE (detectron2's "
             "R-50.pkl through cascade-rcnn convert), or use --model.style pytorch, or --model.pretrained False"
         )
-    backbone = Backbone(
-        config.backbone,
-        pretrained=wanted and not config.backbone_weights,
-        style=config.style,
-        norm=config.norm,
-        frozen_stages=config.frozen_stages,
-    )
+    backbone = _backbone(config, pretrained=wanted and not config.backbone_weights)
     if wanted and config.backbone_weights:
         load_backbone_weights(backbone, Path(config.backbone_weights))
     group_norm = config.norm == "group"
@@ -211,6 +205,18 @@ def build_model(config: ModelConfig, num_classes: int, *, pretrained: bool = Fal
         bgr=bgr,
     )
     return model.train()
+
+
+def _backbone(config: ModelConfig, *, pretrained: bool = False) -> Backbone:
+    deformable = Deformable(config.deformable_stages, config.deformable == "modulated", config.deformable_groups)
+    return Backbone(
+        config.backbone,
+        pretrained=pretrained,
+        style=config.style,
+        norm=config.norm,
+        frozen_stages=config.frozen_stages,
+        deformable=None if config.deformable == "none" else deformable,
+    )
 
 
 def _build_rpn(config: ModelConfig, semantics: Rules) -> RPN:
