@@ -54,6 +54,10 @@ class ModelConfig:
     """ResNet stride in the 3x3 (pytorch; RGB, mean and std) or in the 1x1 convolution (caffe; BGR, std 1)."""
     norm: Literal["frozen_statistics", "frozen", "batch", "sync", "group"] = "frozen_statistics"
     """Batch norm: statistics frozen and affine trained; all frozen; trained; trained over all GPUs; or group norm."""
+    output_norms: bool = False
+    """A layer norm for each of the backbone's maps, as detectors with ConvNeXt or Swin have."""
+    drop_path: float = 0.0
+    """Stochastic depth: the probability that the last block is skipped in training; it grows linearly from 0."""
     frozen_stages: int = 1
     """-1 trains all, 0 freezes the stem, 1 the stem and the first stage, ... 4 the whole backbone."""
     deformable: Literal["none", "plain", "modulated"] = "none"
@@ -87,8 +91,12 @@ class ModelConfig:
     class_agnostic_boxes: bool = True
     """One box per RoI (the paper's cascade) or one per class (Faster R-CNN)."""
     head_channels: int = 1024
-    box_head: Literal["2fc", "4conv1fc", "4conv1fc_gn"] = "2fc"
-    """Two fully connected layers, or four convolutions and one, without or with group norm."""
+    box_head: Literal["2fc", "4conv1fc", "4conv1fc_gn", "4conv1fc_bn"] = "2fc"
+    """Two fully connected layers, or four convolutions and one, without norm, with group norm or with batch norm."""
+    box_loss: Literal["smooth_l1", "giou", "diou", "ciou"] = "smooth_l1"
+    """Of the box deltas, or, IoU losses, of the boxes that they give."""
+    box_loss_weight: float = 1.0
+    """IoU losses are small: published recipes give them 10."""
     masks: Literal["none", "every", "last", "one"] = "none"
     """A mask head at every stage, at the last, or one trained on stage 1's samples and run on the final boxes."""
     mask_channels: int = 256
@@ -129,6 +137,12 @@ class ModelConfig:
             set(self.deformable_stages) <= {1, 2, 3, 4} and self.deformable_groups >= 1,
             f"model.deformable_stages {self.deformable_stages}, deformable_groups {self.deformable_groups}: stages 1 "
             "to 4, at least one group",
+        )
+        _require(0 <= self.drop_path < 1, f"model.drop_path {self.drop_path}: from 0 to below 1")
+        _require(self.box_loss_weight > 0, f"model.box_loss_weight {self.box_loss_weight}: above 0")
+        _require(
+            self.box_loss == "smooth_l1" or self.semantics != "paper",
+            f"model.box_loss {self.box_loss}: model.semantics paper has smooth_l1 only",
         )
         _require(-1 <= self.frozen_stages <= 4, f"model.frozen_stages {self.frozen_stages}: between -1 and 4")
         _require(0 <= self.score_threshold < 1, f"model.score_threshold {self.score_threshold}: from 0 to below 1")

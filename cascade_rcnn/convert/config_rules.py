@@ -41,6 +41,7 @@ def _norm_rules(path: str) -> list[_Rule]:
     ]
 
 
+_BACKBONES = ("ResNet", "ResNeXt", "ResNetV1c", "ResNetV1d", "TIMMBackbone", "RegNet", "ConvNeXt", "SwinTransformer")
 RULES: list[_Rule] = [
     ("*.init_cfg.*", TAKEN, ()),
     ("*.init_cfg", TAKEN, ()),
@@ -52,7 +53,7 @@ RULES: list[_Rule] = [
     ("data_preprocessor.batch_augments*", TRAINING, (None,)),
     ("data_preprocessor.*", TAKEN, ()),
     # Backbone
-    ("backbone.type", IMPOSSIBLE, ("ResNet", "ResNeXt", "ResNetV1c", "ResNetV1d", "TIMMBackbone")),
+    ("backbone.type", IMPOSSIBLE, _BACKBONES),
     ("backbone.norm_cfg.eps", TAKEN, ()),
     *_norm_rules("backbone"),
     ("backbone.strides", IMPOSSIBLE, ([1, 2, 2, 2],)),
@@ -153,11 +154,12 @@ RULES: list[_Rule] = [
     ),
     ("roi_head.bbox_head.loss_cls.use_sigmoid", IMPOSSIBLE, (False,)),
     ("roi_head.bbox_head.loss_cls.type", TRAINING, ("CrossEntropyLoss",)),
-    ("roi_head.bbox_head.loss_bbox.type", TRAINING, ("SmoothL1Loss", "L1Loss")),
+    ("roi_head.bbox_head.loss_bbox.type", TRAINING, ("SmoothL1Loss", "L1Loss", "GIoULoss", "DIoULoss", "CIoULoss")),
+    ("roi_head.bbox_head.loss_bbox.loss_weight", TAKEN, ()),
     ("roi_head.bbox_head.loss_bbox.beta", TRAINING, (1,)),
     ("roi_head.*.loss_*.loss_weight", TRAINING, (1,)),
     ("roi_head.bbox_head.loss_*", TRAINING, ()),
-    ("roi_head.bbox_head.reg_decoded_bbox", TRAINING, (False,)),
+    ("roi_head.bbox_head.reg_decoded_bbox", TAKEN, ()),
     ("roi_head.bbox_head.*_predictor_cfg.type", IMPOSSIBLE, ("Linear",)),
     ("roi_head.bbox_head.*_predictor_cfg.*", TAKEN, ()),
     ("roi_head.bbox_head.with_avg_pool", IMPOSSIBLE, (False,)),

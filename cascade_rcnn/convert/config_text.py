@@ -203,6 +203,11 @@ def _stage_settings(roi: dict[str, Any], train: object) -> dict[str, Any]:
     stds = [_numbers(coder.get("target_stds")) for coder in coders]
     if stds and all(len(values) == 4 for values in stds):
         settings["stage_stds"] = tuple(stds)
+    losses = [_dict(_dict(head).get("loss_bbox")) for head in heads]
+    kinds = {str(loss.get("type")).removesuffix("Loss").lower() for loss in losses}
+    if len(kinds) == 1 and kinds <= {"giou", "diou", "ciou"} and _dict(heads[0]).get("reg_decoded_bbox") is True:
+        settings["box_loss"] = kinds.pop()
+        settings["box_loss_weight"] = float(losses[0].get("loss_weight", 1.0))
     weights = _numbers(roi.get("stage_loss_weights"))
     if weights:
         settings["stage_loss_weights"] = weights

@@ -124,6 +124,9 @@ def _config_without_recipe(made: Decisions) -> Config:
     """From weights, config text and the library's habits."""
     seen, hints, notes = made.seen, made.hints, made.notes
     style, reason = _style(made)
+    if seen.model["box_head"] == "4conv1fc_bn" and "output_norms" in seen.model and not hints.found:
+        seen.model.update(box_loss="giou", box_loss_weight=10.0)
+        notes.append("box loss: GIoU of the boxes, weight 10 (the habit of such detectors; for further training)")
     model: dict[str, Any] = {"semantics": _SEMANTICS[made.kind], "style": style, "norm": "frozen"}
     if made.kind == "mmdetection" and style != "caffe" and seen.group_width != 8:
         model["norm"] = "frozen_statistics"
@@ -267,6 +270,8 @@ def _preprocessing(made: Decisions, model: ModelConfig, found: FoundWeights) -> 
     bgr = Preprocessing(True, *(_CAFFE_SCALED if scaled else _CAFFE))
     if made.hints.preprocessing is not None:
         return made.hints.preprocessing
+    if seen.backbone.startswith("regnetx") and made.kind == "mmdetection":
+        return Preprocessing(True, *_CAFFE_SCALED)
     if made.kind == "mmdetection":
         return bgr if model.style == "caffe" or scaled else Preprocessing(False, *_IMAGENET)
     if made.kind == "detectron2":

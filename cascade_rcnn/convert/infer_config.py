@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cascade_rcnn.convert.key_tables import BOX, MASK, Format
@@ -59,9 +60,48 @@ class Structure:
     model: dict[str, Any]  # fields of ModelConfig
 
 
+# Networks that are told by the shapes of all their weights, by the first of these.
+_BY_SHAPES = {
+    "stem.conv.weight": tuple(
+        f"regnetx_{size}.pycls_in1k" for size in ("004", "008", "016", "032", "040", "064", "080", "120")
+    ),
+    "stem_0.weight": (
+        *("convnext_tiny.fb_in1k", "convnext_small.fb_in1k", "convnext_base.fb_in1k", "convnext_large.fb_in22k"),
+        "convnext_xlarge.fb_in22k",
+    ),
+    "patch_embed.proj.weight": (
+        *("swin_tiny_patch4_window7_224.ms_in1k", "swin_small_patch4_window7_224.ms_in1k"),
+        *("swin_base_patch4_window7_224.ms_in1k", "swin_base_patch4_window12_384.ms_in22k"),
+        *("swin_large_patch4_window7_224.ms_in22k", "swin_large_patch4_window12_384.ms_in22k"),
+    ),
+}
+
+
+def _by_shapes(keys: Mapping[str, Tensor]) -> str | None:
+    """timm's name of a RegNetX, ConvNeXt or Swin; None for other networks."""
+    names = next((names for first, names in _BY_SHAPES.items() if first in keys), None)
+    if names is None:
+        return None
+    import timm
+
+    shapes = {key: tuple(value.shape) for key, value in keys.items()}
+    for name in names:
+        with torch.device("meta"):
+            network = timm.create_model(name, pretrained=False, features_only=True)
+        wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+        if all(shapes.get(key) == shape or key.endswith("num_batches_tracked") for key, shape in wanted.items()):
+            return name
+    raise CheckpointError(
+        f"its backbone looks like {names[0].partition('_')[0]}, but its shapes are those of none of "
+        f"{', '.join(name.partition('.')[0] for name in names)}"
+    )
+
+
 def backbone_of(state: Mapping[str, Tensor]) -> tuple[str, int, int, int]:
     """timm's name, depth, groups and channels per group from our keys (with or without ``backbone.body.``)."""
     keys = {key.removeprefix("backbone.body."): value for key, value in state.items()}
+    if (named := _by_shapes(keys)) is not None:
+        return named, 0, 1, 0
     counts = []
     for stage in range(1, 5):
         blocks = {int(match[1]) for key in keys if (match := re.match(rf"layer{stage}\.(\d+)\.", key))}
@@ -128,6 +168,8 @@ def structure_of(state: Mapping[str, Tensor], source: Format) -> Structure:
         "masks": masks,
     }
     model |= _deformable(state)
+    if "backbone.output_norms.0.weight" in state:
+        model |= {"output_norms": True, "frozen_stages": -1}
     if "fpn.lateral_norm.0.weight" in state:
         model["norm"] = "group"
     if mask_heads:
@@ -187,6 +229,8 @@ def _deformable(state: Mapping[str, Tensor]) -> dict[str, Any]:
 def _box_head(state: Mapping[str, Tensor]) -> str:
     if "cascade.box_heads.0.convs.0.0.weight" not in state:
         return "2fc"
+    if "cascade.box_heads.0.convs.0.1.running_var" in state:
+        return "4conv1fc_bn"
     return "4conv1fc_gn" if "cascade.box_heads.0.convs.0.1.weight" in state else "4conv1fc"
 
 

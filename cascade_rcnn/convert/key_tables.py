@@ -31,6 +31,30 @@ Table = list[tuple[str, str]]
 BODY = "backbone.body."
 BOX, MASK = "cascade.box_heads.", "cascade.mask_heads."
 
+# ConvNeXt and Swin in mmdetection: the names of the official detectors, and mmdetection's and mmpretrain's own.
+CONVNEXT: Table = [
+    ("backbone.downsample_layers.0.{i}.{p}", BODY + "stem_{i}.{p}"),
+    ("backbone.downsample_layers.{n}.{i}.{p}", BODY + "stages_{n}.downsample.{i}.{p}"),
+    ("backbone.stages.{n}.{b}.gamma", BODY + "stages_{n}.blocks.{b}.gamma"),
+    ("backbone.stages.{n}.{b}.norm.{p}", BODY + "stages_{n}.blocks.{b}.norm.{p}"),
+    ("backbone.stages.{n}.{b}.dwconv.{p}", BODY + "stages_{n}.blocks.{b}.conv_dw.{p}"),
+    ("backbone.stages.{n}.{b}.depthwise_conv.{p}", BODY + "stages_{n}.blocks.{b}.conv_dw.{p}"),
+    ("backbone.stages.{n}.{b}.pwconv{i}.{p}", BODY + "stages_{n}.blocks.{b}.mlp.fc{i}.{p}"),
+    ("backbone.stages.{n}.{b}.pointwise_conv{i}.{p}", BODY + "stages_{n}.blocks.{b}.mlp.fc{i}.{p}"),
+]
+SWIN: Table = [
+    ("backbone.patch_embed.projection.{p}", BODY + "patch_embed.proj.{p}"),
+    ("backbone.layers.*relative_position_index", ""),  # computed
+    ("backbone.layers.{n}.downsample.{p}", BODY + "layers_{n+1}.downsample.{p}"),
+    ("backbone.layers.{n}.{p}", BODY + "layers_{n}.{p}"),
+    ("backbone.stages.*relative_position_index", ""),
+    # mmdetection's own: it merges patches in the order of nn.Unfold (see values.adapt_values)
+    ("backbone.stages.{n}.downsample.{p}", BODY + "layers_{n+1}.downsample.unfolded.{p}"),
+    ("backbone.stages.{n}.blocks.{b}.attn.w_msa.{p}", BODY + "layers_{n}.blocks.{b}.attn.{p}"),
+    ("backbone.stages.{n}.blocks.{b}.ffn.layers.0.0.{p}", BODY + "layers_{n}.blocks.{b}.mlp.fc1.{p}"),
+    ("backbone.stages.{n}.blocks.{b}.ffn.layers.1.{p}", BODY + "layers_{n}.blocks.{b}.mlp.fc2.{p}"),
+    ("backbone.stages.{n}.blocks.{b}.{p}", BODY + "layers_{n}.blocks.{b}.{p}"),
+]
 # mmdetection 2.x and 3.x. A head without a number is a one-stage detector's.
 MMDETECTION: Table = [
     ("data_preprocessor.*", ""),
@@ -41,6 +65,9 @@ MMDETECTION: Table = [
     ("backbone.layer{n}.{b}.gn{i}.{p}", BODY + "layer{n}.{b}.bn{i}.{p}"),
     ("backbone.layer{n}.{b}.conv2.conv_offset.{p}", BODY + "layer{n}.{b}.conv2.offset.{p}"),
     ("backbone.layer{n}.{b}.conv2_offset.{p}", BODY + "layer{n}.{b}.conv2.offset.{p}"),  # mmcv before 1.0
+    *CONVNEXT,
+    *SWIN,
+    ("backbone.norm{i}.{p}", "backbone.output_norms.{i}.{p}"),
     ("backbone.timm_model.{p}", BODY + "{p}"),
     ("backbone.{p}", BODY + "{p}"),
     ("neck.lateral_convs.{i}.conv.{p}", "fpn.lateral.{i}.{p}"),
@@ -55,7 +82,7 @@ MMDETECTION: Table = [
     ("rpn_head.rpn_reg.{p}", "rpn.deltas.{p}"),
     ("roi_head.bbox_head.<{k}.>shared_convs.{i}.conv.{p}", BOX + "{k}.convs.{i}.0.{p}"),
     ("roi_head.bbox_head.<{k}.>shared_convs.{i}.gn.{p}", BOX + "{k}.convs.{i}.1.{p}"),
-    ("roi_head.bbox_head.<{k}.>shared_convs.{i}.bn.{p}", BOX + "{k}.convs.{i}.0.bn.{p}"),
+    ("roi_head.bbox_head.<{k}.>shared_convs.{i}.bn.{p}", BOX + "{k}.convs.{i}.1.{p}"),
     ("roi_head.bbox_head.<{k}.>shared_fcs.{i}.{p}", BOX + "{k}.fc{i+1}.{p}"),
     ("roi_head.bbox_head.<{k}.>fc_cls.{p}", BOX + "{k}.classifier.{p}"),
     ("roi_head.bbox_head.<{k}.>fc_reg.{p}", BOX + "{k}.deltas.{p}"),
@@ -244,13 +271,14 @@ def recognise(keys: Iterable[str]) -> Format:
     raise CheckpointError(
         f"none of the formats known (its {len(names)} keys begin with "
         f"{', '.join(names[:3]) or 'nothing'}); "
-        "Faster, Mask and Cascade R-CNN with an FPN and a ResNet or ResNeXt can be converted"
+        "Faster, Mask and Cascade R-CNN with an FPN and a ResNet, ResNeXt, RegNetX, ConvNeXt or Swin can be converted"
     )
 
 
 def rename(state: Mapping[str, Tensor], source: Format) -> tuple[dict[str, Tensor], list[str]]:
     """Our keys and their values, as they are, and the keys that no row of the format's table knows."""
     rows = [(pattern(theirs), ours) for theirs, ours in TABLES[source]]
+    is_regnet = any(key.endswith("backbone.conv1.weight") and value.shape[-1:] == (3,) for key, value in state.items())
     renamed: dict[str, Tensor] = {}
     left_over: list[str] = []
     for key, value in state.items():
@@ -263,11 +291,26 @@ def rename(state: Mapping[str, Tensor], source: Format) -> tuple[dict[str, Tenso
             match = theirs.fullmatch(name)
             if match is not None:
                 if ours:
-                    renamed[_our_key(ours, match)] = value
+                    found = _our_key(ours, match)
+                    renamed[_regnet_key(found) if is_regnet else found] = value
                 break
         else:
             left_over.append(key)
     return renamed, left_over
+
+
+def _regnet_key(key: str) -> str:
+    """timm's name of a RegNet's weight, whose layers mmdetection calls as a ResNet's. Its stem is 3x3, not 7x7."""
+    key = re.sub(
+        r"^backbone\.body\.(conv1|bn1)\.", lambda m: BODY + {"conv1": "stem.conv.", "bn1": "stem.bn."}[m[1]], key
+    )
+    found = re.fullmatch(r"backbone\.body\.layer(\d)\.(\d+)\.(conv|bn|downsample\.)(\d)\.(.+)", key)
+    if found is None:
+        return key
+    stage, block, kind, number, rest = found.groups()
+    inner = {"conv": f"conv{number}.conv", "bn": f"conv{number}.bn"}.get(kind)
+    inner = inner or ("downsample.conv" if number == "0" else "downsample.bn")
+    return f"{BODY}s{stage}.b{int(block) + 1}.{inner}.{rest}"
 
 
 def _has_statistics(key: str, state: Mapping[str, Tensor]) -> bool:

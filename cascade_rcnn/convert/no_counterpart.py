@@ -42,14 +42,15 @@ _PARTS: list[tuple[str, str]] = [
     (r"keypoint", "keypoints"),
     (r"^roi_head\.shared_head\.|^roi_heads\.res5\.", "a C4 head without FPN"),
     (
-        r"^backbone\.(norm0|patch_embed|.*\.attn\.)|bottom_up\.(net\.)?(patch_embed|blocks\.)",
-        "a transformer as backbone",
+        r"bottom_up\.(net\.)?(patch_embed|layers|blocks)\.|^backbone\.(pos_embed|blocks\.|absolute_pos_embed)",
+        "a transformer other than Swin as backbone",
     ),
-    (r"^backbone\.(downsample_layers|stages\.\d+\.\d+\.(depthwise|dwconv))", "a ConvNeXt as backbone"),
+    (r"^backbone\.bottom_up\.s\d\.b\d", "detectron2's RegNet as backbone"),
+    (r"^backbone\.stages\.\d\.\d+\.grn\.", "a ConvNeXt V2 as backbone"),
     (r"^backbone\.(stage\d|transition\d)\.", "an HRNet as backbone"),
     (r"layer\d\.\d+\.convs\.\d", "a Res2Net as backbone"),
     (r"layer\d\.\d+\.(conv2\.(fc\d|bn\d|conv)|se)\b", "split attention or squeeze and excitation (ResNeSt, SENet)"),
-    (r"^backbone\.(cspdark|dark|stage|conv_res_block)", "a Darknet as backbone"),
+    (r"^backbone\.(cspdark|dark|stage\d|conv_res_block)", "a Darknet as backbone"),
 ]
 
 

@@ -29,9 +29,21 @@ def adapt_values(state: dict[str, Tensor], source: Format) -> dict[str, Tensor]:
         result[key] = _background_last(key, value, state) if source in _BACKGROUND_FIRST else value
     if "rpn.conv.2.weight" not in result:  # a single convolution stands in no sequence
         result = {re.sub(r"^rpn\.conv\.0\.", "rpn.conv.", key): value for key, value in result.items()}
-    result = _fold_batch_norms(result)
+    result = _fold_batch_norms(_merging_in_swins_order(result))
     if not has_group_norm(state):
         _add_statistics(result)
+    return result
+
+
+def _merging_in_swins_order(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Swin's patch merging: mmdetection lists the four patches' values channel by channel, row by row; Swin patch by
+    patch, column by column."""
+    result = {}
+    for key, value in state.items():
+        if ".unfolded." in key:
+            by_patch = value.unflatten(-1, (-1, 4)).transpose(-1, -2)  # [..., 4, C]
+            value = by_patch[..., [0, 2, 1, 3], :].flatten(-2).contiguous()
+        result[key.replace(".unfolded.", ".")] = value
     return result
 
 
@@ -51,8 +63,9 @@ def _add_statistics(state: dict[str, Tensor]) -> None:
 
 def _fold_batch_norms(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without ``<convolution>.bn``: y = (conv(x) - mean) / sqrt(var + eps) * scale + shift is itself a convolution."""
-    result = {key: value for key, value in state.items() if ".bn." not in key}
-    for conv in sorted({key.rpartition(".bn.")[0] for key in state if ".bn." in key}):
+    folded = {key for key in state if ".bn." in key and not key.startswith(BODY)}
+    result = {key: value for key, value in state.items() if key not in folded}
+    for conv in sorted({key.rpartition(".bn.")[0] for key in folded}):
         names = [f"{conv}.{name}" for name in ("weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")]
         missing = [name for name in names if name not in state]
         if missing or len({state[name].shape[:1] for name in names}) > 1:
@@ -142,6 +155,16 @@ def reorder_anchors(state: dict[str, Tensor], order: Sequence[int]) -> None:
         state[f"rpn.deltas.{part}"] = deltas.unflatten(0, (len(rows), 4))[rows].flatten(0, 1)
 
 
+# The first convolution of a network, and the mean of the batch norm behind it, if it has one.
+_STEMS = (
+    (BODY + "conv1.0.weight", BODY + "conv1.1.running_mean"),
+    (BODY + "conv1.weight", BODY + "bn1.running_mean"),
+    (BODY + "stem.conv.weight", BODY + "stem.bn.running_mean"),
+    (BODY + "stem_0.weight", ""),
+    (BODY + "patch_embed.proj.weight", ""),
+)
+
+
 def absorb_preprocessing(
     state: dict[str, Tensor],
     *,
@@ -159,12 +182,7 @@ def absorb_preprocessing(
     weights, the constant shifts what the norm subtracts. Exact, but for the constant at the border of the image, where
     padding with zeros means another grey (half a grey level between the means in use).
     """
-    deep = BODY + "conv1.0.weight" in state
-    weight_key, mean_key = (
-        (BODY + "conv1.0.weight", BODY + "conv1.1.running_mean")
-        if deep
-        else (BODY + "conv1.weight", BODY + "bn1.running_mean")
-    )
+    weight_key, mean_key = next((first, norm) for first, norm in _STEMS if first in state)
     weight = state[weight_key].double()  # [64, 3, 7, 7]
     theirs = [torch.tensor(list(values), dtype=torch.float64) for values in (mean, std)]
     if bgr != our_bgr:

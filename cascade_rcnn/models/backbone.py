@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from cascade_rcnn.errors import CheckpointError, ConfigError
 from cascade_rcnn.models.ops.deformable import DeformableConv2d
-from cascade_rcnn.models.ops.frozen_norm import FrozenStatisticsNorm, freeze_statistics
+from cascade_rcnn.models.ops.frozen_norm import FrozenStatisticsNorm, fold_batch_norm, freeze_statistics
+from cascade_rcnn.models.swin import pad_before_shifting
 
 STRIDES = (4, 8, 16, 32)
 PADDED = 32  # images are padded to multiples of this
@@ -73,7 +74,7 @@ def _usage(name: str) -> _Usage:
         raise ConfigError(f"model.backbone {name!r} gives strides {reductions}, not {STRIDES}: choose another network")
     own = max(network.pretrained_cfg.get("input_size", (3, PADDED, PADDED))[1:]) if _has_config(network) else PADDED
     reason = ""
-    for options in ({}, {"strict_img_size": False}):
+    for options in ({}, {"strict_img_size": False, "always_partition": True}, {"strict_img_size": False}):
         for multiple in dict.fromkeys((PADDED, own)):
             if own % PADDED and multiple == own:
                 continue
@@ -129,7 +130,8 @@ class Deformable:
 class Backbone(nn.Module):
     """A timm network cut to its features of strides 4..32.
 
-    ``style`` "caffe" puts a bottleneck's stride into its 1x1 convolution. ``norm`` and ``frozen_stages`` as in
+    ``style`` "caffe" puts a bottleneck's stride into its 1x1 convolution. ``output_norms``: a layer norm
+    for each map. ``norm``, ``frozen_stages`` and ``drop_path`` as in
     :class:`cascade_rcnn.config.ModelConfig`.
     """
 
@@ -142,16 +144,22 @@ class Backbone(nn.Module):
         norm: str = "frozen_statistics",
         frozen_stages: int = 1,
         deformable: Deformable | None = None,
+        output_norms: bool = False,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         usage = _usage(name.split(".")[0])  # whatever the weights' tag
-        body: Any = _create(name, pretrained=pretrained, **usage.options)
+        options = usage.options | ({"drop_path_rate": drop_path} if drop_path else {})
+        body: Any = _create(name, pretrained=pretrained, **options)
+        is_swin = pad_before_shifting(body)
         reductions = body.feature_info.reduction()
         self.multiple = usage.multiple
         self.channels_last = is_channels_last(body)
         self.selected = [len(reductions) - 1 - reductions[::-1].index(stride) for stride in STRIDES]
         self.channels = [body.feature_info.channels()[i] for i in self.selected]
         self.body = body
+        eps = 1e-5 if is_swin else 1e-6
+        self.output_norms = nn.ModuleList(nn.LayerNorm(c, eps) for c in self.channels) if output_norms else None
         self.norm = norm
         self.recompute = False
         if style == "caffe":
@@ -226,7 +234,11 @@ class Backbone(nn.Module):
         else:
             features = self.body(images)
         chosen = [features[i] for i in self.selected]
-        if self.channels_last:
+        if self.output_norms is not None:
+            if not self.channels_last:
+                chosen = [feature.permute(0, 2, 3, 1) for feature in chosen]
+            chosen = [norm(feature) for norm, feature in zip(self.output_norms, chosen)]
+        if self.channels_last or self.output_norms is not None:
             chosen = [feature.permute(0, 3, 1, 2) for feature in chosen]
         if self.multiple > 1:
             chosen = [f[..., : -(-height // s), : -(-width // s)] for f, s in zip(chosen, STRIDES)]
@@ -246,17 +258,8 @@ class Backbone(nn.Module):
                 paired = after == before.replace("conv", "bn") or isinstance(module, nn.Sequential)
                 foldable = isinstance(conv, nn.Conv2d) and type(norm) in (nn.BatchNorm2d, FrozenStatisticsNorm)
                 if paired and foldable and before != after:
-                    _fold(conv, norm)
+                    fold_batch_norm(conv, norm)
                     setattr(module, after, nn.Identity())
-
-
-def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """In place: new weights beside old ones would leave holes in memory."""
-    assert norm.running_mean is not None and norm.running_var is not None
-    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-    bias = conv.bias if conv.bias is not None else torch.zeros_like(norm.running_mean)
-    conv.weight.mul_(scale[:, None, None, None])
-    conv.bias = nn.Parameter((bias - norm.running_mean) * scale + norm.bias, requires_grad=False)
 
 
 def _move_stride_to_first_convolution(body: nn.Module, name: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cascade_rcnn.models.ops.frozen_norm import fold_batch_norm
 from cascade_rcnn.models.ops.roi_align import rows_weight
 
 
@@ -55,7 +56,10 @@ class BoxHead(nn.Module):
 
 
 class ConvBoxHead(BoxHead):
-    """Four 3x3 convolutions and one fully connected layer (arXiv 1803.08494, 1811.08883, 2111.11429)."""
+    """Four 3x3 convolutions and one fully connected layer (arXiv 1803.08494, 1811.08883, 2111.11429).
+
+    ``norm``: none, group or batch, behind each convolution.
+    """
 
     reads_rows = False
 
@@ -67,21 +71,26 @@ class ConvBoxHead(BoxHead):
         width: int = 1024,
         size: int = 7,
         class_agnostic: bool = True,
-        group_norm: bool = True,
+        norm: str = "group",
     ) -> None:
         nn.Module.__init__(self)
         self.convs = nn.ModuleList()
         for _ in range(4):
-            conv = nn.Conv2d(channels, channels, 3, padding=1, bias=not group_norm)
+            conv = nn.Conv2d(channels, channels, 3, padding=1, bias=norm == "none")
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            self.convs.append(nn.Sequential(conv, *([nn.GroupNorm(32, channels)] if group_norm else []), nn.ReLU()))
+            norms = {"none": [], "group": [nn.GroupNorm(32, channels)], "batch": [nn.BatchNorm2d(channels)]}[norm]
+            self.convs.append(nn.Sequential(conv, *norms, nn.ReLU()))
         self.fc1 = nn.Linear(channels * size * size, width)
         self._add_outputs(width, num_classes, class_agnostic)
         nn.init.xavier_uniform_(self.fc1.weight)
         nn.init.zeros_(self.fc1.bias)
 
     def take_rows(self) -> None:
-        """Nothing to reorder: the convolutions come first."""
+        """Nothing to reorder, as the convolutions come first; their batch norms are folded."""
+        for block in self.convs:
+            if isinstance(block, nn.Sequential) and isinstance(block[1], (nn.BatchNorm2d, nn.SyncBatchNorm)):
+                fold_batch_norm(block[0], block[1])  # type: ignore[arg-type]
+                block[1] = nn.Identity()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         for conv in self.convs:

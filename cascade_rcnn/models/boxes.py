@@ -76,3 +76,29 @@ def smooth_l1(prediction: Tensor, target: Tensor, beta: float) -> Tensor:
     if beta == 0.0:
         return (prediction - target).abs()
     return F.smooth_l1_loss(prediction, target, reduction="none", beta=beta)
+
+
+def iou_loss(boxes: Tensor, targets: Tensor, *, kind: str) -> Tensor:
+    """1 - IoU with a penalty [...] for boxes [..., 4] beside their targets [..., 4]; empty boxes give finite values.
+
+    "giou" (arXiv 1902.09630): share of the hull that neither covers. "diou" (1911.08287): squared distance of the
+    centres in units of the hull's diagonal; "ciou": and what aspect ratios differ by.
+    """
+    eps = 1e-7
+    corner = torch.maximum(boxes[..., :2], targets[..., :2])
+    overlap = (torch.minimum(boxes[..., 2:], targets[..., 2:]) - corner).clamp(min=0).prod(dim=-1)
+    union = (box_area(boxes) + box_area(targets) - overlap).clamp(min=eps)
+    iou = overlap / union
+    hull = torch.maximum(boxes[..., 2:], targets[..., 2:]) - torch.minimum(boxes[..., :2], targets[..., :2])
+    if kind == "giou":
+        area = hull.prod(dim=-1).clamp(min=eps)
+        return 1 - iou + (area - union) / area
+    apart = (boxes[..., :2] + boxes[..., 2:] - targets[..., :2] - targets[..., 2:]).square().sum(dim=-1) / 4
+    loss = 1 - iou + apart / hull.square().sum(dim=-1).clamp(min=eps)
+    if kind == "diou":
+        return loss
+    angles = [torch.atan2(*((b[..., 2:] - b[..., :2]).clamp(min=eps).unbind(dim=-1))) for b in (boxes, targets)]
+    aspect = 4 / math.pi**2 * (angles[0] - angles[1]).square()
+    with torch.no_grad():  # the published loss holds its weight fixed
+        weight = torch.where(iou > 0.5, aspect / (1 - iou + aspect).clamp(min=eps), 0.0)
+    return loss + weight * aspect

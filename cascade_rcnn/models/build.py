@@ -216,6 +216,8 @@ def _backbone(config: ModelConfig, *, pretrained: bool = False) -> Backbone:
         norm=config.norm,
         frozen_stages=config.frozen_stages,
         deformable=None if config.deformable == "none" else deformable,
+        output_norms=config.output_norms,
+        drop_path=config.drop_path,
     )
 
 
@@ -268,6 +270,8 @@ def _build_stages(config: ModelConfig, semantics: Rules) -> list[Stage]:
             add_truth=draws or semantics.detectron,
             keep_truth=not (semantics.resample or semantics.detectron),
             box_beta=semantics.one_stage_box_beta if stages == 1 else semantics.box_beta,
+            box_loss=config.box_loss,
+            box_loss_weight=config.box_loss_weight,
             feature_gradient=weight if semantics.detectron else feature_gradient,
             limit_shrinking=semantics.limit_shrinking,
         )
@@ -279,8 +283,9 @@ def _build_cascade(config: ModelConfig, semantics: Rules, num_classes: int) -> C
     stages = len(config.stage_ious)
     choices: dict[str, Callable[..., BoxHead]] = {
         "2fc": BoxHead,
-        "4conv1fc": partial(ConvBoxHead, group_norm=False),
-        "4conv1fc_gn": partial(ConvBoxHead, group_norm=True),
+        "4conv1fc": partial(ConvBoxHead, norm="none"),
+        "4conv1fc_gn": partial(ConvBoxHead, norm="group"),
+        "4conv1fc_bn": partial(ConvBoxHead, norm="batch"),
     }
     make_box_head = choices[config.box_head]
     box_heads: list[nn.Module] = [

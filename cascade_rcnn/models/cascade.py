@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade_rcnn.models.boxes import clip_boxes, decode_boxes, encode_boxes, smooth_l1
+from cascade_rcnn.models.boxes import clip_boxes, decode_boxes, encode_boxes, iou_loss, smooth_l1
 from cascade_rcnn.models.mask_head import MaskHead, MaskSamples, mask_loss, mask_targets
 from cascade_rcnn.models.matching import Matches, Samples, choose, match, normalizer, rows_in_use, take
 from cascade_rcnn.models.ops.roi_align import roi_align, roi_align_rows
@@ -35,6 +35,8 @@ class StageDetails:
     add_truth: bool = True  # ground-truth boxes take part
     keep_truth: bool = False  # and are handed on to the next stage
     box_beta: float = 1.0  # where the box loss changes from quadratic to linear; 0: L1
+    box_loss: str = "smooth_l1"  # of the deltas; "giou", "diou", "ciou": of the boxes that they give
+    box_loss_weight: float = 1.0
     feature_gradient: float = 1.0  # factor on the gradient from the box head into the RoI features
     limit_shrinking: bool = True
 
@@ -129,13 +131,19 @@ class Stage(nn.Module):
         cls = F.cross_entropy(logits.flatten(0, 1), wanted_class.flatten(), reduction="none").view_as(wanted_class)
         # deltas of the positives, which come first
         front = samples.max_positives
-        wanted = encode_boxes(samples.boxes, samples.matched_boxes, self.stds)[:, :front]
         deltas = deltas_of_labels(deltas[:, :front], samples.matched_labels[:, :front])
-        box = smooth_l1(deltas, wanted, self.details.box_beta)
+        box = self._box_loss(deltas, samples.boxes[:, :front], samples.matched_boxes[:, :front])
+        box_weight = self.details.loss_weight * self.details.box_loss_weight
         return {
             "cls": torch.where(samples.valid, cls, 0.0).sum() / total * self.details.loss_weight,
-            "box": torch.where(samples.positive[:, :front, None], box, 0.0).sum() / total * self.details.loss_weight,
+            "box": torch.where(samples.positive[:, :front, None], box, 0.0).sum() / total * box_weight,
         }
+
+    def _box_loss(self, deltas: Tensor, boxes: Tensor, wanted: Tensor) -> Tensor:
+        """Loss [B, P, 4], or [B, P, 1] of whole boxes, where ``deltas`` [B, P, 4] move ``boxes`` beside ``wanted``."""
+        if self.details.box_loss == "smooth_l1":
+            return smooth_l1(deltas, encode_boxes(boxes, wanted, self.stds), self.details.box_beta)
+        return iou_loss(self.decode(deltas, boxes), wanted, kind=self.details.box_loss)[..., None]
 
     @torch.no_grad()
     def refine(self, logits: Tensor, deltas: Tensor, samples: Samples, sizes: Tensor) -> Proposals:

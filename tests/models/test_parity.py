@@ -40,6 +40,15 @@ from seeded_weights import seeded_state_dict  # noqa: E402
 NAMES = ("mmdet_cascade_rcnn_r50_fpn", "mmdet_cascade_mask_rcnn_r50_fpn", "detectron2_cascade_mask_rcnn_R_50_FPN")
 
 
+# Backbones and heads of other kinds: features, stages and detections by default, the training step with -m slow.
+FAMILIES = (
+    "mmdet_cascade_rcnn_r50_fpn_dconv_c3_c5",
+    "mmdet_cascade_mask_rcnn_regnetx_3.2GF_fpn",
+    "convnext_cascade_mask_rcnn_tiny",
+    "swin_cascade_mask_rcnn_tiny",
+)
+
+
 @dataclasses.dataclass
 class Case:
     """One library's model: its converted checkpoint and its reference numbers."""
@@ -59,12 +68,13 @@ def prepare(name: str, folder: Path) -> Case:
     run_convert(folder / "seeded.pth", folder / "converted.safetensors")
     (folder / "seeded.pth").unlink()
     source = "detectron2" if name.startswith("detectron2") else "mmdetection"
-    foreign = {next(iter(rename({key: value}, source)[0]), ""): key for key, value in state.items()}
+    ours = {id(value): name for name, value in rename(state, source)[0].items()}
+    foreign = {ours[id(value)]: key for key, value in state.items() if id(value) in ours}
     train = json.loads((DATA / f"{name}.train.json").read_text())
     return Case(name, folder / "converted.safetensors", np.load(DATA / f"{name}.npz"), train, foreign)
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=[*NAMES, *FAMILIES])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     prepared = prepare(request.param, tmp_path_factory.mktemp("parity"))
     yield prepared
@@ -170,7 +180,7 @@ def write_coco(folder: Path) -> Path:
 
 def reference_losses(case: Case) -> dict[str, float]:
     given = case.train["losses"]
-    if case.name.startswith("mmdet"):
+    if not case.name.startswith("detectron2"):
         names = {"rpn_cls": "loss_rpn_cls", "rpn_box": "loss_rpn_bbox"}
         for k in range(3):
             names |= {f"s{k}.cls": f"s{k}.loss_cls", f"s{k}.box": f"s{k}.loss_bbox", f"s{k}.mask": f"s{k}.loss_mask"}
@@ -186,6 +196,9 @@ def training_step(case: Case, folder: Path) -> tuple[dict[str, torch.Tensor], Ca
     """The losses of one step, and the model with its gradients."""
     everything = 10**6  # the reference samples every anchor and every RoI, so that nothing is random
     model = loaded_model(case, rpn_samples=everything, roi_samples=everything).train()
+    if not case.train.get("running_mean_norm"):
+        for head in model.cascade.box_heads:
+            head.eval()  # the reference's batch norms are
     config = load_checkpoint(case.checkpoint).config
     data = dataclasses.replace(config.data, short_side=(case.train["short_side"],), flip=0.0, workers=0)
     dataset = DetectionDataset(
@@ -204,8 +217,32 @@ def training_step(case: Case, folder: Path) -> tuple[dict[str, torch.Tensor], Ca
     return losses, model
 
 
+@pytest.mark.parametrize("case", NAMES, indirect=True)
 def test_losses_and_gradients_equal_the_reference(case: Case, tmp_path: Path) -> None:
-    losses, model = training_step(case, tmp_path)
+    check_training_step(case, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FAMILIES, indirect=True)
+def test_losses_and_gradients_of_other_families_equal_the_reference(case: Case, tmp_path: Path) -> None:
+    check_training_step(case, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["convnext_cascade_mask_rcnn_tiny"], indirect=True)
+def test_batch_norm_of_the_box_heads_trains_as_in_the_reference(case: Case, tmp_path: Path) -> None:
+    train = json.loads((DATA / f"{case.name}.train_bn.json").read_text())
+    trained = dataclasses.replace(case, train=train)
+    model = check_training_step(trained, tmp_path)
+    for ours, value in model.named_buffers():
+        if ours in case.foreign_key and case.foreign_key[ours] in train["running_mean_norm"]:
+            mean, norm = train["running_mean_norm"][case.foreign_key[ours]]
+            assert value.mean().item() == pytest.approx(mean, rel=1e-3, abs=1e-5), ours
+            assert value.norm().item() == pytest.approx(norm, rel=1e-3), ours
+
+
+def check_training_step(case: Case, folder: Path) -> CascadeRCNN:
+    losses, model = training_step(case, folder)
     wanted = reference_losses(case)
     assert losses.keys() == wanted.keys()
     for key, value in wanted.items():
@@ -221,6 +258,7 @@ def test_losses_and_gradients_equal_the_reference(case: Case, tmp_path: Path) ->
         else:
             assert parameter.grad is None, f"{ours} has a gradient, {theirs} has none"
     assert compared == len(norms)
+    return model
 
 
 def network_pixels(case: Case, images: ImageBatch) -> torch.Tensor:

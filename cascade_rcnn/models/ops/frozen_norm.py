@@ -56,3 +56,16 @@ def freeze_statistics(module: nn.Module) -> None:
     for child in module.modules():
         if type(child) is nn.BatchNorm2d and child.affine and child.track_running_stats:
             child.__class__ = FrozenStatisticsNorm
+
+
+@torch.no_grad()
+def fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    """Put a norm with fixed statistics into the convolution before it.
+
+    In place: new weights beside old ones would leave holes in memory.
+    """
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    bias = conv.bias if conv.bias is not None else torch.zeros_like(norm.running_mean)
+    conv.weight.mul_(scale[:, None, None, None])
+    conv.bias = nn.Parameter((bias - norm.running_mean) * scale + norm.bias, requires_grad=False)
