@@ -78,7 +78,9 @@ class ConvBoxHead(BoxHead):
         for _ in range(4):
             conv = nn.Conv2d(channels, channels, 3, padding=1, bias=norm == "none")
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            norms = {"none": [], "group": [nn.GroupNorm(32, channels)], "batch": [nn.BatchNorm2d(channels)]}[norm]
+            norms: list[nn.Module] = []
+            if norm != "none":
+                norms = [nn.GroupNorm(32, channels) if norm == "group" else nn.BatchNorm2d(channels)]
             self.convs.append(nn.Sequential(conv, *norms, nn.ReLU()))
         self.fc1 = nn.Linear(channels * size * size, width)
         self._add_outputs(width, num_classes, class_agnostic)

@@ -85,6 +85,11 @@ def backward_without_streams(loss: Tensor) -> None:
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mixed precision and loss scaling as on a GPU, without asking for one."""
+    with FakeTensorMode():
+        try:
+            torch.empty(1).to("cuda", non_blocking=True)
+        except RuntimeError:
+            pytest.skip("this version of torch asks the driver even for tensors without values")
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(

@@ -35,7 +35,8 @@ def has_triton() -> bool:
 
 def exporting() -> bool:
     """Whether an exporter is tracing: no value may decide a shape, except through operators it knows."""
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
+    return bool(is_exporting() or torch.onnx.is_in_onnx_export())
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,9 @@ class DeformableConv2d(nn.Conv2d):
         made = cast(DeformableConv2d, conv)
         made.__class__ = cls
         height, width = conv.kernel_size
-        made.offset = nn.Conv2d(
-            conv.in_channels,
-            groups * (3 if modulated else 2) * height * width,
-            conv.kernel_size,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            device=conv.weight.device,
-        )
+        shape: dict[str, Any] = {name: getattr(conv, name) for name in ("kernel_size", "stride", "padding", "dilation")}
+        channels = groups * (3 if modulated else 2) * height * width
+        made.offset = nn.Conv2d(conv.in_channels, channels, **shape, device=conv.weight.device)
         nn.init.zeros_(made.offset.weight)
         nn.init.zeros_(cast(Tensor, made.offset.bias))
         made.modulated = modulated
@@ -48,7 +42,7 @@ class DeformableConv2d(nn.Conv2d):
             offset, mask = offset[:, :moved], offset[:, moved:].float().sigmoid()
         bias = None if self.bias is None else self.bias.float()
         with torch.autocast(x.device.type, enabled=False):
-            found = deform_conv2d(
+            found: Tensor = deform_conv2d(
                 x.float(),
                 offset.float(),
                 self.weight.float(),
