@@ -159,7 +159,7 @@ RULES: list[_Rule] = [
     ("roi_head.bbox_head.loss_bbox.beta", TRAINING, (1,)),
     ("roi_head.*.loss_*.loss_weight", TRAINING, (1,)),
     ("roi_head.bbox_head.loss_*", TRAINING, ()),
-    ("roi_head.bbox_head.reg_decoded_bbox", TAKEN, ()),
+    ("roi_head.bbox_head.reg_decoded_bbox", TRAINING, (False,)),
     ("roi_head.bbox_head.*_predictor_cfg.type", IMPOSSIBLE, ("Linear",)),
     ("roi_head.bbox_head.*_predictor_cfg.*", TAKEN, ()),
     ("roi_head.bbox_head.with_avg_pool", IMPOSSIBLE, (False,)),

@@ -79,6 +79,8 @@ def read_config_text(text: str | Mapping[str, Any]) -> Hints:
     steps = _test_steps(names)
     hints.preprocessing = _preprocessing(model, names, steps)
     hints.model |= _stage_settings(roi, model["train_cfg"])
+    if "box_loss" in hints.model:
+        hints.left_out = [item for item in hints.left_out if "reg_decoded_bbox" not in item]
     hints.model |= _sampling(model["train_cfg"], one_stage=not isinstance(roi.get("bbox_head"), list))
     hints.model |= _test_settings(_dict(model["test_cfg"]), hints)
     try:
@@ -149,6 +151,11 @@ def _backbone_settings(backbone: dict[str, Any]) -> dict[str, Any]:
     frozen = backbone.get("frozen_stages")
     if isinstance(frozen, int) and -1 <= frozen <= 4:
         settings["frozen_stages"] = frozen
+    deformable = _dict(backbone.get("dcn"))
+    if deformable:
+        settings["deformable"] = "modulated" if deformable.get("type") == "DCNv2" else "plain"
+        groups = deformable.get("deform_groups", deformable.get("deformable_groups", 1))
+        settings["deformable_groups"] = groups if isinstance(groups, int) else 1
     norm = _dict(backbone.get("norm_cfg"))
     if norm:
         settings["norm"] = _norm(norm, frozen_statistics=backbone.get("norm_eval") is not False)
@@ -207,7 +214,9 @@ def _stage_settings(roi: dict[str, Any], train: object) -> dict[str, Any]:
     kinds = {str(loss.get("type")).removesuffix("Loss").lower() for loss in losses}
     if len(kinds) == 1 and kinds <= {"giou", "diou", "ciou"} and _dict(heads[0]).get("reg_decoded_bbox") is True:
         settings["box_loss"] = kinds.pop()
-        settings["box_loss_weight"] = float(losses[0].get("loss_weight", 1.0))
+    amounts = set(_numbers([loss.get("loss_weight", 1.0) for loss in losses]))
+    if len(amounts) == 1 and amounts != {1.0}:
+        settings["box_loss_weight"] = amounts.pop()
     weights = _numbers(roi.get("stage_loss_weights"))
     if weights:
         settings["stage_loss_weights"] = weights

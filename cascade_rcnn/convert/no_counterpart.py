@@ -9,7 +9,7 @@ from collections.abc import Iterable
 _PARTS: list[tuple[str, str]] = [
     (r"^neck\.rfp_|\.rfp_conv\.", "a recursive FPN (DetectoRS)"),
     (r"\.switch\.|\.weight_diff$|\.weight_gamma$|\.pre_context\.", "switchable atrous convolutions (DetectoRS)"),
-    (r"conv[13]_offset|^(?!backbone).*conv_offset", "deformable convolutions outside a ResNet's 3x3"),
+    (r"conv[13](\.conv)?_offset|^(?!backbone).*conv_offset", "deformable convolutions outside a ResNet's 3x3"),
     (r"\.context_block\.|\.conv_mask\.|channel_add_conv", "global context blocks (GCNet)"),
     (r"gen_attention_block|\.non_?local", "attention blocks between convolutions"),
     (r"^roi_head\.mask_head\.(\d\.)?conv_res\.", "interleaved masks (HTC)"),

@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from cascade_rcnn.errors import CheckpointError, ConfigError
 from cascade_rcnn.models.ops.deformable import DeformableConv2d
 from cascade_rcnn.models.ops.frozen_norm import FrozenStatisticsNorm, fold_batch_norm, freeze_statistics
-from cascade_rcnn.models.swin import pad_before_shifting
 
 STRIDES = (4, 8, 16, 32)
 PADDED = 32  # images are padded to multiples of this
@@ -151,7 +150,11 @@ class Backbone(nn.Module):
         usage = _usage(name.split(".")[0])  # whatever the weights' tag
         options = usage.options | ({"drop_path_rate": drop_path} if drop_path else {})
         body: Any = _create(name, pretrained=pretrained, **options)
-        is_swin = pad_before_shifting(body)
+        is_swin = name.startswith("swin_")
+        if is_swin:
+            from cascade_rcnn.models.swin import pad_before_shifting
+
+            pad_before_shifting(body)
         reductions = body.feature_info.reduction()
         self.multiple = usage.multiple
         self.channels_last = is_channels_last(body)

@@ -33,9 +33,8 @@ class DetectionSwinBlock(SwinTransformerBlock):
         return x[:, :height, :width].contiguous()
 
 
-def pad_before_shifting(body: nn.Module) -> bool:
-    """Turn timm's Swin blocks in ``body`` into the detectors'; whether there are any."""
-    blocks = [module for module in body.modules() if type(module) is SwinTransformerBlock]
-    for block in blocks:
-        block.__class__ = DetectionSwinBlock
-    return bool(blocks)
+def pad_before_shifting(body: nn.Module) -> None:
+    """Turn timm's Swin blocks in ``body`` into the detectors'."""
+    for block in body.modules():
+        if type(block) is SwinTransformerBlock:
+            block.__class__ = DetectionSwinBlock

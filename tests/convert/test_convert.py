@@ -181,7 +181,15 @@ def test_batch_norm_in_neck_and_heads_is_folded(tmp_path: Path, capsys: pytest.C
         layers[name] = nn.Sequential(conv, norm)
         state |= {f"{name}.bn.{key}": value for key, value in norm.state_dict().items()}
     made = convert(tmp_path, {"state_dict": state})
-    assert (made.config.model.rpn_convs, made.config.model.box_head) == (2, "4conv1fc")
+    # our box heads have such norms themselves; FPN and mask heads do not
+    assert (made.config.model.rpn_convs, made.config.model.box_head) == (2, "4conv1fc_bn")
+    for name in [name for name in layers if "bbox_head" in name]:
+        norm = layers.pop(name)[1]
+        k, i = re.findall(r"\d", name)
+        for key, value in norm.state_dict().items():
+            assert key == "num_batches_tracked" or torch.equal(
+                made.state[f"cascade.box_heads.{k}.convs.{i}.1.{key}"], value
+            )
     assert "folded" in capsys.readouterr().out and len(normed) == 4 + 4 + 3 * 4 + 3 * 4
     assert torch.equal(made.state["rpn.conv.2.weight"], state["rpn_head.rpn_conv.1.conv.weight"])
     for key, value in made.state.items():

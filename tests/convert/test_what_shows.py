@@ -201,7 +201,7 @@ IMPOSSIBLE = {
     "PAFPN": {"neck": "type='mmdet.models.necks.PAFPN', num_outs=5"},
     "bilinear": {"neck": "type='FPN', num_outs=5, upsample_cfg=dict(mode='bilinear')"},
     "plugins": {"backbone": "type='ResNet', depth=18, plugins=[dict(cfg=dict(type='ContextBlock'))]"},
-    "dcn": {"backbone": "type='ResNet', depth=18, dcn=dict(type='DCNv2', deform_groups=1)"},
+    "dcn": {"backbone": "type='ResNet', depth=18, dcn=dict(type='DCNv3', deform_groups=1)"},
     "DetectoRS_ResNet": {"backbone": "type='DetectoRS_ResNet', depth=18"},
     "dilations": {"backbone": "type='ResNet', depth=18, dilations=(1, 1, 1, 2)"},
 }
@@ -246,7 +246,7 @@ def test_test_settings_unlike_ours_are_refused_unless_a_recipe_is_named(
 
 def test_what_is_not_taken_over_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     head = (
-        "type='Shared2FCBBoxHead', reg_decoded_bbox=True, loss_bbox=dict(type='GIoULoss', loss_weight=10.0), "
+        "type='Shared2FCBBoxHead', reg_decoded_bbox=True, loss_bbox=dict(type='BoundedIoULoss', loss_weight=10.0), "
         "my_own_switch=7"
     )
     made = convert(
@@ -263,13 +263,21 @@ def test_what_is_not_taken_over_is_listed(tmp_path: Path, capsys: pytest.Capture
     )
     out = capsys.readouterr().out
     for word in (
-        *("loss_bbox.type = 'GIoULoss'", "reg_decoded_bbox = True", "my_own_switch = 7 (not known here)"),
+        *("loss_bbox.type = 'BoundedIoULoss'", "reg_decoded_bbox = True", "my_own_switch = 7 (not known here)"),
         *("sampler.type = 'OHEMSampler'", "not read (training, data, logging): optimizer, total_epochs"),
         *("max_detections 300", "nms_iou 0.6", "roi_samples 256"),
     ):
         assert word in out, word
     model = made.config.model
     assert (model.max_detections, model.nms_iou, model.score_threshold, model.roi_samples) == (300, 0.6, 0.001, 256)
+
+
+@pytest.mark.parametrize("kind", ["GIoU", "DIoU", "CIoU"])
+def test_an_iou_loss_of_the_boxes_is_taken_over(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    head = f"reg_decoded_bbox=True, loss_bbox=dict(type='{kind}Loss', loss_weight=10.0)"
+    model = convert(tmp_path, with_text(small_state(), text(head=f"type='Shared2FCBBoxHead', {head}"))).config.model
+    assert (model.box_loss, model.box_loss_weight) == (kind.lower(), 10.0)
+    assert "reg_decoded_bbox" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -366,7 +374,7 @@ def test_two_outputs_for_each_anchor_are_refused_by_name(tmp_path: Path) -> None
 
 
 PARTS = {
-    "deformable": "backbone.layer2.0.conv2.conv_offset.weight",
+    "deformable": "backbone.layer2.0.conv3.conv_offset.weight",
     "GCNet": "backbone.layer2.0.context_block.conv_mask.weight",
     "recursive FPN": "neck.rfp_modules.0.conv1.weight",
     "interleaved": "roi_head.mask_head.1.conv_res.conv.weight",
@@ -380,8 +388,8 @@ PARTS = {
     "PointRend": "roi_head.point_head.fcs.0.conv.weight",
     "ResNeSt": "backbone.layer1.0.conv2.fc1.weight",
     "Res2Net": "backbone.layer1.0.convs.0.weight",
-    "transformer": "backbone.patch_embed.projection.weight",
-    "ConvNeXt": "backbone.downsample_layers.0.0.weight",
+    "transformer": "backbone.pos_embed",
+    "ConvNeXt V2": "backbone.stages.0.0.grn.gamma",
     "HRNet": "backbone.stage2.0.branches.0.0.conv1.weight",
     "semantic branch": "sem_seg_head.p2.0.weight",
     "point-wise masks": "roi_heads.mask_head.coarse_head.reduce_spatial_dim_conv.weight",
