@@ -11,7 +11,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d  # type: ignore[attr-defined]
+from timm.layers import BatchNormAct2d, DropPath  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -148,8 +148,7 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         usage = _usage(name.split(".")[0])  # whatever the weights' tag
-        options = usage.options | ({"drop_path_rate": drop_path} if drop_path else {})
-        body: Any = _create(name, pretrained=pretrained, **options)
+        body: Any = _with_drop_path(name, drop_path, pretrained=pretrained, **usage.options)
         is_swin = name.startswith("swin_")
         if is_swin:
             from cascade_rcnn.models.swin import pad_before_shifting
@@ -263,6 +262,20 @@ class Backbone(nn.Module):
                 if paired and foldable and before != after:
                     fold_batch_norm(conv, norm)
                     setattr(module, after, nn.Identity())
+
+
+def _with_drop_path(name: str, rate: float, *, pretrained: bool, **options: Any) -> nn.Module:
+    """The network with stochastic depth of ``rate`` and no other: some of timm's have one of their own by default."""
+    if not rate:
+        body = _create(name, pretrained=pretrained, **options)
+        for module in body.modules():
+            if isinstance(module, DropPath):
+                module.drop_prob = 0.0
+        return body
+    try:
+        return _create(name, pretrained=pretrained, drop_path_rate=rate, **options)
+    except TypeError as error:
+        raise ConfigError(f"model.drop_path {rate}: {name!r} has no stochastic depth; set it to 0") from error
 
 
 def _move_stride_to_first_convolution(body: nn.Module, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -169,3 +170,40 @@ def test_the_pyramid_is_the_same_with_and_without_gradients(size: tuple[int, int
         fast = fpn(features)
     assert not features  # emptied, so that memory is freed on the way
     assert all(torch.equal(a, b) for a, b in zip(slow, fast)) and len(fast) == 5
+
+
+def test_stochastic_depth_is_what_the_configuration_says() -> None:
+    images = torch.randn(1, 3, 64, 64)
+    plain = Backbone("swin_tiny_patch4_window7_224", frozen_stages=-1, output_norms=True)  # timm's default is not 0
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(plain.train()(images), plain.eval()(images)))
+        torch.manual_seed(0)
+        dropping = Backbone("convnext_atto", frozen_stages=-1, drop_path=0.9)
+        assert not torch.equal(dropping.train()(images)[3], dropping.eval()(images)[3])
+    with pytest.raises(ConfigError, match="'vgg11' has no stochastic depth"):
+        Backbone("vgg11", frozen_stages=-1, drop_path=0.1)
+
+
+def test_a_map_that_is_no_multiple_of_the_window_is_padded_before_it_is_shifted() -> None:
+    """Against the attention of one block computed window by window on the padded and rolled map."""
+    torch.manual_seed(0)
+    block = Backbone("swin_tiny_patch4_window7_224", frozen_stages=-1).body.layers_0.blocks[1].eval()
+    assert block.shift_size == (3, 3)
+    x = torch.randn(1, 9, 10, 96)
+    padded = torch.zeros(1, 14, 14, 96)
+    padded[:, :9, :10] = x
+    rolled = padded.roll((-3, -3), dims=(1, 2))
+    region = torch.zeros(14, 14)
+    for row, rows in enumerate((slice(0, 7), slice(7, 11), slice(11, 14))):
+        for column, columns in enumerate((slice(0, 7), slice(7, 11), slice(11, 14))):
+            region[rows, columns] = 3 * row + column
+    wanted = torch.zeros_like(rolled)
+    with torch.no_grad():
+        for top in (0, 7):
+            for left in (0, 7):
+                window = np.s_[top : top + 7, left : left + 7]
+                mine = region[window].flatten()
+                mask = torch.where(mine[:, None] == mine, 0.0, -100.0)[None]
+                found = block.attn(rolled[:, window[0], window[1]].reshape(1, 49, 96), mask=mask)
+                wanted[:, window[0], window[1]] = found.view(1, 7, 7, 96)
+        torch.testing.assert_close(block._attn(x), wanted.roll((3, 3), dims=(1, 2))[:, :9, :10])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from cascade_rcnn.models.boxes import clip_boxes, decode_boxes, encode_boxes, pairwise_iof, pairwise_iou
+from cascade_rcnn.models.boxes import clip_boxes, decode_boxes, encode_boxes, iou_loss, pairwise_iof, pairwise_iou
 from random_boxes import random_boxes
 
 
@@ -71,3 +71,34 @@ def test_the_limit_is_that_of_the_published_code() -> None:
         62.5,
         rel_tol=1e-5,
     )
+
+
+@pytest.mark.parametrize("kind", ["giou", "diou", "ciou"])
+def test_iou_losses_equal_torchvisions(kind: str) -> None:
+    from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
+
+    theirs = {"giou": generalized_box_iou_loss, "diou": distance_box_iou_loss, "ciou": complete_box_iou_loss}[kind]
+    torch.manual_seed(0)
+    a, b = (torch.rand(64, 4) * 50 for _ in range(2))
+    a, b = (torch.cat([box[:, :2], box[:, :2] + box[:, 2:] + 1], dim=1) for box in (a, b))
+    b[:16] = a[:16] + torch.randn(16, 4) * 0.5  # near ones too, where the weight of the aspect counts
+    if kind == "ciou":  # below an IoU of a half the aspect does not count, as in mmdetection; torchvision counts it
+        close = pairwise_iou(a, b).diagonal() > 0.5
+        assert 8 < close.sum() < 64
+        far = iou_loss(a[~close], b[~close], kind="ciou")
+        torch.testing.assert_close(far, iou_loss(a[~close], b[~close], kind="diou"))
+        a, b = a[close], b[close]
+    ours, wanted = a.clone().requires_grad_(), a.clone().requires_grad_()
+    loss, reference = iou_loss(ours, b, kind=kind), theirs(wanted, b)
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=1e-5)
+    loss.sum().backward()
+    reference.sum().backward()
+    torch.testing.assert_close(ours.grad, wanted.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_iou_losses_of_empty_boxes_are_finite() -> None:
+    boxes = torch.zeros(1, 4, requires_grad=True)
+    for kind in ("giou", "diou", "ciou"):
+        loss = iou_loss(boxes, torch.zeros(1, 4), kind=kind)
+        loss.sum().backward()
+        assert torch.isfinite(loss).all() and boxes.grad is not None and torch.isfinite(boxes.grad).all()
