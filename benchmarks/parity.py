@@ -1,6 +1,6 @@
 """The differences from mmdetection and detectron2, measured: the table of docs/parity.md.
 
-python3 benchmarks/parity.py
+python3 benchmarks/parity.py [NAME ...]      # of tests/models/test_parity.py; all of them take a quarter of an hour
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def backward(case: parity.Case, folder: Path) -> dict[str, str]:
 
 def main() -> None:
     torch.set_num_threads(2)
-    for name in parity.NAMES:
+    for name in sys.argv[1:] or (*parity.NAMES, *parity.FAMILIES):
         with tempfile.TemporaryDirectory() as folder:
             with contextlib.redirect_stdout(io.StringIO()):
                 case = parity.prepare(name, Path(folder))
