@@ -22,8 +22,6 @@ from cascade_rcnn.recipes import apply_overrides
 from cascade_rcnn.runtime.network import NAMES, ExportInfo, exported_file
 from cascade_rcnn.zoo.store import resolve
 
-_MULTIPLE = 32
-
 
 def run_export(
     checkpoint: str | Path,
@@ -98,7 +96,7 @@ def _info(
     if size is not None:
         if min(size) < 1:
             raise ConfigError(f"--size {size[0]} {size[1]}: height and width in pixels")
-        size = (-(-size[0] // _MULTIPLE) * _MULTIPLE, -(-size[1] // _MULTIPLE) * _MULTIPLE)
+        size = (-(-size[0] // network.MULTIPLE) * network.MULTIPLE, -(-size[1] // network.MULTIPLE) * network.MULTIPLE)
         limits = config.data
         short = min(limits.test_short_side or max(limits.short_side), min(size))
         config = replace(

@@ -15,6 +15,9 @@ from cascade_rcnn.runtime.network import INPUTS, METADATA, OUTPUTS, Arrays, Run,
 from cascade_rcnn.structures import ImageBatch, RawDetections
 
 
+_LEAST = 96  # side of an input that a program of torch.export takes: it assumes two pixels or more on every level
+
+
 def usual_device(path: str | Path, device: str) -> str:
     """The device of a command: ``auto`` is the CPU for an exported network, which runs nowhere else."""
     return "cpu" if device == "auto" and exported_file(path) is not None else device
@@ -57,8 +60,9 @@ def _open_torch(path: Path, _: int) -> tuple[Run, str, str]:
     network = program.module()
 
     def run(feed: Arrays) -> Arrays:
+        pixels, sizes = (torch.from_numpy(feed[name]) for name in INPUTS)
         with torch.inference_mode():
-            found = network(*(torch.from_numpy(feed[name]) for name in INPUTS))
+            found = network(padded(pixels, (max(pixels.shape[2], _LEAST), max(pixels.shape[3], _LEAST))), sizes)
         return {name: value.numpy() for name, value in zip(OUTPUTS, found)}
 
     return run, f"torch.export, torch {torch.__version__}", str(extra[METADATA])
