@@ -197,6 +197,9 @@ def _report(path: Path, target: Path, info: ExportInfo, *, data: Path | None, sp
         content["groups_in_float"] = kept
     if data is not None:
         content["metrics"] = report.average_precision(path, target, data, split)
+        for key in content["metrics"]["pytorch"]:
+            both = (100 * content["metrics"][name][key] for name in ("pytorch", "exported"))
+            print("{}: {:.2f} with PyTorch, {:.2f} exported".format(key, *both))
     write_json(target.with_name("report.json"), content)
     equality, seconds = content["equality"], content["time"]
     print(

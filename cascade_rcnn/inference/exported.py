@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from cascade_rcnn.runtime.network import INPUTS, METADATA, OUTPUTS, Arrays, Run, RuntimeNetwork, exported_file
 from cascade_rcnn.structures import ImageBatch, RawDetections
 
-
 _LEAST = 96  # side of an input that a program of torch.export takes: it assumes two pixels or more on every level
 
 
