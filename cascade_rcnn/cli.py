@@ -553,15 +553,20 @@ def _benchmark(words: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON")
     args = parser.parse_all(words)
 
-    from cascade_rcnn.benchmark.run import run_benchmark
+    from cascade_rcnn.benchmark.run import Also, run_benchmark
 
+    also: set[Also] = set()
+    if args.compile:
+        also.add("compiled")
+    if args.runtimes:
+        also.add("runtimes")
     run_benchmark(
         config=args.config,
         size=tuple(args.size),
         batch=args.batch,
         device=args.device,
         train=args.train,
-        also=[name for name, wanted in (("compiled", args.compile), ("runtimes", args.runtimes)) if wanted],
+        also=also,
         rounds=args.rounds,
         data=args.data,
         out=args.out,
