@@ -196,7 +196,10 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("onnx", {"norm": "frozen", "masks": "every"}),
     ("onnx", {"norm": "frozen", "semantics": "detectron2", "masks": "one"}),
-    ("onnx", {"norm": "frozen", "stage_ious": (0.5,), "stage_stds": None, "masks": "none", "class_agnostic": False}),
+    (
+        "onnx",
+        {"norm": "frozen", "stage_ious": (0.5,), "stage_stds": None, "masks": "none", "class_agnostic_boxes": False},
+    ),
     ("torch", {}),
     ("openvino", {"norm": "frozen"}),
 ]
