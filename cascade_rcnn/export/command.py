@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -51,6 +52,7 @@ def run_export(
         raise UserError(f"{printable(checkpoint)}: is exported already; give the checkpoint that it was made from")
     if int8 is not None and to == "torch":
         raise UserError("--int8 goes with --to openvino or --to onnx")
+    _check_packages(to, int8=int8 is not None)
     path = resolve(checkpoint)
     saved = load_checkpoint(path)
     config = _changed_settings(saved.config, settings)
@@ -71,6 +73,19 @@ def run_export(
     del program, model
     _report(path, target, info, data=data, split=split, kept=kept)
     return folder
+
+
+def _check_packages(to: str, *, int8: bool) -> None:
+    """Tracing takes minutes: what is missing is said before."""
+    needed = {
+        "torch": [],
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],
+        "openvino": ["onnx", "onnxscript", "openvino"],
+    }[to]
+    needed += ["nncf"] if int8 and to == "openvino" else []
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        extra = "int8" if int8 and to == "openvino" else to
+        raise UserError(f"--to {to}: the package {missing[0]} is missing: pip install 'cascade-rcnn[{extra}]'")
 
 
 _CHANGEABLE = ("score_threshold", "max_detections", "nms", "nms_iou", "stop_after_stage")

@@ -135,11 +135,11 @@ def write_onnx(program: Any, path: Path, info: ExportInfo) -> None:
     """An ONNX file of standard operators, checked, with the settings in its metadata.
 
     Raises:
-        UserError: onnx or onnxscript are not installed.
+        UserError: onnx or onnxscript, which torch's exporter needs, are not installed.
     """
     try:
         import onnx
-        import onnxscript  # noqa: F401 - what torch's exporter needs
+        import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f"the package {error.name} is missing: pip install 'cascade-rcnn[onnx]'") from error
     with torch.no_grad(), _quiet():

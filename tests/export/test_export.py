@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -123,12 +124,13 @@ def test_evaluate_sees_what_predict_sees(folder: Path, data: Path) -> None:
 
 def test_serve_takes_it_without_a_choice_of_stages(folder: Path) -> None:
     pytest.importorskip("fastapi")
-    from cascade_rcnn.serve.app import ServiceError, _predict, _Service
+    from cascade_rcnn.serve.app import ServiceError, _predict, _Service, describe
     from cascade_rcnn.serve.settings import ServeSettings
 
     async def ask() -> None:
         service = _Service(load(folder), ServeSettings())
         await service.start()
+        assert describe(service)["stages"] == 1  # the page then offers none
         assert service.batcher is not None and len((await service.batcher.detect(_pictures((96, 96)), 0))[0])
         with pytest.raises(ServiceError, match="exported network always runs"):
             await _predict(service, cast(Any, None), 0.0, 2, True)
@@ -182,6 +184,12 @@ def test_what_cannot_be_exported_is_refused(checkpoint: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"holds notes\.txt"):
         run_export(checkpoint, to="onnx", out=tmp_path / "full")
     assert not (tmp_path / "a").exists()
+
+
+def test_what_is_missing_is_said_before_the_work(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"--to onnx: the package onnxscript is missing: pip install .*\[onnx\]"):
+        run_export(checkpoint, to="onnx")
 
 
 def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
