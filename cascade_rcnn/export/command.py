@@ -171,17 +171,17 @@ def _feeds(path: Path, images: Path, info: ExportInfo) -> list[Feed]:
     detector = load(path, device="cpu")
     detector.config, detector.canvas = info.config, info.size
     files = [file.path for file in collect([images]) if not file.is_video]
-    step = max(1, len(files) // CALIBRATION_IMAGES)
+    count = min(len(files), CALIBRATION_IMAGES)
     feeds: list[Feed] = []
-    for file in files[::step][:CALIBRATION_IMAGES]:
+    for file in (files[number * len(files) // count] for number in range(count)):
         try:
             batch = detector.prepare([to_array(file, range=info.config.data.range)])
         except DataError as error:
             print(f"left out of the calibration: {error}")
             continue
-        count = info.batch or 1
+        rows = info.batch or 1
         feeds.append(
-            {"pixels": batch.pixels.expand(count, -1, -1, -1).numpy(), "sizes": batch.sizes.expand(count, -1).numpy()}
+            {"pixels": batch.pixels.expand(rows, -1, -1, -1).numpy(), "sizes": batch.sizes.expand(rows, -1).numpy()}
         )
     if not feeds:
         raise UserError(f"{printable(images)}: no images to calibrate with; give a folder of about 100")

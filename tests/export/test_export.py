@@ -26,12 +26,15 @@ from cascade_rcnn.data.sizes import fitted_size, fitting
 from cascade_rcnn.data.synthetic_shapes import CLASS_NAMES, generate_shapes
 from cascade_rcnn.errors import CheckpointError, ConfigError, UserError
 from cascade_rcnn.evaluation.evaluate_model import detect_split
+from cascade_rcnn.export import command
 from cascade_rcnn.export.command import run_export
+from cascade_rcnn.export.quantise import Quantised
 from cascade_rcnn.export.report import match
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.detector import Detector, load
 from cascade_rcnn.inference.run_model import Inference
-from cascade_rcnn.runtime.network import exported_file
+from cascade_rcnn.runtime.network import ExportInfo, exported_file
+from handmade_network import handmade_network
 from tiny import TINY, tiny_model
 
 CLASSES = CLASS_NAMES
@@ -184,6 +187,40 @@ def test_what_cannot_be_exported_is_refused(checkpoint: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"holds notes\.txt"):
         run_export(checkpoint, to="onnx", out=tmp_path / "full")
     assert not (tmp_path / "a").exists()
+
+
+def test_integers_are_calibrated_on_the_pictures_of_a_folder(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everything but the quantiser, which ``test_quantise`` has, and the tracing."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, pixels in enumerate(_pictures(*[(60, 90)] * 250)):
+        Image.fromarray(pixels).save(photos / f"{number}.png")
+    (photos / "0.png").write_bytes(b"none")
+    given: list[Any] = []
+
+    def write(_: Any, path: Path, info: ExportInfo) -> None:
+        handmade_network(path, size=info.size, batch=info.batch)
+
+    def quantise(plain: Path, target: Path, feeds: list[Any], *, to: str) -> Quantised:
+        given.extend(feeds)
+        target.write_bytes(plain.read_bytes())
+        return Quantised({}, ["box heads"])
+
+    monkeypatch.setattr(command.network, "trace", lambda *_, **__: None)
+    monkeypatch.setattr(command.network, "write_onnx", write)
+    monkeypatch.setattr(command, "quantise", quantise)
+    monkeypatch.setattr(command.report, "IMAGES", 1)
+    folder = run_export(checkpoint, to="onnx", size=(96, 160), batch=2, int8=photos, out=tmp_path / "out")
+    assert (
+        len(given) == 99
+        and given[0]["pixels"].shape == (2, 3, 96, 160)
+        and given[0]["sizes"].tolist() == [[96, 144]] * 2
+    )
+    assert "left out of the calibration" in capsys.readouterr().out
+    assert "8-bit integers" in load(folder).choices() and load(folder).class_names == CLASSES
+    assert json.loads((folder / "report.json").read_text())["groups_in_float"] == ["box heads"]
 
 
 def test_what_is_missing_is_said_before_the_work(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
