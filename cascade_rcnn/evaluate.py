@@ -68,11 +68,13 @@ def run_evaluate(
             print(line)
         detector.config = replace(detector.config, data=settings)
         class_map = match_classes(detector.class_names, chosen, checkpoint, quiet=not world.is_main)
-        results, chosen = _detect(detector, chosen, class_map, inference)
+        results, seen = _detect(detector, chosen, class_map, inference)
+        missing, chosen = len(chosen) - len(seen), seen
         if not world.is_main:
             return distributed.broadcast({})
         notes: list[str] = []
         config = detector.config
+        chosen = _without_whole_truth(chosen, missing, notes)
         if inference.tiling is not None:
             config, chosen = merged_limits(results, config, chosen, notes)
         metrics = _measure(results, config, chosen, submission, notes)
@@ -100,6 +102,25 @@ def _detect(
         batch_size=inference.batch_size,
         precision=inference.precision,
     )
+
+
+def _without_whole_truth(split: DataSplit, missing: int, notes: list[str]) -> DataSplit:
+    """The split of which some images could not be read: official programs would count their objects as missed.
+
+    KITTI's leaves frames without a results file out by itself. Raises ``DataError`` where no object is left.
+    """
+    if missing and not any(len(record.boxes) for record in split.records):
+        raise DataError(
+            f"{printable(split.root)}: the {len(split):,} images of {split.name!r} that can be read have no objects: "
+            f"nothing to measure; replace the {missing:,} others"
+        )
+    if not missing or split.truth is None or split.format in ("coco", "kitti"):
+        return split
+    notes.append(
+        f"the metric of {split.format} is left out: its program would count the objects of {missing:,} unreadable "
+        "images as missed; replace them"
+    )
+    return replace(split, truth=None)
 
 
 def _measure(

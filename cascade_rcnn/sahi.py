@@ -36,6 +36,8 @@ class CascadeRCNNDetectionModel(DetectionModel):  # type: ignore[misc]  # SAHI's
     mask where there is one; ``masks=False`` keeps the box of the network, and is faster.
     """
 
+    category_mapping: dict[str, str] | None
+
     def __init__(self, *args: Any, masks: bool = True, **kwargs: Any) -> None:
         self._wants_masks = masks
         super().__init__(*args, **kwargs)

@@ -281,6 +281,20 @@ def test_a_voc_data_set_is_scored_by_its_own_protocol_too(tmp_path: Path, monkey
     assert metrics["bbox/AP"] == pytest.approx(1.0)
 
 
+def test_an_official_metric_does_not_count_unreadable_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_voc(tmp_path / "voc")
+    checkpoint = save_untrained(tmp_path / "cat.safetensors", ("cat",), masks="none")
+    (root / "JPEGImages" / "1.jpg").write_bytes(b"nothing")
+    metrics = run_evaluate(checkpoint, data=root, split="val", device="cpu")
+    assert "bbox/AP" in metrics and not any(key.startswith("voc/") for key in metrics)
+    assert "the metric of voc is left out" in capsys.readouterr().out
+    write_text(root / "Annotations" / "2.xml", "<annotation><filename>2.jpg</filename></annotation>")
+    with pytest.raises(DataError, match="that can be read have no objects"):
+        run_evaluate(checkpoint, data=root, split="val", device="cpu")
+
+
 def test_a_split_without_annotations_gives_a_submission_only(tmp_path: Path) -> None:
     root = write_coco(
         tmp_path / "data",

@@ -16,7 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rcnn.check.images import truncation
-from cascade_rcnn.check.objects import boxes_are_corners, mask_is_off, polygon_coding
+from cascade_rcnn.check.objects import (
+    CORNER_AND_SIZE,
+    boxes_are_centred,
+    boxes_are_corners,
+    mask_is_off,
+    polygon_coding,
+)
 from cascade_rcnn.config import Orientation
 from cascade_rcnn.data import files
 from cascade_rcnn.data.formats.write import write_coco
@@ -78,7 +84,8 @@ def fix_split(split: DataSplit, *, orientation: Orientation = "auto") -> tuple[D
         if problem.kind in REWRITTEN or problem.kind not in READ_ANYWAY
     ]
     suspects, total = boxes_are_corners(split)
-    corners = split.format == "coco" and total >= 3 and suspects >= 0.25 * total
+    corners = split.format in CORNER_AND_SIZE and total >= 3 and suspects >= 0.25 * total
+    centred = not corners and boxes_are_centred(split)
     learnable = any((~record.ignore).any() for record in split.records)
     all_crowd = not learnable and any(record.attributes.get("iscrowd", np.zeros(1)).any() for record in split.records)
     relative = _are_relative(split)
@@ -97,6 +104,8 @@ def fix_split(split: DataSplit, *, orientation: Orientation = "auto") -> tuple[D
         if corners:
             record.boxes[:, 2:] -= record.boxes[:, :2]
             record.areas = _areas(record)
+        if centred:
+            record.boxes -= np.tile((record.boxes[:, 2:] - record.boxes[:, :2]) / 2, 2)
         if relative:
             record.boxes *= (record.width, record.height, record.width, record.height)
             record.areas = _areas(record)
@@ -114,6 +123,7 @@ def fix_split(split: DataSplit, *, orientation: Orientation = "auto") -> tuple[D
         records.append(_fix_objects(record, changes, from_masks=coding != "unknown"))
     where = f"{printable(split.root)} {split.name}"
     changes += [f"{where}: all boxes rewritten from corners to x, y, width, height"] * corners
+    changes += [f"{where}: all boxes rewritten from centre and size to x, y, width, height"] * centred
     changes += [f"{where}: all boxes rewritten from fractions to pixels"] * relative
     changes += [f"{where}: all polygons rewritten from {coding} to x, y in pixels"] * (coding in ("y, x", "fractions"))
     changes += [f"{where}: iscrowd set to 0 for every object"] * all_crowd

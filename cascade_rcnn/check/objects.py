@@ -18,6 +18,7 @@ from cascade_rcnn.data.problems import Problems
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.messages import shown
 
+CORNER_AND_SIZE = ("coco", "citypersons", "widerface")  # formats whose boxes are x, y, width, height
 _SLACK = 1.0  # pixels by which a box may leave its image: formats that count from 1, rounding
 _STRIDES = (4, 8, 16, 32, 64)
 _TINY = 4.0  # pixels at the network's input: one cell of the finest level
@@ -76,6 +77,22 @@ def check_objects(split: DataSplit, problems: Problems, *, data: DataConfig, mod
     _check_doubles(split, table, problems)
 
 
+def boxes_are_centred(split: DataSplit) -> bool:
+    """Whether boxes leave their image as x, y, width, height, and fit when x, y is their centre."""
+    table = _table(split)
+    known = (table.sizes > 0).all(axis=1)
+    return int(known.sum()) >= 3 and split.format in CORNER_AND_SIZE and _centre_fits(table, known)
+
+
+def _centre_fits(table: _Table, known: NDArray[np.bool_] | np.bool_) -> bool:
+    centred = table.boxes[known].copy()
+    half = (centred[:, 2:] - centred[:, :2]) / 2
+    centred -= np.tile(half, 2)
+    inside = (centred[:, :2] >= -_SLACK).all(axis=1) & (centred[:, 2:] <= table.sizes[known] + _SLACK).all(axis=1)
+    beyond = (table.boxes[known][:, 2:] > table.sizes[known] + _SLACK).any(axis=1)
+    return bool(beyond.mean() >= 0.25 and inside.mean() >= 0.95)
+
+
 def boxes_are_corners(split: DataSplit) -> tuple[int, int]:
     """How many boxes leave their image as x, y, width, height although they fit as corners, and how many there are.
 
@@ -102,7 +119,7 @@ def _check_coding(split: DataSplit, table: _Table, where: str, problems: Problem
     total = int(known.sum())
     if total < 3 or split.format == "yolo":
         return False
-    if split.format == "coco":
+    if split.format in CORNER_AND_SIZE:
         leaves, fits = _leaves_and_fits(table)
         if (leaves & known).sum() >= 0.25 * total and (fits & known).sum() >= 0.95 * total:
             first = int(np.flatnonzero(leaves & known)[0])
@@ -117,16 +134,12 @@ def _check_coding(split: DataSplit, table: _Table, where: str, problems: Problem
                 f"({record.width} x {record.height})",
             )
             return True
-        centred = table.boxes[known].copy()
-        half = (centred[:, 2:] - centred[:, :2]) / 2
-        centred -= np.tile(half, 2)
-        inside = (centred[:, :2] >= -_SLACK).all(axis=1) & (centred[:, 2:] <= table.sizes[known] + _SLACK).all(axis=1)
-        beyond = (table.boxes[known][:, 2:] > table.sizes[known] + _SLACK).any(axis=1)
-        if beyond.mean() >= 0.25 and inside.mean() >= 0.95:
+        if _centre_fits(table, known):
+            beyond = int((table.boxes[known][:, 2:] > table.sizes[known] + _SLACK).any(axis=1).sum())
             problems.add(
                 "centre-as-xywh",
                 where,
-                f"{int(beyond.sum())} of {total} boxes leave their image when read as x, y, width, height, all fit "
+                f"{beyond} of {total} boxes leave their image when read as x, y, width, height, all fit "
                 "around x, y as their centre",
             )
             return True

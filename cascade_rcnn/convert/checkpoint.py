@@ -69,8 +69,8 @@ def run_convert(
 
 def _convert(found: FoundWeights, dest: Path, asked: Asked, origin: dict[str, str]) -> None:
     kind = recognise(found.state)
-    part = missing_counterpart(found.state) if kind != "backbone" else ""
-    if part:
+    part = missing_counterpart(found.state)
+    if part and (kind != "backbone" or "one-stage" in part):
         raise CheckpointError(f"no counterpart here for {part}: it cannot be converted")
     renamed, left_over = rename(found.state, kind)
     state = adapt_values(renamed, kind)

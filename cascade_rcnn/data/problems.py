@@ -70,8 +70,8 @@ KINDS: dict[str, Kind] = {
     ),
     "centre-as-xywh": Kind(
         "error",
-        "COCO boxes stored as centre and size where x, y of the upper left corner are wanted",
-        "write x - width / 2, y - height / 2 in the annotation file",
+        "boxes stored as centre and size where x, y of the upper left corner are wanted",
+        "`--fix OUT` rewrites them",
         refuses=True,
     ),
     "topleft-as-centre": Kind(

@@ -168,9 +168,9 @@ def _match(
 
 
 def read_truth(path: Path) -> People:
-    """The ground truth from ``val_gt.json`` or an ``anno_*.mat`` of the CityPersons annotations."""
-    if path.suffix == ".mat":
-        return _read_mat(path)
+    """The ground truth from ``val_gt.json``, an ``anno_*.mat``, or a folder of ``gtBboxCityPersons``."""
+    if path.suffix == ".mat" or path.is_dir():
+        return _read_annotations(path)
     truth = read_results.read_json(path)
     try:
         ids = sorted(image["id"] for image in truth["images"])
@@ -193,8 +193,8 @@ def read_truth(path: Path) -> People:
     return _by_image(people)
 
 
-def _read_mat(path: Path) -> People:
-    if not path.is_file():
+def _read_annotations(path: Path) -> People:
+    if not path.exists():
         raise DataError(f"{path}: not found: give val_gt.json or anno_val.mat")
     tables = []
     for number, entry in enumerate(read_entries(path), start=1):

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import locations
 import scenes
 from cascade_rcnn.check import dataset as check_module
 from cascade_rcnn.check.dataset import check_before_training, check_dataset, run_check
@@ -24,7 +23,6 @@ from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.data.problems import KINDS
 from cascade_rcnn.errors import DataError
 
-SHARED = locations.SHARED / "data"
 _DATA = DataConfig(short_side=(160,), long_side=320)
 _MODEL = ModelConfig(anchor_scales=(4.0, 8.0))
 
@@ -371,22 +369,6 @@ def test_an_image_is_read_three_times_at_most(tmp_path: Path, monkeypatch: pytes
         _kinds(root)
         most.append(max(Counter(path for path in opened if path.suffix == ".png").values(), default=0))
     assert 1 <= max(most) <= 3  # the ends of the file, its first bytes, and all of it where those are another's too
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real samples are not beside the repository")
-@pytest.mark.parametrize(
-    ("folder", "kinds"),
-    [
-        ("bccd", {"empty-box": 2}),
-        ("coco2017_sample", {"class-imbalance": 1, "some-without-anchor": 1}),
-        ("kitti", {"missing-annotation": 7478, "class-without-objects": 1}),
-        ("widerface", {"empty-box": 1, "too-many-objects": 2, "no-anchor": 2}),
-        ("citypersons", {"no-images": 2}),
-    ],
-)
-def test_findings_in_the_real_samples(folder: str, kinds: dict[str, int]) -> None:
-    counts = check_dataset(SHARED / folder).counts
-    assert {kind: counts.get(kind) for kind in kinds} == kinds
 
 
 def test_a_missing_folder_is_refused_without_looking_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

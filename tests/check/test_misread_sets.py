@@ -19,6 +19,7 @@ from cascade_rcnn.cli import main
 from cascade_rcnn.config import ModelConfig
 from cascade_rcnn.data.formats.open import open_split, splits
 from cascade_rcnn.data.problems import KINDS
+from cascade_rcnn.data.records import DataSplit
 
 
 def _kinds(root: Path) -> set[str]:
@@ -67,13 +68,39 @@ def test_fix_leaves_boxes_alone_where_most_masks_are_off_them(tmp_path: Path) ->
     assert on_their_objects(open_split(tmp_path / "b", "train")) == (6, 6)
 
 
-def test_boxes_around_their_centre_in_coco_are_refused(tmp_path: Path) -> None:
+def test_boxes_around_their_centre_in_coco_are_refused_and_rewritten(tmp_path: Path) -> None:
     def centre(content: dict[str, Any]) -> None:
         for row in content["annotations"]:
             x, y, wide, high = row["bbox"]
             row.update(bbox=[x + wide / 2, y + high / 2, wide, high], segmentation=None)
 
-    assert "centre-as-xywh" in _kinds(brought.coco_set(tmp_path, centre)) and KINDS["centre-as-xywh"].refuses
+    root = brought.coco_set(tmp_path / "a", centre)
+    assert "centre-as-xywh" in _kinds(root) and KINDS["centre-as-xywh"].refuses
+    assert run_check(root, fix=tmp_path / "b") == 0
+    assert on_their_objects(open_split(tmp_path / "b", "train")) == (6, 6)
+
+
+@pytest.mark.parametrize("coding", ["corners", "centre"])
+def test_boxes_of_another_coding_in_widerface_are_refused_and_rewritten(tmp_path: Path, coding: str) -> None:
+    lines = []
+    for seed in brought.SPLITS["train"]:
+        brought.save_picture(tmp_path / "a" / "WIDER_train" / "images" / "0--Parade" / f"{seed}.png", seed)
+        lines += [f"0--Parade/{seed}.png", "2"]
+        for _, x, y, wide, high in brought.objects(seed):
+            box = (x, y, x + wide, y + high) if coding == "corners" else (x + wide // 2, y + high // 2, wide, high)
+            lines.append(" ".join(map(str, [*box, 0, 0, 0, 0, 0, 0])))
+    folder = tmp_path / "a" / "wider_face_split"
+    folder.mkdir()
+    (folder / "wider_face_train_bbx_gt.txt").write_text("\n".join(lines) + "\n")
+    assert {"corners": "xyxy-as-xywh", "centre": "centre-as-xywh"}[coding] in _kinds(tmp_path / "a")
+    assert run_check(tmp_path / "a", fix=tmp_path / "b") == 0
+    assert _close_to_objects(open_split(tmp_path / "b", "train"))
+
+
+def _close_to_objects(split: DataSplit) -> bool:
+    """Within a pixel: WIDER FACE's boxes are whole numbers."""
+    want = [[(x, y, x + w, y + h) for _, x, y, w, h in brought.objects(seed)] for seed in brought.SPLITS["train"]]
+    return bool(np.abs(np.array([record.boxes for record in split.records]) - np.array(want)).max() <= 1)
 
 
 def test_boxes_from_their_corner_in_yolo_are_refused_and_rewritten(tmp_path: Path) -> None:

@@ -383,6 +383,12 @@ PARTS = {
     "transformer": "backbone.patch_embed.projection.weight",
     "ConvNeXt": "backbone.downsample_layers.0.0.weight",
     "HRNet": "backbone.stage2.0.branches.0.0.conv1.weight",
+    "semantic branch": "sem_seg_head.p2.0.weight",
+    "point-wise masks": "roi_heads.mask_head.coarse_head.reduce_spatial_dim_conv.weight",
+    "one-stage": "bbox_head.retina_cls.weight",
+    "sigmoids": "roi_heads.box_predictor.0.freq_weight",
+    "stem of three": "backbone.bottom_up.stem.conv1_1.weight",
+    "another proposal network": "proposal_generator.centernet_head.bbox_tower.0.weight",
 }
 
 
@@ -392,6 +398,12 @@ def test_parts_without_counterpart_are_named(tmp_path: Path, name: str) -> None:
         convert(tmp_path, {"state_dict": small_state() | {PARTS[name]: torch.ones(2, 2)}})
     said = str(caught.value)
     assert PARTS[name] in said and "--config" not in said and "\n" not in said
+
+
+def test_a_one_stage_detector_is_not_taken_for_a_backbone(tmp_path: Path) -> None:
+    state = {key: value for key, value in small_state().items() if key.startswith(("backbone.", "neck."))}
+    with pytest.raises(CheckpointError, match="one-stage"):
+        convert(tmp_path, {"state_dict": state | {"bbox_head.cls_convs.0.conv.weight": torch.ones(2, 2)}})
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation.coco import IOUS, coco_table, coco_truth, evaluate_coco, evaluate_coco_files
 
 CASES = locations.FIXTURES / "metrics" / "coco"
-SHARED = locations.SHARED
 LOCAL = ("edge_all_crowd", "edge_area_limits_and_ties", "edge_class_absent", "edge_no_detections", "edge_perfect")
 TOLERANCE = 1e-9
 
@@ -46,23 +45,6 @@ def test_equals_pycocotools_on_edge_cases(case: str, iou_type: str) -> None:
     folder = CASES / case
     expected = json.loads((folder / "expected.json").read_text())[iou_type]
     _check_all(folder / "gt.json", folder / f"{iou_type}_results.json", expected, iou_type)
-
-
-@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
-@pytest.mark.parametrize("case", ["val2017_sample", "val2014_100"])
-def test_equals_pycocotools_on_real_images(case: str, iou_type: str) -> None:
-    folder = SHARED / "metrics" / "coco" / case
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is absent")
-    expected = json.loads((folder / "expected.json").read_text())
-    truth = SHARED / "data" / expected["ground_truth"].split(" ")[0]
-    results = folder / f"{iou_type}_results.json"
-    if not results.exists():
-        fake = {"bbox": "fakebbox", "segm": "fakesegm"}[iou_type]
-        results = truth.parent / f"instances_val2014_{fake}100_results.json"
-    if not truth.is_file() or not results.is_file():
-        pytest.skip(f"{truth} or {results} is absent")
-    _check_all(truth, results, expected[iou_type], iou_type)
 
 
 def test_keys_are_the_promised_ones() -> None:

@@ -15,7 +15,6 @@ from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation.widerface import SETTINGS, evaluate_widerface, read_submission, read_truth
 
 CASES = locations.FIXTURES / "metrics" / "widerface"
-SHARED = locations.SHARED
 NAMES = (
     "edge_all_ignored",
     "edge_negative_scores",
@@ -48,17 +47,6 @@ def test_equals_the_official_tools(case: str, tmp_path: Path) -> None:
         assert metrics[f"widerface/{setting}"] == (None if value == "NaN" else pytest.approx(value, abs=2e-5))
     faces = read_truth(tmp_path / "ground_truth")
     assert {setting: int(faces.evaluated[setting].sum()) for setting in SETTINGS} == expected["n_faces"]
-
-
-def test_equals_the_port_on_the_whole_validation_set(tmp_path: Path) -> None:
-    archive = SHARED / "metrics" / "widerface" / "full_val" / "pred.tar.gz"
-    truth = SHARED / "data" / "widerface" / "ground_truth"
-    if not archive.is_file() or not truth.is_dir():
-        pytest.skip(f"{archive} or {truth} is absent")
-    expected = _unpack(archive, tmp_path)["AP_python_port"]
-    metrics = evaluate_widerface(truth, tmp_path / "pred")
-    for setting, value in expected.items():
-        assert metrics[f"widerface/{setting}"] == pytest.approx(value, abs=1e-9)
 
 
 def test_a_missing_file_counts_as_no_detection_and_is_said(tmp_path: Path) -> None:

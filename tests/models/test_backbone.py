@@ -31,7 +31,9 @@ def test_features_have_strides_4_to_32(name: str) -> None:
     assert [tuple(f.shape[1:]) for f in features] == shapes
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "hrnet_w18_small", "maxvit_rmlp_pico_rw_256"])
+@pytest.mark.parametrize(
+    "name", ["swin_tiny_patch4_window7_224", "hrnet_w18_small", "maxvit_rmlp_pico_rw_256", "halonet26t"]
+)
 def test_sides_may_be_any_number(name: str) -> None:
     backbone = Backbone(name, frozen_stages=-1, norm="batch").eval()
     with torch.no_grad():
@@ -53,7 +55,15 @@ def test_channels_are_told_from_rows_by_the_networks_own_word() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["hiera_tiny_224", "coatnet_nano_rw_224", "efficientformerv2_s0", "vit_tiny_patch16_224", "inception_v3"]
+    "name",
+    [
+        "hiera_tiny_224",
+        "coatnet_nano_rw_224",
+        "efficientformerv2_s0",
+        "vit_tiny_patch16_224",
+        "inception_v3",
+        "botnet26t_256",
+    ],
 )
 def test_networks_of_one_size_or_other_strides_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"{name}.*choose another network") as caught:

@@ -1,4 +1,4 @@
-"""Where things are: the repository, the files that tests read, and reference files that may be beside the checkout."""
+"""Where things are: the repository and the files that tests read."""
 
 from __future__ import annotations
 
@@ -7,4 +7,3 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 REPOSITORY = TESTS.parent
 FIXTURES = TESTS / "fixtures"
-SHARED = REPOSITORY.parent / "shared"  # tests that need it are skipped where it is not

@@ -1,7 +1,8 @@
 """CityPersons: ``anno_train.mat`` and ``anno_val.mat`` on Cityscapes images (``leftImg8bit/val/CITY/*.png``).
 
+Or the same annotations as Cityscapes hands them out, a file per image: ``gtBboxCityPersons/val/CITY/*.json``.
 Pedestrians are the one class; riders, sitting and other persons, groups and marked regions are ignore regions.
-``image_id`` counts from 1 in the order of the file, as the official ``val_gt.json`` does.
+``image_id`` counts from 1 in the order of the file (by city and name), as the official ``val_gt.json`` does.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from cascade_rcnn.errors import DataError
 from cascade_rcnn.messages import printable, shown
 
 _PEDESTRIAN = 1
+_KINDS = {"ignore": 0, "pedestrian": 1, "rider": 2, "sitting person": 3, "person (other)": 4, "person group": 5}
+_JSON = "gtBboxCityPersons"
 _HEIGHT, _WIDTH = 1024, 2048  # of every Cityscapes image
 
 
 def citypersons_splits(root: Path) -> list[str]:
-    """Names of the splits: those with an ``anno_SPLIT.mat``."""
+    """Names of the splits: those with an ``anno_SPLIT.mat``, else the folders of ``gtBboxCityPersons``."""
     return list(_annotations(root))
 
 
@@ -40,7 +43,7 @@ def _annotations(root: Path) -> dict[str, Path]:
         }
         if found:
             return found
-    return {}
+    return {folder.name: folder for folder in files.subfolders(root / _JSON)} if files.is_dir(root / _JSON) else {}
 
 
 def read_citypersons(root: Path, split: str, *, problems: Problems | None = None) -> DataSplit:
@@ -83,19 +86,46 @@ def read_citypersons(root: Path, split: str, *, problems: Problems | None = None
 
 
 def read_entries(path: Path) -> Iterator[tuple[str, str, NDArray[np.float64]] | ValueError]:
-    """City, image name and rows [G, 10] of each image of an ``anno_*.mat``, for training and official evaluation.
+    """City, image name and rows [G, 10] of each image, for training and official evaluation.
 
-    A row is class, x, y, width, height, id, and x, y, width, height of the visible part. An entry that cannot be read
-    is a ``ValueError`` with the reason. Raises ``DataError`` for another file.
+    ``path`` is an ``anno_*.mat`` or a folder of ``gtBboxCityPersons``. A row is class, x, y, width, height, id, and
+    x, y, width, height of the visible part. An entry that cannot be read is a ``ValueError`` with the reason. Raises
+    ``DataError`` for another file.
     """
-    variables = list(read_mat(path).values())
-    if len(variables) != 1 or not isinstance(variables[0], np.ndarray):
-        raise DataError(f"{printable(path)}: {len(variables)} variables where CityPersons has one, anno_SPLIT_aligned")
-    for entry in variables[0].reshape(-1):
+    if path.is_dir():
+        for file in sorted(files.list_files_below(path, {".json"}), key=lambda file: (file.parent.name, file.name)):
+            try:
+                yield _fields_of_json(file)
+            except (ValueError, DataError) as error:
+                yield ValueError(f"{file.name}: {error}")
+        return
+    variables = read_mat(path)
+    named = [value for name, value in variables.items() if name.startswith("anno_")] or list(variables.values())
+    if len(named) != 1 or not isinstance(named[0], np.ndarray):
+        raise DataError(f"{printable(path)}: {len(named)} variables where CityPersons has one, anno_SPLIT_aligned")
+    for entry in named[0].reshape(-1):
         try:
             yield _fields(entry)
         except ValueError as error:
             yield error
+
+
+def _fields_of_json(path: Path) -> tuple[str, str, NDArray[np.float64]]:
+    content = files.read_json(path)
+    objects = content.get("objects") if isinstance(content, dict) else None
+    if not isinstance(objects, list):
+        raise ValueError("no list of objects")
+    rows = np.zeros((len(objects), 10))
+    for row, entry in zip(rows, objects):
+        label = entry.get("label") if isinstance(entry, dict) else None
+        if label not in _KINDS:
+            raise ValueError(f"label {shown(label)} is none of {', '.join(_KINDS)}")
+        try:
+            whole, visible = (np.array(entry[key], np.float64).reshape(4) for key in ("bbox", "bboxVis"))
+        except (KeyError, TypeError, ValueError):
+            raise ValueError("an object without bbox and bboxVis of four numbers") from None
+        row[:] = [_KINDS[label], *whole, 0, *visible]
+    return path.parent.name, path.name.replace("_gtBboxCityPersons.json", "_leftImg8bit.png"), rows
 
 
 def _fields(entry: Any) -> tuple[str, str, NDArray[np.float64]]:
@@ -126,6 +156,8 @@ def _read_record(path: Path, image_id: int, rows: NDArray[np.float64], place: st
         where = f"{place}, row {number + 1}"
         if not np.all(np.abs(row) < 1e9):
             problems.add("bad-number", where, shown(row.tolist()))
+        elif row[0] not in _KINDS.values():
+            problems.add("bad-annotation", where, f"class {row[0]:g} is none of CityPersons' 0 to 5")
         elif wide <= 0 or high <= 0:
             problems.add("empty-box", where, f"box {row[1:5].tolist()} (x, y, width, height) has no area")
         elif left >= width or top >= height or left + wide <= 0 or top + high <= 0:

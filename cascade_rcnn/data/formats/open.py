@@ -37,7 +37,11 @@ _Reader = Callable[..., DataSplit]
 # In this order; a COCO json beside another format's files wins, being what most tools export on purpose
 _FORMATS: dict[str, tuple[_Names, _Reader, str]] = {
     "coco": (coco_files, read_coco, "COCO: annotations/instances_*.json, train/_annotations.coco.json, or a json file"),
-    "citypersons": (citypersons_splits, read_citypersons, "CityPersons: annotations/anno_*.mat with leftImg8bit/"),
+    "citypersons": (
+        citypersons_splits,
+        read_citypersons,
+        "CityPersons: annotations/anno_*.mat or gtBboxCityPersons/ with leftImg8bit/",
+    ),
     "widerface": (widerface_splits, read_widerface, "WIDER FACE: wider_face_split/*_bbx_gt.txt, WIDER_train/images"),
     "kitti": (kitti_splits, read_kitti, "KITTI: training/label_2/*.txt with training/image_2"),
     "yolo": (yolo_splits, read_yolo, "YOLO: data.yaml, or classes.txt with images/ and labels/"),

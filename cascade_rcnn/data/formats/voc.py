@@ -123,10 +123,23 @@ def _lists(root: Path) -> list[_List]:
         # train/images with train/annotations, or an export in each of train/ and val/: the folders are the splits
         return [replace(entry, prefix="", name=entry.folder.name) for entry in found]
     if not found:  # Roboflow: train/, valid/, test/ with pictures and XML together
-        found = [_List("", child.name, child, child, child, None) for child in children if _has_xml(child, depth=0)]
+        found = [
+            _List("", child.name, child, child, _pictures_of(child, children), None)
+            for child in children
+            if _has_xml(child, depth=0)
+        ]
     if not found and _has_xml(root, depth=0):
         found = [_List("", "all", root, root, root, None)]
     return found
+
+
+def _pictures_of(folder: Path, children: Sequence[Path]) -> Path:
+    """Where the pictures of a folder of XML files are: with them, else in train_images beside train_annotations."""
+    word = files.split_word(folder.name)
+    if not word or files.list_files(folder):
+        return folder
+    same = [child for child in children if files.split_word(child.name) == word and files.list_files(child)]
+    return same[0] if len(same) == 1 else folder
 
 
 def _lists_of_folder(folder: Path, annotations: Path) -> Iterator[_List]:

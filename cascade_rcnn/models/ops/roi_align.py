@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, List  # noqa: UP035
 
 import torch
 import torch.nn.functional as F
@@ -366,7 +366,7 @@ def _rows_backward(
     strides: Sequence[int],
     ratio: int,
     frame: int,
-) -> list[Tensor]:
+) -> List[Tensor]:  # noqa: UP006  # torch 2.6 knows no other word for it
     sampling = Sampling(size, tuple(strides), ratio, Frame(frame))
     shapes = [(boxes.shape[0], gradient.shape[-1], height, width) for height, width in zip(heights, widths)]
     if _fused(boxes):

@@ -644,3 +644,12 @@ def test_voc_pictures_are_found_by_filename_where_the_xml_is_called_otherwise(tm
     for path in list(root.glob("Annotations/*.xml")):
         path.rename(path.with_name(f"ann_{path.name}"))
     assert brought.on_their_objects(open_split(root, "all")) == (10, 10)
+
+
+@pytest.mark.parametrize(
+    ("images", "annotations"), [("{split}_images", "{split}_annotations"), ("imgs-{split}", "{split}-xml")]
+)
+def test_voc_pictures_are_found_in_the_folder_of_the_same_split(images: str, annotations: str, tmp_path: Path) -> None:
+    root = brought.voc_set(tmp_path, images=images, annotations=annotations, lists=False)
+    for split, wanted in (("train", (6, 6)), ("val", (4, 4))):
+        assert brought.on_their_objects(open_split(root, split)) == wanted

@@ -16,7 +16,6 @@ from cascade_rcnn.data.formats.open import describe, disjoint_splits, open_split
 from cascade_rcnn.data.formats.write import coco_dict
 from cascade_rcnn.errors import DataError
 
-SHARED = locations.SHARED / "data"
 CLASS = {"widerface": "face", "citypersons": "pedestrian"}
 
 
@@ -141,27 +140,3 @@ def test_coco_dict_of_any_format_holds_the_same_scene(tmp_path: Path) -> None:
         boxes = [entry["bbox"] for entry in content["annotations"] if not entry["iscrowd"]]
         np.testing.assert_allclose(boxes, [[10, 5, 20, 20]], atol=1e-9)
         assert len(content["images"]) == 2 and len({image["id"] for image in content["images"]}) == 2
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real samples are not beside the repository")
-@pytest.mark.parametrize(
-    ("folder", "name", "split", "images", "objects", "ignored"),
-    [
-        ("bccd/BCCD", "voc", "train", 205, 2804, 0),
-        ("coco2017_sample", "coco", "val", 158, 1408, 16),
-        ("kitti", "kitti", "val", 2, 5, 4),
-        ("citypersons", "citypersons", "val", 500, 3157, 2638),
-        ("widerface", "widerface", "val", 120, 1340, 10),
-        ("voc", "voc", "2007_test+2012_test", 2, 3, 0),
-        ("nuclei", "coco", "val", 132, 5545, 0),
-    ],
-)
-def test_real_samples_hold_what_their_sources_state(
-    folder: str, name: str, split: str, images: int, objects: int, ignored: int
-) -> None:
-    data = open_split(SHARED / folder, split)
-    assert recognise(SHARED / folder) == name and len(data) == images
-    flags = np.concatenate([record.ignore for record in data.records])
-    assert ((~flags).sum(), flags.sum()) == (objects, ignored)
-    if folder != "citypersons":
-        assert all(record.path.is_file() and record.height for record in data.records)

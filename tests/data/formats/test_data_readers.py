@@ -9,13 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import locations
 import scenes
 from cascade_rcnn.data.formats.open import open_split, recognise, splits
 from cascade_rcnn.errors import DataError
-
-SHARED = locations.SHARED / "data"
-
 
 # COCO
 
@@ -266,19 +262,59 @@ def test_citypersons_keeps_visible_boxes_and_kinds_and_needs_no_images(tmp_path:
     assert record.path == root / "leftImg8bit" / "train" / "ulm" / "a.png"
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real samples are not beside the repository")
-def test_citypersons_equals_the_official_truth_file() -> None:
-    split = open_split(SHARED / "citypersons", "val")
-    assert split.truth == SHARED / "citypersons" / "evaluation" / "val_gt.json"
-    truth = json.loads(split.truth.read_text())
-    assert [image["im_name"] for image in truth["images"]] == [record.file_name for record in split.records]
-    want = [row["bbox"] for row in truth["annotations"] if not row["ignore"]]
-    have = [
-        [box[0], box[1], box[2] - box[0], box[3] - box[1]]
-        for record in split.records
-        for box in record.boxes[~record.ignore].tolist()
-    ]
-    assert sorted(want) == sorted(have)
+def _as_cityscapes_json(root: Path) -> None:
+    """The annotations of ``write_citypersons`` as Cityscapes hands them out, in place of the .mat file."""
+    (root / "annotations" / "anno_train.mat").unlink()
+    folder = root / "gtBboxCityPersons" / "train" / "ulm"
+    folder.mkdir(parents=True)
+    labelled = {"a": [("pedestrian", scenes.OBJECT), ("ignore", scenes.IGNORED)], "b": []}
+    for name, rows in labelled.items():
+        boxes = [(label, [*box[:2], box[2] - box[0], box[3] - box[1]]) for label, box in rows]
+        objects = [{"label": label, "bbox": box, "bboxVis": box, "instanceId": 1} for label, box in boxes]
+        (folder / f"{name}_gtBboxCityPersons.json").write_text(json.dumps({"objects": objects}))
+        image = root / "leftImg8bit" / "train" / "ulm" / f"{name}.png"
+        image.rename(image.with_name(f"{name}_leftImg8bit.png"))
+
+
+def test_citypersons_json_files_equal_the_matlab_file(tmp_path: Path) -> None:
+    root = scenes.write_citypersons(tmp_path)
+    want = open_split(root, "train").records
+    _as_cityscapes_json(root)
+    assert recognise(root) == "citypersons" and splits(root) == ["train"]
+    for record, other in zip(open_split(root, "train").records, want, strict=True):
+        assert record.path.is_file() and record.image_id == other.image_id
+        assert record.boxes.tolist() == other.boxes.tolist() and record.ignore.tolist() == other.ignore.tolist()
+        assert record.attributes["visible_boxes"].tolist() == other.attributes["visible_boxes"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("objects", "message"),
+    [
+        ([{"label": "bus", "bbox": [1, 2, 3, 4], "bboxVis": [1, 2, 3, 4]}], "label 'bus' is none of"),
+        ([{"label": "rider", "bbox": [1, 2, 3], "bboxVis": [1, 2, 3, 4]}], "bboxVis of four numbers"),
+        ({}, "no list of objects"),
+    ],
+)
+def test_citypersons_json_that_cannot_be_read_is_refused(tmp_path: Path, objects: Any, message: str) -> None:
+    root = scenes.write_citypersons(tmp_path)
+    _as_cityscapes_json(root)
+    path = root / "gtBboxCityPersons" / "train" / "ulm" / "a_gtBboxCityPersons.json"
+    path.write_text(json.dumps({"objects": objects}))
+    with pytest.raises(DataError, match=message) as caught:
+        open_split(root, "train")
+    assert path.name in str(caught.value)
+
+
+def test_citypersons_classes_beyond_its_six_are_told(tmp_path: Path) -> None:
+    import scipy.io
+
+    root = scenes.write_citypersons(tmp_path)
+    path = root / "annotations" / "anno_train.mat"
+    cells = scipy.io.loadmat(str(path))["anno_train_aligned"]
+    cells[0, 0]["bbs"][0, 0][0, 0] = 6
+    scipy.io.savemat(str(path), {"anno_train_aligned": cells, "made_by": "a script"})  # further variables are no harm
+    with pytest.raises(DataError, match="class 6 is none of CityPersons' 0 to 5"):
+        open_split(root, "train")
 
 
 def test_widerface_matlab_file_equals_the_text_file(tmp_path: Path) -> None:
