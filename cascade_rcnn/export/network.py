@@ -143,16 +143,20 @@ def write_onnx(program: Any, path: Path, info: ExportInfo) -> None:
     except ImportError as error:
         raise UserError(f"the package {error.name} is missing: pip install 'cascade-rcnn[onnx]'") from error
     with torch.no_grad(), _quiet():
-        made = torch.onnx.export(
-            program,
-            (),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=list(INPUTS[:2]),
-            output_names=list(OUTPUTS[: len(program.graph_signature.user_outputs)]),
-            custom_translation_table={torch.ops.aten.sort.stable: _sort_stable},
-            verbose=False,
-        )
+        try:
+            made = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(INPUTS),
+                output_names=list(OUTPUTS[: len(program.graph_signature.user_outputs)]),
+                custom_translation_table={torch.ops.aten.sort.stable: _sort_stable},
+                verbose=False,
+            )
+        except Exception as error:  # exporters raise kinds of their own
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"torch {torch.__version__} cannot write it as ONNX ({reason}); update torch") from error
     assert made is not None
     made.save(path, external_data=False)
     network = onnx.load(path)

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
-from cascade_rcnn.models.ops.capabilities import has_triton
+from cascade_rcnn.models.ops.capabilities import exporting, has_triton
 from cascade_rcnn.models.ops.roi_sampling import Frame, Sampling
 
 CANONICAL_SIDE = 56.0  # a box of twice this side (in pixels) is the smallest that leaves the first level
@@ -86,7 +86,7 @@ def rows_weight(weight: Tensor, bins: int) -> Tensor:
 
 def _needs_portable(feature: Tensor) -> bool:
     """Whether to use torchvision's operator: the one that exporters know and other devices have."""
-    if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
+    if torch._C._get_tracing_state() is not None or exporting():
         return True
     return feature.device.type != "cpu" and not (feature.is_cuda and has_triton())
 
