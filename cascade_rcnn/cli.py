@@ -545,20 +545,28 @@ def _benchmark(words: Sequence[str]) -> None:
     parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 (auto)")
     parser.add_argument("--train", action="store_true", help="measure training steps instead of prediction")
     parser.add_argument("--compile", action="store_true", help="also measure with torch.compile")
+    parser.add_argument(
+        "--runtimes", action="store_true", help="also measure ONNX Runtime and OpenVINO, those that are installed"
+    )
     parser.add_argument("--rounds", type=_whole_number, default=0, metavar="N", help="(5, on a GPU 20)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="also measure reading this data set")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON")
     args = parser.parse_all(words)
 
-    from cascade_rcnn.benchmark.run import run_benchmark
+    from cascade_rcnn.benchmark.run import Also, run_benchmark
 
+    also: set[Also] = set()
+    if args.compile:
+        also.add("compiled")
+    if args.runtimes:
+        also.add("runtimes")
     run_benchmark(
         config=args.config,
         size=tuple(args.size),
         batch=args.batch,
         device=args.device,
         train=args.train,
-        compile=args.compile,
+        also=also,
         rounds=args.rounds,
         data=args.data,
         out=args.out,

@@ -42,12 +42,12 @@ ROOMS = (
     "analysis",
     "check",
     "training",
+    "export",
     "benchmark",
     "serve",
     # one verb each, and documented names
     "train evaluate analyze predict predict_without_torch score demo visualize ray sahi",
     "labels",
-    "export",
     "cli __main__",
 )
 

@@ -39,6 +39,7 @@ FUNCTION_OF = {
     "convert-data": "data.formats.convert.run_convert_data",
     "benchmark": "benchmark.run.run_benchmark",
     "serve": "serve.command.run_serve",
+    "export": "export.command.run_export",
 }
 Call = tuple[str, dict[str, Any]]
 

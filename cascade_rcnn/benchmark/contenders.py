@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from cascade_rcnn.benchmark import stopwatch
 from cascade_rcnn.benchmark.peer import build_peer, freeze_peer
 from cascade_rcnn.config import Config
+from cascade_rcnn.export import network
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.models.ops.capabilities import has_bfloat16_units
+from cascade_rcnn.runtime.network import NAMES, ExportInfo, RuntimeNetwork
 from cascade_rcnn.structures import ImageBatch, MaskCrops, Targets
-
-if TYPE_CHECKING:
-    pass
-
 
 CLASSES = 80
 BACKWARD = "backward and optimizer"
@@ -139,6 +139,36 @@ def our_contender(
         else:
             model = compile_for_inference(model)
     return contender
+
+
+def runtime_contenders(setting: Setting, folder: Path) -> list[Contender]:
+    """Our network in ONNX Runtime and OpenVINO, where they are installed, exported for this one size.
+
+    Raises:
+        UserError: onnx or onnxscript are not installed.
+    """
+    model = build_model(setting.config.model, CLASSES)
+    stopwatch.seed_weights(model)
+    model.eval().requires_grad_(False)
+    model.backbone.fold_batch_norm()
+    classes = tuple(f"class {number}" for number in range(CLASSES))
+    info = ExportInfo(setting.config, classes, (), {}, setting.size, setting.batch, int8=False)
+    onnx_file, openvino_file = (folder / NAMES[name] for name in ("onnx", "openvino"))
+    network.write_onnx(network.trace(model, size=setting.size, batch=setting.batch), onnx_file, info)
+    found = []
+    if importlib.util.find_spec("onnxruntime") is not None:
+        found.append(_in_runtime(onnx_file, setting))
+    if importlib.util.find_spec("openvino") is not None:
+        network.write_openvino(onnx_file, openvino_file, info)
+        found.append(_in_runtime(openvino_file, setting))
+    return found
+
+
+def _in_runtime(path: Path, setting: Setting) -> Contender:
+    opened = RuntimeNetwork(path, threads=torch.get_num_threads())
+    images = images_of(setting)
+    pixels, sizes = images.pixels.contiguous().numpy(), images.sizes.numpy()
+    return Contender(f"the same in {opened.runtime}", lambda: opened.detect(pixels, sizes), setting.batch)
 
 
 def contender(setting: Setting, who: str) -> Contender:

@@ -8,21 +8,33 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from cascade_rcnn.atomic_files import write_json
 from cascade_rcnn.benchmark import parts, stopwatch
-from cascade_rcnn.benchmark.contenders import BACKWARD, Contender, Setting, our_contenders, peer_contender, watched
+from cascade_rcnn.benchmark.contenders import (
+    BACKWARD,
+    Contender,
+    Setting,
+    our_contenders,
+    peer_contender,
+    runtime_contenders,
+    watched,
+)
 from cascade_rcnn.benchmark.memory import measure_memory
 from cascade_rcnn.benchmark.table import print_report
 from cascade_rcnn.distributed import choose_device
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.models.ops.capabilities import has_bfloat16_units, has_int8_units
 from cascade_rcnn.recipes import load_config
+
+Also = Literal["compiled", "runtimes"]
 
 
 def run_benchmark(
@@ -32,30 +44,40 @@ def run_benchmark(
     batch: int = 1,
     device: str = "auto",
     train: bool = False,
-    compile: bool = False,
+    also: Collection[Also] = (),
     rounds: int = 0,
     data: Path | None = None,
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Measure ``config`` on synthetic images of ``size`` (height, width); print a table, return (and write) numbers.
 
-    ``rounds`` 0 takes 5 on a CPU and 20 on a GPU. ``data`` also measures how fast that data set can be read. Both
-    models' weights are made from a rule (:func:`cascade_rcnn.benchmark.stopwatch.seed_weights`).
+    ``also``: our network compiled too, or in ONNX Runtime and OpenVINO, those that are installed. ``rounds`` 0 takes 5
+    on a CPU and 20 on a GPU. ``data`` also measures how fast that data set can be read. Both models' weights are made
+    from a rule (:func:`cascade_rcnn.benchmark.stopwatch.seed_weights`).
+
     Raises :class:`UserError` for a size or device that cannot be used.
     """
     if min(size) < 64:
         raise UserError(f"--size {size[0]} {size[1]}: at least 64 pixels a side")
     setting = Setting(load_config(config), (size[0], size[1]), batch, choose_device(device), train)
     rounds = rounds or (20 if setting.device.type == "cuda" else 5)
-    contenders = [*our_contenders(setting, compile=compile), peer_contender(setting)]
+    runtimes, compiled = "runtimes" in also, "compiled" in also
+    if runtimes and (train or setting.device.type != "cpu"):
+        raise UserError("--runtimes: ONNX Runtime and OpenVINO are measured in predicting, on a CPU: add --device cpu")
+    contenders = our_contenders(setting, compile=compiled)
+    with tempfile.TemporaryDirectory() as folder:
+        if runtimes:
+            print("exporting the network, which takes a minute or two ...")
+            contenders += runtime_contenders(setting, Path(folder))
+        contenders.append(peer_contender(setting))
+        limits = _measure(setting, contenders, rounds)
     ours, peer = contenders[0], contenders[-1]
-    limits = _measure(setting, contenders, rounds)
     memory = measure_memory(setting, config, repeats=rounds) if setting.device.type == "cpu" else {}
     for name, numbers in memory.items():
         (ours if name == "ours" else peer).peak_memory = round(statistics.median(numbers["peak"]))
     report = _report(setting, contenders, limits, rounds, config) | {"memory": memory}
     if not train:
-        report["roi_align"] = parts.measure_roi_align(setting, rounds=rounds, compiled=compile)
+        report["roi_align"] = parts.measure_roi_align(setting, rounds=rounds, compiled=compiled)
         report["file"] = parts.measure_file(setting)
     if data is not None:
         report["loading"] = parts.measure_reading(setting, data)

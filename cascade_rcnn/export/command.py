@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,8 +22,6 @@ from cascade_rcnn.messages import printable
 from cascade_rcnn.recipes import apply_overrides
 from cascade_rcnn.runtime.network import NAMES, ExportInfo, exported_file
 from cascade_rcnn.zoo.store import resolve
-
-_MULTIPLE = 32
 
 
 def run_export(
@@ -53,6 +52,7 @@ def run_export(
         raise UserError(f"{printable(checkpoint)}: is exported already; give the checkpoint that it was made from")
     if int8 is not None and to == "torch":
         raise UserError("--int8 goes with --to openvino or --to onnx")
+    _check_packages(to, int8=int8 is not None)
     path = resolve(checkpoint)
     saved = load_checkpoint(path)
     config = _changed_settings(saved.config, settings)
@@ -73,6 +73,19 @@ def run_export(
     del program, model
     _report(path, target, info, data=data, split=split, kept=kept)
     return folder
+
+
+def _check_packages(to: str, *, int8: bool) -> None:
+    """Tracing takes minutes: what is missing is said before."""
+    needed = {
+        "torch": [],
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],
+        "openvino": ["onnx", "onnxscript", "openvino"],
+    }[to]
+    needed += ["nncf"] if int8 and to == "openvino" else []
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        extra = "int8" if int8 and to == "openvino" else to
+        raise UserError(f"--to {to}: the package {missing[0]} is missing: pip install 'cascade-rcnn[{extra}]'")
 
 
 _CHANGEABLE = ("score_threshold", "max_detections", "nms", "nms_iou", "stop_after_stage")
@@ -98,7 +111,7 @@ def _info(
     if size is not None:
         if min(size) < 1:
             raise ConfigError(f"--size {size[0]} {size[1]}: height and width in pixels")
-        size = (-(-size[0] // _MULTIPLE) * _MULTIPLE, -(-size[1] // _MULTIPLE) * _MULTIPLE)
+        size = (-(-size[0] // network.MULTIPLE) * network.MULTIPLE, -(-size[1] // network.MULTIPLE) * network.MULTIPLE)
         limits = config.data
         short = min(limits.test_short_side or max(limits.short_side), min(size))
         config = replace(
@@ -158,17 +171,17 @@ def _feeds(path: Path, images: Path, info: ExportInfo) -> list[Feed]:
     detector = load(path, device="cpu")
     detector.config, detector.canvas = info.config, info.size
     files = [file.path for file in collect([images]) if not file.is_video]
-    step = max(1, len(files) // CALIBRATION_IMAGES)
+    count = min(len(files), CALIBRATION_IMAGES)
     feeds: list[Feed] = []
-    for file in files[::step][:CALIBRATION_IMAGES]:
+    for file in (files[number * len(files) // count] for number in range(count)):
         try:
             batch = detector.prepare([to_array(file, range=info.config.data.range)])
         except DataError as error:
             print(f"left out of the calibration: {error}")
             continue
-        count = info.batch or 1
+        rows = info.batch or 1
         feeds.append(
-            {"pixels": batch.pixels.expand(count, -1, -1, -1).numpy(), "sizes": batch.sizes.expand(count, -1).numpy()}
+            {"pixels": batch.pixels.expand(rows, -1, -1, -1).numpy(), "sizes": batch.sizes.expand(rows, -1).numpy()}
         )
     if not feeds:
         raise UserError(f"{printable(images)}: no images to calibrate with; give a folder of about 100")
@@ -199,6 +212,9 @@ def _report(path: Path, target: Path, info: ExportInfo, *, data: Path | None, sp
         content["groups_in_float"] = kept
     if data is not None:
         content["metrics"] = report.average_precision(path, target, data, split)
+        for key in content["metrics"]["pytorch"]:
+            both = (100 * content["metrics"][name][key] for name in ("pytorch", "exported"))
+            print("{}: {:.2f} with PyTorch, {:.2f} exported".format(key, *both))
     write_json(target.with_name("report.json"), content)
     equality, seconds = content["equality"], content["time"]
     print(

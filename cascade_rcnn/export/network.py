@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 from cascade_rcnn.checkpoint import load_checkpoint
@@ -25,6 +27,7 @@ from cascade_rcnn.runtime.network import INPUTS, METADATA, OUTPUTS, ExportInfo
 from cascade_rcnn.structures import ImageBatch
 
 OPSET = 18  # the first with all operators that the network needs
+MULTIPLE = 32  # of the input's sides
 
 
 class Detect(nn.Module):
@@ -56,7 +59,35 @@ def network_of(path: Path, config: Config) -> CascadeRCNN:
     model.load_state_dict(checkpoint.state)
     model.eval().requires_grad_(False)
     model.backbone.fold_batch_norm()
+    _fix_padding(model)
     return model
+
+
+class _PaddedConv(nn.Module):
+    """TensorFlow's "same" convolution where the stride divides the input's sides: its padding is a constant then.
+
+    timm's own computes it from the sides, of which an exporter for any size makes expressions that take minutes.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.options = (conv.stride, 0, conv.dilation, conv.groups)
+        self.padding: list[int] = []
+        for size, stride, dilation in reversed(list(zip(conv.kernel_size, conv.stride, conv.dilation))):
+            total = max((size - 1) * dilation + 1 - stride, 0)
+            self.padding += [total // 2, total - total // 2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, self.padding), self.weight, self.bias, *self.options)
+
+
+def _fix_padding(model: CascadeRCNN) -> None:
+    """Input sides are multiples of 32, and so every stride divides the sides that it meets."""
+    for parent in list(model.backbone.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, Conv2dSame):
+                setattr(parent, name, _PaddedConv(child))
 
 
 def refuse_unexportable(config: Config) -> None:
@@ -82,11 +113,11 @@ def trace(model: CascadeRCNN, *, size: tuple[int, int] | None, batch: int | None
     images = batch or 2
     pixels = torch.zeros(images, 3, height, width, dtype=torch.uint8)
     sizes = torch.tensor([[height, width]] * images)
-    free = torch.export.Dim.DYNAMIC
-    of_pixels: dict[int, Any] = {} if batch else {0: free}
-    if size is None:
-        of_pixels |= {2: free, 3: free}
-    shapes = (of_pixels or None, None if batch else {0: free})
+    count = torch.export.Dim("batch")
+    of_pixels: dict[int, Any] = {} if batch else {0: count}
+    if size is None:  # as multiples: the sides of all levels are then simple expressions
+        of_pixels |= {2: MULTIPLE * torch.export.Dim("rows"), 3: MULTIPLE * torch.export.Dim("columns")}
+    shapes = (of_pixels or None, None if batch else {0: count})
     with torch.no_grad(), _quiet():
         try:
             return torch.export.export(Detect(model), (pixels, sizes), dynamic_shapes=shapes, strict=False)
@@ -104,24 +135,28 @@ def write_onnx(program: Any, path: Path, info: ExportInfo) -> None:
     """An ONNX file of standard operators, checked, with the settings in its metadata.
 
     Raises:
-        UserError: onnx or onnxscript are not installed.
+        UserError: onnx or onnxscript, which torch's exporter needs, are not installed.
     """
     try:
         import onnx
-        import onnxscript  # noqa: F401 - what torch's exporter needs
+        import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f"the package {error.name} is missing: pip install 'cascade-rcnn[onnx]'") from error
     with torch.no_grad(), _quiet():
-        made = torch.onnx.export(
-            program,
-            (),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=list(INPUTS[:2]),
-            output_names=list(OUTPUTS[: len(program.graph_signature.user_outputs)]),
-            custom_translation_table={torch.ops.aten.sort.stable: _sort_stable},
-            verbose=False,
-        )
+        try:
+            made = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(INPUTS),
+                output_names=list(OUTPUTS[: len(program.graph_signature.user_outputs)]),
+                custom_translation_table={torch.ops.aten.sort.stable: _sort_stable},
+                verbose=False,
+            )
+        except Exception as error:  # exporters raise kinds of their own
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"torch {torch.__version__} cannot write it as ONNX ({reason}); update torch") from error
     assert made is not None
     made.save(path, external_data=False)
     network = onnx.load(path)

@@ -74,8 +74,8 @@ class _Service:
 
     def __init__(self, detector: Detector, settings: ServeSettings) -> None:
         self.detector, self.settings = detector, settings
-        self.stages = len(detector.config.model.stage_ious)
         self.exported = isinstance(detector.model, ExportedNetwork)
+        self.stages = 1 if self.exported else len(detector.config.model.stage_ious)  # to choose from
         self.batcher: Batcher | None = None
         self.ready = False
         self.metrics = _Metrics(self)
@@ -286,10 +286,10 @@ async def _limited(work: Awaitable[_T], timeout: float) -> _T:
 async def _predict(service: _Service, request: Request, score: float, stages: int, masks: bool) -> dict[str, Any]:
     if not service.ready or service.batcher is None:
         raise ServiceError(503, "starting or stopping", {"Retry-After": "1"})
-    if stages > service.stages:
-        raise ServiceError(422, f"stages {stages}: the cascade has {service.stages}")
     if stages and service.exported:
         raise ServiceError(422, f"stages {stages}: an exported network always runs the stages it was exported with")
+    if stages > service.stages:
+        raise ServiceError(422, f"stages {stages}: the cascade has {service.stages}")
     images, names = [], []
     for name, content in await _received(service, request):
         try:

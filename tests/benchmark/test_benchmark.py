@@ -21,7 +21,9 @@ from cascade_rcnn.data.synthetic_shapes import generate_shapes
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.recipes import load_config
+from cascade_rcnn.runtime.network import ExportInfo
 from cascade_rcnn.structures import ImageBatch
+from handmade_network import handmade_network
 from small_recipe import RECIPE
 
 SIZE = (64, 96)
@@ -56,6 +58,26 @@ def test_bfloat16_is_measured_against_its_own_limit_where_there_are_units(
     assert half["share_of_limit"] == pytest.approx(half["macs"] / half["limit"] / half["seconds"])
     told = " ".join(capsys.readouterr().out.split())
     assert "other products of this processor: bfloat16" in told and "no int8 units" in told
+
+
+def test_runtimes_are_measured_in_the_same_rounds(
+    recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+
+    def write(_: Any, path: Path, info: ExportInfo) -> None:
+        handmade_network(path, size=info.size, batch=info.batch)
+
+    monkeypatch.setattr(contenders_module.network, "trace", lambda *_, **__: None)
+    monkeypatch.setattr(contenders_module.network, "write_onnx", write)  # another network: the real one takes a minute
+    monkeypatch.setattr(run_module, "measure_memory", lambda *_, **__: {})
+    report = run_benchmark(config=recipe, size=SIZE, device="cpu", rounds=2, also=["runtimes"])
+    names = [model["name"] for model in report["models"]]
+    assert names[1].startswith("the same in ONNX Runtime") and names[-1].startswith("torchvision")
+    assert all(name.startswith("the same in OpenVINO") for name in names[2:-1])
+    assert report["models"][1]["macs"] == report["models"][0]["macs"] and names[1] in capsys.readouterr().out
+    with pytest.raises(UserError, match="in predicting, on a CPU"):
+        run_benchmark(config=recipe, size=SIZE, device="cpu", train=True, also=["runtimes"])
 
 
 def parts_of(model: dict[str, Any]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,12 +26,15 @@ from cascade_rcnn.data.sizes import fitted_size, fitting
 from cascade_rcnn.data.synthetic_shapes import CLASS_NAMES, generate_shapes
 from cascade_rcnn.errors import CheckpointError, ConfigError, UserError
 from cascade_rcnn.evaluation.evaluate_model import detect_split
+from cascade_rcnn.export import command
 from cascade_rcnn.export.command import run_export
+from cascade_rcnn.export.quantise import Quantised
 from cascade_rcnn.export.report import match
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.detector import Detector, load
 from cascade_rcnn.inference.run_model import Inference
-from cascade_rcnn.runtime.network import exported_file
+from cascade_rcnn.runtime.network import ExportInfo, exported_file
+from handmade_network import handmade_network
 from tiny import TINY, tiny_model
 
 CLASSES = CLASS_NAMES
@@ -123,12 +127,13 @@ def test_evaluate_sees_what_predict_sees(folder: Path, data: Path) -> None:
 
 def test_serve_takes_it_without_a_choice_of_stages(folder: Path) -> None:
     pytest.importorskip("fastapi")
-    from cascade_rcnn.serve.app import ServiceError, _predict, _Service
+    from cascade_rcnn.serve.app import ServiceError, _predict, _Service, describe
     from cascade_rcnn.serve.settings import ServeSettings
 
     async def ask() -> None:
         service = _Service(load(folder), ServeSettings())
         await service.start()
+        assert describe(service)["stages"] == 1  # the page then offers none
         assert service.batcher is not None and len((await service.batcher.detect(_pictures((96, 96)), 0))[0])
         with pytest.raises(ServiceError, match="exported network always runs"):
             await _predict(service, cast(Any, None), 0.0, 2, True)
@@ -184,6 +189,46 @@ def test_what_cannot_be_exported_is_refused(checkpoint: Path, tmp_path: Path) ->
     assert not (tmp_path / "a").exists()
 
 
+def test_integers_are_calibrated_on_the_pictures_of_a_folder(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everything but the quantiser, which ``test_quantise`` has, and the tracing."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, pixels in enumerate(_pictures(*[(60, 90)] * 250)):
+        Image.fromarray(pixels).save(photos / f"{number}.png")
+    (photos / "0.png").write_bytes(b"none")
+    given: list[Any] = []
+
+    def write(_: Any, path: Path, info: ExportInfo) -> None:
+        handmade_network(path, size=info.size, batch=info.batch)
+
+    def quantise(plain: Path, target: Path, feeds: list[Any], *, to: str) -> Quantised:
+        given.extend(feeds)
+        target.write_bytes(plain.read_bytes())
+        return Quantised({}, ["box heads"])
+
+    monkeypatch.setattr(command.network, "trace", lambda *_, **__: None)
+    monkeypatch.setattr(command.network, "write_onnx", write)
+    monkeypatch.setattr(command, "quantise", quantise)
+    monkeypatch.setattr(command.report, "IMAGES", 1)
+    folder = run_export(checkpoint, to="onnx", size=(96, 160), batch=2, int8=photos, out=tmp_path / "out")
+    assert (
+        len(given) == 99
+        and given[0]["pixels"].shape == (2, 3, 96, 160)
+        and given[0]["sizes"].tolist() == [[96, 144]] * 2
+    )
+    assert "left out of the calibration" in capsys.readouterr().out
+    assert "8-bit integers" in load(folder).choices() and load(folder).class_names == CLASSES
+    assert json.loads((folder / "report.json").read_text())["groups_in_float"] == ["box heads"]
+
+
+def test_what_is_missing_is_said_before_the_work(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"--to onnx: the package onnxscript is missing: pip install .*\[onnx\]"):
+        run_export(checkpoint, to="onnx")
+
+
 def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "other.onnx").write_bytes(b"no network")
     with pytest.raises(CheckpointError, match=r"other\.onnx: cannot be loaded"):
@@ -196,7 +241,10 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("onnx", {"norm": "frozen", "masks": "every"}),
     ("onnx", {"norm": "frozen", "semantics": "detectron2", "masks": "one"}),
-    ("onnx", {"norm": "frozen", "stage_ious": (0.5,), "stage_stds": None, "masks": "none", "class_agnostic": False}),
+    (
+        "onnx",
+        {"norm": "frozen", "stage_ious": (0.5,), "stage_stds": None, "masks": "none", "class_agnostic_boxes": False},
+    ),
     ("torch", {}),
     ("openvino", {"norm": "frozen"}),
 ]
@@ -209,7 +257,7 @@ def test_every_kind_at_any_size_and_batch(to: str, changes: dict[str, Any], tmp_
         pytest.importorskip("openvino")
     path = _checkpoint(tmp_path / "tiny.safetensors", **changes)
     exported, reference = load(run_export(path, to=to)), load(path, device="cpu")
-    pictures = _pictures((96, 150), (96, 150), (300, 200))
+    pictures = _pictures((96, 150), (96, 150), (300, 200), (400, 60))  # the last is 24 pixels wide in the network
     for size in (1, 2):
         for one, other in zip(
             exported.predict(pictures, batch_size=size), reference.predict(pictures, batch_size=size)

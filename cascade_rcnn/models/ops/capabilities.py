@@ -35,8 +35,9 @@ def has_triton() -> bool:
 
 def exporting() -> bool:
     """Whether an exporter is tracing: no value may decide a shape, except through operators it knows."""
-    is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
-    return bool(is_exporting() or torch.onnx.is_in_onnx_export())
+    if not hasattr(torch.compiler, "is_exporting"):  # before torch 2.7
+        return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
 @functools.cache
