@@ -269,6 +269,8 @@ class TrainConfig:
     """Stop after so many evaluations without a better result; 0: never."""
     log_every: int = 50
     """Steps between logged lines."""
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Who gets the curves besides log.jsonl: tensorboard (where it is installed), wandb, mlflow."""
     max_steps: int = 0
     """Stop after so many steps; 0: the whole schedule."""
     max_bad_losses: int = 5

@@ -31,6 +31,7 @@ from cascade_rcnn.evaluation.evaluate_model import match_classes
 from cascade_rcnn.messages import one_line
 from cascade_rcnn.models.build import build_model, check_backbone
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
+from cascade_rcnn.training.callbacks import Callback, check_loggers
 from cascade_rcnn.training.data import open_validation, training_dataset
 from cascade_rcnn.training.init_weights import start_from
 from cascade_rcnn.training.interrupts import Interrupts, StopNow, TrainingInterrupted, Watchdog
@@ -43,11 +44,19 @@ from cascade_rcnn.training.run_folder import claim_folder, find_resumable_state,
 from cascade_rcnn.training.schedule import Schedule, lr_factor, scaled_lr
 
 
-def train(config: Config, *, out: Path, resume: bool = False, device: str | torch.device | None = None) -> Path:
+def train(
+    config: Config,
+    *,
+    out: Path,
+    resume: bool = False,
+    device: str | torch.device | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Path:
     """Train ``config`` into the run folder ``out`` and return its best checkpoint (the last, without evaluation).
 
     With ``resume`` a run that was interrupted goes on where it was saved, and an empty folder begins; without, a folder
-    that holds a run is refused. Started by torchrun, all processes train together.
+    that holds a run is refused. Started by torchrun, all processes train together. ``callbacks`` hear of steps,
+    evaluations and saves (:class:`cascade_rcnn.training.callbacks.Callback`).
 
     Raises:
         UserError: settings, data or files that cannot be used; losses that stay not finite; GPU memory that runs out.
@@ -57,7 +66,7 @@ def train(config: Config, *, out: Path, resume: bool = False, device: str | torc
     with (
         distributed.start(device) as world,
         Interrupts() as interrupts,
-        RunLog(out, active=world.is_main) as log,
+        RunLog(out, active=world.is_main, callbacks=callbacks) as log,
         Watchdog(settings.stall_minutes, rank=world.rank) as watchdog,
         reproducible(settings.deterministic),
     ):
@@ -91,6 +100,7 @@ def train(config: Config, *, out: Path, resume: bool = False, device: str | torc
 
 def set_up(config: Config, out: Path, world: distributed.World, log: RunLog, *, resume: bool) -> Run:
     """The data, the network, its optimizer; on top of them what an interrupted run has saved."""
+    check_loggers(config.train.loggers)
     resuming = claim_folder(out, world, log, resume=resume or world.restarts > 0)
 
     data = open_split(config.data.root, config.data.train, orientation=config.data.orientation)
@@ -146,7 +156,7 @@ def set_up(config: Config, out: Path, world: distributed.World, log: RunLog, *, 
         write_json(out / "config.json", config.to_dict())
     for line in run.description(about_rate, resumed=resuming):
         log.say(line)
-    log.begin(run.progress.step, schedule.total_steps, evaluated=run.progress.evaluated)
+    log.begin(run.progress.step, schedule.total_steps, evaluated=run.progress.evaluated, config=config)
     return run
 
 

@@ -3,7 +3,7 @@
 log.jsonl       one object per logged step: losses, learning rate, gradient norm, speed, memory
 metrics.jsonl   one object per evaluation
 images/         what the network saw and found
-tensorboard/    the same curves, where tensorboard is installed
+tensorboard/    the same curves, where tensorboard is installed (training/callbacks.py)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from PIL import Image
 
 from cascade_rcnn import distributed
 from cascade_rcnn.atomic_files import replace_file
-from cascade_rcnn.config import DataConfig
+from cascade_rcnn.config import Config, DataConfig
 from cascade_rcnn.data.dataset import read_record
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.drawing.annotations import draw_batch, draw_detections, draw_record, side_by_side
@@ -31,6 +31,7 @@ from cascade_rcnn.errors import UserError
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.progress import steps_bar
 from cascade_rcnn.structures import ImageBatch, Targets
+from cascade_rcnn.training.callbacks import Callback, Callbacks, start_loggers
 
 _DRAWN_BATCHES = 2  # the first ones of a run
 _DRAWN_SCORE = 0.3
@@ -39,10 +40,12 @@ _DRAWN_SCORE = 0.3
 class RunLog:
     """The log of a run; of several processes only the one with ``active`` prints and writes."""
 
-    def __init__(self, out: Path, *, active: bool) -> None:
+    def __init__(self, out: Path, *, active: bool, callbacks: Sequence[Callback] = ()) -> None:
         self._out, self._active = out, active
         self._bar: Any = None
-        self._board: Any = None
+        self._given = list(callbacks)
+        self._callbacks = Callbacks([], say=self.say)
+        self._result: Path | None = None
         self._total = 0
         self._batches_drawn = 0
         self._clock = _Clock()
@@ -53,11 +56,11 @@ class RunLog:
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar[0].stop()
-        if self._board is not None:
-            self._board.close()
+            self._bar = None
+        self._callbacks.tell("on_end", self._result)
 
-    def begin(self, step: int, total: int, *, evaluated: int) -> None:
-        """Start at ``step`` of ``total``, last evaluated at step ``evaluated``.
+    def begin(self, step: int, total: int, *, evaluated: int, config: Config) -> None:
+        """Start at ``step`` of ``total``, last evaluated at step ``evaluated``; start the loggers of ``config``.
 
         Lines that an interrupted run wrote beyond them are dropped: they will be written again.
         """
@@ -69,7 +72,8 @@ class RunLog:
         self._out.mkdir(parents=True, exist_ok=True)
         _drop_beyond(self._out / "log.jsonl", step)
         _drop_beyond(self._out / "metrics.jsonl", evaluated)
-        self._board = _tensorboard(self._out / "tensorboard", step)
+        started = start_loggers(config, self._out, step, self.say)
+        self._callbacks = Callbacks([*started, *self._given], say=self.say)
         if sys.stdout.isatty():
             self._bar = steps_bar(step, total)
 
@@ -133,9 +137,7 @@ class RunLog:
         if not self._active:
             return
         _append(self._out / "log.jsonl", record)
-        if self._board is not None:
-            for name, value in record.items():
-                self._board.add_scalar(f"train/{name}", value, step)
+        self._callbacks.tell("on_step", step, {name: value for name, value in record.items() if name != "step"})
         line = _line(record)
         if self._bar is not None:
             self._bar[0].update(self._bar[1], numbers=line)
@@ -147,10 +149,15 @@ class RunLog:
         if not self._active:
             return
         _append(self._out / "metrics.jsonl", {"step": step, "epoch": epoch, **values})
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(f"val/{name}", value, step)
+        self._callbacks.tell("on_evaluation", step, dict(values))
+
+    def saved(self, step: int) -> None:
+        """A state to resume from has been written."""
+        self._callbacks.tell("on_save", step, self._out)
+
+    def finished(self, result: Path) -> None:
+        """The training has reached its end, with this checkpoint."""
+        self._result = result
 
     def batch(self, images: ImageBatch, targets: Targets, class_names: tuple[str, ...]) -> None:
         """Draw a batch as the network sees it, if it is one of the first of the run."""
@@ -263,13 +270,3 @@ def _drop_beyond(path: Path, step: int) -> None:
 
 def _write_lines(path: Path, lines: Sequence[str]) -> None:
     path.write_text("".join(lines), encoding="utf-8", newline="")
-
-
-def _tensorboard(folder: Path, step: int) -> Any:
-    """A SummaryWriter where the extra is installed (pip install 'cascade-rcnn[tensorboard]'), else None."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    writer: Any = SummaryWriter
-    return writer(str(folder), purge_step=step)

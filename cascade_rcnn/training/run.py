@@ -195,6 +195,7 @@ class Run:
             with self.log.paused():
                 state.write(self.out)
                 self._save_weights(LAST)
+            self.log.saved(self.progress.step)
         self.saved = replace(self.progress)
 
     def restore(self, state: SavedState) -> None:
@@ -240,6 +241,7 @@ class Run:
         best = self.out / BEST
         result = best if progress.best is not None and best.is_file() else self.out / LAST
         reached = "" if progress.best is None else f" ({progress.best:.4f} after step {progress.best_step})"
+        self.log.finished(result)
         self.log.say(f"done: {result}{reached}; try it: cascade-rcnn predict {result} IMAGE")
         return result
 

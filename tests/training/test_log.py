@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cascade_rcnn.config import Config
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.training.log import RunLog
 from cascade_rcnn.training.losses import LossWindow
@@ -83,7 +84,7 @@ def test_bad_steps_that_nobody_has_read_are_counted_when_the_run_is_saved() -> N
 
 def test_numbers_go_to_files_and_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with RunLog(tmp_path / "run", active=True) as log:
-        log.begin(0, 100_000, evaluated=0)
+        log.begin(0, 100_000, evaluated=0, config=Config())
         with log.waiting():
             pass
         for step in (1, 2):
@@ -105,7 +106,7 @@ def test_numbers_go_to_files_and_plain_lines(tmp_path: Path, capsys: pytest.Capt
 
 def test_a_silent_process_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with RunLog(tmp_path / "run", active=False) as log:
-        log.begin(0, 10, evaluated=0)
+        log.begin(0, 10, evaluated=0, config=Config())
         log.tick(1, 1)
         log.step(1, 0.1, {"loss": 1.0, "grad_norm": 1.0, "lr": 1.0}, device=CPU)
         log.metrics(1, 1, {"bbox/AP": 0.5})
@@ -118,7 +119,7 @@ def test_lines_beyond_the_step_to_go_on_from_are_dropped(tmp_path: Path) -> None
     (tmp_path / "log.jsonl").write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"ste')
     (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n{"step": 4}\n')
     with RunLog(tmp_path, active=True) as log:
-        log.begin(4, 10, evaluated=2)
+        log.begin(4, 10, evaluated=2, config=Config())
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 2}\n{"step": 4}\n'
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 2}\n'
 
@@ -129,7 +130,7 @@ def test_a_terminal_gets_a_bar(
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "200")
     with RunLog(tmp_path, active=True) as log:
-        log.begin(3, 10, evaluated=0)
+        log.begin(3, 10, evaluated=0, config=Config())
         log.tick(4, 1)
         log.step(4, 0.4, {"loss": 1.0, "s0.cls": 1.0, "grad_norm": 1.0, "lr": 1.0}, device=CPU)
         with log.paused():
@@ -140,7 +141,7 @@ def test_a_terminal_gets_a_bar(
 
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with RunLog(tmp_path, active=True) as log:
-        log.begin(0, 10, evaluated=0)
+        log.begin(0, 10, evaluated=0, config=Config())
         (tmp_path / "metrics.jsonl").mkdir()
         with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written \(Is a directory\)"):
             log.metrics(1, 1, {"bbox/AP": 0.5})
