@@ -21,16 +21,20 @@ from torch import Tensor
 
 from cascade_rcnn import distributed
 from cascade_rcnn.atomic_files import write_json
+from cascade_rcnn.check.choices import Choice, Machine, choose, keep_choices
 from cascade_rcnn.check.dataset import check_before_training
 from cascade_rcnn.config import Config, finetune_schedule
 from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.data.loader import Upload, train_loader
+from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.data.split_levels import with_range
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.evaluation.evaluate_model import match_classes
 from cascade_rcnn.messages import one_line
 from cascade_rcnn.models.build import build_model, check_backbone
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
+from cascade_rcnn.models.ops.capabilities import has_bfloat16_units
+from cascade_rcnn.recipes import load_config
 from cascade_rcnn.training.data import open_validation, training_dataset
 from cascade_rcnn.training.init_weights import start_from
 from cascade_rcnn.training.interrupts import Interrupts, StopNow, TrainingInterrupted, Watchdog
@@ -98,6 +102,12 @@ def set_up(config: Config, out: Path, world: distributed.World, log: RunLog, *, 
     if line:
         log.say(line)
     config = replace(config, data=images)
+    if resuming and (out / "config.json").is_file():
+        config = keep_choices(config, load_config(out))
+    config, choices = choose(config, data, machine=_machine(world.device))
+    config = distributed.broadcast(config)  # one choice, also where one GPU has less memory
+    for choice in choices:
+        log.say(choice.line())
     config = finetune_schedule(config, len(data))
     settings = config.train
     validation = open_validation(config, log) if settings.evaluate_every else None
@@ -148,6 +158,28 @@ def set_up(config: Config, out: Path, world: distributed.World, log: RunLog, *, 
         log.say(line)
     log.begin(run.progress.step, schedule.total_steps, evaluated=run.progress.evaluated)
     return run
+
+
+def explain(config: Config) -> list[str]:
+    """What a training with ``config`` would choose from its data on this machine, a line each; nothing is trained."""
+    config, choices, data = _chosen(config)
+    lines = [choice.line() for choice in choices]
+    if not config.train.epochs:
+        epochs = finetune_schedule(config, len(data)).train.epochs
+        lines.append(Choice("train.epochs", epochs, f"from the {len(data):,} training images").line())
+    return lines or ["nothing: this recipe chooses no setting from the data (Config.automatic)"]
+
+
+def _chosen(config: Config) -> tuple[Config, list[Choice], DataSplit]:
+    data = open_split(config.data.root, config.data.train, orientation=config.data.orientation)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return *choose(config, data, machine=_machine(device)), data
+
+
+def _machine(device: torch.device) -> Machine:
+    if device.type != "cuda":
+        return Machine(bfloat16=device.type == "cpu" and has_bfloat16_units())
+    return Machine(gpu_memory=torch.cuda.get_device_properties(device).total_memory / 1e9)
 
 
 def build_network(
@@ -220,7 +252,7 @@ def run_train(config: Config, *, out: Path, resume: bool = False, check: bool = 
         find_resumable_state(out, resume=resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
         check_backbone(config.model)
         if check:
-            check_before_training(config)
+            check_before_training(config if config.automatic is None else _chosen(config)[0])
     train(config, out=out, resume=resume)
 
 
