@@ -40,8 +40,23 @@ _RATIOS = ((0.5, 1.0, 2.0), (0.33, 0.5, 1.0, 2.0, 3.0), (0.2, 0.33, 0.5, 1.0, 2.
 _REACHED = 0.98  # of the objects: no need for other anchors
 _WORTH, _WORTH_MORE = 0.01, 0.05  # of the objects: what other anchors must bring, and what more anchors must
 
-_SIDED = frozenset("left right clockwise counterclockwise anticlockwise leftward rightward".split())
-_READ = frozenset("text texts digit digits letter letters character characters word words numeral numerals".split())
+_SIDED = frozenset(["left", "right", "clockwise", "counterclockwise", "anticlockwise", "leftward", "rightward"])
+_READ = frozenset(
+    [
+        "text",
+        "texts",
+        "digit",
+        "digits",
+        "letter",
+        "letters",
+        "character",
+        "characters",
+        "word",
+        "words",
+        "numeral",
+        "numerals",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -268,7 +283,8 @@ def _first_best(reached: list[tuple[tuple[float, ...], float]], cheap: int) -> t
     The first ``cheap`` cost no more than the own: the best of them, if it brings something. The others are more
     anchors, which must bring more: each is compared with the best one before it.
     """
-    value, share = own, before = reached[0]
+    (value, before) = reached[0]
+    share = before
     if before < _REACHED:
         best = max(reached[:cheap], key=lambda pair: pair[1])
         if best[1] > before + _WORTH:
