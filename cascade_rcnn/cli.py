@@ -107,12 +107,9 @@ def _train(words: Sequence[str]) -> None:
     recipe = Path(args.config)
     out = args.out or (recipe if recipe.is_dir() else Path("runs") / recipe.stem.replace("-", "_"))
 
-    from cascade_rcnn.train import explain, run_train
+    from cascade_rcnn.train import run_train
 
-    if args.explain:
-        print("\n".join(explain(config)))
-        return
-    run_train(config, out=out, resume=args.resume, check=not args.no_check)
+    run_train(config, out=out, resume=args.resume, check=not args.no_check, only_explain=args.explain)
 
 
 def _evaluate(words: Sequence[str]) -> None:

@@ -102,12 +102,7 @@ def set_up(config: Config, out: Path, world: distributed.World, log: RunLog, *, 
     if line:
         log.say(line)
     config = replace(config, data=images)
-    if resuming and (out / "config.json").is_file():
-        config = keep_choices(config, load_config(out))
-    config, choices = choose(config, data, machine=_machine(world.device))
-    config = distributed.broadcast(config)  # one choice, also where one GPU has less memory
-    for choice in choices:
-        log.say(choice.line())
+    config = _choose(config, data, world, log, begun=out / "config.json" if resuming else None)
     config = finetune_schedule(config, len(data))
     settings = config.train
     validation = open_validation(config, log) if settings.evaluate_every else None
@@ -161,13 +156,23 @@ def set_up(config: Config, out: Path, world: distributed.World, log: RunLog, *, 
 
 
 def explain(config: Config) -> list[str]:
-    """What a training with ``config`` would choose from its data on this machine, a line each; nothing is trained."""
+    """What a training with ``config`` chooses from its data on this machine and why, a line each. Trains nothing."""
     config, choices, data = _chosen(config)
     lines = [choice.line() for choice in choices]
     if not config.train.epochs:
         epochs = finetune_schedule(config, len(data)).train.epochs
         lines.append(Choice("train.epochs", epochs, f"from the {len(data):,} training images").line())
     return lines or ["nothing: this recipe chooses no setting from the data (Config.automatic)"]
+
+
+def _choose(config: Config, data: DataSplit, world: distributed.World, log: RunLog, *, begun: Path | None) -> Config:
+    """Chooses what is left to the data; a resumed run keeps what stands in the settings that it began with."""
+    if begun is not None and begun.is_file():
+        config = keep_choices(config, load_config(begun))
+    config, choices = choose(config, data, machine=_machine(world.device))
+    for choice in choices:
+        log.say(choice.line())
+    return distributed.broadcast(config)  # one choice, also where one GPU has less memory
 
 
 def _chosen(config: Config) -> tuple[Config, list[Choice], DataSplit]:
@@ -246,8 +251,13 @@ def train_epoch(run: Run, interrupts: Interrupts, watchdog: Watchdog) -> None:
             raise StopNow
 
 
-def run_train(config: Config, *, out: Path, resume: bool = False, check: bool = True) -> None:
-    """The command: look at the data first, unless told not to, then train."""
+def run_train(
+    config: Config, *, out: Path, resume: bool = False, check: bool = True, only_explain: bool = False
+) -> None:
+    """The command: look at the data first, unless told not to, then train; or only print what it would choose."""
+    if only_explain:
+        print("\n".join(explain(config)))
+        return
     if int(os.environ.get("RANK", 0)) == 0:  # the other processes wait for it in ``train``
         find_resumable_state(out, resume=resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
         check_backbone(config.model)

@@ -186,7 +186,7 @@ def _input_size(config: Config, objects: _Objects, machine: Machine) -> list[Cho
     if not free_long:
         return [*found, _kept(config, "data.long_side")]
     reason = f"{longer:.2g} times the shorter side" + (
-        f", as nine of ten images are ({aspect:.2g})" if longer > data.long_side / own else ""
+        f", for nine of ten images are at most that long ({aspect:.2g})" if longer > data.long_side / own else ""
     )
     same = short == own and longer == data.long_side / own
     long = data.long_side if same else max(short, math.ceil(short * longer / 32) * 32)

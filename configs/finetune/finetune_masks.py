@@ -9,19 +9,12 @@ docs/train.md); a setting that you give is not. The schedule follows the number 
 Published for this recipe: none. Not yet measured with this project.
 """
 
-from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
+from cascade_rcnn.config import AUTOMATIC, Config, DataConfig, ModelConfig, TrainConfig
 
 config = Config(
     model=ModelConfig(backbone="resnet50.tv_in1k", masks="every"),
     data=DataConfig(short_side=(640, 800), short_side_mode="range", photometric=True, workers=4),
     train=TrainConfig(epochs=0, lr=0.02, images_per_step=16, batch_size=2, accumulate=0),
     published="none",
-    automatic=(
-        "data.short_side",
-        "data.long_side",
-        "model.anchor_scales",
-        "model.anchor_ratios",
-        "model.max_detections",
-        "data.flip",
-    ),
+    automatic=AUTOMATIC,
 )
