@@ -91,6 +91,9 @@ def _train(words: Sequence[str]) -> None:
     parser.add_argument("--resume", action="store_true", help="resume from the last save in the run folder")
     parser.add_argument("--deterministic", action="store_true", help="bit-equal runs, slower (train.deterministic)")
     parser.add_argument("--no-check", action="store_true", help="skip the check of the data before training")
+    parser.add_argument(
+        "--explain", action="store_true", help="print what the recipe chooses from the data and why, without training"
+    )
     if "-h" in words or "--help" in words:
         print(parser.format_help())
         print(settings_help([word for word in words[:1] if not word.startswith("-")]))
@@ -106,7 +109,7 @@ def _train(words: Sequence[str]) -> None:
 
     from cascade_rcnn.train import run_train
 
-    run_train(config, out=out, resume=args.resume, check=not args.no_check)
+    run_train(config, out=out, resume=args.resume, check=not args.no_check, only_explain=args.explain)
 
 
 def _evaluate(words: Sequence[str]) -> None:

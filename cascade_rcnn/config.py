@@ -14,6 +14,16 @@ from cascade_rcnn.errors import ConfigError
 
 SemanticsName = Literal["mmdetection", "detectron2", "paper", "torchvision"]
 Orientation = Literal["auto", "stored", "upright"]
+# Settings that ``check/choices.py`` can choose, in its order
+AUTOMATIC = (
+    "data.short_side",
+    "data.long_side",
+    "model.anchor_scales",
+    "model.anchor_ratios",
+    "model.max_detections",
+    "data.flip",
+    "train.precision",
+)
 
 
 def _require(holds: bool, message: str) -> None:
@@ -302,6 +312,12 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     published: str = ""
     """What others reached with this recipe, and where that is written."""
+    automatic: tuple[str, ...] | None = None
+    """Settings that a training chooses from its data (docs/train.md); one given on the command line is not chosen."""
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.automatic or () if name not in AUTOMATIC]
+        _require(not unknown, f"automatic {' '.join(unknown)}: can be chosen are {', '.join(AUTOMATIC)}; or none")
 
     def to_dict(self) -> dict[str, object]:
         """Plain nested dictionaries, as written to ``config.json`` and into checkpoints."""

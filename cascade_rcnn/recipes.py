@@ -128,6 +128,7 @@ def apply_overrides(config: Config, arguments: Sequence[str]) -> Config:
     Dashes and underscores mean the same. A switch alone means true, ``--train.no-compile`` false; ``none`` is None.
     All changes are applied together, so values that must agree may come in any order. Changing only the number of
     epochs moves the milestones with it: 24 instead of 12 turns 8 and 11 into 16 and 22.
+    A setting that is given is no longer chosen from the data (``Config.automatic``).
     Raises ConfigError: an unknown key (with the closest), or a value of the wrong type (with the type).
     """
     hints = _flat_hints(Config)
@@ -143,6 +144,10 @@ def apply_overrides(config: Config, arguments: Sequence[str]) -> Config:
             top_level[leaf] = value
     if "epochs" in changes.get("train", {}) and "milestones" not in changes["train"]:
         changes["train"]["milestones"] = _moved_milestones(config.train, changes["train"]["epochs"])
+    if config.automatic and "automatic" not in top_level:
+        given = {f"{section}.{leaf}" for section, values in changes.items() for leaf in values}
+        given |= {"model.anchor_scales"} if "model.anchor_sizes" in given else set()
+        top_level["automatic"] = tuple(name for name in config.automatic if name not in given)
     for section, values in changes.items():
         top_level[section] = dataclasses.replace(getattr(config, section), **values)
     return dataclasses.replace(config, **top_level)

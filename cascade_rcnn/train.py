@@ -21,16 +21,20 @@ from torch import Tensor
 
 from cascade_rcnn import distributed
 from cascade_rcnn.atomic_files import write_json
+from cascade_rcnn.check.choices import Choice, Machine, choose, keep_choices
 from cascade_rcnn.check.dataset import check_before_training
 from cascade_rcnn.config import Config, finetune_schedule
 from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.data.loader import Upload, train_loader
+from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.data.split_levels import with_range
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.evaluation.evaluate_model import match_classes
 from cascade_rcnn.messages import one_line
 from cascade_rcnn.models.build import build_model, check_backbone
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
+from cascade_rcnn.models.ops.capabilities import has_bfloat16_units
+from cascade_rcnn.recipes import load_config
 from cascade_rcnn.training.callbacks import Callback, check_loggers
 from cascade_rcnn.training.data import open_validation, training_dataset
 from cascade_rcnn.training.init_weights import start_from
@@ -108,6 +112,7 @@ def set_up(config: Config, out: Path, world: distributed.World, log: RunLog, *, 
     if line:
         log.say(line)
     config = replace(config, data=images)
+    config = _choose(config, data, world, log, begun=out / "config.json" if resuming else None)
     config = finetune_schedule(config, len(data))
     settings = config.train
     validation = open_validation(config, log) if settings.evaluate_every else None
@@ -158,6 +163,38 @@ def set_up(config: Config, out: Path, world: distributed.World, log: RunLog, *, 
         log.say(line)
     log.begin(run.progress.step, schedule.total_steps, evaluated=run.progress.evaluated, config=config)
     return run
+
+
+def explain(config: Config) -> list[str]:
+    """What a training with ``config`` chooses from its data on this machine and why, a line each. Trains nothing."""
+    config, choices, data = _chosen(config)
+    lines = [choice.line() for choice in choices]
+    if not config.train.epochs:
+        epochs = finetune_schedule(config, len(data)).train.epochs
+        lines.append(Choice("train.epochs", epochs, f"from the {len(data):,} training images").line())
+    return lines or ["nothing: this recipe chooses no setting from the data (Config.automatic)"]
+
+
+def _choose(config: Config, data: DataSplit, world: distributed.World, log: RunLog, *, begun: Path | None) -> Config:
+    """Chooses what is left to the data; a resumed run keeps what stands in the settings that it began with."""
+    if begun is not None and begun.is_file():
+        config = keep_choices(config, load_config(begun))
+    config, choices = choose(config, data, machine=_machine(world.device))
+    for choice in choices:
+        log.say(choice.line())
+    return distributed.broadcast(config)  # one choice, also where one GPU has less memory
+
+
+def _chosen(config: Config) -> tuple[Config, list[Choice], DataSplit]:
+    data = open_split(config.data.root, config.data.train, orientation=config.data.orientation)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return *choose(config, data, machine=_machine(device)), data
+
+
+def _machine(device: torch.device) -> Machine:
+    if device.type != "cuda":
+        return Machine(bfloat16=device.type == "cpu" and has_bfloat16_units())
+    return Machine(gpu_memory=torch.cuda.get_device_properties(device).total_memory / 1e9)
 
 
 def build_network(
@@ -224,13 +261,18 @@ def train_epoch(run: Run, interrupts: Interrupts, watchdog: Watchdog) -> None:
             raise StopNow
 
 
-def run_train(config: Config, *, out: Path, resume: bool = False, check: bool = True) -> None:
-    """The command: look at the data first, unless told not to, then train."""
+def run_train(
+    config: Config, *, out: Path, resume: bool = False, check: bool = True, only_explain: bool = False
+) -> None:
+    """The command: look at the data first, unless told not to, then train; or only print what it would choose."""
+    if only_explain:
+        print("\n".join(explain(config)))
+        return
     if int(os.environ.get("RANK", 0)) == 0:  # the other processes wait for it in ``train``
         find_resumable_state(out, resume=resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
         check_backbone(config.model)
         if check:
-            check_before_training(config)
+            check_before_training(config if config.automatic is None else _chosen(config)[0])
     train(config, out=out, resume=resume)
 
 

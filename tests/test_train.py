@@ -18,8 +18,9 @@ from cascade_rcnn.checkpoint import LAST, STATE, load_checkpoint, load_training
 from cascade_rcnn.config import Config
 from cascade_rcnn.errors import CheckpointError, DataError, UserError
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
+from cascade_rcnn.recipes import load_config
 from cascade_rcnn.structures import ImageBatch, Targets
-from cascade_rcnn.train import train
+from cascade_rcnn.train import explain, train
 from small_training import run_alone, run_ranks, small_config, small_data
 
 
@@ -67,6 +68,22 @@ def test_a_run_leaves_everything_that_is_promised(tmp_path: Path, capsys: pytest
     assert "learning rate 0.01 is for 2 images per step; this run has 2, so it stays" in said
     assert "12 images to learn from, 4 to evaluate on; classes: circle" in said
     assert not list(run.rglob("*.tmp"))
+
+
+def test_a_run_says_and_saves_what_it_chose_from_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = dataclasses.replace(small_config(epochs=1), automatic=("model.anchor_scales", "data.flip"))
+    lines = explain(config)
+    train(config, out=tmp_path)
+    said = capsys.readouterr().out
+    assert len(lines) == 6 and all(line in said for line in lines)
+    assert "data.short_side 64: as given" in lines
+    saved = load_checkpoint(tmp_path).config
+    assert saved.automatic is None and max(saved.model.anchor_scales) < 8, "objects are half of 64 pixels at most"
+    other = tuple(2 * scale for scale in saved.model.anchor_scales)
+    changed = dataclasses.replace(saved, model=dataclasses.replace(saved.model, anchor_scales=other))
+    (tmp_path / "config.json").write_text(json.dumps(changed.to_dict()))
+    train(config, out=tmp_path, resume=True)
+    assert load_config(tmp_path).model.anchor_scales == other, "a resumed run keeps the network that it began with"
 
 
 def _in_pieces(config: Config, out: Path, stops: tuple[int, ...]) -> None:

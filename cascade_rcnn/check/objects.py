@@ -20,12 +20,12 @@ from cascade_rcnn.messages import shown
 
 CORNER_AND_SIZE = ("coco", "citypersons", "widerface")  # formats whose boxes are x, y, width, height
 _SLACK = 1.0  # pixels by which a box may leave its image: formats that count from 1, rounding
-_STRIDES = (4, 8, 16, 32, 64)
+STRIDES = (4, 8, 16, 32, 64)
 _TINY = 4.0  # pixels at the network's input: one cell of the finest level
 
 
 @dataclass(frozen=True)
-class _Table:
+class ObjectTable:
     """All objects of a split, one row each."""
 
     image: NDArray[np.int64]  # [G] index of the record
@@ -36,11 +36,12 @@ class _Table:
     ignore: NDArray[np.bool_]
 
 
-def _table(split: DataSplit) -> _Table:
+def object_table(split: DataSplit) -> ObjectTable:
+    """The objects of all images, in the order of the records."""
     counts = [len(record.boxes) for record in split.records]
     image = np.repeat(np.arange(len(counts)), counts)
     sizes = np.array([(record.width, record.height) for record in split.records], dtype=np.float64).reshape(-1, 2)
-    return _Table(
+    return ObjectTable(
         image,
         np.concatenate([np.arange(count) for count in counts] or [np.zeros(0, np.int64)]),
         np.concatenate([record.boxes for record in split.records] or [np.zeros((0, 4))]),
@@ -52,7 +53,7 @@ def _table(split: DataSplit) -> _Table:
 
 def check_objects(split: DataSplit, problems: Problems, *, data: DataConfig, model: ModelConfig) -> None:
     """Adds to ``problems`` whatever the annotations of a split alone show."""
-    table = _table(split)
+    table = object_table(split)
     for record in split.records:
         if not len(record.boxes):
             problems.add("image-without-objects", record.source, f"{shown(record.file_name)} has no object")
@@ -79,12 +80,12 @@ def check_objects(split: DataSplit, problems: Problems, *, data: DataConfig, mod
 
 def boxes_are_centred(split: DataSplit) -> bool:
     """Whether boxes leave their image as x, y, width, height, and fit when x, y is their centre."""
-    table = _table(split)
+    table = object_table(split)
     known = (table.sizes > 0).all(axis=1)
     return int(known.sum()) >= 3 and split.format in CORNER_AND_SIZE and _centre_fits(table, known)
 
 
-def _centre_fits(table: _Table, known: NDArray[np.bool_] | np.bool_) -> bool:
+def _centre_fits(table: ObjectTable, known: NDArray[np.bool_] | np.bool_) -> bool:
     centred = table.boxes[known].copy()
     half = (centred[:, 2:] - centred[:, :2]) / 2
     centred -= np.tile(half, 2)
@@ -98,13 +99,13 @@ def boxes_are_corners(split: DataSplit) -> tuple[int, int]:
 
     Read as width and height, the far corner (x2, y2) lands at (x1 + x2, y1 + y2), mostly outside.
     """
-    table = _table(split)
+    table = object_table(split)
     known = (table.sizes > 0).all(axis=1)
     leaves, fits = _leaves_and_fits(table)
     return int((leaves & fits & known).sum()), int(known.sum())
 
 
-def _leaves_and_fits(table: _Table) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def _leaves_and_fits(table: ObjectTable) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     corners = table.boxes.copy()
     corners[:, 2:] -= corners[:, :2]
     leaves: NDArray[np.bool_] = np.any(table.boxes[:, 2:] > table.sizes + _SLACK, axis=1)
@@ -113,7 +114,7 @@ def _leaves_and_fits(table: _Table) -> tuple[NDArray[np.bool_], NDArray[np.bool_
     return leaves, fits
 
 
-def _check_coding(split: DataSplit, table: _Table, where: str, problems: Problems) -> bool:
+def _check_coding(split: DataSplit, table: ObjectTable, where: str, problems: Problems) -> bool:
     """Corners read as x, y, width, height; fractions read as pixels. True where boxes mean something else."""
     known = (table.sizes > 0).all(axis=1)
     total = int(known.sum())
@@ -149,7 +150,7 @@ def _check_coding(split: DataSplit, table: _Table, where: str, problems: Problem
     return False
 
 
-def _name(split: DataSplit, table: _Table, index: int) -> tuple[str, str]:
+def _name(split: DataSplit, table: ObjectTable, index: int) -> tuple[str, str]:
     """Where an object stands, and its image."""
     record = split.records[table.image[index]]
     row = int(table.row[index])
@@ -157,7 +158,7 @@ def _name(split: DataSplit, table: _Table, index: int) -> tuple[str, str]:
     return f"{record.source}, {place}", shown(record.file_name)
 
 
-def _check_edges(split: DataSplit, table: _Table, problems: Problems) -> None:
+def _check_edges(split: DataSplit, table: ObjectTable, problems: Problems) -> None:
     known = (table.sizes > 0).all(axis=1)
     beyond = np.maximum(-table.boxes[:, :2], table.boxes[:, 2:] - table.sizes).max(axis=1, initial=0.0)
     for index in np.flatnonzero(known & (beyond > _SLACK)).tolist():
@@ -170,7 +171,7 @@ def _check_edges(split: DataSplit, table: _Table, problems: Problems) -> None:
         )
 
 
-def _check_doubles(split: DataSplit, table: _Table, problems: Problems) -> None:
+def _check_doubles(split: DataSplit, table: ObjectTable, problems: Problems) -> None:
     keys = np.column_stack([table.image, table.labels, table.ignore, np.round(table.boxes, 2)])
     if len(keys) < 2:
         return
@@ -252,7 +253,7 @@ def best_anchor_iou(
     width, height = (boxes[:, 2] - boxes[:, 0]), (boxes[:, 3] - boxes[:, 1])
     center = (boxes[:, :2] + boxes[:, 2:]) / 2
     best = np.zeros(len(boxes))
-    for stride, sides in zip(_STRIDES, sizes, strict=True):
+    for stride, sides in zip(STRIDES, sizes, strict=True):
         offset = np.abs(center - np.round(center / stride) * stride)  # to the nearest anchor's centre
         for side in sides:
             for ratio in ratios:
@@ -268,13 +269,13 @@ def best_anchor_iou(
 def anchor_sides(model: ModelConfig) -> list[list[float]]:
     """Sides in pixels of the anchors of each level."""
     if model.anchor_sizes:
-        each = len(model.anchor_sizes) // len(_STRIDES)
-        return [list(model.anchor_sizes[level * each : (level + 1) * each]) for level in range(len(_STRIDES))]
-    return [[scale * stride for scale in model.anchor_scales] for stride in _STRIDES]
+        each = len(model.anchor_sizes) // len(STRIDES)
+        return [list(model.anchor_sizes[level * each : (level + 1) * each]) for level in range(len(STRIDES))]
+    return [[scale * stride for scale in model.anchor_scales] for stride in STRIDES]
 
 
 def _check_anchors(
-    split: DataSplit, table: _Table, problems: Problems, *, data: DataConfig, model: ModelConfig
+    split: DataSplit, table: ObjectTable, problems: Problems, *, data: DataConfig, model: ModelConfig
 ) -> None:
     """Objects at the size in which the network sees them at test time, against its anchors."""
     learnt = ~table.ignore & (table.sizes > 0).all(axis=1)
@@ -354,7 +355,7 @@ def check_classes(splits: list[DataSplit], problems: Problems) -> None:
             )
     for one, other in similar_names(sorted({name for split in splits for name in split.class_names})):
         problems.add("similar-classes", where, f"{shown(one)} and {shown(other)}")
-    table = _table(first)
+    table = object_table(first)
     counts = np.bincount(table.labels[~table.ignore], minlength=len(first.class_names))
     names = dict(enumerate(first.class_names))
     none = [names[label] for label in np.flatnonzero(counts == 0).tolist()]

@@ -1,0 +1,366 @@
+"""Settings that a training chooses from its data, each with one line that says why: ``Config.automatic``.
+
+    config, choices = choose(load_config("finetune"), split, machine=Machine(gpu_memory=24.0))
+    for choice in choices:
+        print(choice.line())
+
+Only annotations are looked at. G objects of the split; an object's side is the square root of its box's area.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cascade_rcnn.check.objects import anchor_sides, best_anchor_iou, object_table
+from cascade_rcnn.config import AUTOMATIC, Config, ModelConfig
+from cascade_rcnn.data.records import DataSplit
+from cascade_rcnn.messages import few_names, shown
+
+# Input pixels of the median object's side: below, a box has few cells of the finest level; above, pixels are wasted.
+_LEAST_SIDE, _MOST_SIDE = 48.0, 128.0
+_LOWEST, _HIGHEST = 0.6, 1.6  # times the recipe's own input size
+_SMALLEST_INPUT = 320
+_MOST_OBJECTS = 20_000  # measured; a regular sample of more
+_MOST_ASPECT = 3.0
+
+# GB per image and megapixel of a training step in bfloat16, and what does not depend on them, without and with masks.
+# Cascade R-CNN with ResNet-50: 12.5 and 17.7 GB at 16 images of 0.87 megapixels (docs/speed.md).
+_GB_PER_MEGAPIXEL, _GB_PER_MEGAPIXEL_MASKS, _GB_FIXED = 0.85, 1.2, 1.0
+_GPU_SHARE = 0.8  # of a GPU's memory that may be planned with
+
+_SCALES = (8.0, 6.0, 4.0, 12.0, 3.0, 16.0, 2.0)
+_RATIOS = ((0.5, 1.0, 2.0), (0.33, 0.5, 1.0, 2.0, 3.0), (0.2, 0.33, 0.5, 1.0, 2.0, 3.0, 5.0))
+_REACHED = 0.98  # of the objects: no need for other anchors
+_WORTH, _WORTH_MORE = 0.01, 0.05  # of the objects: what other anchors must bring, and what more anchors must
+
+_SIDED = frozenset(["left", "right", "clockwise", "counterclockwise", "anticlockwise", "leftward", "rightward"])
+_READ = frozenset(
+    [
+        "text",
+        "texts",
+        "digit",
+        "digits",
+        "letter",
+        "letters",
+        "character",
+        "characters",
+        "word",
+        "words",
+        "numeral",
+        "numerals",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the choices need to know of the machine that trains."""
+
+    gpu_memory: float | None = None  # GB of each GPU; None: no GPU
+    bfloat16: bool = False  # a processor that multiplies bfloat16 itself
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One setting, what it became, and why."""
+
+    setting: str
+    value: object
+    reason: str
+
+    def line(self) -> str:
+        """``model.max_detections 240: twice the 120 objects of plate_12.jpg``."""
+        value = " ".join(f"{item:g}" for item in self.value) if isinstance(self.value, tuple) else f"{self.value}"
+        return f"{self.setting} {value}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class _Objects:
+    """What is to be learnt, in pixels of the original images."""
+
+    boxes: NDArray[np.float64]  # [G, 4]
+    sizes: NDArray[np.float64]  # [G, 2] (width, height) of the image
+    images: NDArray[np.float64]  # [N, 2] (width, height) of each image whose size is known
+
+    def scale(self, short: float, long: float) -> NDArray[np.float64]:
+        """Factor [G] from the image of each object to the network's input."""
+        scale: NDArray[np.float64] = np.minimum(short / self.sizes.min(axis=1), long / self.sizes.max(axis=1))
+        return scale
+
+    def median_side(self, short: float, long: float) -> float:
+        """Side of the median object in input pixels."""
+        width, height = (self.boxes[:, 2:] - self.boxes[:, :2]).T
+        return float(np.median(np.sqrt(width * height) * self.scale(short, long)))
+
+
+def _objects(split: DataSplit) -> _Objects:
+    table = object_table(split)
+    learnt = np.flatnonzero(~table.ignore & (table.sizes > 0).all(axis=1))
+    learnt = learnt[:: max(1, math.ceil(len(learnt) / _MOST_OBJECTS))]
+    images = np.array([(record.width, record.height) for record in split.records], dtype=np.float64).reshape(-1, 2)
+    return _Objects(table.boxes[learnt], table.sizes[learnt], images[(images > 0).all(axis=1)])
+
+
+def choose(config: Config, split: DataSplit, *, machine: Machine) -> tuple[Config, list[Choice]]:
+    """The config with every setting of ``config.automatic`` chosen for the training split, and the reasons.
+
+    What is not listed there keeps its value, which has a line too. ``automatic`` of the result is None: nothing is
+    left to choose. A config that chooses nothing (None) is returned as it is, without lines.
+    """
+    if config.automatic is None:
+        return config, []
+    objects = _objects(split)
+    choosers: Mapping[str, Callable[[Config], list[Choice]]] = {
+        "data.short_side": lambda c: _input_size(c, objects, machine),
+        "model.anchor_scales": lambda c: _anchor_scales(c, objects),
+        "model.anchor_ratios": lambda c: _anchor_ratios(c, objects),
+        "model.max_detections": lambda c: _max_detections(c, split),
+        "data.flip": lambda c: _flip(c, split),
+        "train.precision": lambda c: _precision(c, machine),
+    }
+    found: list[Choice] = []
+    for chooser in choosers.values():
+        chosen = chooser(config)
+        found += chosen
+        config = _changed(config, {choice.setting: choice.value for choice in chosen})
+    return dataclasses.replace(config, automatic=None), found
+
+
+def keep_choices(config: Config, earlier: Config) -> Config:
+    """``config`` with what a run chose when it began, for a resumed run: its network must stay what it is."""
+    names = config.automatic or ()
+    return dataclasses.replace(_changed(config, {name: _value(earlier, name) for name in names}), automatic=None)
+
+
+def _value(config: Config, name: str) -> object:
+    section, _, leaf = name.partition(".")
+    return getattr(getattr(config, section), leaf)
+
+
+def _changed(config: Config, values: Mapping[str, object]) -> Config:
+    """With settings replaced, those of a section together: they must agree."""
+    sections: dict[str, dict[str, object]] = {}
+    for name, value in values.items():
+        section, _, leaf = name.partition(".")
+        sections.setdefault(section, {})[leaf] = value
+    parts = {name: dataclasses.replace(getattr(config, name), **changes) for name, changes in sections.items()}
+    return dataclasses.replace(config, **parts)  # type: ignore[arg-type]
+
+
+def _free(config: Config, name: str) -> bool:
+    assert name in AUTOMATIC, name
+    return name in (config.automatic or ())
+
+
+def _kept(config: Config, name: str, reason: str = "as given") -> Choice:
+    return Choice(name, _value(config, name), reason)
+
+
+# Input size
+
+
+def _input_size(config: Config, objects: _Objects, machine: Machine) -> list[Choice]:
+    """``data.short_side`` and ``data.long_side``: the median object between 48 and 128 pixels, within the memory."""
+    data = config.data
+    free_short, free_long = _free(config, "data.short_side"), _free(config, "data.long_side")
+    if not len(objects.boxes) and (free_short or free_long):
+        reason = "the recipe's: no object in an image of known size"
+        names = {"data.short_side": free_short, "data.long_side": free_long}
+        return [_kept(config, name, reason) if free else _kept(config, name) for name, free in names.items()]
+    own = max(data.short_side)
+    aspect = float(np.percentile(objects.images.max(axis=1) / objects.images.min(axis=1), 90))
+    longer = max(data.long_side / own, min(aspect, _MOST_ASPECT))  # than the shorter side, by this factor
+    short, found = own, [_kept(config, "data.short_side")]
+    if free_short:
+        short, reason = _short_side(config, objects, longer, machine)
+        lowest = round(min(data.short_side) / own * short / 32) * 32
+        sides = tuple(dict.fromkeys((min(lowest, short), short)))
+        found = [Choice("data.short_side", sides if len(data.short_side) > 1 else (short,), reason)]
+    if not free_long:
+        return [*found, _kept(config, "data.long_side")]
+    reason = f"{longer:.2g} times the shorter side" + (
+        f", for nine of ten images are at most that long ({aspect:.2g})" if longer > data.long_side / own else ""
+    )
+    same = short == own and longer == data.long_side / own
+    long = data.long_side if same else max(short, math.ceil(short * longer / 32) * 32)
+    return [*found, Choice("data.long_side", long, reason)]
+
+
+def _short_side(config: Config, objects: _Objects, longer: float, machine: Machine) -> tuple[int, str]:
+    data, own = config.data, max(config.data.short_side)
+    fixed = None if _free(config, "data.long_side") else data.long_side
+
+    def side(short: float) -> float:
+        return objects.median_side(short, fixed or short * longer)
+
+    there = max(side(own), 1e-3)
+    factor = _LEAST_SIDE / there if there < _LEAST_SIDE else min(1.0, _MOST_SIDE / there)
+    enlarged = max(own, 2 * float(np.median(objects.images.min(axis=1))))  # more than twice shows nothing new
+    highest = min(_HIGHEST * own, enlarged, fixed or math.inf)
+    lowest = min(own, max(_LOWEST * own, _SMALLEST_INPUT))
+    short = max(32, round(min(max(factor * own, lowest), highest) / 32) * 32) if factor != 1 else own
+    fits = _fitting_side(config, longer, machine)
+    tight = fits < short
+    short = max(min(short, fits), _SMALLEST_INPUT if tight else 0)
+    reason = f"the median object's side is {side(short):.0f} pixels there"
+    if short != own:
+        reason += f" ({there:.0f} at the recipe's {own})"
+    if tight:
+        reason += f"; more would not fit into {machine.gpu_memory:.0f} GB with {config.train.batch_size} images a pass"
+    elif side(short) < 0.9 * _LEAST_SIDE:
+        reason += f", less than {_LEAST_SIDE:.0f}: tiles may help (docs/huge.md)"
+    return short, reason
+
+
+def _fitting_side(config: Config, longer: float, machine: Machine) -> float:
+    """The largest shorter side, a multiple of 32, whose training step fits into the GPU's memory, by a rough count."""
+    if machine.gpu_memory is None:
+        return math.inf
+    rate = _GB_PER_MEGAPIXEL if config.model.masks == "none" else _GB_PER_MEGAPIXEL_MASKS
+    rate *= 2 if config.train.precision == "fp32" else 1
+    megapixels = (_GPU_SHARE * machine.gpu_memory - _GB_FIXED) / rate / config.train.batch_size
+    return math.floor(math.sqrt(max(megapixels, 0.0) * 1e6 / longer) / 32) * 32
+
+
+# Anchors
+
+
+def _reach(config: Config, objects: _Objects, *, scales: tuple[float, ...], ratios: tuple[float, ...]) -> float:
+    """Share of the objects that an anchor meets with IoU 0.5, at the input's size."""
+    short, long = config.data.test_short_side or max(config.data.short_side), config.data.long_side
+    boxes = objects.boxes * objects.scale(short, long)[:, None]
+    sides = anchor_sides(ModelConfig(anchor_scales=scales))
+    return float((best_anchor_iou(boxes, sizes=sides, ratios=ratios) >= 0.5).mean())
+
+
+def _anchor_scales(config: Config, objects: _Objects) -> list[Choice]:
+    """One scale, or two where one is not enough; the recipe's own unless another reaches clearly more objects."""
+    name, own, ratios = "model.anchor_scales", config.model.anchor_scales, config.model.anchor_ratios
+    if config.model.anchor_sizes is not None:
+        return [_kept(config, "model.anchor_sizes")]
+    if kept := _anchors_kept(config, name, objects):
+        return [kept]
+    one = [own, *((scale,) for scale in _SCALES if (scale,) != own)]
+    two = [(scale, round(scale * math.sqrt(2), 1)) for scale in _SCALES]
+    value, share, before = _first_best(
+        [(scales, _reach(config, objects, scales=scales, ratios=ratios)) for scales in [*one, *two]], len(one)
+    )
+    return [Choice(name, value, _reached(share, before, own, changed=value != own))]
+
+
+def _anchor_ratios(config: Config, objects: _Objects) -> list[Choice]:
+    name, own, scales = "model.anchor_ratios", config.model.anchor_ratios, config.model.anchor_scales
+    if kept := _anchors_kept(config, name, objects):
+        return [kept]
+    if config.model.anchor_sizes is not None:
+        return [_kept(config, name, "the recipe's: model.anchor_sizes is given")]
+    candidates = [own, *(ratios for ratios in _RATIOS if ratios != own)]
+    reached = [(ratios, _reach(config, objects, scales=scales, ratios=ratios)) for ratios in candidates]
+    value, share, before = _first_best(reached, 1)
+    return [Choice(name, value, _reached(share, before, own, changed=value != own))]
+
+
+def _anchors_kept(config: Config, name: str, objects: _Objects) -> Choice | None:
+    if not _free(config, name):
+        return _kept(config, name)
+    if config.train.init:
+        return _kept(config, name, f"the recipe's, which {config.train.init} has learnt")
+    if not len(objects.boxes):
+        return _kept(config, name, "the recipe's: no object in an image of known size")
+    return None
+
+
+def _first_best(reached: list[tuple[tuple[float, ...], float]], cheap: int) -> tuple[tuple[float, ...], float, float]:
+    """The candidate to take, its share, and the share of the first (the recipe's own).
+
+    The first ``cheap`` cost no more than the own: the best of them, if it brings something. The others are more
+    anchors, which must bring more: each is compared with the best one before it.
+    """
+    (value, before) = reached[0]
+    share = before
+    if before < _REACHED:
+        best = max(reached[:cheap], key=lambda pair: pair[1])
+        if best[1] > before + _WORTH:
+            value, share = best
+        for candidate, more in reached[cheap:]:
+            needed = _WORTH if len(candidate) <= len(value) else _WORTH_MORE
+            if share < _REACHED and more > share + needed:
+                value, share = candidate, more
+    return value, share, before
+
+
+def _reached(share: float, before: float, own: tuple[float, ...], *, changed: bool) -> str:
+    text = f"anchors reach {share:.1%} of the objects (IoU 0.5)"
+    if changed:
+        return f"{text}, {before:.1%} with the recipe's {' '.join(f'{item:g}' for item in own)}"
+    return text if share >= _REACHED else f"{text}; none of the others tried reaches clearly more"
+
+
+# The rest
+
+
+def _max_detections(config: Config, split: DataSplit) -> list[Choice]:
+    """Twice the most objects in an image; never below 100, which COCO's metric counts; within the proposals."""
+    name = "model.max_detections"
+    if not _free(config, name):
+        return [_kept(config, name)]
+    counts = [int((~record.ignore).sum()) for record in split.records]
+    most = max(counts, default=0)
+    fullest = shown(split.records[counts.index(most)].file_name) if most else ""
+    wanted, limit = math.ceil(2 * most / 10) * 10, config.model.test_proposals
+    if wanted <= 100:
+        value, reason = 100, f"COCO's number, and enough: the fullest image has {most} objects"
+    else:
+        value, reason = wanted, f"twice the {most} objects of {fullest}"
+    if value > limit:
+        value, reason = limit, f"all model.test_proposals; {fullest or 'the fullest image'} has {most} objects"
+    return [Choice(name, value, reason)]
+
+
+def _flip(config: Config, split: DataSplit) -> list[Choice]:
+    """No flip where a mirrored image would be labelled wrongly."""
+    name = "data.flip"
+    if not _free(config, name):
+        return [_kept(config, name)]
+    sided, read = _classes_with_direction(split.class_names)
+    if sided or read:
+        names = few_names([shown(word) for word in sided or read], most=3)
+        why = "tell left from right" if sided else "are read"
+        return [Choice(name, 0.0, f"classes that {why}: {names}")]
+    return [_kept(config, name, "no class name speaks of left and right or of writing")]
+
+
+def _classes_with_direction(names: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Classes whose names say left or right, and those whose objects are writing."""
+    words = {name: set(_words(name)) for name in names}
+    sided = [name for name in names if words[name] & _SIDED]
+    read = [name for name in names if words[name] & _READ]
+    signs = [name for name in names if len(name) == 1 and name.isalnum()]
+    letters = [name for name in signs if name.isalpha()]
+    if len(letters) >= 3 or len(set(signs) & set("0123456789")) >= 8:
+        read += [name for name in signs if name not in read]
+    return sided, read
+
+
+def _words(name: str) -> list[str]:
+    """``turnLeft_only2`` to ``turn left only``."""
+    return re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
+
+
+def _precision(config: Config, machine: Machine) -> list[Choice]:
+    """On a processor bfloat16 pays only where it has units for it, so a recipe must ask for this choice."""
+    name = "train.precision"
+    if not _free(config, name):
+        return [] if config.train.precision == "auto" else [_kept(config, name)]
+    if machine.gpu_memory is not None:
+        return [Choice(name, "auto", "the GPU's own choice")]
+    if machine.bfloat16:
+        return [Choice(name, "bf16", "this processor multiplies bfloat16 itself")]
+    return [Choice(name, "fp32", "this processor has no units for bfloat16")]

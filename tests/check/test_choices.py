@@ -1,0 +1,186 @@
+"""What a recipe chooses from its data: input size, anchors, detections, flips; and that a given setting wins."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cascade_rcnn.check.choices import Choice, Machine, choose, keep_choices
+from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
+from cascade_rcnn.data.records import DataSplit, ImageRecord
+from cascade_rcnn.errors import ConfigError
+from cascade_rcnn.recipes import apply_overrides, config_from_dict, load_config
+
+FINETUNE = load_config("finetune")
+
+
+def split(
+    *sides: tuple[float, float], per_image: int = 4, size: tuple[int, int] = (600, 800), names: tuple[str, ...] = ("a",)
+) -> DataSplit:
+    """Images of ``size`` (height, width) with ``per_image`` objects each, of the given (width, height) in turn."""
+    records = []
+    for number in range(12):
+        wide_high = np.array([sides[k % len(sides)] for k in range(per_image)]).reshape(-1, 2)
+        corner = np.stack([20.0 + 7 * np.arange(per_image) % 300, 20.0 + 3 * np.arange(per_image) % 200], axis=1)
+        records.append(
+            ImageRecord(
+                Path(f"{number}.png"),
+                f"{number}.png",
+                number,
+                *size,
+                boxes=np.concatenate([corner, corner + wide_high], axis=1),
+                labels=np.zeros(per_image, np.int64),
+                ignore=np.zeros(per_image, np.bool_),
+                areas=wide_high.prod(axis=1),
+            )
+        )
+    return DataSplit("coco", "train", Path("data"), records, names, tuple(range(1, len(names) + 1)))
+
+
+def chosen(data: DataSplit, *words: str, gpu: float | None = None) -> tuple[Config, dict[str, Choice]]:
+    config, choices = choose(apply_overrides(FINETUNE, list(words)), data, machine=Machine(gpu_memory=gpu))
+    assert config.automatic is None and all("\n" not in choice.line() for choice in choices)
+    return config, {choice.setting: choice for choice in choices}
+
+
+def test_usual_objects_leave_the_recipe_as_it_is() -> None:
+    config, choices = chosen(split((60, 60), (120, 90), (40, 70)))
+    assert (config.data, config.model) == (FINETUNE.data, FINETUNE.model)
+    assert list(choices)[:4] == ["data.short_side", "data.long_side", "model.anchor_scales", "model.anchor_ratios"]
+
+
+@pytest.mark.parametrize(
+    ("side", "short", "median"),
+    [
+        (24, (960, 1216), 49),  # 32 pixels at 800: half as large again brings 48
+        (6, (960, 1216), 12),  # never more than twice the pictures' own 600 pixels (rounded to 32)
+        (150, (416, 512), 128),  # 200 pixels at 800: 128 are enough
+        (500, (384, 480), 400),  # but never below 0.6 of the recipe's
+    ],
+)
+def test_the_input_shows_the_median_object_large_enough(side: int, short: tuple[int, int], median: int) -> None:
+    config, choices = chosen(split((side, side)))
+    assert config.data.short_side == short
+    assert f"side is {median} pixels there" in choices["data.short_side"].reason
+    assert config.data.long_side == pytest.approx(max(short) * 1333 / 800, abs=32)
+
+
+def test_the_input_fits_into_the_memory() -> None:
+    small = split((24, 24))
+    free = max(chosen(small, gpu=80.0)[0].data.short_side)
+    config, choices = chosen(small, gpu=5.0)
+    assert free == 1216 and 320 <= max(config.data.short_side) < 1216
+    assert "more would not fit into 5 GB with 2 images a pass" in choices["data.short_side"].reason
+    four = chosen(small, "--train.batch-size", "4", gpu=5.0)[0]
+    assert max(four.data.short_side) < max(config.data.short_side)
+
+
+def test_long_images_keep_their_length() -> None:
+    config, _ = chosen(split((60, 60), size=(400, 1000)))
+    assert config.data.long_side >= 2.5 * max(config.data.short_side) - 32
+    fixed, choices = chosen(split((60, 60), size=(400, 1000)), "--data.long-side", "1000")
+    assert fixed.data.long_side == 1000 and choices["data.long_side"].reason == "as given"
+
+
+def test_anchors_reach_the_objects() -> None:
+    config, choices = chosen(split((12, 12)), "--data.short-side", "600", "--data.long-side", "1000")
+    assert max(config.model.anchor_scales) <= 4 and config.model.anchor_ratios == (0.5, 1.0, 2.0)
+    assert "100.0% of the objects" in choices["model.anchor_scales"].reason
+    assert "with the recipe's 8" in choices["model.anchor_scales"].reason
+    long, choices = chosen(split((300, 50)), "--data.short-side", "600", "--data.long-side", "1000")
+    assert min(long.model.anchor_ratios) <= 0.33 < 0.5
+    assert "anchor_scales 8: " in choices["model.anchor_scales"].line()
+
+
+def test_a_network_that_is_brought_keeps_its_anchors() -> None:
+    config, choices = chosen(split((12, 12)), "--data.short-side", "600", "--train.init", "mine.safetensors")
+    assert config.model.anchor_scales == (8.0,)
+    assert choices["model.anchor_scales"].reason == "the recipe's, which mine.safetensors has learnt"
+
+
+def test_twice_the_objects_of_the_fullest_image_are_kept() -> None:
+    config, choices = chosen(split((30, 30), per_image=123))
+    assert config.model.max_detections == 250
+    assert choices["model.max_detections"].line() == "model.max_detections 250: twice the 123 objects of '0.png'"
+    assert chosen(split((30, 30)))[0].model.max_detections == 100
+    config, choices = chosen(split((30, 30), per_image=123), "--model.test-proposals", "200")
+    assert config.model.max_detections == 200 and "all model.test_proposals" in choices["model.max_detections"].reason
+
+
+@pytest.mark.parametrize(
+    ("names", "flip"),
+    [
+        (("cat", "dog"), 0.5),
+        (("turnLeft", "stop"), 0.0),
+        (("right_hand", "face"), 0.0),
+        (("copyright", "leftover"), 0.5),  # not the words
+        (("text line", "figure"), 0.0),
+        (tuple("0123456789"), 0.0),
+        (tuple("abc"), 0.0),
+        (("0", "1"), 0.5),  # numbers of classes without names
+    ],
+)
+def test_flips_are_left_out_where_a_mirrored_image_is_another(names: tuple[str, ...], flip: float) -> None:
+    config, _ = chosen(split((60, 60), names=names))
+    assert config.data.flip == flip
+    assert chosen(split((60, 60), names=names), "--data.flip", "0.25")[0].data.flip == 0.25
+
+
+def test_bfloat16_where_the_processor_has_units_for_it() -> None:
+    small = FINETUNE
+    for machine, precision in (
+        (Machine(bfloat16=True), "bf16"),
+        (Machine(), "fp32"),
+        (Machine(gpu_memory=8.0), "auto"),
+    ):
+        config, choices = choose(small, split((60, 60)), machine=machine)
+        assert config.train.precision == precision
+        assert choices[-1].setting == "train.precision"
+    given = apply_overrides(small, ["--train.precision", "fp32"])
+    assert choose(given, split((60, 60)), machine=Machine(bfloat16=True))[1][-1].reason == "as given"
+
+
+def test_every_setting_given_wins_and_says_so() -> None:
+    words = (
+        "--data.short-side 333 --data.long-side 555 --data.flip 1 --train.precision fp16 "
+        "--model.anchor-scales 5 --model.anchor-ratios 1 --model.max-detections 7"
+    )
+    config, choices = chosen(split((6, 6), per_image=90), *words.split())
+    assert {choice.reason for choice in choices.values()} == {"as given"} and len(choices) == 7
+    assert (config.data.short_side, config.data.long_side, config.data.flip) == ((333,), 555, 1.0)
+    assert (config.model.anchor_scales, config.model.anchor_ratios) == ((5.0,), (1.0,))
+    assert config.model.max_detections == 7
+    sizes = chosen(split((6, 6)), "--model.anchor-sizes", "8", "16", "32", "64", "128")[0].model
+    assert sizes.anchor_sizes == (8, 16, 32, 64, 128) and sizes.anchor_scales == (8.0,)
+
+
+def test_nothing_to_measure_keeps_the_recipe() -> None:
+    data = split((60, 60), per_image=0)
+    config, choices = chosen(data)
+    assert (config.data, config.model) == (FINETUNE.data, FINETUNE.model)
+    assert "no object in an image of known size" in choices["data.short_side"].reason
+
+
+def test_other_recipes_and_none_choose_nothing() -> None:
+    plain = load_config("cascade_rcnn_r50_fpn_1x_coco")
+    assert choose(plain, split((6, 6)), machine=Machine()) == (plain, [])
+    fixed = apply_overrides(FINETUNE, ["--automatic", "none"])
+    assert fixed.automatic is None and choose(fixed, split((6, 6)), machine=Machine())[0] is fixed
+
+
+def test_a_resumed_run_keeps_what_it_chose() -> None:
+    first, _ = chosen(split((12, 12)))
+    resumed = keep_choices(FINETUNE, first)
+    assert resumed == first
+    given = apply_overrides(FINETUNE, ["--data.flip", "0.1"])
+    assert keep_choices(given, first).data.flip == 0.1
+
+
+def test_unknown_names_are_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"automatic data\.flipp: can be chosen are data\.short_side, "):
+        config_from_dict({"automatic": ["data.flipp"]})
+    assert Config(model=ModelConfig(), data=DataConfig(), train=TrainConfig()).automatic is None
+    assert dataclasses.replace(FINETUNE, automatic=()).automatic == ()
