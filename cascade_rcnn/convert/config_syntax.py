@@ -32,7 +32,7 @@ class Unread:
 UNREAD = Unread()
 
 
-class _NotALiteral(Exception):
+class _NotPlainError(Exception):
     def __init__(self, node: ast.AST, what: str) -> None:
         super().__init__(what)
         self.line = getattr(node, "lineno", 0)
@@ -51,7 +51,7 @@ def assignments(text: str) -> dict[str, Any]:
         for node in tree.body:
             if isinstance(node, ast.Assign):
                 evaluator.assign(node)
-    except (SyntaxError, ValueError, RecursionError, MemoryError, _NotALiteral):
+    except (SyntaxError, ValueError, RecursionError, MemoryError, _NotPlainError):
         return {}
     return evaluator.names
 
@@ -79,10 +79,10 @@ def evaluate(tree: ast.Module, base: dict[str, Any], *, where: str) -> dict[str,
                 continue  # a docstring
             if not isinstance(node, ast.Assign):
                 inner = node.value if isinstance(node, ast.Expr) else node
-                raise _NotALiteral(node, _refusal(inner, _dotted(inner.func) if isinstance(inner, ast.Call) else ""))
+                raise _NotPlainError(node, _refusal(inner, _dotted(inner.func) if isinstance(inner, ast.Call) else ""))
             if not _assigns_base(node):
                 evaluator.assign(node)
-    except _NotALiteral as error:
+    except _NotPlainError as error:
         raise ConfigError(f"{where}, line {error.line}: {error}") from error
     except RecursionError as error:
         raise ConfigError(f"{where}: nested too deeply: not a config") from error
@@ -168,23 +168,23 @@ class _Evaluator:
     def _assign_inside(self, target: ast.expr, value: Any) -> None:
         """``_base_.a.b = value``, ``steps[1]['scale'] = value``."""
         if not isinstance(target, (ast.Attribute, ast.Subscript)):
-            raise _NotALiteral(target, "only a name, or a setting in a dictionary or list, can be assigned")
+            raise _NotPlainError(target, "only a name, or a setting in a dictionary or list, can be assigned")
         holder = self.value(target.value)
         key = target.attr if isinstance(target, ast.Attribute) else self.value(target.slice)
         is_key = isinstance(holder, dict) and isinstance(key, str)
         is_place = isinstance(holder, list) and type(key) is int and -len(holder) <= key < len(holder)
         if not (is_key or is_place) or isinstance(value, Unread):
-            raise _NotALiteral(target, f"no place for {shown(key)}: only settings of dictionaries and lists change")
+            raise _NotPlainError(target, f"no place for {shown(key)}: only settings of dictionaries and lists change")
         holder[key] = value
 
     def value(self, node: ast.expr) -> Any:
-        """Raises _NotALiteral in files; UNREAD in texts."""
+        """Raises _NotPlainError in files; UNREAD in texts."""
         handler = _HANDLERS.get(type(node))
         try:
             if handler is None:
-                raise _NotALiteral(node, _refusal(node))
+                raise _NotPlainError(node, _refusal(node))
             return handler(self, node)
-        except _NotALiteral:
+        except _NotPlainError:
             if self._strict:
                 raise
             return UNREAD
@@ -195,16 +195,16 @@ class _Evaluator:
             inner = value.strip().removeprefix("{{").removesuffix("}}").strip()
             if value.strip().startswith("{{_base_.") or inner.startswith("_base_."):
                 return self._of_base(node, inner)
-            raise _NotALiteral(node, f"{shown(value)} asks for what only mmdetection puts in: write the value itself")
+            raise _NotPlainError(node, f"{shown(value)} asks for what only mmdetection puts in: write the value itself")
         if not isinstance(value, (str, int, float, bool, type(None))):
-            raise _NotALiteral(node, f"{shown(value)} is no number and no text")
+            raise _NotPlainError(node, f"{shown(value)} is no number and no text")
         return value
 
     def _of_base(self, node: ast.expr, words: str) -> Any:
         found: Any = self.names.get("_base_", {})
         for word in words.split(".")[1:]:
             if not isinstance(found, dict) or word not in found:
-                raise _NotALiteral(node, f"{shown(words)}: not in its base files")
+                raise _NotPlainError(node, f"{shown(words)}: not in its base files")
             found = found[word]
         return found
 
@@ -213,7 +213,7 @@ class _Evaluator:
 
     def name(self, node: ast.Name) -> Any:
         if node.id not in self.names:
-            raise _NotALiteral(node, f"{node.id} is not assigned above in this file (those of base files: _base_.x)")
+            raise _NotPlainError(node, f"{node.id} is not assigned above in this file (those of base files: _base_.x)")
         return self.names[node.id]
 
     def negative(self, node: ast.UnaryOp) -> Any:
@@ -221,7 +221,7 @@ class _Evaluator:
         if isinstance(node.op, ast.Not) and isinstance(value, bool):
             return not value
         if not isinstance(node.op, (ast.USub, ast.UAdd)) or not isinstance(value, (int, float)):
-            raise _NotALiteral(node, "an operator before something that is no number")
+            raise _NotPlainError(node, "an operator before something that is no number")
         return -value if isinstance(node.op, ast.USub) else value
 
     def arithmetic(self, node: ast.BinOp) -> Any:
@@ -230,15 +230,15 @@ class _Evaluator:
         joins = type(left) is type(right) and isinstance(left, (str, list)) and isinstance(node.op, ast.Add)
         counts = all(isinstance(item, (int, float)) for item in both)
         if type(node.op) not in _ARITHMETIC or not (joins or counts):
-            raise _NotALiteral(node, "an operator between values that are not numbers (or two texts, or two lists)")
+            raise _NotPlainError(node, "an operator between values that are not numbers (or two texts, or two lists)")
         if isinstance(node.op, ast.Pow) and (abs(left) > 1000 or abs(right) > 16):
-            raise _NotALiteral(node, "a power too large for a setting")
+            raise _NotPlainError(node, "a power too large for a setting")
         try:
             result = _ARITHMETIC[type(node.op)](left, right)
         except ArithmeticError as error:
-            raise _NotALiteral(node, f"arithmetic that fails: {error}") from error
+            raise _NotPlainError(node, f"arithmetic that fails: {error}") from error
         if isinstance(result, complex) or (counts and abs(result) > _LARGEST) or (joins and len(result) > _LONGEST):
-            raise _NotALiteral(node, "a value too large for a setting")
+            raise _NotPlainError(node, "a value too large for a setting")
         return result
 
     def dictionary(self, node: ast.Dict) -> Any:
@@ -248,21 +248,21 @@ class _Evaluator:
             if isinstance(name, (str, int)):
                 result[name] = self.value(item)
             elif self._strict:
-                raise _NotALiteral(node, "a key that is no text, or **")
+                raise _NotPlainError(node, "a key that is no text, or **")
         return result
 
     def call(self, node: ast.Call) -> Any:
         if not isinstance(node.func, ast.Name) or node.func.id != "dict":
-            raise _NotALiteral(node, _refusal(node, _dotted(node.func)))
+            raise _NotPlainError(node, _refusal(node, _dotted(node.func)))
         result: dict[Any, Any] = {}
         if len(node.args) > 1:
-            raise _NotALiteral(node, "dict() of several values")
+            raise _NotPlainError(node, "dict() of several values")
         for item in (*node.args, *(word.value for word in node.keywords if word.arg is None)):
             found = self.value(item)
             if isinstance(found, dict):
                 result |= found
             elif self._strict:
-                raise _NotALiteral(node, "dict() of something that is no dictionary")
+                raise _NotPlainError(node, "dict() of something that is no dictionary")
         return result | {word.arg: self.value(word.value) for word in node.keywords if word.arg is not None}
 
     def item(self, node: ast.Subscript) -> Any:
@@ -270,7 +270,7 @@ class _Evaluator:
         is_key = isinstance(holder, dict) and isinstance(key, (str, int)) and key in holder
         is_place = isinstance(holder, list) and type(key) is int and -len(holder) <= key < len(holder)
         if not (is_key or is_place):
-            raise _NotALiteral(node, f"no {shown(key)} there: not read")
+            raise _NotPlainError(node, f"no {shown(key)} there: not read")
         return holder[key]
 
     def attribute(self, node: ast.Attribute) -> Any:
@@ -278,7 +278,7 @@ class _Evaluator:
         if not isinstance(holder, dict) or node.attr not in holder:
             of_base = _dotted(node).startswith("_base_.")
             place = "not in its base files" if of_base else "no setting of a dictionary above"
-            raise _NotALiteral(node, f"{_dotted(node)[:60]}: {place}")
+            raise _NotPlainError(node, f"{_dotted(node)[:60]}: {place}")
         return holder[node.attr]
 
     def braces(self, node: ast.Set) -> Any:
@@ -286,7 +286,7 @@ class _Evaluator:
         inner = node.elts[0]
         if len(node.elts) == 1 and isinstance(inner, ast.Set) and len(inner.elts) == 1:
             return self.value(inner.elts[0])
-        raise _NotALiteral(node, _refusal(node))
+        raise _NotPlainError(node, _refusal(node))
 
     def text(self, node: ast.JoinedStr) -> Any:
         parts = []
@@ -295,13 +295,13 @@ class _Evaluator:
             if isinstance(part, ast.FormattedValue) and not (
                 plain and isinstance(part.value, (ast.Name, ast.Attribute))
             ):
-                raise _NotALiteral(node, _refusal(node))
+                raise _NotPlainError(node, _refusal(node))
             found = self.value(part.value) if isinstance(part, ast.FormattedValue) else self.value(part)
             if not isinstance(found, (str, int, float)):
-                raise _NotALiteral(node, _refusal(node))
+                raise _NotPlainError(node, _refusal(node))
             parts.append(str(found))
         if sum(map(len, parts)) > _LONGEST:
-            raise _NotALiteral(node, "a value too large for a setting")
+            raise _NotPlainError(node, "a value too large for a setting")
         return "".join(parts)
 
 

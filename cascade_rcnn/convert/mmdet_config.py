@@ -38,7 +38,6 @@ _FOR_TRAINING: list[tuple[str, tuple[Any, ...]]] = [
 ]
 # Differences that training hardly feels: listed, not refused.
 _LISTED = (
-    "train_cfg.rpn.allowed_border*",
     "train_cfg.rcnn.assigner.match_low_quality*",
     "data_preprocessor.pad_*",
     "data_preprocessor.batch_augments*",
@@ -122,6 +121,7 @@ def _model_settings(model: dict[str, Any], hints: Hints, found: Findings) -> dic
     settings |= _heads(roi, stages, settings, found)
     _check_norms(model, settings, found)
     _check_losses(model, stages, found)
+    _check_border(as_dict(model["train_cfg"].get("rpn")), stages, found)
     _check_stages(as_list(model["train_cfg"].get("rcnn")), as_list(roi.get("bbox_head")), found)
     _drop_defaults(settings)
     _check_preprocessing(settings, hints, found)
@@ -134,8 +134,8 @@ def _apply_hints(model: dict[str, Any], hints: Hints, found: Findings) -> None:
     listed = [said for said in hints.training if any(fnmatch.fnmatchcase(said, path + "*") for path in _LISTED)]
     found.refused += [said for said in hints.impossible + hints.unlike if said not in listed]
     found.refused += [said for said in hints.training if said not in listed]
-    found.left_out += [said for said in hints.left_out if "=" in said or ":" in said and said not in training]
-    found.left_out = [said for said in found.left_out if said not in training or said in listed]
+    found.left_out += [said for said in hints.left_out if said not in training and ("=" in said or ":" in said)]
+    found.left_out += [said for said in listed if "batch_augments" not in said]  # mmdet_data looks at those
     for path, values in _FOR_TRAINING:
         for place, value in found.leaves(model):
             if fnmatch.fnmatchcase(place, path) and not any(same(word(value), item) for item in values):
@@ -145,10 +145,13 @@ def _apply_hints(model: dict[str, Any], hints: Hints, found: Findings) -> None:
 # Backbones
 
 
-def _resnet(backbone: Mapping[str, Any], found: Findings) -> dict[str, Any]:
+def _resnet(backbone: dict[str, Any], found: Findings) -> dict[str, Any]:
     kind = word(backbone.get("type"))
     depth = backbone.get("depth")
     groups, width = backbone.get("groups", 1), backbone.get("base_width", 4)
+    if not all(type(number) is int for number in (depth, groups, width)):
+        found.refuse("backbone.depth, groups, base_width", [depth, groups, width], "whole numbers")
+        return {"backbone": "resnet50.tv_in1k"}
     per_group = 64 if groups == 1 else width
     deep = kind in ("ResNetV1c", "ResNetV1d") or backbone.get("deep_stem") is True
     pooled = kind == "ResNetV1d" or backbone.get("avg_down") is True
@@ -161,13 +164,13 @@ def _resnet(backbone: Mapping[str, Any], found: Findings) -> dict[str, Any]:
     return {"backbone": name or "resnet50.tv_in1k"}
 
 
-def _timm(backbone: Mapping[str, Any], found: Findings) -> dict[str, Any]:
+def _timm(backbone: dict[str, Any], found: Findings) -> dict[str, Any]:
     found.expect(backbone.get("features_only"), "backbone.features_only", True)
     found.expect(backbone.get("out_indices", [1, 2, 3, 4]), "backbone.out_indices", [1, 2, 3, 4])
     return {"backbone": str(backbone.get("model_name")), "pretrained": backbone.get("pretrained") is True}
 
 
-BACKBONES: dict[str, Callable[[Mapping[str, Any], Findings], dict[str, Any]]] = {
+BACKBONES: dict[str, Callable[[dict[str, Any], Findings], dict[str, Any]]] = {
     "ResNet": _resnet,
     "ResNetV1c": _resnet,
     "ResNetV1d": _resnet,
@@ -175,7 +178,8 @@ BACKBONES: dict[str, Callable[[Mapping[str, Any], Findings], dict[str, Any]]] = 
     "TIMMBackbone": _timm,
 }
 # Weights that are timm's of the same name (those of Caffe's style are not).
-_SAME_WEIGHTS = ("torchvision://", "open-mmlab://res", "open-mmlab://msra/", "open-mmlab://detectron2/resnext101_32x8d")
+_SAME_WEIGHTS = ("torchvision://", "open-mmlab://res", "open-mmlab://detectron2/resnext101_32x8d")
+_NAMED_WEIGHTS = {"resnet50-11ad3fa6": "resnet50.tv2_in1k", "resnet50_8xb256-rsb-a1-600e": "resnet50.a1_in1k"}
 
 
 def _backbone(backbone: dict[str, Any], model: Mapping[str, Any], found: Findings) -> dict[str, Any]:
@@ -194,14 +198,20 @@ def _backbone(backbone: dict[str, Any], model: Mapping[str, Any], found: Finding
         return settings
     if not weights:
         return settings | {"pretrained": False}
-    is_caffe = backbone.get("style", "pytorch") == "caffe"
-    if is_caffe:
+    if backbone.get("style", "pytorch") == "caffe":
         found.notes.append(
             f"the backbone starts from {shown(weights)}; timm has no Caffe-style weights: convert that file and give "
             "it with --model.backbone-weights (docs/migrate.md)"
         )
+        return settings
+    named = next((name for part, name in _NAMED_WEIGHTS.items() if part in str(weights)), None)
+    if named is not None:
+        settings["backbone"] = named
     elif not str(weights).startswith(_SAME_WEIGHTS):
-        found.left_out.append(f"the backbone's weights {shown(weights)} (here timm's {settings['backbone']})")
+        found.left_out.append(
+            f"the backbone's weights {shown(weights)}: the start is timm's {settings['backbone']}; or convert theirs, "
+            "and give --model.backbone-weights"
+        )
     return settings
 
 
@@ -286,6 +296,14 @@ def _check_losses(model: Mapping[str, Any], stages: int, found: Findings) -> Non
         if kind in ("L1Loss", "SmoothL1Loss") and abs(theirs - ours) > 1e-3:
             place = "a cascade" if stages > 1 else "one stage"
             found.refuse(f"{path}.loss_bbox", f"{kind}, beta {theirs:g}", f"beta {ours:.3g} in {place}; 0 is L1")
+
+
+def _check_border(rpn: Mapping[str, Any], stages: int, found: Findings) -> None:
+    usual = 0 if stages > 1 else -1
+    border = rpn.get("allowed_border", usual)
+    if border != usual:
+        place = "inside the image only" if stages > 1 else "everywhere"
+        found.left_out.append(f"train_cfg.rpn.allowed_border = {shown(border)} (here anchors {place} learn)")
 
 
 def _check_stages(rcnn: list[Any], heads: list[Any], found: Findings) -> None:

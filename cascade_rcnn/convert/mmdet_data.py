@@ -75,7 +75,19 @@ def data_settings(
     if has_masks and loads.get("with_mask") is not True:
         found.refused.append("a mask head without masks (LoadAnnotations with_mask)")
     settings |= _pipeline(steps, found, old=old)
+    _check_augments(as_dict(as_dict(names.get("model")).get("data_preprocessor")), settings, found)
     return settings | _test_size(settings, test, found)
+
+
+def _check_augments(preprocessor: Mapping[str, Any], settings: Mapping[str, Any], found: Findings) -> None:
+    """batch_augments: padding to the square of large-scale jitter is done here; nothing else is."""
+    side = settings.get("long_side") if settings.get("large_scale_jitter") else None
+    for part in map(as_dict, as_list(preprocessor.get("batch_augments"))):
+        kind, path = word(part.get("type")), "data_preprocessor.batch_augments"
+        if kind != "BatchFixedSizePad":
+            found.refuse(f"{path}.type", kind)
+        elif not same(part.get("size"), [side, side]):
+            found.left_out.append(f"{path}: padding to {shown(part.get('size'))}")
 
 
 def _test_size(settings: Mapping[str, Any], test: Mapping[str, Any], found: Findings) -> dict[str, Any]:
@@ -85,13 +97,10 @@ def _test_size(settings: Mapping[str, Any], test: Mapping[str, Any], found: Find
     if settings.get("large_scale_jitter"):
         if (short, long) != (settings["long_side"],) * 2:
             side = settings["long_side"]
-            found.left_out.append(
-                f"test_pipeline: images of {short} x {long} (here {side} x {side}: data.long_side is one for both; "
-                "evaluate and predict take --data.test-short-side and --data.long-side)"
-            )
+            found.left_out.append(f"test_pipeline: images of {short} x {long} (here {side} x {side}, as in training)")
         return {}
     if long != settings["long_side"]:
-        found.refuse("test_pipeline: a longer side", long, f"data.long_side is one for training and test")
+        found.refuse("test_pipeline: a longer side", long, "data.long_side is one for training and test")
     return {} if short == max(settings["short_side"]) else {"test_short_side": short}
 
 
@@ -122,7 +131,7 @@ def _train_set(names: Mapping[str, Any], found: Findings) -> tuple[dict[str, Any
     settings |= _places(names, dataset, old, found)
     classes = as_dict(dataset.get("metainfo")).get("classes", dataset.get("classes"))
     if classes is not None:
-        found.left_out.append(f"classes {shown(classes)}: all classes of the data's own files are trained on")
+        found.left_out.append(f"classes {shown(classes)}: the classes are those of the data's own files, all of them")
     return settings, dataset
 
 
@@ -140,8 +149,8 @@ def _drops_empty(dataset: Mapping[str, Any], old: bool, found: Findings) -> bool
     rules = as_dict(dataset.get("filter_cfg"))
     found.check(rules, "filter_cfg", {"filter_empty_gt": (True, False), "min_size": _ANY, "bbox_min_size": (None,)})
     smallest = rules.get("min_size", 32 if old else 0)
-    if smallest not in (0, 32):
-        found.left_out.append(f"filter_cfg.min_size = {shown(smallest)}: images of any size are used")
+    if smallest:
+        found.left_out.append(f"filter_cfg.min_size = {shown(smallest)}: smaller images are used too")
     return bool(rules.get("filter_empty_gt", dataset.get("filter_empty_gt", old)))
 
 
@@ -218,7 +227,8 @@ def _resize(step: Mapping[str, Any], settings: Mapping[str, Any], found: Finding
     path = f"train_pipeline.{kind}"
     found.expect(step.get("keep_ratio", old), f"{path}.keep_ratio", True)
     given = next((step[key] for key in ("scale", "img_scale", "scales") if key in step), None)
-    pairs = [numbers(pair) for pair in (given if _is_nested(given) else [given])]
+    nested = isinstance(given, list) and any(isinstance(item, list) for item in given)
+    pairs = [numbers(pair) for pair in (as_list(given) if nested else [given])]
     if not pairs or any(len(pair) != 2 for pair in pairs) or "short_side" in settings:
         found.refuse(path, given, "one step with (longer, shorter) scales")
         return {}
@@ -240,10 +250,6 @@ def _resize(step: Mapping[str, Any], settings: Mapping[str, Any], found: Finding
             found.refuse(path, given, "two ends of a range")
         return result | {"short_side": (min(shorter), max(shorter)), "short_side_mode": "range"}
     return result
-
-
-def _is_nested(value: object) -> bool:
-    return isinstance(value, list) and any(isinstance(item, list) for item in value)
 
 
 _MAKERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], Findings, bool], dict[str, Any]]] = {

@@ -49,7 +49,7 @@ def train_settings(names: Mapping[str, Any], found: Findings) -> dict[str, Any]:
         )
     others = sorted(map(str, set(names) - _READ - _UNUSED))
     if others:
-        found.left_out.append(f"not read: {few_names(others, most=20)}")
+        found.left_out.append(f"names that are not known here: {few_names(others, most=20)}")
     return settings
 
 
