@@ -12,7 +12,6 @@ from cascade_rcnn.errors import ConfigError
 from cascade_rcnn.messages import one_line, printable, shown
 
 _MOST_FILES = 100
-_MOST_VALUES = 200_000
 _DELETE = "_delete_"
 
 
@@ -24,7 +23,7 @@ def read_config_file(path: str | Path) -> tuple[dict[str, Any], dict[Path, list[
     """
     files: dict[Path, list[str]] = {}
     names = _read(Path(path), files, above=())
-    return _copied(names, [_MOST_VALUES], where=printable(path)), files
+    return config_syntax.copied(names, where=printable(path)), files
 
 
 def _read(path: Path, files: dict[Path, list[str]], *, above: tuple[Path, ...]) -> dict[str, Any]:
@@ -44,9 +43,9 @@ def _read(path: Path, files: dict[Path, list[str]], *, above: tuple[Path, ...]) 
         if twice:
             raise ConfigError(f"{where}: two of its base files set {twice[0]}; mmdetection refuses that too")
         base |= found
-    base = _copied(base, [_MOST_VALUES], where=where)
+    base = config_syntax.copied(base, where=where)
     names = config_syntax.evaluate(tree, base, where=where)
-    names = _copied(names, [_MOST_VALUES], where=where)
+    names = config_syntax.copied(names, where=where)
     files[path] = sorted(map(str, names))
     return _merged(names, base, where=where)
 
@@ -62,18 +61,6 @@ def _text(path: Path, where: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where} cannot be read: {one_line(error)}") from error
-
-
-def _copied(value: Any, left: list[int], *, where: str) -> Any:
-    """Without shared parts. A few names can stand for billions of values: ``left`` counts down."""
-    left[0] -= 1
-    if left[0] < 0:
-        raise ConfigError(f"{where}: more than {_MOST_VALUES} values: not a config")
-    if isinstance(value, dict):
-        return {key: _copied(item, left, where=where) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_copied(item, left, where=where) for item in value]
-    return value
 
 
 def _merged(over: Mapping[str, Any], base: Mapping[str, Any], *, where: str, path: str = "") -> dict[str, Any]:

@@ -20,6 +20,7 @@ from cascade_rcnn.messages import shown
 MAX_TEXT = 2_000_000
 _LONGEST = 100_000  # characters of a text, items of a list
 _LARGEST = 1e15
+_MOST_VALUES, _DEEPEST = 200_000, 60
 
 
 class Unread:
@@ -51,9 +52,26 @@ def assignments(text: str) -> dict[str, Any]:
         for node in tree.body:
             if isinstance(node, ast.Assign):
                 evaluator.assign(node)
-    except (SyntaxError, ValueError, RecursionError, MemoryError, _NotPlainError):
+        return copied(evaluator.names, where="text")
+    except (SyntaxError, ValueError, RecursionError, MemoryError, _NotPlainError):  # ConfigError is a ValueError
         return {}
-    return evaluator.names
+
+
+def copied(value: dict[str, Any], *, where: str) -> dict[str, Any]:
+    """Without parts that are shared. Raises ConfigError where a few names stand for billions of values, or themselves."""
+    left = _MOST_VALUES
+
+    def copy(part: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > _DEEPEST:
+            what = f"more than {_MOST_VALUES} values" if left < 0 else "nested too deeply"
+            raise ConfigError(f"{where}: {what}: not a config")
+        if isinstance(part, dict):
+            return {key: copy(item, depth + 1) for key, item in part.items()}
+        return [copy(item, depth + 1) for item in part] if isinstance(part, list) else part
+
+    return {name: copy(part, 0) for name, part in value.items()}
 
 
 def parse(text: str, *, where: str) -> ast.Module:
@@ -198,6 +216,8 @@ class _Evaluator:
             raise _NotPlainError(node, f"{shown(value)} asks for what only mmdetection puts in: write the value itself")
         if not isinstance(value, (str, int, float, bool, type(None))):
             raise _NotPlainError(node, f"{shown(value)} is no number and no text")
+        if isinstance(value, (int, float)) and not abs(value) <= _LARGEST:
+            raise _NotPlainError(node, "a value too large for a setting")
         return value
 
     def _of_base(self, node: ast.expr, words: str) -> Any:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
+from cascade_rcnn.config import Config, ModelConfig
 from cascade_rcnn.convert.config_files import read_config_file
 from cascade_rcnn.convert.config_text import Hints, as_dict, as_list, read_config_text, same
 from cascade_rcnn.convert.infer_config import TIMM, TIMM_DEEP_STEM
@@ -27,7 +27,7 @@ from cascade_rcnn.convert.mmdet_findings import Findings, word
 from cascade_rcnn.convert.mmdet_schedule import train_settings
 from cascade_rcnn.errors import ConfigError
 from cascade_rcnn.messages import few_names, printable, shown
-from cascade_rcnn.recipes import config_to_python
+from cascade_rcnn.recipes import config_from_dict, config_to_python
 
 _DETECTORS = ("FasterRCNN", "MaskRCNN", "CascadeRCNN")
 # (path, values), beyond config_rules: what a converted checkpoint does not need to have, but a training does.
@@ -90,10 +90,7 @@ def recipe_from_mmdetection(path: str | Path) -> MmdetRecipe:
     train = train_settings(names, found)
     if found.refused:
         raise ConfigError(f"{where}: no counterpart here for {few_names(found.refused, most=3)}")
-    try:
-        config = Config(model=ModelConfig(**settings), data=DataConfig(**data), train=TrainConfig(**train))
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
+    config = config_from_dict({"model": settings, "data": data, "train": train}, source=where)
     return MmdetRecipe(config, files, list(dict.fromkeys(found.left_out)), list(dict.fromkeys(found.notes)))
 
 

@@ -37,7 +37,9 @@ def train_settings(names: Mapping[str, Any], found: Findings) -> dict[str, Any]:
     old = "optimizer" in names and "optim_wrapper" not in names
     settings = _optimizer(names, found, old=old)
     settings |= _length(names, found)
-    settings |= _old_schedule(names, found) if old else _schedulers(names, settings["epochs"], found)
+    settings |= (
+        _old_schedule(names, settings["epochs"], found) if old else _schedulers(names, settings["epochs"], found)
+    )
     settings |= _batch(names, settings, found)
     settings |= _hooks(names, found)
     seed = as_dict(names.get("randomness")).get("seed", names.get("seed"))
@@ -49,7 +51,7 @@ def train_settings(names: Mapping[str, Any], found: Findings) -> dict[str, Any]:
         )
     others = sorted(map(str, set(names) - _READ - _UNUSED))
     if others:
-        found.left_out.append(f"names that are not known here: {few_names(others, most=20)}")
+        found.left_out.append(f"names of its own, or not known here: {few_names(others, most=20)}")
     return settings
 
 
@@ -163,7 +165,7 @@ def _schedulers(names: Mapping[str, Any], epochs: int, found: Findings) -> dict[
     return settings
 
 
-def _old_schedule(names: Mapping[str, Any], found: Findings) -> dict[str, Any]:
+def _old_schedule(names: Mapping[str, Any], epochs: int, found: Findings) -> dict[str, Any]:
     part = as_dict(names.get("lr_config"))
     policy = str(part.get("policy", "")).lower()
     known: dict[str, tuple[Any, ...]] = {"policy": _ANY, "by_epoch": (True,), "warmup": ("linear", None)}
@@ -171,7 +173,7 @@ def _old_schedule(names: Mapping[str, Any], found: Findings) -> dict[str, Any]:
     settings: dict[str, Any] = {"milestones": (), "warmup_steps": 0}
     if policy == "step":
         known |= {"step": _ANY, "gamma": (0.1,)}
-        settings["milestones"] = _milestones(part.get("step"), 10**9)
+        settings["milestones"] = _milestones(part.get("step"), epochs)
     elif policy == "cosineannealing":
         known |= {"min_lr": (0,), "min_lr_ratio": (0,)}
         settings["schedule"] = "cosine"
@@ -185,7 +187,9 @@ def _old_schedule(names: Mapping[str, Any], found: Findings) -> dict[str, Any]:
 
 
 def _milestones(value: object, epochs: int) -> tuple[int, ...]:
-    """Those before the end; a single number, as 2.x takes it, is every so many epochs: kept as one where it is one."""
+    """Those before the end; a single number is every so many epochs, as 2.x takes it."""
+    if type(value) is int and value > 0:
+        return tuple(range(value, min(epochs, 10_000), value))
     return tuple(item for item in as_list(value) if type(item) is int and item < epochs)
 
 
