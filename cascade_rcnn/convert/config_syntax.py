@@ -58,7 +58,7 @@ def assignments(text: str) -> dict[str, Any]:
 
 
 def copied(value: dict[str, Any], *, where: str) -> dict[str, Any]:
-    """Without parts that are shared. Raises ConfigError where a few names stand for billions of values, or themselves."""
+    """Without shared parts. Raises ConfigError where a few names stand for billions of values, or for themselves."""
     left = _MOST_VALUES
 
     def copy(part: Any, depth: int) -> Any:

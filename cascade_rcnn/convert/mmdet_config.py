@@ -144,7 +144,7 @@ def _apply_hints(model: dict[str, Any], hints: Hints, found: Findings) -> None:
 
 def _resnet(backbone: dict[str, Any], found: Findings) -> dict[str, Any]:
     kind = word(backbone.get("type"))
-    depth = backbone.get("depth")
+    depth: Any = backbone.get("depth")
     groups, width = backbone.get("groups", 1), backbone.get("base_width", 4)
     if not all(type(number) is int for number in (depth, groups, width)):
         found.refuse("backbone.depth, groups, base_width", [depth, groups, width], "whole numbers")
