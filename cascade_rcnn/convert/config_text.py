@@ -69,6 +69,7 @@ def read_config_text(text: str | Mapping[str, Any]) -> Hints:
     hints.model |= _stage_settings(roi, model["train_cfg"])
     if "box_loss" in hints.model:
         hints.left_out = [item for item in hints.left_out if "reg_decoded_bbox" not in item]
+        hints.training = [item for item in hints.training if "bbox_head.reg_decoded_bbox" not in item]
     hints.model |= _sampling(model["train_cfg"], one_stage=not isinstance(roi.get("bbox_head"), list))
     hints.model |= _test_settings(as_dict(model["test_cfg"]), hints)
     try:

@@ -20,6 +20,7 @@ from typing import Any
 
 from cascade_rcnn.config import Config, ModelConfig
 from cascade_rcnn.convert.config_files import read_config_file
+from cascade_rcnn.convert.config_rules import DETECTORS
 from cascade_rcnn.convert.config_text import Hints, as_dict, as_list, read_config_text, same
 from cascade_rcnn.convert.infer_config import TIMM, TIMM_DEEP_STEM
 from cascade_rcnn.convert.mmdet_data import data_settings
@@ -29,7 +30,6 @@ from cascade_rcnn.errors import ConfigError
 from cascade_rcnn.messages import few_names, printable, shown
 from cascade_rcnn.recipes import config_from_dict, config_to_python
 
-_DETECTORS = ("FasterRCNN", "MaskRCNN", "CascadeRCNN")
 # (path, values), beyond config_rules: what a converted checkpoint does not need to have, but a training does.
 _FOR_TRAINING: list[tuple[str, tuple[Any, ...]]] = [
     ("roi_head.type", ("StandardRoIHead", "CascadeRoIHead")),
@@ -80,9 +80,14 @@ def recipe_from_mmdetection(path: str | Path) -> MmdetRecipe:
     if not model:
         raise ConfigError(f"{where}: it has no model = dict(...): not a config of a detector")
     kind = word(model.get("type"))
-    if kind not in _DETECTORS:
+    if kind not in DETECTORS:
         raise ConfigError(
-            f"{where}: no counterpart here for model.type = {shown(kind)}: {', '.join(_DETECTORS)} are read"
+            f"{where}: no counterpart here for model.type = {shown(kind)}: {', '.join(DETECTORS)} are read"
+        )
+    backbone = word(as_dict(model.get("backbone")).get("type"))
+    if backbone not in BACKBONES:
+        raise ConfigError(
+            f"{where}: no counterpart here for backbone.type = {shown(backbone)}: {', '.join(BACKBONES)} are read"
         )
     found, hints = Findings(), read_config_text(names)
     settings = _model_settings(as_dict(names["model"]) | {"train_cfg": _train_cfg(names)}, hints, found)
@@ -161,6 +166,17 @@ def _resnet(backbone: dict[str, Any], found: Findings) -> dict[str, Any]:
     return {"backbone": name or "resnet50.tv_in1k"}
 
 
+def _regnet(backbone: dict[str, Any], found: Findings) -> dict[str, Any]:
+    arch = str(backbone.get("arch")).lower()  # regnetx_3.2gf
+    size = arch.removeprefix("regnetx_").removesuffix("gf")
+    sizes = ("400mf", "800mf", "1.6", "3.2", "4.0", "6.4", "8.0", "12")
+    names = ("004", "008", "016", "032", "040", "064", "080", "120")
+    if not arch.startswith("regnetx_") or size not in sizes:
+        found.refuse("backbone.arch", arch, ", ".join(f"regnetx_{size}" for size in sizes))
+        return {"backbone": "resnet50.tv_in1k"}
+    return {"backbone": f"regnetx_{names[sizes.index(size)]}.pycls_in1k"}
+
+
 def _timm(backbone: dict[str, Any], found: Findings) -> dict[str, Any]:
     found.expect(backbone.get("features_only"), "backbone.features_only", True)
     found.expect(backbone.get("out_indices", [1, 2, 3, 4]), "backbone.out_indices", [1, 2, 3, 4])
@@ -172,20 +188,26 @@ BACKBONES: dict[str, Callable[[dict[str, Any], Findings], dict[str, Any]]] = {
     "ResNetV1c": _resnet,
     "ResNetV1d": _resnet,
     "ResNeXt": _resnet,
+    "RegNet": _regnet,
     "TIMMBackbone": _timm,
 }
 # Weights that are timm's of the same name (those of Caffe's style are not).
-_SAME_WEIGHTS = ("torchvision://", "open-mmlab://res", "open-mmlab://detectron2/resnext101_32x8d")
+_SAME_WEIGHTS = (
+    "torchvision://",
+    "open-mmlab://res",
+    "open-mmlab://regnetx",
+    "open-mmlab://detectron2/resnext101_32x8d",
+)
 _NAMED_WEIGHTS = {"resnet50-11ad3fa6": "resnet50.tv2_in1k", "resnet50_8xb256-rsb-a1-600e": "resnet50.a1_in1k"}
 
 
 def _backbone(backbone: dict[str, Any], model: Mapping[str, Any], found: Findings) -> dict[str, Any]:
     kind = word(backbone.get("type"))
-    if kind not in BACKBONES:
-        found.refuse("backbone.type", kind, f"{', '.join(BACKBONES)} are read")
-        return {}
     settings = BACKBONES[kind](backbone, found)
     settings["frozen_stages"] = backbone.get("frozen_stages", -1)
+    if as_dict(backbone.get("dcn")):
+        with_dcn = as_list(backbone.get("stage_with_dcn"))
+        settings["deformable_stages"] = tuple(k + 1 for k, has in enumerate(with_dcn) if has is True)
     norm = as_dict(backbone.get("norm_cfg"))
     if norm.get("requires_grad") is False and backbone.get("norm_eval") is False:
         found.refused.append("backbone.norm_cfg.requires_grad = False with norm_eval = False")
@@ -290,6 +312,11 @@ def _check_losses(model: Mapping[str, Any], stages: int, found: Findings) -> Non
         kind = word(loss.get("type"))
         theirs = 0.0 if kind == "L1Loss" else loss.get("beta", 1.0)
         ours = beta if stages > 1 else 0.0
+        if kind in ("GIoULoss", "DIoULoss", "CIoULoss") and head.get("reg_decoded_bbox") is not True:
+            found.refuse(f"{path}.loss_bbox.type", kind, "with reg_decoded_bbox = True")
+        weight = loss.get("loss_weight", 1.0)
+        if kind in ("L1Loss", "SmoothL1Loss") and not same(weight, 1.0):
+            found.refuse(f"{path}.loss_bbox.loss_weight", weight, "1 for this loss")
         if kind in ("L1Loss", "SmoothL1Loss") and abs(theirs - ours) > 1e-3:
             place = "a cascade" if stages > 1 else "one stage"
             found.refuse(f"{path}.loss_bbox", f"{kind}, beta {theirs:g}", f"beta {ours:.3g} in {place}; 0 is L1")
