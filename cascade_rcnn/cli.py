@@ -522,7 +522,15 @@ def _config(words: Sequence[str]) -> None:
         help="recipe, run or checkpoint; without one, lists the names of the recipes",
     )
     parser.add_argument("--json", action="store_true", help="as JSON instead of a recipe file in Python")
+    parser.add_argument(
+        "--from-mmdet", metavar="FILE", help="a config of mmdetection (.py) as a recipe; nothing in it is run"
+    )
     args, unknown = parser.parse_known_args(words)
+    if args.from_mmdet is not None:
+        if args.name is not None:
+            parser.error("--from-mmdet FILE stands for the recipe: give no other")
+        _config_from_mmdet(args.from_mmdet, settings + unknown, as_json=args.json)
+        return
     if args.name is None:
         if settings + unknown:
             parser.error(f"{(settings + unknown)[0]} without a recipe to change")
@@ -536,6 +544,16 @@ def _config(words: Sequence[str]) -> None:
         config = load_config(args.name)
     config = apply_overrides(config, settings + unknown)
     print(_as_json(config) if args.json else config_to_python(config), end="")
+
+
+def _config_from_mmdet(path: str, settings: Sequence[str], *, as_json: bool) -> None:
+    from cascade_rcnn.convert.mmdet_config import recipe_from_mmdetection
+
+    recipe = recipe_from_mmdetection(path)
+    recipe.config = apply_overrides(recipe.config, settings)
+    for line in recipe.report():
+        print(line, file=sys.stderr)
+    print(_as_json(recipe.config) if as_json else recipe.to_python(), end="")
 
 
 def _benchmark(words: Sequence[str]) -> None:

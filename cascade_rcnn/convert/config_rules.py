@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 _ZEROS, _ONES = [0, 0, 0, 0], [1, 1, 1, 1]
+DETECTORS = ("FasterRCNN", "MaskRCNN", "CascadeRCNN")
 TAKEN, IMPOSSIBLE, UNLIKE, TRAINING = "taken", "impossible", "unlike", "training"
 _Rule = tuple[str, str, tuple[Any, ...]]
 
@@ -47,7 +48,7 @@ RULES: list[_Rule] = [
     ("*.init_cfg", TAKEN, ()),
     ("*pretrained", TAKEN, ()),
     ("init_cfg*", TAKEN, ()),
-    ("type", IMPOSSIBLE, ("FasterRCNN", "MaskRCNN", "CascadeRCNN", "TwoStageDetector")),
+    ("type", IMPOSSIBLE, (*DETECTORS, "TwoStageDetector")),
     ("data_preprocessor.pad_size_divisor", TRAINING, (32, 1)),
     ("data_preprocessor.pad_value", TRAINING, (0,)),
     ("data_preprocessor.batch_augments*", TRAINING, (None,)),
@@ -70,6 +71,7 @@ RULES: list[_Rule] = [
     *[
         (f"backbone.{name}", TAKEN, ())
         for name in (
+            "arch",  # of RegNet
             *(
                 "depth",
                 "groups",

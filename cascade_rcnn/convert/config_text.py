@@ -1,16 +1,14 @@
 """mmdetection's config text in a checkpoint's metadata: what is taken over, what is left out, what cannot be.
 
-The text is Python; only its syntax tree is looked at. Every setting of the network and its tests gets one of four
-answers, by the rules of ``config_rules``: taken over (or seen in the weights), ``left_out`` (training, unknown names),
+The text is Python; only its syntax tree is looked at (``config_syntax``). Every setting of the network and its tests
+gets one of four answers, by the rules of ``config_rules``: taken over (or seen in the weights), ``left_out`` (training,
+unknown names),
 ``unlike`` (the network here computes something else, but a recipe can be preferred to the text), or ``impossible``.
 """
 
 from __future__ import annotations
 
-import ast
 import fnmatch
-import json
-import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +16,10 @@ from typing import Any
 from cascade_rcnn.convert import anchors
 from cascade_rcnn.convert.anchors import Anchors
 from cascade_rcnn.convert.config_rules import IMPOSSIBLE, RULES, TAKEN, TEST_STEPS, TRAINING, UNLIKE
+from cascade_rcnn.convert.config_syntax import UNREAD, assignments
 from cascade_rcnn.convert.key_tables import BODY, BOX, MASK
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.messages import shown
-
-_MAX_TEXT = 2_000_000
 
 
 @dataclass
@@ -46,50 +43,42 @@ class Hints:
     backbone_eps: float | None = None
     standardized: tuple[str, ...] = ()  # our prefixes whose convolutions have weight standardisation
     left_out: list[str] = field(default_factory=list)
+    training: list[str] = field(default_factory=list)  # those of left_out that training needs, by the rules
     unlike: list[str] = field(default_factory=list)
     impossible: list[str] = field(default_factory=list)
     found: bool = False
 
 
-class _Unread:
-    """Stands for an expression that is not a literal."""
-
-    def __repr__(self) -> str:
-        return "an expression"
-
-
-_UNREAD = _Unread()
-
-
 def read_config_text(text: str | Mapping[str, Any]) -> Hints:
     """Hints from mmdetection's config, 2.x or 3.x (as text, or as dictionaries)."""
-    names = _assignments(text) if isinstance(text, str) else dict(text)
-    model = _dict(names.get("model"))
-    model = _dict(model.get("detector")) or model  # of a wrapper, as for semi-supervised training
+    names = assignments(text) if isinstance(text, str) else dict(text)
+    model = as_dict(names.get("model"))
+    model = as_dict(model.get("detector")) or model  # of a wrapper, as for semi-supervised training
     if not model:
         return Hints()
     for part in ("train_cfg", "test_cfg"):
         model[part] = model.get(part) or names.get(part) or {}
     hints = Hints(found=True)
     _apply_rules(model, hints)
-    backbone, roi, rpn = (_dict(model.get(part)) for part in ("backbone", "roi_head", "rpn_head"))
+    backbone, roi, rpn = (as_dict(model.get(part)) for part in ("backbone", "roi_head", "rpn_head"))
     hints.model |= _backbone_settings(backbone)
-    hints.backbone_eps = next(iter(_numbers([_dict(backbone.get("norm_cfg")).get("eps")])), None)
+    hints.backbone_eps = next(iter(numbers([as_dict(backbone.get("norm_cfg")).get("eps")])), None)
     hints.standardized = _standardized(model)
     steps = _test_steps(names)
     hints.preprocessing = _preprocessing(model, names, steps)
     hints.model |= _stage_settings(roi, model["train_cfg"])
     if "box_loss" in hints.model:
         hints.left_out = [item for item in hints.left_out if "reg_decoded_bbox" not in item]
+        hints.training = [item for item in hints.training if "bbox_head.reg_decoded_bbox" not in item]
     hints.model |= _sampling(model["train_cfg"], one_stage=not isinstance(roi.get("bbox_head"), list))
-    hints.model |= _test_settings(_dict(model["test_cfg"]), hints)
+    hints.model |= _test_settings(as_dict(model["test_cfg"]), hints)
     try:
         older = {key.removeprefix("anchor_"): value for key, value in rpn.items() if key.startswith("anchor_")}
-        hints.anchors = anchors.from_settings(_dict(rpn.get("anchor_generator")) or older)
+        hints.anchors = anchors.from_settings(as_dict(rpn.get("anchor_generator")) or older)
     except CheckpointError as error:
         hints.impossible.append(f"rpn_head.{error}")
-    for head in _as_list(roi.get("bbox_head")):
-        number = _dict(head).get("num_classes")
+    for head in as_list(roi.get("bbox_head")):
+        number = as_dict(head).get("num_classes")
         hints.num_classes = number if isinstance(number, int) else hints.num_classes
     hints.data |= _scale(steps, hints)
     others = sorted(set(names) - {"model", "train_cfg", "test_cfg", "test_pipeline", "img_norm_cfg"})
@@ -98,21 +87,22 @@ def read_config_text(text: str | Mapping[str, Any]) -> Hints:
 
 
 def _apply_rules(model: Mapping[str, Any], hints: Hints) -> None:
-    for path, value in _leaves(model):
+    for path, value in leaves(model):
         rule = next((rule for rule in RULES if fnmatch.fnmatchcase(path, rule[0])), None)
         if rule is None:
             if value is not None:
                 hints.left_out.append(f"{path} = {shown(value)} (not known here)")
+                hints.training.append(hints.left_out[-1])
             continue
         _, verdict, expected = rule
-        if value is _UNREAD:
+        if value is UNREAD:
             hints.left_out += [f"{path} (an expression, not read)"] if verdict != TAKEN else []
             continue
         if path.endswith("type") and isinstance(value, str):
             value = value.rpartition(".")[2]  # "mmdet.FPN", "torch.nn.Linear"
         if path == "roi_head.bbox_head.loss_cls.type" and value == "SeesawLoss":
             verdict = IMPOSSIBLE
-        if verdict == TAKEN or any(_same(value, item) for item in expected) or value is None:
+        if verdict == TAKEN or any(same(value, item) for item in expected) or value is None:
             continue
         said = f"{path} = {shown(value)}"
         place = {IMPOSSIBLE: hints.impossible, UNLIKE: hints.unlike, TRAINING: hints.left_out}[verdict]
@@ -120,23 +110,25 @@ def _apply_rules(model: Mapping[str, Any], hints: Hints) -> None:
             said += f" (here {shown(expected[0])})"
         if said not in place:
             place.append(said)
+        if verdict == TRAINING and said not in hints.training:
+            hints.training.append(said)
 
 
-def _leaves(value: object, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: object, path: str = "") -> Iterator[tuple[str, Any]]:
     """(path, value) of every setting; the stages of a list share their path."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+            yield from leaves(item, f"{path}.{key}" if path else str(key))
     elif isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
         for item in value:
-            yield from _leaves(item, path)
+            yield from leaves(item, path)
     else:
         yield path, value
 
 
-def _same(value: object, expected: object) -> bool:
+def same(value: object, expected: object) -> bool:
     if isinstance(value, (list, tuple)) and isinstance(expected, list):
-        return len(value) == len(expected) and all(_same(a, b) for a, b in zip(value, expected))
+        return len(value) == len(expected) and all(same(a, b) for a, b in zip(value, expected))
     if isinstance(value, bool) or isinstance(expected, bool):
         return value is expected
     if isinstance(value, (int, float)) and isinstance(expected, (int, float)):
@@ -151,12 +143,12 @@ def _backbone_settings(backbone: dict[str, Any]) -> dict[str, Any]:
     frozen = backbone.get("frozen_stages")
     if isinstance(frozen, int) and -1 <= frozen <= 4:
         settings["frozen_stages"] = frozen
-    deformable = _dict(backbone.get("dcn"))
+    deformable = as_dict(backbone.get("dcn"))
     if deformable:
         settings["deformable"] = "modulated" if deformable.get("type") == "DCNv2" else "plain"
         groups = deformable.get("deform_groups", deformable.get("deformable_groups", 1))
         settings["deformable_groups"] = groups if isinstance(groups, int) else 1
-    norm = _dict(backbone.get("norm_cfg"))
+    norm = as_dict(backbone.get("norm_cfg"))
     if norm:
         settings["norm"] = _norm(norm, frozen_statistics=backbone.get("norm_eval") is not False)
     return settings
@@ -172,52 +164,52 @@ def _norm(norm: dict[str, Any], *, frozen_statistics: bool) -> str:
 
 def _standardized(model: Mapping[str, Any]) -> tuple[str, ...]:
     """Our prefixes of the parts whose ``conv_cfg`` is ConvWS."""
-    roi = _dict(model.get("roi_head"))
+    roi = as_dict(model.get("roi_head"))
     places = {BODY: model.get("backbone"), "fpn.": model.get("neck")}
     places |= {BOX: roi.get("bbox_head"), MASK: roi.get("mask_head")}
     found = []
     for prefix, settings in places.items():
-        kinds = {_dict(_dict(part).get("conv_cfg")).get("type") for part in _as_list(settings)}
+        kinds = {as_dict(as_dict(part).get("conv_cfg")).get("type") for part in as_list(settings)}
         if {"ConvWS", "ConvWS2d"} & {str(kind).rpartition(".")[2] for kind in kinds}:
             found.append(prefix)
     return tuple(found)
 
 
 def _preprocessing(model: dict[str, Any], names: dict[str, Any], steps: list[dict[str, Any]]) -> Preprocessing | None:
-    new = _dict(model.get("data_preprocessor"))
-    old = next((step for step in steps if step.get("type") == "Normalize"), {}) or _dict(names.get("img_norm_cfg"))
+    new = as_dict(model.get("data_preprocessor"))
+    old = next((step for step in steps if step.get("type") == "Normalize"), {}) or as_dict(names.get("img_norm_cfg"))
     for found, rgb in (
         (new, bool(new.get("bgr_to_rgb", False)) or bool(new.get("rgb_to_bgr", False))),
         (old, old.get("to_rgb", True)),
     ):
-        mean, std = _numbers(found.get("mean")), _numbers(found.get("std"))
+        mean, std = numbers(found.get("mean")), numbers(found.get("std"))
         if len(mean) == 3 and len(std) == 3 and all(value > 0 for value in std):
             return Preprocessing(not rgb, mean, std)
     return None
 
 
 def _stage_settings(roi: dict[str, Any], train: object) -> dict[str, Any]:
-    heads = _as_list(roi.get("bbox_head"))
+    heads = as_list(roi.get("bbox_head"))
     stages = roi.get("num_stages")
     if len(heads) == 1 and isinstance(stages, int) and 1 < stages < 10:
         heads *= stages  # one description for all
-    rcnn = _as_list(_dict(train).get("rcnn"))
+    rcnn = as_list(as_dict(train).get("rcnn"))
     settings: dict[str, Any] = {}
-    ious = [_dict(_dict(stage).get("assigner")).get("pos_iou_thr") for stage in rcnn]
+    ious = [as_dict(as_dict(stage).get("assigner")).get("pos_iou_thr") for stage in rcnn]
     if ious and all(isinstance(iou, float) and 0 < iou < 1 for iou in ious):
         settings["stage_ious"] = tuple(ious)
-    coders = [_dict(_dict(head).get("bbox_coder")) or _dict(head) for head in heads]  # early 2.x has no coder
-    stds = [_numbers(coder.get("target_stds")) for coder in coders]
+    coders = [as_dict(as_dict(head).get("bbox_coder")) or as_dict(head) for head in heads]  # early 2.x has no coder
+    stds = [numbers(coder.get("target_stds")) for coder in coders]
     if stds and all(len(values) == 4 for values in stds):
         settings["stage_stds"] = tuple(stds)
-    losses = [_dict(_dict(head).get("loss_bbox")) for head in heads]
+    losses = [as_dict(as_dict(head).get("loss_bbox")) for head in heads]
     kinds = {str(loss.get("type")).removesuffix("Loss").lower() for loss in losses}
-    if len(kinds) == 1 and kinds <= {"giou", "diou", "ciou"} and _dict(heads[0]).get("reg_decoded_bbox") is True:
+    if len(kinds) == 1 and kinds <= {"giou", "diou", "ciou"} and as_dict(heads[0]).get("reg_decoded_bbox") is True:
         settings["box_loss"] = kinds.pop()
-    amounts = set(_numbers([loss.get("loss_weight", 1.0) for loss in losses]))
+    amounts = set(numbers([loss.get("loss_weight", 1.0) for loss in losses]))
     if len(amounts) == 1 and amounts != {1.0}:
         settings["box_loss_weight"] = amounts.pop()
-    weights = _numbers(roi.get("stage_loss_weights"))
+    weights = numbers(roi.get("stage_loss_weights"))
     if weights:
         settings["stage_loss_weights"] = weights
     return settings
@@ -225,12 +217,12 @@ def _stage_settings(roi: dict[str, Any], train: object) -> dict[str, Any]:
 
 def _sampling(train: object, *, one_stage: bool) -> dict[str, Any]:
     """Sizes of training samples, where they are not the usual ones."""
-    train = _dict(train)
-    rcnn = _as_list(train.get("rcnn"))
-    proposal = _dict(train.get("rpn_proposal"))
+    train = as_dict(train)
+    rcnn = as_list(train.get("rcnn"))
+    proposal = as_dict(train.get("rpn_proposal"))
     found = {
-        "rpn_samples": (_dict(_dict(train.get("rpn")).get("sampler")).get("num"), 256),
-        "roi_samples": (_dict(_dict(rcnn[0] if rcnn else None).get("sampler")).get("num"), 512),
+        "rpn_samples": (as_dict(as_dict(train.get("rpn")).get("sampler")).get("num"), 256),
+        "roi_samples": (as_dict(as_dict(rcnn[0] if rcnn else None).get("sampler")).get("num"), 512),
         "train_proposals": (proposal.get("max_per_img", proposal.get("max_num")), 1000 if one_stage else 2000),
     }
     return {
@@ -239,8 +231,8 @@ def _sampling(train: object, *, one_stage: bool) -> dict[str, Any]:
 
 
 def _test_settings(test: dict[str, Any], hints: Hints) -> dict[str, Any]:
-    rcnn, rpn = _dict(test.get("rcnn")), _dict(test.get("rpn"))
-    nms = _dict(rcnn.get("nms"))
+    rcnn, rpn = as_dict(test.get("rcnn")), as_dict(test.get("rpn"))
+    nms = as_dict(rcnn.get("nms"))
     settings: dict[str, Any] = {}
     found = {
         "score_threshold": rcnn.get("score_thr"),
@@ -265,16 +257,16 @@ def _test_settings(test: dict[str, Any], hints: Hints) -> dict[str, Any]:
 
 def _test_steps(names: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The steps of the test pipeline, those inside of MultiScaleFlipAug behind it."""
-    loader = _dict(_dict(names.get("test_dataloader")).get("dataset")).get("pipeline")
-    steps = loader or _dict(_dict(names.get("data")).get("test")).get("pipeline") or names.get("test_pipeline")
+    loader = as_dict(as_dict(names.get("test_dataloader")).get("dataset")).get("pipeline")
+    steps = loader or as_dict(as_dict(names.get("data")).get("test")).get("pipeline") or names.get("test_pipeline")
     flat: list[dict[str, Any]] = []
-    for step in _as_list(steps):
+    for step in as_list(steps):
         if not isinstance(step, Mapping):
             continue
         step = dict(step) | {"type": str(step.get("type", "")).rpartition(".")[2]}
         flat.append(step)
         # mmdetection 2: its Resize keeps the ratio unless told otherwise; that of 3 does not
-        inner = [dict(item) for item in _as_list(step.get("transforms")) if isinstance(item, Mapping)]
+        inner = [dict(item) for item in as_list(step.get("transforms")) if isinstance(item, Mapping)]
         flat += [{"keep_ratio": True} | item | {"type": str(item.get("type", "")).rpartition(".")[2]} for item in inner]
     return flat
 
@@ -296,7 +288,7 @@ def _scale(steps: list[dict[str, Any]], hints: Hints) -> dict[str, Any]:
             hints.left_out.append(f"test_pipeline: several scales {shown(size)}; the first is used")
         if is_several:
             size = size[0]
-        sides = (float(size),) * 2 if isinstance(size, int) else _numbers(size)
+        sides = (float(size),) * 2 if isinstance(size, int) else numbers(size)
         if kind == "Resize" and "keep_ratio" in step and len(sides) != 2 and not found:
             hints.left_out.append(f"test_pipeline: {shown(step)}: no (longer, shorter) scale in it")
         if kind == "Resize" and step.get("keep_ratio", False) is not True:
@@ -306,75 +298,18 @@ def _scale(steps: list[dict[str, Any]], hints: Hints) -> dict[str, Any]:
     return found
 
 
-def _dict(value: object) -> dict[str, Any]:
+def as_dict(value: object) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {}
 
 
-def _as_list(value: object) -> list[Any]:
-    if value is None or value is _UNREAD:
+def as_list(value: object) -> list[Any]:
+    if value is None or value is UNREAD:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _numbers(value: object) -> tuple[float, ...]:
+def numbers(value: object) -> tuple[float, ...]:
     items = value if isinstance(value, (list, tuple)) else ()
     if not all(isinstance(item, (int, float)) and not isinstance(item, bool) for item in items):
         return ()
     return tuple(float(item) for item in items)
-
-
-# The text
-
-
-def _assignments(text: str) -> dict[str, Any]:
-    """Top-level ``name = literal or dict(...)`` of a Python text; nothing is run."""
-    if len(text) > _MAX_TEXT:
-        return {}
-    names: dict[str, Any] = {}
-    try:
-        if text.lstrip().startswith("{"):
-            return _dict(json.loads(text))
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-                names[node.targets[0].id] = _value(node.value, names)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return {}
-    return names
-
-
-_OPERATORS: dict[type[ast.operator], Any] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-}
-
-
-def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, (ast.List, ast.Tuple)):
-        return [_value(item, names) for item in node.elts]
-    if isinstance(node, ast.Name):
-        return names.get(node.id, _UNREAD)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        value = _value(node.operand, names)
-        return -value if isinstance(value, (int, float)) else _UNREAD
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        left, right = _value(node.left, names), _value(node.right, names)
-        if (
-            isinstance(left, (int, float))
-            and isinstance(right, (int, float))
-            and (right or type(node.op) is not ast.Div)
-        ):
-            return _OPERATORS[type(node.op)](left, right)
-        return _UNREAD
-    if isinstance(node, ast.Dict):
-        return {
-            key.value: _value(value, names)
-            for key, value in zip(node.keys, node.values)
-            if isinstance(key, ast.Constant) and isinstance(key.value, str)
-        }
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
-        return {word.arg: _value(word.value, names) for word in node.keywords if word.arg is not None}
-    return _UNREAD

@@ -21,7 +21,7 @@ _BLOCKS: dict[tuple[str, tuple[int, ...]], int] = {
     ("bottleneck", (3, 8, 36, 3)): 152,
 }
 # (depth, groups, channels per group in the first stage's 3x3) to timm's name, with weights of the kind that was used.
-_TIMM = {
+TIMM = {
     (18, 1, 64): "resnet18.tv_in1k",
     (34, 1, 64): "resnet34.tv_in1k",
     (50, 1, 64): "resnet50.tv_in1k",
@@ -35,7 +35,7 @@ _TIMM = {
     (101, 1, 128): "wide_resnet101_2.tv_in1k",
 }
 # The same for a stem of three convolutions: plain (ResNetV1c), or with pooled shortcuts (ResNetV1d).
-_TIMM_DEEP_STEM = {
+TIMM_DEEP_STEM = {
     (50, False): "resnet50c.gluon_in1k",
     (101, False): "resnet101c.gluon_in1k",
     (152, False): "resnet152c.gluon_in1k",
@@ -117,10 +117,10 @@ def backbone_of(state: Mapping[str, Tensor]) -> tuple[str, int, int, int]:
     per_group = int(conv.shape[1])
     groups = int(conv.shape[0]) // per_group
     is_deep, is_pooled = "conv1.0.weight" in keys, "layer2.0.downsample.2.weight" in keys
-    name = _TIMM.get((depth, groups, per_group))
+    name = TIMM.get((depth, groups, per_group))
     if is_deep or is_pooled:
         is_plain = (groups, per_group) == (1, 64)
-        name = _TIMM_DEEP_STEM.get((depth, is_pooled)) if is_deep and is_plain else None
+        name = TIMM_DEEP_STEM.get((depth, is_pooled)) if is_deep and is_plain else None
         if name is None:
             stem, shortcut = "a deep stem" if is_deep else "a plain stem", "pooled" if is_pooled else "plain"
             raise CheckpointError(

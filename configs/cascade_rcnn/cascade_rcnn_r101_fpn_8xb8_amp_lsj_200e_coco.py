@@ -16,7 +16,9 @@ config = Config(
         short_side=(1024,),
         long_side=1024,
         large_scale_jitter=(0.1, 2.0),
+        keep_empty=False,
         repeat=8,
+        workers=4,
     ),
     train=TrainConfig(
         epochs=25,
@@ -25,6 +27,9 @@ config = Config(
         images_per_step=64,
         batch_size=8,
         weight_decay=4e-5,
+        warmup_steps=1000,
+        warmup_factor=0.067,
+        evaluate_every=5,
     ),
     published="none",
 )

@@ -1,0 +1,374 @@
+"""mmdetection's config files as recipes of ours: ``cascade-rcnn config --from-mmdet their_config.py > recipe.py``.
+
+Nothing in a config is run (``config_files``, ``config_syntax``). Each of its settings is taken over, or listed as not
+taken over, or the config is refused by that setting's name because a training with it gives something else.
+
+    here          what the network is
+    mmdet_data    data set and pipelines
+    mmdet_schedule  optimizer, schedule, hooks
+
+To read one more backbone, add its line to ``BACKBONES`` here and its type to ``config_rules.RULES``.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cascade_rcnn.config import Config, ModelConfig
+from cascade_rcnn.convert.config_files import read_config_file
+from cascade_rcnn.convert.config_rules import DETECTORS
+from cascade_rcnn.convert.config_text import Hints, as_dict, as_list, read_config_text, same
+from cascade_rcnn.convert.infer_config import TIMM, TIMM_DEEP_STEM
+from cascade_rcnn.convert.mmdet_data import data_settings
+from cascade_rcnn.convert.mmdet_findings import Findings, word
+from cascade_rcnn.convert.mmdet_schedule import train_settings
+from cascade_rcnn.errors import ConfigError
+from cascade_rcnn.messages import few_names, printable, shown
+from cascade_rcnn.recipes import config_from_dict, config_to_python
+
+# (path, values), beyond config_rules: what a converted checkpoint does not need to have, but a training does.
+_FOR_TRAINING: list[tuple[str, tuple[Any, ...]]] = [
+    ("roi_head.type", ("StandardRoIHead", "CascadeRoIHead")),
+    ("rpn_head.bbox_coder.type", ("DeltaXYWHBBoxCoder",)),
+    ("*.conv_cfg.type", ("Conv", "Conv2d")),
+]
+# Differences that training hardly feels: listed, not refused.
+_LISTED = (
+    "train_cfg.rcnn.assigner.match_low_quality*",
+    "data_preprocessor.pad_*",
+    "data_preprocessor.batch_augments*",
+)
+
+
+@dataclass
+class MmdetRecipe:
+    """What became of a config."""
+
+    config: Config
+    files: dict[Path, list[str]]  # each file that was read, and the names that it sets
+    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_python(self) -> str:
+        """The recipe file, with a comment on where its values came from."""
+        first, *others = self.files.items()
+        lines = [f"# From mmdetection's config {printable(first[0])} ({few_names(first[1], most=20) or 'nothing'})"]
+        lines += [f"#   its base {printable(path)} ({few_names(names, most=20)})" for path, names in others]
+        lines.append("# What these files leave out is mmdetection's default.")
+        lines += [f"# Not taken over: {item}" for item in self.left_out]
+        lines += [f"# Note: {item}" for item in self.notes]
+        return "\n".join([*lines, config_to_python(self.config)])
+
+    def report(self) -> list[str]:
+        """What was not taken over and what to look at, a line each."""
+        return [f"not taken over: {item}" for item in self.left_out] + [f"note: {item}" for item in self.notes]
+
+
+def recipe_from_mmdetection(path: str | Path) -> MmdetRecipe:
+    """Read a config of mmdetection 2.x or 3.x with its base files.
+
+    Raises ConfigError: a file that cannot be read without running it (with the line), or parts of the config that have
+    no counterpart here (with their names).
+    """
+    where = printable(path)
+    names, files = read_config_file(path)
+    model = as_dict(names.get("model"))
+    if not model:
+        raise ConfigError(f"{where}: it has no model = dict(...): not a config of a detector")
+    kind = word(model.get("type"))
+    if kind not in DETECTORS:
+        raise ConfigError(
+            f"{where}: no counterpart here for model.type = {shown(kind)}: {', '.join(DETECTORS)} are read"
+        )
+    backbone = word(as_dict(model.get("backbone")).get("type"))
+    if backbone not in BACKBONES:
+        raise ConfigError(
+            f"{where}: no counterpart here for backbone.type = {shown(backbone)}: {', '.join(BACKBONES)} are read"
+        )
+    found, hints = Findings(), read_config_text(names)
+    settings = _model_settings(as_dict(names["model"]) | {"train_cfg": _train_cfg(names)}, hints, found)
+    data = data_settings(names, hints.data, settings["masks"] != "none", found)
+    train = train_settings(names, found)
+    if found.refused:
+        raise ConfigError(f"{where}: no counterpart here for {few_names(found.refused, most=3)}")
+    config = config_from_dict({"model": settings, "data": data, "train": train}, source=where)
+    return MmdetRecipe(config, files, list(dict.fromkeys(found.left_out)), list(dict.fromkeys(found.notes)))
+
+
+def _train_cfg(names: Mapping[str, Any]) -> dict[str, Any]:
+    return as_dict(as_dict(names["model"]).get("train_cfg") or names.get("train_cfg"))
+
+
+def _model_settings(model: dict[str, Any], hints: Hints, found: Findings) -> dict[str, Any]:
+    """Fields of ModelConfig."""
+    backbone, neck, rpn, roi = (as_dict(model.get(part)) for part in ("backbone", "neck", "rpn_head", "roi_head"))
+    stages = len(hints.model.get("stage_ious", ()))
+    _apply_hints(model, hints, found)
+    settings: dict[str, Any] = {"style": "pytorch", "norm": "frozen_statistics", "frozen_stages": -1}
+    settings |= hints.model
+    if not stages:
+        found.refused.append("train_cfg.rcnn without assigner.pos_iou_thr")
+        settings["stage_ious"] = (0.5,)
+    if hints.anchors is not None:
+        settings |= hints.anchors.settings()
+    settings |= _backbone(backbone, model, found)
+    settings["fpn_channels"] = neck.get("out_channels", 256)
+    for name in ("feat_channels", "in_channels"):
+        found.expect(rpn.get(name, settings["fpn_channels"]), f"rpn_head.{name}", settings["fpn_channels"])
+    settings["rpn_convs"] = rpn.get("num_convs", 1)
+    settings |= _heads(roi, stages, settings, found)
+    _check_norms(model, settings, found)
+    _check_losses(model, stages, found)
+    _check_border(as_dict(model["train_cfg"].get("rpn")), stages, found)
+    _check_stages(as_list(model["train_cfg"].get("rcnn")), as_list(roi.get("bbox_head")), found)
+    _drop_defaults(settings)
+    _check_preprocessing(settings, hints, found)
+    return settings
+
+
+def _apply_hints(model: dict[str, Any], hints: Hints, found: Findings) -> None:
+    """What the rules for checkpoints' texts have found, sorted for a training."""
+    training = set(hints.training)
+    listed = [said for said in hints.training if any(fnmatch.fnmatchcase(said, path + "*") for path in _LISTED)]
+    found.refused += [said for said in hints.impossible + hints.unlike if said not in listed]
+    found.refused += [said for said in hints.training if said not in listed]
+    found.left_out += [said for said in hints.left_out if said not in training and ("=" in said or ":" in said)]
+    found.left_out += [said for said in listed if "batch_augments" not in said]  # mmdet_data looks at those
+    for path, values in _FOR_TRAINING:
+        for place, value in found.leaves(model):
+            if fnmatch.fnmatchcase(place, path) and not any(same(word(value), item) for item in values):
+                found.refuse(place, value)
+
+
+# Backbones
+
+
+def _resnet(backbone: dict[str, Any], found: Findings) -> dict[str, Any]:
+    kind = word(backbone.get("type"))
+    depth: Any = backbone.get("depth")
+    groups, width = backbone.get("groups", 1), backbone.get("base_width", 4)
+    if not all(type(number) is int for number in (depth, groups, width)):
+        found.refuse("backbone.depth, groups, base_width", [depth, groups, width], "whole numbers")
+        return {"backbone": "resnet50.tv_in1k"}
+    per_group = 64 if groups == 1 else width
+    deep = kind in ("ResNetV1c", "ResNetV1d") or backbone.get("deep_stem") is True
+    pooled = kind == "ResNetV1d" or backbone.get("avg_down") is True
+    found.expect(backbone.get("base_channels", 64), "backbone.base_channels", 64)
+    found.expect(backbone.get("stem_channels") or 64, "backbone.stem_channels", 64)
+    found.expect(backbone.get("in_channels", 3), "backbone.in_channels", 3)
+    name = TIMM_DEEP_STEM.get((depth, pooled)) if deep else None if pooled else TIMM.get((depth, groups, per_group))
+    if name is None or (deep and groups != 1):
+        found.refuse("backbone.depth", depth, f"a {kind} of this depth, {groups} groups and this stem is not in timm")
+    return {"backbone": name or "resnet50.tv_in1k"}
+
+
+def _regnet(backbone: dict[str, Any], found: Findings) -> dict[str, Any]:
+    arch = str(backbone.get("arch")).lower()  # regnetx_3.2gf
+    size = arch.removeprefix("regnetx_").removesuffix("gf")
+    sizes = ("400mf", "800mf", "1.6", "3.2", "4.0", "6.4", "8.0", "12")
+    names = ("004", "008", "016", "032", "040", "064", "080", "120")
+    if not arch.startswith("regnetx_") or size not in sizes:
+        found.refuse("backbone.arch", arch, ", ".join(f"regnetx_{size}" for size in sizes))
+        return {"backbone": "resnet50.tv_in1k"}
+    return {"backbone": f"regnetx_{names[sizes.index(size)]}.pycls_in1k"}
+
+
+def _timm(backbone: dict[str, Any], found: Findings) -> dict[str, Any]:
+    found.expect(backbone.get("features_only"), "backbone.features_only", True)
+    found.expect(backbone.get("out_indices", [1, 2, 3, 4]), "backbone.out_indices", [1, 2, 3, 4])
+    return {"backbone": str(backbone.get("model_name")), "pretrained": backbone.get("pretrained") is True}
+
+
+BACKBONES: dict[str, Callable[[dict[str, Any], Findings], dict[str, Any]]] = {
+    "ResNet": _resnet,
+    "ResNetV1c": _resnet,
+    "ResNetV1d": _resnet,
+    "ResNeXt": _resnet,
+    "RegNet": _regnet,
+    "TIMMBackbone": _timm,
+}
+# Weights that are timm's of the same name (those of Caffe's style are not).
+_SAME_WEIGHTS = (
+    "torchvision://",
+    "open-mmlab://res",
+    "open-mmlab://regnetx",
+    "open-mmlab://detectron2/resnext101_32x8d",
+)
+_NAMED_WEIGHTS = {"resnet50-11ad3fa6": "resnet50.tv2_in1k", "resnet50_8xb256-rsb-a1-600e": "resnet50.a1_in1k"}
+
+
+def _backbone(backbone: dict[str, Any], model: Mapping[str, Any], found: Findings) -> dict[str, Any]:
+    kind = word(backbone.get("type"))
+    settings = BACKBONES[kind](backbone, found)
+    settings["frozen_stages"] = backbone.get("frozen_stages", -1)
+    if as_dict(backbone.get("dcn")):
+        with_dcn = as_list(backbone.get("stage_with_dcn"))
+        settings["deformable_stages"] = tuple(k + 1 for k, has in enumerate(with_dcn) if has is True)
+    norm = as_dict(backbone.get("norm_cfg"))
+    if norm.get("requires_grad") is False and backbone.get("norm_eval") is False:
+        found.refused.append("backbone.norm_cfg.requires_grad = False with norm_eval = False")
+    init = as_dict(backbone.get("init_cfg"))
+    weights = init.get("checkpoint") or backbone.get("pretrained") or model.get("pretrained")
+    if kind == "TIMMBackbone":
+        return settings
+    if not weights:
+        return settings | {"pretrained": False}
+    if backbone.get("style", "pytorch") == "caffe":
+        found.notes.append(
+            f"the backbone starts from {shown(weights)}; timm has no Caffe-style weights: convert that file and give "
+            "it with --model.backbone-weights (docs/migrate.md)"
+        )
+        return settings
+    named = next((name for part, name in _NAMED_WEIGHTS.items() if part in str(weights)), None)
+    if named is not None:
+        settings["backbone"] = named
+    elif not str(weights).startswith(_SAME_WEIGHTS):
+        found.left_out.append(
+            f"the backbone's weights {shown(weights)}: the start is timm's {settings['backbone']}; or convert theirs, "
+            "and give --model.backbone-weights"
+        )
+    return settings
+
+
+# Heads
+
+
+def _heads(roi: Mapping[str, Any], stages: int, settings: Mapping[str, Any], found: Findings) -> dict[str, Any]:
+    """Fields for box and mask heads; the stages must be alike but for their coders."""
+    heads = [as_dict(head) for head in as_list(roi.get("bbox_head"))]
+    single = word(roi.get("type")) == "StandardRoIHead"
+    number = roi.get("num_stages", len(heads)) if not single else 1
+    if not heads or number != stages or len(heads) not in (1, stages):
+        found.refused.append(f"roi_head with {len(heads)} box heads and {stages} IoUs for {number} stages")
+        return {"masks": "none"}
+    plain = [{key: value for key, value in head.items() if key != "bbox_coder"} for head in heads]
+    if any(not same_settings(head, plain[0]) for head in plain):
+        found.refused.append("roi_head.bbox_head with stages that differ in more than their bbox_coder")
+    head, channels = heads[0], settings["fpn_channels"]
+    result: dict[str, Any] = {"class_agnostic_boxes": head.get("reg_class_agnostic") is True}
+    result["head_channels"] = head.get("fc_out_channels", 1024)
+    result["box_head"] = _box_head(head, channels, found)
+    masks = [as_dict(item) for item in as_list(roi.get("mask_head"))]
+    result["masks"] = "every" if masks and masks[0] else "none"
+    if result["masks"] == "every":
+        mask = masks[0]
+        found.expect(mask.get("num_convs", 4), "roi_head.mask_head.num_convs", 4)
+        found.expect(mask.get("in_channels", channels), "roi_head.mask_head.in_channels", channels)
+        result["mask_channels"] = mask.get("conv_out_channels", 256)
+        if any(not same_settings(item, mask) for item in masks):
+            found.refused.append("roi_head.mask_head with stages that differ")
+    return result
+
+
+def same_settings(one: object, other: object) -> bool:
+    """Whether two values are equal; numbers nearly."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(same_settings(one[key], other[key]) for key in one)
+    return same(one, other)
+
+
+def _box_head(head: Mapping[str, Any], channels: object, found: Findings) -> str:
+    kind, path = word(head.get("type")), "roi_head.bbox_head"
+    usual = {"Shared2FCBBoxHead": (0, 2), "Shared4Conv1FCBBoxHead": (4, 1)}.get(kind, (0, 0))
+    convs, layers = head.get("num_shared_convs", usual[0]), head.get("num_shared_fcs", usual[1])
+    for name in ("num_cls_convs", "num_cls_fcs", "num_reg_convs", "num_reg_fcs"):
+        found.expect(head.get(name, 0), f"{path}.{name}", 0)
+    found.expect(head.get("in_channels", channels), f"{path}.in_channels", channels)
+    if (convs, layers) == (0, 2):
+        return "2fc"
+    if (convs, layers) != (4, 1):
+        found.refused.append(f"{path} with {convs} shared convolutions and {layers} layers")
+    found.expect(head.get("conv_out_channels", 256), f"{path}.conv_out_channels", channels)
+    norm = as_dict(head.get("norm_cfg")).get("type")
+    if norm not in (None, "GN"):
+        found.refuse(f"{path}.norm_cfg.type", norm, "none or GN")
+    return "4conv1fc_gn" if norm == "GN" else "4conv1fc"
+
+
+def _check_norms(model: Mapping[str, Any], settings: Mapping[str, Any], found: Findings) -> None:
+    """Norms outside the backbone: group norm everywhere, or nowhere."""
+    roi = as_dict(model.get("roi_head"))
+    parts = {"neck": as_dict(model.get("neck"))}
+    if settings["masks"] != "none":
+        parts["roi_head.mask_head"] = as_dict(as_list(roi.get("mask_head"))[0])
+    wanted = "GN" if settings["norm"] == "group" else None
+    for path, part in parts.items():
+        norm = as_dict(part.get("norm_cfg")).get("type")
+        if norm != wanted:
+            found.refuse(f"{path}.norm_cfg.type", norm, f"{wanted or 'none'}, as the backbone's norm has it")
+
+
+def _check_losses(model: Mapping[str, Any], stages: int, found: Findings) -> None:
+    """mmdetection's cascades learn boxes with smooth L1, its Faster and Mask R-CNN with L1: both are done here."""
+    roi = as_dict(model.get("roi_head"))
+    heads = [("rpn_head", as_dict(model.get("rpn_head")), 1 / 9)]
+    heads += [("roi_head.bbox_head", as_dict(head), 1.0) for head in as_list(roi.get("bbox_head"))]
+    for path, head, beta in heads:
+        loss = as_dict(head.get("loss_bbox")) or {"type": "SmoothL1Loss", "beta": beta}
+        kind = word(loss.get("type"))
+        theirs = 0.0 if kind == "L1Loss" else loss.get("beta", 1.0)
+        ours = beta if stages > 1 else 0.0
+        if kind in ("GIoULoss", "DIoULoss", "CIoULoss") and head.get("reg_decoded_bbox") is not True:
+            found.refuse(f"{path}.loss_bbox.type", kind, "with reg_decoded_bbox = True")
+        weight = loss.get("loss_weight", 1.0)
+        if kind in ("L1Loss", "SmoothL1Loss") and not same(weight, 1.0):
+            found.refuse(f"{path}.loss_bbox.loss_weight", weight, "1 for this loss")
+        if kind in ("L1Loss", "SmoothL1Loss") and abs(theirs - ours) > 1e-3:
+            place = "a cascade" if stages > 1 else "one stage"
+            found.refuse(f"{path}.loss_bbox", f"{kind}, beta {theirs:g}", f"beta {ours:.3g} in {place}; 0 is L1")
+
+
+def _check_border(rpn: Mapping[str, Any], stages: int, found: Findings) -> None:
+    usual = 0 if stages > 1 else -1
+    border = rpn.get("allowed_border", usual)
+    if border != usual:
+        place = "inside the image only" if stages > 1 else "everywhere"
+        found.left_out.append(f"train_cfg.rpn.allowed_border = {shown(border)} (here anchors {place} learn)")
+
+
+def _check_stages(rcnn: list[Any], heads: list[Any], found: Findings) -> None:
+    numbers = [as_dict(as_dict(stage).get("sampler")).get("num", 512) for stage in rcnn]
+    if len(set(map(repr, numbers))) > 1:
+        found.refuse("train_cfg.rcnn.sampler.num", numbers, "one number for all stages")
+    for stage in rcnn:
+        assigner = as_dict(as_dict(stage).get("assigner"))
+        for name in ("neg_iou_thr", "min_pos_iou"):
+            found.expect(
+                assigner.get(name, assigner.get("pos_iou_thr")),
+                f"train_cfg.rcnn.assigner.{name}",
+                assigner.get("pos_iou_thr"),
+            )
+
+
+def _drop_defaults(settings: dict[str, Any]) -> None:
+    """None where a setting is what None means."""
+    from cascade_rcnn.models.build import stage_stds
+
+    stages = len(settings["stage_ious"])
+    if same(settings.get("stage_loss_weights"), [0.5**k for k in range(stages)]) or stages == 1:
+        settings["stage_loss_weights"] = None
+    usual = stage_stds(ModelConfig(stage_ious=settings["stage_ious"]))
+    stds = settings.get("stage_stds") or ()
+    if len(stds) == stages and all(same(a, list(b)) for a, b in zip(stds, usual)):
+        settings["stage_stds"] = None
+
+
+def _check_preprocessing(settings: Mapping[str, Any], hints: Hints, found: Findings) -> None:
+    from cascade_rcnn.models.build import normalization
+
+    theirs = hints.preprocessing
+    if theirs is None:
+        found.refused.append("a data_preprocessor (or Normalize) without three means and stds")
+        return
+    mean, std, bgr = normalization(ModelConfig(style=settings["style"]))
+    flip = -1 if theirs.bgr != bgr else 1
+    if not same(theirs.mean[::flip], list(mean)) or not same(theirs.std[::flip], list(std)):
+        words = "style caffe: BGR, std 1" if bgr else "style pytorch: RGB, ImageNet's"
+        order = "BGR" if theirs.bgr else "RGB"
+        found.refuse("data_preprocessor", f"{order} mean {list(theirs.mean)} std {list(theirs.std)}", words)
+    elif flip == -1:
+        found.left_out.append("data_preprocessor: the order of the channels, which goes with the backbone's weights")
