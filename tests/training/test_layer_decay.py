@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from cascade_rcnn.models.build import build_model
 from cascade_rcnn.recipes import load_config
 from cascade_rcnn.training.layer_decay import rate_factors
 from cascade_rcnn.training.optim import Updater, build_optimizer
+from tiny import squares
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +101,24 @@ def test_tables_of_positions_go_without_decay_as_norms_do() -> None:
         key=lambda group: -group["weight_decay"],
     )
     assert decayed["params"][0] is net.weight and free["params"][0] is net.relative_position_bias_table
+
+
+@pytest.mark.parametrize("backbone", ["convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_a_step_of_a_network_with_all_that_its_recipe_asks_for(backbone: str) -> None:
+    size = "convnext_t" if backbone.startswith("convnext") else "swin_t"
+    recipe = load_config(f"cascade_mask_rcnn_{size}_fpn_3x_coco")
+    small = {"backbone": backbone, "fpn_channels": 32, "head_channels": 64, "mask_channels": 32, "roi_samples": 32}
+    torch.manual_seed(0)
+    model = build_model(dataclasses.replace(recipe.model, pretrained=False, drop_path=0.0, **small), 3)
+    updater = Updater(model, recipe.train, lr=recipe.train.lr, device=torch.device("cpu"))
+    losses = model.loss(*squares(side=96))
+    updater.backward(torch.stack(list(losses.values())).sum())
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without and all(p.requires_grad for p in model.parameters())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert updater.step(1.0).isfinite()
+    moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in model.named_parameters()}
+    stem = "stem_0" if backbone.startswith("convnext") else "patch_embed.proj"
+    ratio = moved[f"backbone.body.{stem}.weight"] / moved["cascade.box_heads.0.convs.0.0.weight"]
+    groups = 3 + 2 + 1  # two for the six blocks of the third stage
+    assert ratio == pytest.approx(recipe.train.layer_decay**groups, rel=0.05)
