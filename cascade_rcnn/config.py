@@ -259,6 +259,8 @@ class TrainConfig:
     weight_decay: float = 1e-4
     norm_weight_decay: bool = True
     """Decay norm weights and biases too, as mmdetection's SGD recipes do."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from one group of the backbone's layers to the group before it, e.g. 0.7; 1: none."""
     warmup_steps: int = 500
     warmup_factor: float = 0.001
     clip_grad_norm: float = 0.0
@@ -299,6 +301,7 @@ class TrainConfig:
         _require(self.batch_size >= 1, f"train.batch_size {self.batch_size}: at least 1")
         _require(self.images_per_step >= 1, f"train.images_per_step {self.images_per_step}: at least 1")
         _require(self.accumulate >= 0, f"train.accumulate {self.accumulate}: 0 or more")
+        _require(0 < self.layer_decay <= 1, f"train.layer_decay {self.layer_decay}: above 0, at most 1 (none)")
         _require(0 <= self.ema < 1, f"train.ema {self.ema}: 0 (off) or a decay below 1")
         _require(list(self.milestones) == sorted(set(self.milestones)), f"train.milestones {self.milestones}: rising")
 

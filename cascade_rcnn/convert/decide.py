@@ -125,8 +125,11 @@ def _config_without_recipe(made: Decisions) -> Config:
     seen, hints, notes = made.seen, made.hints, made.notes
     style, reason = _style(made)
     if seen.model["box_head"] == "4conv1fc_bn" and "output_norms" in seen.model and not hints.found:
-        seen.model.update(box_loss="giou", box_loss_weight=10.0)
-        notes.append("box loss: GIoU of the boxes, weight 10 (the habit of such detectors; for further training)")
+        seen.model.update(box_loss="giou", box_loss_weight=10.0, norm="sync")
+        notes.append(
+            "box loss: GIoU of the boxes, weight 10; batch norm of the box heads over all GPUs (the habit of such "
+            "detectors; for further training)"
+        )
     model: dict[str, Any] = {"semantics": _SEMANTICS[made.kind], "style": style, "norm": "frozen"}
     if made.kind == "mmdetection" and style != "caffe" and seen.group_width != 8:
         model["norm"] = "frozen_statistics"

@@ -60,17 +60,18 @@ class Structure:
     model: dict[str, Any]  # fields of ModelConfig
 
 
-# Networks that are told by the shapes of all their weights, by the first of these.
+# Networks that are told by the shapes of all their weights, by the first of these. Of two of one width the deeper comes
+# first: it has all weights of the other.
 _BY_SHAPES = {
     "stem.conv.weight": tuple(
         f"regnetx_{size}.pycls_in1k" for size in ("004", "008", "016", "032", "040", "064", "080", "120")
     ),
     "stem_0.weight": (
-        *("convnext_tiny.fb_in1k", "convnext_small.fb_in1k", "convnext_base.fb_in1k", "convnext_large.fb_in22k"),
+        *("convnext_small.fb_in1k", "convnext_tiny.fb_in1k", "convnext_base.fb_in1k", "convnext_large.fb_in22k"),
         "convnext_xlarge.fb_in22k",
     ),
     "patch_embed.proj.weight": (
-        *("swin_tiny_patch4_window7_224.ms_in1k", "swin_small_patch4_window7_224.ms_in1k"),
+        *("swin_small_patch4_window7_224.ms_in1k", "swin_tiny_patch4_window7_224.ms_in1k"),
         *("swin_base_patch4_window7_224.ms_in1k", "swin_base_patch4_window12_384.ms_in22k"),
         *("swin_large_patch4_window7_224.ms_in22k", "swin_large_patch4_window12_384.ms_in22k"),
     ),

@@ -42,13 +42,19 @@ def _create(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
             raise ConfigError(f"model.backbone {name!r} gives no feature pyramid: choose another network") from error
         raise
     except Exception as error:  # timm and its hub client raise many kinds of network errors; the way out is the same
-        if not pretrained:
+        if not pretrained or isinstance(error, TypeError):  # TypeError: an option that the network does not know
             raise
         raise CheckpointError(
             f"ImageNet weights of {name!r} are not in the cache and could not be downloaded ({type(error).__name__}): "
             "connect once, or give a file with --model.backbone-weights FILE (the network's state_dict as .pth or "
             ".safetensors), or train from scratch with --model.pretrained False"
         ) from error
+
+
+def license_of_weights(name: str) -> str:
+    """The licence of timm's weights ``name``, as it states it; empty where it states none."""
+    known = timm.get_pretrained_cfg(name)
+    return str(known.license or "") if known is not None else ""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ class BoxHead(nn.Module):
     """RoI features [R, C, 7, 7] to class logits [R, K + 1] and deltas [R, 4] (or [R, 4 K], one box per class)."""
 
     takes_rows = False  # expects RoI features in memory order, [R, 49, C]
+    counts_rows = False  # in training, one RoI's outputs depend on which others there are
     reads_rows = True  # accepts them in that order, and then reorders its weight in each call
 
     def __init__(
@@ -74,6 +75,7 @@ class ConvBoxHead(BoxHead):
         norm: str = "group",
     ) -> None:
         nn.Module.__init__(self)
+        self.counts_rows = norm == "batch"
         self.convs = nn.ModuleList()
         for _ in range(4):
             conv = nn.Conv2d(channels, channels, 3, padding=1, bias=norm == "none")

@@ -278,11 +278,17 @@ class Cascade(nn.Module):
         x = self._pool_for_head(k, pyramid, boxes, valid)
         if self.training:
             x = scale_gradient(x, self.stages[k].details.feature_gradient)
-        return self._apply_head(k, x)
+        return self._apply_head(k, x, valid)
 
-    def _apply_head(self, k: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs of stage ``k`` for RoI features [B, N, ...]."""
-        logits, deltas = self.box_heads[k](x.flatten(0, 1))
+    def _apply_head(self, k: int, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Outputs of stage ``k`` for RoI features [B, N, ...]; zeros where not ``valid`` if its norms learn."""
+        head, rows = self.box_heads[k], x.flatten(0, 1)
+        if valid is not None and head.training and bool(head.counts_rows) and bool(valid.any()):
+            chosen = valid.flatten().nonzero()[:, 0]  # padding would shift the statistics
+            found = head(rows[chosen])
+            logits, deltas = (f.new_zeros(len(rows), f.shape[1]).index_copy(0, chosen, f) for f in found)
+        else:
+            logits, deltas = head(rows)
         return logits.unflatten(0, x.shape[:2]).float(), deltas.unflatten(0, x.shape[:2]).float()
 
     def _pool_for_head(self, k: int, pyramid: list[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:

@@ -16,26 +16,39 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from cascade_rcnn.config import TrainConfig
 from cascade_rcnn.errors import CheckpointError, ConfigError
+from cascade_rcnn.training.layer_decay import rate_factors
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig, *, lr: float, fused: bool) -> torch.optim.Optimizer:
-    """SGD or AdamW over the trainable parameters; norm weights and biases without decay if the recipe says so."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """SGD or AdamW over the trainable parameters, in groups of one weight decay and one factor of the rate."""
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
         raise ConfigError("no parameter of the model is trainable: lower model.frozen_stages")
-    groups = [{"params": trainable, "weight_decay": train.weight_decay}]
-    if not train.norm_weight_decay:
-        groups = [
-            {"params": [p for p in trainable if p.ndim > 1], "weight_decay": train.weight_decay},
-            {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+    factors = dict.fromkeys(trainable, 1.0)
+    if train.layer_decay < 1:  # groups are counted over the whole network, so that freezing moves none
+        every = rate_factors((name for name, _ in model.named_parameters()), train.layer_decay)
+        factors = {name: every[name] for name in trainable}
+    members: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in trainable.items():
+        decays = train.norm_weight_decay or not _is_norm_or_bias(name, parameter)
+        key = (train.weight_decay if decays else 0.0, factors[name])
+        members.setdefault(key, []).append(parameter)
+    groups = [
+        {"params": parameters, "weight_decay": decay, "rate_factor": factor}
+        for (decay, factor), parameters in sorted(members.items(), key=lambda item: item[0], reverse=True)
+    ]
     if train.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=fused)
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=train.momentum, fused=fused)
-    for parameter in trainable if train.momentum else ():
+    for parameter in trainable.values() if train.momentum else ():
         # as the first step would do, but also right where the first step is skipped (the fused kernel leaves it unset)
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def _is_norm_or_bias(name: str, parameter: Tensor) -> bool:
+    """Norms, biases, layer scales; and tables of positions, which are biases too."""
+    return parameter.ndim <= 1 or name.endswith("position_bias_table")
 
 
 def precision_of(train: TrainConfig, device: torch.device) -> torch.dtype:
@@ -81,7 +94,7 @@ class Updater:
         Returns the norm of the gradients before clipping [], on the device; not finite where the step was skipped.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * factor
+            group["lr"] = self.lr * factor * group["rate_factor"]
         self._scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -315,3 +316,23 @@ def test_each_stage_begins_where_the_stage_before_has_moved_the_boxes(
     assert len(first) > 5
     assert all(((seen[1] - box).abs().amax(dim=1) < 1e-2).any() for box in moved)
     assert not torch.equal(seen[1], seen[2])
+
+
+def test_batch_norm_of_a_box_head_does_not_count_padding() -> None:
+    model = tiny_model(box_head="4conv1fc_bn", masks="none")
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(2, 32, 128 // s, 128 // s, generator=generator) for s in (4, 8, 16, 32)]
+    boxes = torch.rand(2, 5, 4, generator=generator) * 40 + torch.tensor([0.0, 0.0, 60.0, 60.0])
+    valid = torch.tensor([[True, True, True, True, True], [True, False, True, False, False]])
+    head = model.cascade.box_heads[0]
+    alone = copy.deepcopy(head)
+    wanted = alone(model.cascade._pool(features, boxes, valid).flatten(0, 1)[valid.flatten()])
+    found = model.cascade._run_stage(0, features, boxes, valid)
+    for ours, theirs in zip(found, wanted):
+        torch.testing.assert_close(ours[valid], theirs)
+        assert not ours[~valid].any()
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(head.state_dict()[name], value)
+    logits, deltas = model.cascade._run_stage(0, features, boxes, torch.zeros_like(valid))
+    (logits.sum() + deltas.sum()).backward()  # no box at all: still a step
+    assert all(p.grad is not None for p in head.parameters())
