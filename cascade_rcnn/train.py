@@ -31,7 +31,7 @@ from cascade_rcnn.data.split_levels import with_range
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.evaluation.evaluate_model import match_classes
 from cascade_rcnn.messages import one_line
-from cascade_rcnn.models.backbone import license_of_weights
+from cascade_rcnn.models.backbone import about_weights
 from cascade_rcnn.models.build import build_model, check_backbone
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.models.ops.capabilities import has_bfloat16_units
@@ -207,19 +207,13 @@ def build_network(
     fresh = not resuming and not settings.init
     model = build_model(config.model, len(class_names), pretrained=fresh).to(world.device)
     if fresh and config.model.pretrained and not config.model.backbone_weights:
-        log.say(_about_backbone(config.model.backbone))
+        log.say(about_weights(config.model.backbone))
     if settings.init and not resuming:
         log.say(start_from(model, Path(settings.init), class_names))
     if config.model.norm == "sync":
         model = distributed.with_synchronised_norm(model, world)
     model.set_activation_checkpointing(settings.activation_checkpointing)
     return model
-
-
-def _about_backbone(name: str) -> str:
-    license = license_of_weights(name)
-    limit = "; not for commercial use" if "-nc" in license else ""
-    return f"backbone: {name}, weights through timm; their licence: {license or 'not stated there'}{limit}"
 
 
 def train_epoch(run: Run, interrupts: Interrupts, watchdog: Watchdog) -> None:

@@ -51,10 +51,12 @@ def _create(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
         ) from error
 
 
-def license_of_weights(name: str) -> str:
-    """The licence of timm's weights ``name``, as it states it; empty where it states none."""
+def about_weights(name: str) -> str:
+    """A line on timm's weights ``name`` and their licence, as timm states it."""
     known = timm.get_pretrained_cfg(name)
-    return str(known.license or "") if known is not None else ""
+    license = str(known.license or "") if known is not None else ""
+    limit = "; not for commercial use" if "-nc" in license else ""
+    return f"backbone: weights {name} through timm; their licence: {license or 'not stated there'}{limit}"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from cascade_rcnn.config import ModelConfig
 from cascade_rcnn.errors import CheckpointError, ConfigError
-from cascade_rcnn.models.backbone import Backbone
+from cascade_rcnn.models.backbone import Backbone, about_weights
 from cascade_rcnn.models.build import build_model, load_backbone_weights
 from cascade_rcnn.models.fpn import FeaturePyramid
 
@@ -207,3 +207,22 @@ def test_a_map_that_is_no_multiple_of_the_window_is_padded_before_it_is_shifted(
                 found = block.attn(rolled[:, window[0], window[1]].reshape(1, 49, 96), mask=mask)
                 wanted[:, window[0], window[1]] = found.view(1, 7, 7, 96)
         torch.testing.assert_close(block._attn(x), wanted.roll((3, 3), dims=(1, 2))[:, :9, :10])
+
+
+def test_stochastic_depth_that_a_network_lacks_is_no_failed_download() -> None:
+    for pretrained in (False, True):
+        with pytest.raises(ConfigError, match=r"model\.drop_path 0\.1: 'vgg16\.tv_in1k' has no stochastic depth"):
+            Backbone("vgg16.tv_in1k", pretrained=pretrained, drop_path=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("convnext_tiny.fb_in1k", "licence: apache-2.0"),
+        ("swin_tiny_patch4_window7_224", "licence: mit"),
+        ("convnextv2_tiny.fcmae", "licence: cc-by-nc-4.0; not for commercial use"),
+        ("test_resnet", "licence: "),
+    ],
+)
+def test_the_licence_of_starting_weights_is_told(name: str, said: str) -> None:
+    assert said in about_weights(name)
