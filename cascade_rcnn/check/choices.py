@@ -208,7 +208,8 @@ def _short_side(config: Config, objects: _Objects, longer: float, machine: Machi
     short = max(32, round(min(max(factor * own, lowest), highest) / 32) * 32) if factor != 1 else own
     fits = _fitting_side(config, longer, machine)
     tight = fits < short
-    short = max(min(short, fits), _SMALLEST_INPUT if tight else 0)
+    if tight:
+        short = max(int(fits), _SMALLEST_INPUT)
     reason = f"the median object's side is {side(short):.0f} pixels there"
     if short != own:
         reason += f" ({there:.0f} at the recipe's {own})"
