@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -220,10 +221,10 @@ def _short_side(config: Config, objects: _Objects, longer: float, machine: Machi
     return short, reason
 
 
-def _fitting_side(config: Config, longer: float, machine: Machine) -> float:
+def _fitting_side(config: Config, longer: float, machine: Machine) -> int:
     """The largest shorter side, a multiple of 32, whose training step fits into the GPU's memory, by a rough count."""
     if machine.gpu_memory is None:
-        return math.inf
+        return sys.maxsize
     rate = _GB_PER_MEGAPIXEL if config.model.masks == "none" else _GB_PER_MEGAPIXEL_MASKS
     rate *= 2 if config.train.precision == "fp32" else 1
     megapixels = (_GPU_SHARE * machine.gpu_memory - _GB_FIXED) / rate / config.train.batch_size

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from cascade_rcnn.cache import cache_folder
+from cascade_rcnn.check.choices import Machine, choose
 from cascade_rcnn.check.images import check_images, check_same_images
 from cascade_rcnn.check.objects import check_classes, check_objects
 from cascade_rcnn.check.report import Report, new_report
@@ -156,7 +157,7 @@ def run_check(
     ``recipe`` gives the input scale and the anchors that objects are measured against (else the defaults).
     Returns 1 where errors were found, or are left in the copy that ``fix`` wrote, else 0.
     """
-    recipe = recipe or Config()
+    recipe = _as_trained(recipe or Config(), data)
     report, splits = _check(data, None, recipe.data, recipe.model)
     report.show()
     if out is not None:
@@ -172,6 +173,19 @@ def run_check(
     if fix is not None:
         return _fix(splits, fix, recipe)
     return int(report.has("error"))
+
+
+def _as_trained(recipe: Config, root: Path) -> Config:
+    """A recipe that chooses settings from its data, with those it would choose: objects are measured against them."""
+    if recipe.automatic is None:
+        return recipe
+    try:
+        split = open_split(
+            root, _training_first(disjoint_splits(root))[0], strict=False, orientation=recipe.data.orientation
+        )
+    except (DataError, IndexError):
+        return recipe  # the check itself says what is wrong
+    return choose(recipe, split, machine=Machine())[0]
 
 
 def _drawn_as(data: DataConfig, splits: list[DataSplit]) -> DataConfig:

