@@ -68,6 +68,7 @@ def train(
         TrainingInterrupted: after SIGINT, SIGTERM or SIGHUP, when everything is saved (a SystemExit).
     """
     settings = config.train
+    check_loggers(settings.loggers)
     with (
         distributed.start(device) as world,
         Interrupts() as interrupts,
@@ -105,7 +106,6 @@ def train(
 
 def set_up(config: Config, out: Path, world: distributed.World, log: RunLog, *, resume: bool) -> Run:
     """The data, the network, its optimizer; on top of them what an interrupted run has saved."""
-    check_loggers(config.train.loggers)
     resuming = claim_folder(out, world, log, resume=resume or world.restarts > 0)
 
     data = open_split(config.data.root, config.data.train, orientation=config.data.orientation)

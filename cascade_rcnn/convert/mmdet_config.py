@@ -206,6 +206,8 @@ def _backbone(backbone: dict[str, Any], model: Mapping[str, Any], found: Finding
     settings = BACKBONES[kind](backbone, found)
     settings["frozen_stages"] = backbone.get("frozen_stages", -1)
     if as_dict(backbone.get("dcn")):
+        if not kind.startswith("Res"):
+            found.refuse("backbone.dcn", f"in a {kind}", "in ResNet and ResNeXt")
         with_dcn = as_list(backbone.get("stage_with_dcn"))
         settings["deformable_stages"] = tuple(k + 1 for k, has in enumerate(with_dcn) if has is True)
     norm = as_dict(backbone.get("norm_cfg"))

@@ -273,6 +273,13 @@ train_dataloader = dict(dataset=dict(dataset=dict(pipeline=train_pipeline)))
          "train.norm_weight_decay", False),
         ("param_scheduler = [dict(type='CosineAnnealingLR', T_max=12, by_epoch=True, eta_min=0)]",
          "train.schedule", "cosine"),
+        ("model = dict(backbone=dict(dcn=dict(type='DCNv2', deform_groups=2, fallback_on_stride=False), "
+         "stage_with_dcn=(False, False, True, True)))", "model.deformable_stages", (3, 4)),
+        ("model = dict(backbone=dict(_delete_=True, type='RegNet', arch='regnetx_3.2gf', norm_eval=True))",
+         "model.backbone", "regnetx_032.pycls_in1k"),
+        ("loss = dict(reg_decoded_bbox=True, loss_bbox=dict(type='GIoULoss', loss_weight=10.0))\n"
+         "model = dict(roi_head=dict(bbox_head=[dict(_base_.head, **loss), dict(_base_.head, **loss)]))",
+         "model.box_loss_weight", 10.0),
         ("custom_hooks = [dict(type='EMAHook', momentum=0.0002)]", "train.ema", 0.9998),
         ("train_cfg = dict(val_interval=4)", "train.evaluate_every", 4),
         ("randomness = dict(seed=7)", "train.seed", 7),
@@ -297,6 +304,8 @@ def test_settings_that_are_taken_over(tmp_path: Path, text: str, setting: str, v
         ("model = dict(backbone=dict(depth='fifty'))", "whole numbers"),
         ("model = dict(backbone=dict(dcn=dict(type='DCNv3')))", "backbone.dcn.type = 'DCNv3'"),
         ("model = dict(backbone=dict(conv_cfg=dict(type='ConvAWS')))", "conv_cfg.type"),
+        ("model = dict(backbone=dict(_delete_=True, type='RegNet', arch='regnetx_3.2gf', dcn=dict(type='DCNv2')))",
+         "backbone.dcn = 'in a RegNet'"),
         ("model = dict(neck=dict(type='PAFPN'))", "neck.type = 'PAFPN'"),
         ("model = dict(neck=dict(norm_cfg=dict(type='BN')))", "neck.norm_cfg.type = 'BN'"),
         ("model = dict(neck=dict(out_channels='many'))", "expected 'many'|fpn_channels|in_channels"),
