@@ -9,7 +9,6 @@ import asyncio
 import base64
 import hmac
 import importlib.resources
-import json
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -22,9 +21,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect
 
 from cascade_rcnn import __version__
 from cascade_rcnn.errors import UserError
@@ -32,9 +30,9 @@ from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.detector import Detector
 from cascade_rcnn.inference.exported import ExportedNetwork
 from cascade_rcnn.serve.batching import Batcher, QueueFullError
-from cascade_rcnn.serve.fetch import fetch_url
 from cascade_rcnn.serve.label_studio import Backend, TaskError, add_label_studio
-from cascade_rcnn.serve.pictures import PictureTooLargeError, decode
+from cascade_rcnn.serve.pictures import PictureTooLargeError, decode, size_of
+from cascade_rcnn.serve.receive import Memory, ServiceError, Share, received
 from cascade_rcnn.serve.settings import ServeSettings
 
 _T = TypeVar("_T")
@@ -48,14 +46,6 @@ _HEADERS = {
 }
 
 
-class ServiceError(Exception):
-    """An error that the client is told about."""
-
-    def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(detail)
-        self.status, self.detail, self.headers = status, detail, headers or {}
-
-
 class _Metrics:
     """Counters for Prometheus; a registry of their own, so that two apps in a process do not meet."""
 
@@ -67,6 +57,8 @@ class _Metrics:
         self.seconds = Histogram("request_seconds", "Seconds until the answer to /predict", registry=self.collected)
         queue = Gauge("queue_images", "Images that wait", registry=self.collected)
         queue.set_function(lambda: service.batcher.waiting if service.batcher else 0)
+        held = Gauge("held_bytes", "Bytes of files and pixels of requests under way", registry=self.collected)
+        held.set_function(lambda: service.memory.used)
 
 
 class _Service:
@@ -78,6 +70,7 @@ class _Service:
         self.stages = 1 if self.exported else len(detector.config.model.stage_ious)  # to choose from
         self.batcher: Batcher | None = None
         self.ready = False
+        self.memory = Memory(settings.max_held)
         self.metrics = _Metrics(self)
 
     def detect(self, images: Sequence[NDArray[np.uint8]], stages: int) -> list[Detections]:
@@ -163,12 +156,16 @@ def _add_errors(app: FastAPI) -> None:
         first = error.errors()[0]
         return _problem(422, f"{'.'.join(str(part) for part in first['loc'][1:])}: {first['msg']}")
 
+    async def left(_: Request, error: Exception) -> Response:  # nobody reads it; without, each would be a failure
+        return _problem(400, "the client has left")
+
     async def unknown(_: Request, error: Exception) -> Response:
         return _problem(500, f"the service failed ({type(error).__name__}); its log has more")
 
     app.add_exception_handler(ServiceError, known)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(ClientDisconnect, left)
     app.add_exception_handler(Exception, unknown)
 
 
@@ -290,17 +287,34 @@ async def _predict(service: _Service, request: Request, score: float, stages: in
         raise ServiceError(422, f"stages {stages}: an exported network always runs the stages it was exported with")
     if stages > service.stages:
         raise ServiceError(422, f"stages {stages}: the cascade has {service.stages}")
-    images, names = [], []
-    for name, content in await _received(service, request):
-        try:
-            images.append(await asyncio.to_thread(decode, content, max_pixels=service.settings.max_pixels))
-        except PictureTooLargeError as error:
-            raise ServiceError(413, f"{name}: {error}") from None
-        except UserError as error:
-            raise ServiceError(422, f"{name}: {error}") from None
-        names.append(name)
-    found = await _detect(service, images, stages)
-    return {"images": await asyncio.to_thread(_answers, service, names, found, score, masks)}
+    if service.batcher.waiting >= service.settings.max_queue:
+        raise _full(service.batcher.full())  # before anything is read or decoded
+    with service.memory.share() as share:
+        images, names = [], []
+        for name, content in await received(service.settings, request, share):
+            try:
+                images.append(await _decode(service, content, share))
+            except PictureTooLargeError as error:
+                raise ServiceError(413, f"{name}: {error}") from None
+            except UserError as error:
+                raise ServiceError(422, f"{name}: {error}") from None
+            names.append(name)
+        found = await _detect(service, images, stages)
+        return {"images": await asyncio.to_thread(_answers, service, names, found, score, masks)}
+
+
+async def _decode(service: _Service, content: bytes, share: Share) -> NDArray[np.uint8]:
+    """The pixels of a file; what decoding needs is reserved before it begins."""
+    max_pixels = service.settings.max_pixels
+    width, height = await asyncio.to_thread(size_of, content, max_pixels=max_pixels)
+    share.take(7 * width * height)  # Pillow's own pixels, 4 bytes each, and the array
+    pixels = await asyncio.to_thread(decode, content, max_pixels=max_pixels)
+    share.give(4 * width * height)
+    return pixels
+
+
+def _full(error: QueueFullError) -> ServiceError:
+    return ServiceError(429, str(error), {"Retry-After": str(math.ceil(error.retry_after))})
 
 
 async def _detect(service: _Service, images: list[NDArray[np.uint8]], stages: int) -> list[Detections]:
@@ -309,7 +323,7 @@ async def _detect(service: _Service, images: list[NDArray[np.uint8]], stages: in
     try:
         found = await service.batcher.detect(images, stages)
     except QueueFullError as error:
-        raise ServiceError(429, str(error), {"Retry-After": str(math.ceil(error.retry_after))}) from None
+        raise _full(error) from None
     service.metrics.images.inc(len(found))
     return found
 
@@ -330,72 +344,3 @@ def _answers(
         height, width = kept.size
         answers.append({"file_name": name, "height": height, "width": width, "detections": results})
     return answers
-
-
-async def _received(service: _Service, request: Request) -> list[tuple[str, bytes]]:
-    """Name and content of each file of the request, within the limits of bytes and files."""
-    settings = service.settings
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > settings.max_bytes:
-        raise ServiceError(413, f"{length} bytes: at most {settings.max_bytes} are accepted")
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "application/json":
-        return [await _from_url(settings, await _body(request, min(settings.max_bytes, 10_000)))]
-    if kind != "multipart/form-data":
-        content = await _body(request, settings.max_bytes)
-        if not content:
-            raise ServiceError(422, "no picture: send it as the body, or as files of a multipart form")
-        return [("image", content)]
-    return await _from_form(request, settings)
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise ServiceError(413, f"more than {limit} bytes")
-        parts.append(part)
-    return b"".join(parts)
-
-
-async def _from_form(request: Request, settings: ServeSettings) -> list[tuple[str, bytes]]:
-    size, receive = 0, request._receive
-
-    async def counted() -> Any:
-        nonlocal size
-        message = await receive()
-        size += len(message.get("body", b""))
-        if size > settings.max_bytes:
-            raise ServiceError(413, f"more than {settings.max_bytes} bytes")
-        return message
-
-    request._receive = counted
-    try:
-        async with request.form(max_files=settings.max_files, max_fields=16) as form:
-            files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-            if not files:
-                raise ServiceError(422, "no file in the form")
-            return [(_shown(file.filename), await file.read()) for file in files]
-    except (MultiPartException, HTTPException) as error:
-        detail = error.message if isinstance(error, MultiPartException) else str(error.detail)
-        raise ServiceError(413 if "Too many" in detail else 422, detail) from None
-
-
-def _shown(name: str | None) -> str:
-    """A client's name of its file, without folders, short and printable."""
-    plain = (name or "image").replace("\\", "/").rpartition("/")[2]
-    return "".join(c if c.isprintable() else "?" for c in plain)[:120] or "image"
-
-
-async def _from_url(settings: ServeSettings, body: bytes) -> tuple[str, bytes]:
-    try:
-        url = json.loads(body)["url"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ServiceError(422, 'expected a picture, a multipart form, or {"url": ADDRESS}') from None
-    if not settings.allow_urls:
-        raise ServiceError(403, "addresses are not fetched: the service was started without --allow-urls")
-    try:
-        return await asyncio.to_thread(fetch_url, str(url), max_bytes=settings.max_bytes)
-    except UserError as error:
-        raise ServiceError(422, str(error)) from None

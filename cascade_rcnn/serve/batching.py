@@ -68,10 +68,14 @@ class Batcher:
         """Images that wait."""
         return len(self._waiting)
 
+    def full(self) -> QueueFullError:
+        """What is raised when the queue is full, with the seconds until it will have been worked off."""
+        return QueueFullError(max(1.0, len(self._waiting) * self._seconds_per_image))
+
     async def detect(self, images: Sequence[Image], stages: int = 0) -> list[Detections]:
         """What is found in each image. Raises QueueFullError; what the network raises for an image."""
         if len(self._waiting) + len(images) > self._max_queue:
-            raise QueueFullError(max(1.0, len(self._waiting) * self._seconds_per_image))
+            raise self.full()
         loop = asyncio.get_running_loop()
         entries = [_Waiting(image, stages, loop.create_future()) for image in images]
         self._waiting.extend(entries)

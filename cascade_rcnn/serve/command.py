@@ -28,6 +28,7 @@ def run_serve(
         import uvicorn
 
         from cascade_rcnn.serve.app import create_app
+        from cascade_rcnn.serve.protocol import Protocol
     except ImportError as error:
         raise UserError(f"the package {error.name} is missing: pip install 'cascade-rcnn[serve]'") from error
     detector = load(
@@ -47,7 +48,15 @@ def run_serve(
     if settings.label_studio:
         print(f"Label Studio: add the model http://{shown}:{port}/label-studio in the project's settings", flush=True)
     config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30, server_header=False
+        app,
+        host=host,
+        port=port,
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        log_level="warning",
+        timeout_graceful_shutdown=30,
+        server_header=False,
     )
     server = uvicorn.Server(config)
     try:

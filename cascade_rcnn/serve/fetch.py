@@ -23,7 +23,10 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def fetch_url(url: str, *, max_bytes: int, timeout: float = 10.0) -> tuple[str, bytes]:
     """Name and content of a picture on the public internet. Raises UserError: another scheme, a private address, ..."""
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:  # https://[
+        raise UserError("url: not an address") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError("url: an address that begins with https:// or http://")
     try:

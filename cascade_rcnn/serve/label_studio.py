@@ -131,8 +131,12 @@ def fetch_task_image(
     Raises:
         UserError: an address elsewhere, or one that cannot be fetched.
     """
-    whole = urllib.parse.urljoin(server.rstrip("/") + "/", address)
-    if urllib.parse.urlsplit(whole)[:2] != urllib.parse.urlsplit(server)[:2]:
+    try:
+        whole = urllib.parse.urljoin(server.rstrip("/") + "/", address)
+        elsewhere = urllib.parse.urlsplit(whole)[:2] != urllib.parse.urlsplit(server)[:2]
+    except ValueError:  # https://[
+        raise UserError(f"{shown(address)}: not an address") from None
+    if elsewhere:
         if not allow_urls:
             raise UserError(
                 f"{shown(address)}: not on the Label Studio server {server}; start the service with --allow-urls, "

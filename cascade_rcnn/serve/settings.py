@@ -36,6 +36,11 @@ class ServeSettings:
     api_key: str = ""
     """What clients must send as ``Authorization: Bearer KEY`` or ``X-API-Key: KEY``; empty: nothing."""
 
+    @property
+    def max_held(self) -> int:
+        """Bytes of files and pixels that requests under way hold together; two of the largest always fit."""
+        return max(1_000_000_000, 2 * (self.max_bytes + 7 * self.max_pixels))
+
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_queue", "max_bytes", "max_files", "max_pixels"):
             if getattr(self, name) < 1:
