@@ -12,7 +12,8 @@ an input of 256 pixels for a tile of 1,024, which shows the shapes as large as i
 border* if its box crosses an inner border of a tile of the finest level. Larger objects cross more often and are found
 more easily, hence ``elsewhere`` weighs sizes as they occur on borders. Each contender runs in a process of its own;
 memory is the process's peak (VmHWM). ``make --blank`` writes an empty canvas of any side in no time, to see what
-memory it takes: with --input 64 the network is quicker and finds nothing.
+memory it takes: with --input 64 the network is quicker and finds nothing. ``--height`` makes it less high: memory
+depends on the width.
 """
 
 from __future__ import annotations
@@ -159,17 +160,17 @@ def _background(rng: np.random.Generator, height: int, width: int) -> NDArray[np
     return rows
 
 
-def blank(folder: Path, side: int) -> None:
+def blank(folder: Path, side: int, height: int) -> None:
     """A canvas without any pixel written: TIFF says so, and it reads as black."""
     import rasterio
 
     folder.mkdir(parents=True, exist_ok=True)
     options = {"tiled": True, "blockxsize": 512, "blockysize": 512, "compress": "deflate", "SPARSE_OK": True}
-    shape = {"height": side, "width": side, "count": 3, "dtype": "uint8"}
+    shape = {"height": height, "width": side, "count": 3, "dtype": "uint8"}
     warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
     with rasterio.open(folder / "blank.tif", "w", driver="GTiff", BIGTIFF="YES", **shape, **options):
         pass
-    image = {"id": 1, "file_name": "blank.tif", "height": side, "width": side}
+    image = {"id": 1, "file_name": "blank.tif", "height": height, "width": side}
     content = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": CLASS_NAMES[0]}]}
     (folder / "instances.json").write_text(json.dumps(content), encoding="utf-8")
 
@@ -338,6 +339,7 @@ def main() -> None:
     making.add_argument("--large", type=int, default=0)
     making.add_argument("--seed", type=int, default=0)
     making.add_argument("--blank", action="store_true")
+    making.add_argument("--height", type=int, help="of a blank canvas (as its side)")
     measuring = commands.add_parser("measure")
     measuring.add_argument("checkpoint")
     measuring.add_argument("folder", type=Path)
@@ -345,7 +347,7 @@ def main() -> None:
     measuring.add_argument("--input", type=int, default=INPUT, help="side of the network's input (%(default)s)")
     args = parser.parse_args()
     if args.command == "make" and args.blank:
-        blank(args.folder, args.side)
+        blank(args.folder, args.side, args.height or args.side)
     elif args.command == "make":
         sizes = {"canvases": args.canvases, "side": args.side, "objects": args.objects, "large": args.large}
         make(args.folder, **sizes, seed=args.seed)

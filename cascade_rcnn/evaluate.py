@@ -93,7 +93,7 @@ def _detect(
     """COCO results of all processes, on rank 0, and the split that was looked at."""
     if inference.tiling is not None:
         options: dict[str, Any] = {"class_map": class_map, "batch_size": inference.batch_size}
-        return detect_in_tiles(detector, split, inference.tiling, **options), split
+        return detect_in_tiles(detector, split, inference.tiling, **options)
     return detect_split(
         detector.model,
         detector.config,

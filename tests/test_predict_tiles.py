@@ -308,7 +308,8 @@ def test_evaluation_by_tiles_sees_pictures_as_their_labels_count_them(
     split = open_split(write_coco(tmp_path, 6, size=(120, 90), labelled=labelled), "train")
     data = DataConfig(short_side=(64,), long_side=64, max_pixels=max_pixels)
     detector = Detector(FindsBright(), replace(Config(), data=data), split.class_names)  # type: ignore[arg-type]
-    results = detect_in_tiles(detector, split, Tiling(64, 0.5), progress=False)
+    results, seen = detect_in_tiles(detector, split, Tiling(64, 0.5), progress=False)
+    assert seen is split
     truth = {record.image_id: record.boxes[0] for record in split.records}
     assert len(results) == 4
     for result in results:
@@ -329,6 +330,28 @@ def test_the_command_evaluates_by_tiles(tmp_path: Path, capsys: pytest.CaptureFi
     assert metrics["bbox/AP"] is not None and any(
         name.startswith("bbox/AR") and name > "bbox/AR100" for name in metrics
     )
+
+
+@pytest.mark.parametrize("max_pixels", [100_000, 1_000])
+def test_evaluation_by_tiles_goes_on_without_what_cannot_be_read(
+    max_pixels: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if max_pixels < 10_000:
+        pytest.importorskip("rasterio")
+    split = open_split(write_coco(tmp_path, 1, size=(120, 90)), "train")
+    damaged = split.records[1].path
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    data = DataConfig(short_side=(64,), long_side=64, max_pixels=max_pixels)
+    detector = Detector(FindsBright(), replace(Config(), data=data), split.class_names)  # type: ignore[arg-type]
+    results, seen = detect_in_tiles(detector, split, Tiling(64, 0.5), progress=False)
+    said = capsys.readouterr().err
+    assert damaged.name in said and "1 of 4 images of 'train' cannot be read" in said
+    assert {one["image_id"] for one in results} == {record.image_id for record in seen.records}
+    assert len(seen) == 3 and damaged not in [record.path for record in seen.records]
+    for record in split.records:
+        record.path.write_bytes(b"")
+    with pytest.raises(DataError, match="so with all 4 images of 'train'"):
+        detect_in_tiles(detector, split, Tiling(64, 0.5), progress=False)
 
 
 def test_merged_results_are_measured_without_the_limit_of_a_hundred(tmp_path: Path) -> None:

@@ -104,11 +104,11 @@ def detect_split(
         return [], split
     looked_at = sorted(str(image) for _, images, _ in parts for image in images)
     assert looked_at == sorted(str(record.image_id) for record in split.records), "each image once over all processes"
-    read = _without_unread(split, {path: reason for _, _, some in parts for path, reason in some.items()})
+    read = without_unread(split, {path: reason for _, _, some in parts for path, reason in some.items()})
     return [one for part, _, _ in parts for one in part], read
 
 
-def _without_unread(split: DataSplit, bad: Mapping[str, str]) -> DataSplit:
+def without_unread(split: DataSplit, bad: Mapping[str, str]) -> DataSplit:
     """The split without the images (path: reason) that cannot be read; names them."""
     if not bad:
         return split

@@ -15,7 +15,8 @@ from cascade_rcnn.data.orientation import FORMATS_WITHOUT_SIZES, annotated_size,
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.data.rle import MOST_RLE_PIXELS
 from cascade_rcnn.data.windows import WindowRows, is_too_large
-from cascade_rcnn.evaluation.evaluate_model import NOT_IN_SPLIT, as_split
+from cascade_rcnn.errors import DataError
+from cascade_rcnn.evaluation.evaluate_model import NOT_IN_SPLIT, as_split, without_unread
 from cascade_rcnn.inference.detector import Detector
 from cascade_rcnn.inference.tiles import ArrayRows, Pyramid, Rows, Tiling
 from cascade_rcnn.progress import progress_bar
@@ -29,20 +30,30 @@ def detect_in_tiles(
     class_map: Sequence[int] | None = None,
     batch_size: int = 1,
     progress: bool = True,
-) -> list[dict[str, Any]]:
-    """As ``detect_split``: on rank 0 the results of all processes, elsewhere an empty list.
+) -> tuple[list[dict[str, Any]], DataSplit]:
+    """As ``detect_split``: on rank 0 the results of all processes, elsewhere none; and the split that was looked at.
 
-    Pictures above ``data.max_pixels`` are read by windows. Each is seen as its labels count it.
+    Pictures above ``data.max_pixels`` are read by windows. Each is seen as its labels count it. One that cannot be
+    read, or not to its end, is left out and named.
+
+    Raises:
+        DataError: no image can be read.
     """
     rank, size = distributed.rank(), distributed.world_size()
     names, ids, _ = as_split(split, class_map)
     mapped = Detector(detector.model, detector.config, names, ids, precision=detector.precision)
     results: list[dict[str, Any]] = []
+    bad: dict[str, str] = {}
     full = tiles = 0
     with progress_bar(len(split.records), show=progress and rank == 0) as advance:
         for record in split.records[rank::size]:
-            rows = _rows(record, split, detector.config)
-            found = mapped.predict_tiled(Pyramid(rows, tiling), batch_size=batch_size)
+            try:
+                rows = _rows(record, split, detector.config)
+                found = mapped.predict_tiled(Pyramid(rows, tiling), batch_size=batch_size)
+            except DataError as error:
+                bad[str(record.path)] = str(error)
+                advance(size)
+                continue
             full, tiles = full + found.full_tiles, tiles + found.tiles
             for part in found.parts():
                 part.image_id = record.image_id
@@ -54,7 +65,11 @@ def detect_in_tiles(
             "smaller tiles",
             file=sys.stderr,
         )
-    return [one for part in distributed.gather(results) for one in part]
+    parts = distributed.gather((results, bad))
+    if not parts:
+        return [], split
+    read = without_unread(split, {path: reason for _, some in parts for path, reason in some.items()})
+    return [one for part, _ in parts for one in part], read
 
 
 def _rows(record: ImageRecord, split: DataSplit, config: Config) -> Rows:
