@@ -146,6 +146,11 @@ def test_keys(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
         fetch_task_image(path, key="secret", **{**options, "max_bytes": 10})
 
 
+def test_what_is_no_address_is_said(server: str) -> None:
+    with pytest.raises(UserError, match="not an address"):
+        fetch_task_image("https://[", server=server, key="", max_bytes=1000, allow_urls=True)
+
+
 @pytest.mark.parametrize(
     "address", ["http://127.0.0.1:9/a.png", "//127.0.0.1:9/a.png", "file:///etc/passwd", "s3://bucket/a.png"]
 )

@@ -272,6 +272,55 @@ def test_a_full_queue_is_429_with_retry_after(detector: Detector) -> None:
         client.close()
 
 
+def test_what_requests_hold_in_memory_is_bounded(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request of 120 x 90 pixels needs 7 bytes for each while it is decoded."""
+    monkeypatch.setattr(ServeSettings, "max_held", 2 * (len(picture()) + 7 * 120 * 90))
+    client = Client(detector, max_batch=1)
+    try:
+        answers = client.ask_many(6, "POST", "/predict", content=picture())
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert refused and {answer.status_code for answer in answers} == {200, 429}
+        assert int(refused[0].headers["retry-after"]) >= 1
+        files = [("f", ("a.png", picture()))] * 6
+        assert client.ask("POST", "/predict", files=files).status_code == 413
+        assert client.ask("POST", "/predict", content=picture()[:300]).status_code == 422
+        assert client.ask("POST", "/predict", content=picture()).status_code == 200
+        assert "held_bytes 0.0" in client.ask("GET", "/metrics").text
+    finally:
+        client.close()
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused(client: Client) -> None:
+    """Each would cost a pass over all pixels, and takes some hundred bytes."""
+    whole = picture(kind="JPEG", progressive=True)
+    first = whole.index(b"\xff\xda")
+    second = whole.index(b"\xff\xda", first + 2)
+    assert client.ask("POST", "/predict", content=whole).status_code == 200
+    answer = client.ask("POST", "/predict", content=whole[:second] + whole[first:second] * 201 + whole[second:])
+    assert answer.status_code in (413, 422) and "scans" in answer.json()["detail"]
+
+
+def test_a_client_that_leaves_is_no_failure(client: Client) -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/predict",
+        "query_string": b"",
+        "headers": [],
+        "http_version": "1.1",
+    }
+    client.loop.run_until_complete(client.app(scope, receive, send))
+    assert sent[0]["status"] == 400
+
+
 def test_a_late_answer_is_504(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
     client = Client(detector, timeout=0.05)
     try:
@@ -289,7 +338,15 @@ def test_limits_out_of_range_are_refused(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["file:///etc/passwd", "http://127.0.0.1:1/a.png", "http://[::1]/", "http://169.254.169.254/", "ftp://a/b", ""],
+    [
+        "file:///etc/passwd",
+        "http://127.0.0.1:1/a.png",
+        "http://[::1]/",
+        "http://169.254.169.254/",
+        "ftp://a/b",
+        "",
+        "https://[",
+    ],
 )
 def test_addresses_within_the_network_are_not_fetched(url: str) -> None:
     with pytest.raises(UserError, match=r"^url: "):
