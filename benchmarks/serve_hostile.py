@@ -1,4 +1,4 @@
-"""Some 600 kinds of hostile input against a running service: damaged pictures, bombs, broken forms, fields and HTTP.
+"""735 kinds of hostile input against a running service: damaged pictures, bombs, broken forms, fields and HTTP.
 
     python3 benchmarks/serve_hostile.py CHECKPOINT
 
@@ -213,12 +213,18 @@ def bombs(rng: random.Random) -> Iterator[Kind]:
         "a line of 30,000 pixels": picture(size=(30_000, 1)),
         "a column of 30,000 pixels": picture(size=(1, 30_000)),
     }
-    for magic, name in ((b"%PDF-1.7\n", "pdf"), (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "eps"), (b"PK\x03\x04", "zip"),
-                        (b"\x1f\x8b\x08", "gzip"), (b"\x7fELF", "elf"), (b"8BPS\0\1", "psd"), (b"\0\0\1\0\1\0", "ico"),
-                        (b"\0\0\0\x18ftypheic", "heic"), (b"\0\0\0\x0cjP  \r\n\x87\n", "jpeg 2000"), (b"BM", "bmp head"),
-                        (b"SIMPLE  =   T", "fits"), (b"P6\n9999999 9999999\n255\n", "ppm"), (b"\xd7\xcd\xc6\x9a", "wmf"),
-                        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg"), (b"<!DOCTYPE a [<!ENTITY b 'c'>]>", "xml"),
-                        (b"<script>alert(1)</script>", "html"), (b"import os\n", "python"), (b"\x80\x04\x95", "pickle"),
+    for magic, name in ((b"%PDF-1.7\n", "pdf"), (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "eps"),
+        (b"PK\x03\x04", "zip"),
+                        (b"\x1f\x8b\x08", "gzip"), (b"\x7fELF", "elf"), (b"8BPS\0\1", "psd"), (b"\0\0\1\0\1\0",
+                        "ico"),
+                        (b"\0\0\0\x18ftypheic", "heic"), (b"\0\0\0\x0cjP  \r\n\x87\n", "jpeg 2000"), (b"BM",
+                        "bmp head"),
+                        (b"SIMPLE  =   T", "fits"), (b"P6\n9999999 9999999\n255\n", "ppm"), (b"\xd7\xcd\xc6\x9a",
+                        "wmf"),
+                        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg"), (b"<!DOCTYPE a [<!ENTITY b 'c'>]>",
+                        "xml"),
+                        (b"<script>alert(1)</script>", "html"), (b"import os\n", "python"), (b"\x80\x04\x95",
+                        "pickle"),
                         (b"", "random bytes"), (bytes(100), "zeros")):  # fmt: skip
         contents[f"no picture but {name}"] = magic + rng.randbytes(400)
     for name, content in contents.items():
@@ -229,16 +235,21 @@ def forms(rng: random.Random) -> Iterator[Kind]:
     """Multipart forms: broken, with odd names and charsets, with too much."""
     png, multipart = picture(), b"multipart/form-data"
     whole = part(png)
-    names = [b"../../etc/passwd", b"..\\..\\boot.ini", b"/etc/shadow", b"C:\\a.png", b"a\0.png", b"%00", b"%2e%2e%2fa", b"", b".", b"..",
-             b"a" * 10_000, b"<script>alert(1)</script>", b"\x1b[31mred", b"a\rb", b"\xff\xfe\xfd", b"\xed\xa0\x80", "\u202egnp.exe".encode(),
-             "\U0001f600".encode() * 50, b"a\\\"b", b"a;b=c", b"{{7*7}}", b"${jndi:ldap://x}", b"%s%n%x", b"CON", b"/proc/self/environ"]  # fmt: skip
+    names = [b"../../etc/passwd", b"..\\..\\boot.ini", b"/etc/shadow", b"C:\\a.png", b"a\0.png", b"%00",
+        b"%2e%2e%2fa", b"", b".", b"..",
+             b"a" * 10_000, b"<script>alert(1)</script>", b"\x1b[31mred", b"a\rb", b"\xff\xfe\xfd",
+             b"\xed\xa0\x80", "\u202egnp.exe".encode(),
+             "\U0001f600".encode() * 50, b"a\\\"b", b"a;b=c", b"{{7*7}}", b"${jndi:ldap://x}", b"%s%n%x", b"CON",
+                 b"/proc/self/environ"]  # fmt: skip
     for name in names:
         yield Kind(f"file name {name[:30]!r}", form(part(png, b'form-data; name="file"; filename="' + name + b'"')))
         yield Kind(
             f"no picture, file name {name[:30]!r}", form(part(b"x", b'form-data; name="f"; filename="' + name + b'"'))
         )
-    for charset in (b"utf-7", b"utf-16", b"utf-32", b"punycode", b"idna", b"unicode_escape", b"raw_unicode_escape", b"undefined",
-                    b"zlib", b"rot13", b"base64", b"mbcs", b"../../x", b"a\xe9", b"", b"x" * 3000, b"utf-8\\0", b"cp65001"):  # fmt: skip
+    for charset in (b"utf-7", b"utf-16", b"utf-32", b"punycode", b"idna", b"unicode_escape",
+        b"raw_unicode_escape", b"undefined",
+                    b"zlib", b"rot13", b"base64", b"mbcs", b"../../x", b"a\xe9", b"", b"x" * 3000, b"utf-8\\0",
+                    b"cp65001"):  # fmt: skip
         kind = multipart + b'; boundary=b; charset="' + charset + b'"'
         yield Kind(
             f"charset {charset[:20]!r}",
@@ -281,34 +292,45 @@ def forms(rng: random.Random) -> Iterator[Kind]:
     }
     for name, wire in parts.items():
         yield Kind(f"form: {name}", wire)
-    for kind in (b"application/x-www-form-urlencoded", b"text/html", b"application/xml", b"image/svg+xml", b"a" * 5000, b"/", b";", b"\xff",
-                 b"multipart/mixed; boundary=b", b"multipart/byteranges", b"MULTIPART/FORM-DATA; BOUNDARY=b", b"application/json"):  # fmt: skip
+    for kind in (b"application/x-www-form-urlencoded", b"text/html", b"application/xml", b"image/svg+xml",
+        b"a" * 5000, b"/", b";", b"\xff",
+                 b"multipart/mixed; boundary=b", b"multipart/byteranges", b"MULTIPART/FORM-DATA; BOUNDARY=b",
+                 b"application/json"):  # fmt: skip
         yield Kind(f"content type {kind[:30]!r}, a form", form(whole, kind=kind))
         yield Kind(f"content type {kind[:30]!r}, text", request(b"a=b&c=d", kind))
 
 
 def fields(rng: random.Random) -> Iterator[Kind]:
     """Parameters of the query, and bodies in JSON."""
-    numbers = (b"-1", b"2", b"nan", b"inf", b"-inf", b"1e400", b"1e-400", b"0x1", b"1_0", b"%2b1", b"", b"%00", b"a", b"%ff", b"9" * 5000,
+    numbers = (b"-1", b"2", b"nan", b"inf", b"-inf", b"1e400", b"1e-400", b"0x1", b"1_0", b"%2b1", b"", b"%00",
+        b"a", b"%ff", b"9" * 5000,
                b"1;2", b"[]", b"null", b"true", b"-0", b"%d9%a3", b"0.5%0a", b"'or 1=1--")  # fmt: skip
     for name in (b"score", b"stages", b"masks"):
         for value in numbers:
             target = b"/predict?" + name + b"=" + value
             yield Kind(f"{name.decode()}={value[:12]!r}", request(picture(), b"image/png", target=target))
-    for query in (b"score=1&score=2", b"&&&&", b"=", b"score", b"%", b"%zz=%zz", b"a=" + b"b" * 30_000, b"&".join([b"a=1"] * 5000), b"score[]=1", b"?score=1",
+    for query in (b"score=1&score=2", b"&&&&", b"=", b"score", b"%", b"%zz=%zz", b"a=" + b"b" * 30_000,
+        b"&".join([b"a=1"] * 5000), b"score[]=1", b"?score=1",
                   b"__proto__=1", b"model=/etc/passwd"):  # fmt: skip
         yield Kind(f"query {query[:12]!r}", request(picture(), target=b"/predict?" + query))
-    urls = ["http://127.0.0.1/", "file:///etc/passwd", "http://169.254.169.254/", "http://[", "http://[::1]/", "http://a:b@c:99999/", "", " ", "\ud800",
-            "http://" + "a" * 5000, "gopher://a", "http://0x7f.1/", "//a", "http://\x00", 5, None, [], {}, True, 1e308]  # fmt: skip
+    urls = ["http://127.0.0.1/", "file:///etc/passwd", "http://169.254.169.254/", "http://[", "http://[::1]/",
+        "http://a:b@c:99999/", "", " ", "\ud800",
+            "http://" + "a" * 5000, "gopher://a", "http://0x7f.1/", "//a", "http://\x00", 5, None, [], {}, True,
+                1e308]  # fmt: skip
     bodies = [json.dumps({"url": url}).encode() for url in urls]
-    bodies += [b"", b"{", b"null", b"[]", b'"url"', b"5", b"NaN", b"[" * 9999, b'{"url":' * 1000, b'{"a":1}', b"\xff\xfe", b"\xef\xbb\xbf{}",
-               '{"url":"a"}'.encode("utf-16"), b"9" * 9000, b'{"url":1' + b"0" * 5000 + b"}", b'{"url":"' + b"a" * 20_000, rng.randbytes(500)]  # fmt: skip
+    bodies += [b"", b"{", b"null", b"[]", b'"url"', b"5", b"NaN", b"[" * 9999, b'{"url":' * 1000, b'{"a":1}',
+        b"\xff\xfe", b"\xef\xbb\xbf{}",
+               '{"url":"a"}'.encode("utf-16"), b"9" * 9000, b'{"url":1' + b"0" * 5000 + b"}",
+               b'{"url":"' + b"a" * 20_000, rng.randbytes(500)]  # fmt: skip
     for number, body in enumerate(bodies):
         yield Kind(f"json {number}: {body[:30]!r}", request(body, b"application/json"))
-    config = "<View><Image name='i' value='$image'/><RectangleLabels name='l' toName='i'><Label value='{}'/></RectangleLabels></View>"
+    regions = "<RectangleLabels name='l' toName='i'><Label value='{}'/></RectangleLabels>"
+    config = f"<View><Image name='i' value='$image'/>{regions}</View>"
     known = config.format("circle")
-    tasks = [None, 5, [], {}, [5], [{}], [{"data": 5}], [{"id": "x", "data": {"image": 5}}], [{"data": {"image": "http://["}}],
-             [{"data": {"image": "/../../etc/passwd"}}], [{"data": {"image": "file:///etc/passwd"}}], [{"data": {"image": "\ud800"}}]]  # fmt: skip
+    tasks = [None, 5, [], {}, [5], [{}], [{"data": 5}], [{"id": "x", "data": {"image": 5}}],
+        [{"data": {"image": "http://["}}],
+             [{"data": {"image": "/../../etc/passwd"}}], [{"data": {"image": "file:///etc/passwd"}}],
+             [{"data": {"image": "\ud800"}}]]  # fmt: skip
     labels = [
         None,
         5,
@@ -357,20 +379,33 @@ def wires() -> Iterator[Kind]:
         b"BREW",
     ):
         yield Kind(f"method {method[:10]!r}", request(b"", method=method))
-    for path in (b"/../../etc/passwd", b"//etc/passwd", b"/%2e%2e/%2e%2e/etc/passwd", b"/static/../../x", b"/predict/", b"/predict/../model", b"/%00", b"/%ff", b"/" + b"a" * 20_000,
-                 b"*", b"http://other/predict", b"predict", b"/predict#a", b"/\\", b"/.git/config", b"/.env", b"/docs", b"/openapi.json/..", b"/a b", b"/\xc3\xa9", b"", b"/label-studio/../x",
+    for path in (b"/../../etc/passwd", b"//etc/passwd", b"/%2e%2e/%2e%2e/etc/passwd", b"/static/../../x",
+        b"/predict/", b"/predict/../model", b"/%00", b"/%ff", b"/" + b"a" * 20_000,
+                 b"*", b"http://other/predict", b"predict", b"/predict#a", b"/\\", b"/.git/config", b"/.env",
+                 b"/docs", b"/openapi.json/..", b"/a b", b"/\xc3\xa9", b"", b"/label-studio/../x",
                  b"/label-studio/versions", b"/model?" + b"a" * 60_000, b"/;a=b"):  # fmt: skip
         yield Kind(f"path {path[:30]!r}", request(b"", target=path, method=b"GET"))
-    for header in (b"X: " + b"a" * 70_000, b"X: y\r\n" * 2000, b"X\0Y: z", b"X: a\0b", b" folded", b"X : y", b": empty", b"no colon", b"X: a\rb", b"Host: other", b"Content-Length: 5",
-                   b"Content-Length: -1", b"Content-Length: a", b"Content-Length: 1, 2", b"Content-Length: +5", b"Content-Length: " + b"9" * 5000,
-                   b"Content-Length: 99999999999999", b"Transfer-Encoding: gzip", b"Transfer-Encoding: chunked, gzip", b"Transfer-Encoding: chunked", b"Transfer-Encoding: xchunked",
-                   b"Expect: 100-continue", b"Expect: 500", b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==",
-                   b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AA", b"Range: bytes=0-5", b"Accept: nothing/*", b"Content-Encoding: gzip", b"Cookie: " + b"a=b; " * 5000,
-                   b"Authorization: Basic !!!", b"Authorization: Basic /////w==", b"Authorization: \xff", b"X-API-Key: \xff\xfe", b"X-Forwarded-For: ' OR 1", b"X-HTTP-Method-Override: DELETE",
-                   b"Connection: " + b"close, " * 1000, b"Content-Type: image/png\r\nContent-Type: multipart/form-data", b"Accept-Language: " + b"a" * 9000, b"Origin: null", b"Referer: \xff"):  # fmt: skip
+    for header in (b"X: " + b"a" * 70_000, b"X: y\r\n" * 2000, b"X\0Y: z", b"X: a\0b", b" folded", b"X : y",
+        b": empty", b"no colon", b"X: a\rb", b"Host: other", b"Content-Length: 5",
+                   b"Content-Length: -1", b"Content-Length: a", b"Content-Length: 1, 2", b"Content-Length: +5",
+                   b"Content-Length: " + b"9" * 5000,
+                   b"Content-Length: 99999999999999", b"Transfer-Encoding: gzip",
+                   b"Transfer-Encoding: chunked, gzip", b"Transfer-Encoding: chunked",
+                   b"Transfer-Encoding: xchunked",
+                   b"Expect: 100-continue", b"Expect: 500",
+                   b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==",
+                   b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AA",
+                   b"Range: bytes=0-5", b"Accept: nothing/*", b"Content-Encoding: gzip",
+                   b"Cookie: " + b"a=b; " * 5000,
+                   b"Authorization: Basic !!!", b"Authorization: Basic /////w==", b"Authorization: \xff",
+                   b"X-API-Key: \xff\xfe", b"X-Forwarded-For: ' OR 1", b"X-HTTP-Method-Override: DELETE",
+                   b"Connection: " + b"close, " * 1000,
+                   b"Content-Type: image/png\r\nContent-Type: multipart/form-data",
+                   b"Accept-Language: " + b"a" * 9000, b"Origin: null", b"Referer: \xff"):  # fmt: skip
         yield Kind(f"header {header[:40]!r}", request(png, headers=header + b"\r\n"), silent=True)
     chunked = b"POST /predict HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n"
-    for chunk in (b"-1\r\na", b"xyz\r\na", b"ffffffffffffffffff\r\na", b"5;" + b"a" * 70_000 + b"\r\nhello\r\n", b"5\r\nhello", b"2\r\nhello\r\n", b"0\r\nX: " + b"a" * 70_000 + b"\r\n\r\n", b"\r\n", b"0x5\r\nhello\r\n",
+    for chunk in (b"-1\r\na", b"xyz\r\na", b"ffffffffffffffffff\r\na", b"5;" + b"a" * 70_000 + b"\r\nhello\r\n",
+        b"5\r\nhello", b"2\r\nhello\r\n", b"0\r\nX: " + b"a" * 70_000 + b"\r\n\r\n", b"\r\n", b"0x5\r\nhello\r\n",
                   b"0\r\n\r\n", b"5\r\nhello\r\n0\r\n\r\n", b"0\r\nContent-Length: 5\r\n\r\nhello"):  # fmt: skip
         yield Kind(f"chunk {chunk[:20]!r}", chunked + chunk, silent=True)
     raw = {
@@ -476,11 +511,13 @@ def exchange(port: int, wire: Wire, seconds: float = 30.0) -> bytes:
         return answer
 
 
-_SECRETS = re.compile(rb"Traceback|File \"|site-packages|\.py\b|/usr/|/root|/home/|/work/|/tmp/|/opt/|0x[0-9a-f]{9}")
+_SECRETS = re.compile(rb"Traceback|File \"|site-packages|\.py\b|/usr/|/root|/home/|/tmp/|/opt/|0x[0-9a-f]{9}")
 
 
 def fault(kind: Kind, answer: bytes) -> str:
     """What is wrong with an answer; empty: nothing."""
+    if answer.startswith(b"HTTP/1.1 100"):  # go on: the answer follows
+        answer = answer.partition(b"\r\n\r\n")[2]
     if not answer:
         return "" if kind.silent else "no answer"
     head, _, body = answer.partition(b"\r\n\r\n")

@@ -189,9 +189,14 @@ def test_everything_is_reached_by_the_keyboard(page: Any) -> None:
         page.keyboard.press("Tab")
         seen.add(page.evaluate("document.activeElement.id"))
     assert {"choose", "camera", "score", "stages", "labels", "masks", "save-json", "save-coco", "save-picture"} <= seen
-    page.focus("#score")
-    with page.expect_file_chooser(timeout=5000):
+
+
+def test_the_key_o_opens_a_file(page: Any) -> None:
+    with page.expect_file_chooser(timeout=10_000) as asked:
         page.keyboard.press("o")
+    asked.value.set_files({"name": "o.png", "mimeType": "image/png", "buffer": picture()})
+    _count(page)
+    assert page.get_attribute("#picture", "alt") == "o.png"
 
 
 def test_a_dropped_picture(page: Any) -> None:
