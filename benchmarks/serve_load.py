@@ -164,8 +164,9 @@ def loaded(checkpoint: str, count: int) -> None:
         quarter = max(1, count // 4)
         for begin in range(0, count, quarter):
             measure(service, f"8 clients, from request {begin:,} on", quarter, 8)
-        measure(service, "200 clients, queue of 64", 2 * some, 200)
         print(f"memory: {service.memory():.0f} MB, at most {service.peak():.0f} MB", flush=True)
+    with Service(checkpoint, "--max-queue", "8") as service:
+        measure(service, "100 clients, --max-queue 8", max(200, some), 100)
 
 
 def disturbed(checkpoint: str) -> None:
