@@ -176,6 +176,7 @@ def test_a_large_number_of_boxes_is_cut_into_chunks(monkeypatch: pytest.MonkeyPa
     assert torch.equal(roi_align_rows(features, boxes, SEVEN), whole)
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="before torch 2.7 nothing says who traces")
 def test_export_uses_torchvision_with_the_same_numbers() -> None:
     class Pool(torch.nn.Module):
         def forward(self, features: list[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
