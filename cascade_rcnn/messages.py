@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 
@@ -20,6 +21,7 @@ def printable(path: object) -> str:
 def one_line(error: BaseException) -> str:
     """An exception's message on one line; for an operating system error, only its reason."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = re.sub(r"\x1b\[[\d;]*m", "", text)  # colours, which torch's exporter writes
     return " ".join(text.split()) or type(error).__name__
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cascade_rcnn.messages import few_names
+from cascade_rcnn.messages import few_names, one_line
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,8 @@ from cascade_rcnn.messages import few_names
 )
 def test_a_list_of_names_is_cut_after_a_few(names: list[object], expected: str) -> None:
     assert few_names(names, most=3) == expected
+
+
+def test_an_exception_is_one_line_without_colours() -> None:
+    assert one_line(RuntimeError("This is \x1b[96mstep 3/3\x1b[0m\nof exporting")) == "This is step 3/3 of exporting"
+    assert one_line(KeyError()) == "KeyError"

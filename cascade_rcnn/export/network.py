@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cascade_rcnn.checkpoint import load_checkpoint
 from cascade_rcnn.config import Config
 from cascade_rcnn.errors import UserError
+from cascade_rcnn.messages import one_line
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN, NoInitialValues
 from cascade_rcnn.runtime.network import INPUTS, METADATA, OUTPUTS, ExportInfo
@@ -155,7 +156,7 @@ def write_onnx(program: Any, path: Path, info: ExportInfo) -> None:
                 verbose=False,
             )
         except Exception as error:  # exporters raise kinds of their own
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise UserError(f"torch {torch.__version__} cannot write it as ONNX ({reason}); update torch") from error
     assert made is not None
     made.save(path, external_data=False)
