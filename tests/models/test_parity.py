@@ -110,7 +110,7 @@ def network_input(case: Case) -> ImageBatch:
 def test_features_and_stage_outputs_equal_the_reference(case: Case) -> None:
     model = loaded_model(case).eval()
     images = network_input(case)
-    if "input_sample" in case.reference:
+    if "input_sample" in case.reference and "regnetx" not in case.name:  # whose BGR is in our first convolution
         assert relative(model.normalize(images)[0, :, ::97, ::89], case.reference["input_sample"]) < 1e-6
     pyramid = model.pyramid(images)
     for level, feature in enumerate(pyramid, start=2):
