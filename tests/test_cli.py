@@ -149,7 +149,7 @@ def test_help_needs_no_heavy_import() -> None:
         text=True,
         capture_output=True,
         timeout=60,
-        cwd=Path(cli.__file__).resolve().parents[1],
+        cwd=Path(cli.__file__).resolve().parents[2],
     )
     assert done.stderr.strip() == "[]"
 
@@ -276,7 +276,7 @@ def test_of_several_processes_the_first_reports_what_all_have_seen(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(words: object) -> int:
+    def fail(parser: object, words: object) -> int:
         raise error
 
     monkeypatch.setenv("RANK", rank)
@@ -286,7 +286,7 @@ def test_of_several_processes_the_first_reports_what_all_have_seen(
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(words: object) -> int:
+    def fail(parser: object, words: object) -> int:
         raise ZeroDivisionError
 
     monkeypatch.setitem(COMMANDS, "demo", COMMANDS["demo"]._replace(run=fail))
@@ -297,11 +297,11 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPa
 def test_ctrl_c_is_quiet_and_ends_with_130(tmp_path: Path) -> None:
     code = (
         "import sys, time; from cascade_rcnn import cli\n"
-        "def wait(words): print('ready', flush=True); time.sleep(60)\n"
+        "def wait(parser, words): print('ready', flush=True); time.sleep(60)\n"
         "cli.COMMANDS['demo'] = cli.COMMANDS['demo']._replace(run=wait)\n"
         "sys.exit(cli.main(['demo']))"
     )
-    package = Path(cli.__file__).resolve().parents[1]
+    package = Path(cli.__file__).resolve().parents[2]
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=package
     )
@@ -320,7 +320,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
         text=True,
         stderr=subprocess.PIPE,
         timeout=60,
-        cwd=Path(cli.__file__).resolve().parents[1],
+        cwd=Path(cli.__file__).resolve().parents[2],
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
