@@ -201,6 +201,8 @@ class DataConfig:
     """Keep crowds, DontCare and ignored objects out of the negatives instead of treating them as background."""
     repeat: int = 1
     """Passes over the data per epoch."""
+    repeat_threshold: float = 0.0
+    """Repeat images with classes that less than this share of the images show (LVIS: 0.001); 0: none."""
     workers: int = 2
     """Loader processes per GPU."""
     pad_multiple: int = 32
@@ -228,6 +230,10 @@ class DataConfig:
         )
         _require(0 <= self.flip <= 1, f"data.flip {self.flip}: a probability")
         _require(self.repeat >= 1, f"data.repeat {self.repeat}: at least 1")
+        _require(
+            0 <= self.repeat_threshold < 1,
+            f"data.repeat_threshold {self.repeat_threshold}: a share of the images, below 1; 0 repeats none",
+        )
         _require(self.workers >= 0, f"data.workers {self.workers}: 0 loads in the main process")
         _require(
             self.orientation in ("auto", "stored", "upright"),
