@@ -194,6 +194,8 @@ class DataConfig:
     """Choices of the shorter side before that crop."""
     crop_range: tuple[int, int] = (384, 600)
     """Smallest and largest side of that crop, height and width each at random."""
+    copy_paste: float = 0.0
+    """Probability that objects of another image are pasted on an image, along their masks (arXiv 2012.07177)."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     vertical_flip: float = 0.0
@@ -235,6 +237,7 @@ class DataConfig:
             f"data.long_side {self.long_side} is below the shorter side {max(self.short_side)}: raise it",
         )
         _require(0 <= self.flip <= 1, f"data.flip {self.flip}: a probability")
+        _require(0 <= self.copy_paste <= 1, f"data.copy_paste {self.copy_paste}: a probability")
         self._check_crop()
         _require(self.repeat >= 1, f"data.repeat {self.repeat}: at least 1")
         _require(

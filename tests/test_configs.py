@@ -136,6 +136,7 @@ def test_channels_that_group_norm_cannot_divide_are_refused(settings: dict[str, 
     ("settings", "words"),
     [
         ({"crop": 1.5}, "data.crop 1.5: a probability"),
+        ({"copy_paste": -0.1}, "data.copy_paste -0.1: a probability"),
         ({"crop": 0.5, "large_scale_jitter": (0.1, 2.0)}, "use one of them"),
         ({"crop_range": (600, 384)}, "the smaller first"),
         ({"crop_short_side": ()}, "data.crop_short_side"),

@@ -185,7 +185,7 @@ def resize_and_crop(sample: Sample, config: DataConfig, rng: np.random.Generator
 def train_transform(
     sample: Sample, config: DataConfig, rng: np.random.Generator, *, semantics: SemanticsName = "mmdetection"
 ) -> Sample:
-    """Crop, resize (one size, a choice, a range or large-scale jitter), flip, colour; random numbers from ``rng`` alone.
+    """Crop, resize (one size, a choice, a range or jitter at large scale), flip, colour; random numbers from ``rng``.
 
     Detectron flips first: its boxes are mirrored within the original's pixels.
     """
