@@ -125,7 +125,7 @@ class DetectionDataset(Dataset[Item]):
         for attempt in range(_REPLACEMENTS):
             rng = np.random.default_rng((*key.seed, attempt))
             try:
-                item = self._load(index, rng, self._read(index), masks=self.masks or self._pastes)
+                item = self._load(index, rng, self._read(index))
             except OrientationError:
                 raise  # of which another picture would not free the user
             except DataError as error:
@@ -143,7 +143,7 @@ class DetectionDataset(Dataset[Item]):
         if rng.random() < self.config.copy_paste:
             index = int(self._donors[rng.integers(len(self._donors))])
             try:
-                item = paste_objects(item, self._load(index, rng, self._read(index), masks=True), rng)
+                item = paste_objects(item, self._load(index, rng, self._read(index)), rng)
             except OrientationError:
                 raise
             except DataError as error:
@@ -157,7 +157,7 @@ class DetectionDataset(Dataset[Item]):
             raise
         except DataError as error:
             image, bad = torch.zeros((3, 32, 32), dtype=torch.uint8), [(self.packed.path(index), str(error))]
-        item = self._load(index, None, image, masks=self.masks)
+        item = self._load(index, None, image)
         item.bad = bad
         return item
 
@@ -174,9 +174,9 @@ class DetectionDataset(Dataset[Item]):
         view = view_decider(annotated, self.config.orientation, path=path, sizeless=self._sizeless)
         return read_image(path, max_pixels=self.config.max_pixels, frame=view, range=self.config.range)
 
-    def _load(self, index: int, rng: np.random.Generator | None, image: Tensor, *, masks: bool) -> Item:
+    def _load(self, index: int, rng: np.random.Generator | None, image: Tensor) -> Item:
         """Transform an image with its objects: at random with a generator, as for the test without."""
-        size = (int(image.shape[1]), int(image.shape[2]))
+        size, decode = (int(image.shape[1]), int(image.shape[2])), self.masks or self._pastes
         start, end = self.packed.offsets[index : index + 2].tolist()
         # mmdetection scales boxes in float32, detectron2 in float64: where overlaps tie, the last bit decides.
         precision = np.float64 if self.semantics == "detectron2" else np.float32
@@ -194,7 +194,7 @@ class DetectionDataset(Dataset[Item]):
             boxes=sample.boxes[kept].astype(np.float32),
             labels=self.packed.labels[start:end].numpy()[kept].astype(np.int64),
             ignore=self.packed.ignore[start:end].numpy()[kept],
-            masks=[self._mask(index, start + int(row), size, sample) for row in kept] if masks else None,
+            masks=[self._mask(index, start + int(row), size, sample) for row in kept] if decode else None,
             scale=sample.scale,
         )
 
