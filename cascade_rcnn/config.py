@@ -188,6 +188,14 @@ class DataConfig:
     """Shorter side at test time; 0: the largest of short_side."""
     large_scale_jitter: tuple[float, float] | None = None
     """Resize by a random factor of (long_side, long_side), then crop or pad to it: (0.1, 2.0)."""
+    crop: float = 0.0
+    """Probability that an image is resized, cropped at random, then resized as usual (DETR's augmentation)."""
+    crop_short_side: tuple[int, ...] = (400, 500, 600)
+    """Choices of the shorter side before that crop."""
+    crop_range: tuple[int, int] = (384, 600)
+    """Smallest and largest side of that crop, height and width each at random."""
+    copy_paste: float = 0.0
+    """Probability that objects of another image are pasted on an image, along their masks (arXiv 2012.07177)."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     vertical_flip: float = 0.0
@@ -201,6 +209,8 @@ class DataConfig:
     """Keep crowds, DontCare and ignored objects out of the negatives instead of treating them as background."""
     repeat: int = 1
     """Passes over the data per epoch."""
+    repeat_threshold: float = 0.0
+    """Repeat images with classes that less than this share of the images show (LVIS: 0.001); 0: none."""
     workers: int = 2
     """Loader processes per GPU."""
     pad_multiple: int = 32
@@ -227,13 +237,32 @@ class DataConfig:
             f"data.long_side {self.long_side} is below the shorter side {max(self.short_side)}: raise it",
         )
         _require(0 <= self.flip <= 1, f"data.flip {self.flip}: a probability")
+        _require(0 <= self.copy_paste <= 1, f"data.copy_paste {self.copy_paste}: a probability")
+        self._check_crop()
         _require(self.repeat >= 1, f"data.repeat {self.repeat}: at least 1")
+        _require(
+            0 <= self.repeat_threshold < 1,
+            f"data.repeat_threshold {self.repeat_threshold}: a share of the images, below 1; 0 repeats none",
+        )
         _require(self.workers >= 0, f"data.workers {self.workers}: 0 loads in the main process")
         _require(
             self.orientation in ("auto", "stored", "upright"),
             f"data.orientation {self.orientation!r}: auto, stored or upright",
         )
         pixel_range(self.range)
+
+    def _check_crop(self) -> None:
+        _require(0 <= self.crop <= 1, f"data.crop {self.crop}: a probability")
+        _require(
+            not self.crop or self.large_scale_jitter is None,
+            "data.crop and data.large_scale_jitter both crop: use one of them",
+        )
+        _require(
+            bool(self.crop_short_side) and min(self.crop_short_side) >= 32,
+            f"data.crop_short_side {self.crop_short_side}: at least one size of at least 32 pixels",
+        )
+        low, high = self.crop_range
+        _require(16 <= low <= high, f"data.crop_range {self.crop_range}: the smaller first, at least 16 pixels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +348,10 @@ class Config:
     """Settings that a training chooses from its data (docs/train.md); one given on the command line is not chosen."""
 
     def __post_init__(self) -> None:
+        _require(
+            not self.data.crop or self.model.semantics != "paper",
+            f"data.crop {self.data.crop}: model.semantics paper resizes once only; use data.large_scale_jitter, or 0",
+        )
         unknown = [name for name in self.automatic or () if name not in AUTOMATIC]
         _require(not unknown, f"automatic {' '.join(unknown)}: can be chosen are {', '.join(AUTOMATIC)}; or none")
 

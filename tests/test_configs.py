@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import locations
-from cascade_rcnn.config import DataConfig, ModelConfig, TrainConfig
+from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
 from cascade_rcnn.errors import ConfigError
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.recipes import config_names, load_config
@@ -130,3 +130,24 @@ def test_channels_that_group_norm_cannot_divide_are_refused(settings: dict[str, 
         ModelConfig(**settings)
     ModelConfig(**(settings | {"mask_channels": 64, "fpn_channels": 64}))
     ModelConfig(mask_channels=16, masks="every")  # without group norm any number will do
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"crop": 1.5}, "data.crop 1.5: a probability"),
+        ({"copy_paste": -0.1}, "data.copy_paste -0.1: a probability"),
+        ({"crop": 0.5, "large_scale_jitter": (0.1, 2.0)}, "use one of them"),
+        ({"crop_range": (600, 384)}, "the smaller first"),
+        ({"crop_short_side": ()}, "data.crop_short_side"),
+        ({"repeat_threshold": 1.0}, "data.repeat_threshold 1.0: a share of the images"),
+    ],
+)
+def test_nonsense_about_what_is_shown_is_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        DataConfig(**settings)
+
+
+def test_the_papers_semantics_have_no_crop_before_the_resize() -> None:
+    with pytest.raises(ConfigError, match="paper resizes once only"):
+        Config(model=ModelConfig(semantics="paper"), data=DataConfig(crop=0.5))

@@ -8,7 +8,7 @@ their bytes once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cascade_rcnn.config import DataConfig, SemanticsName
+from cascade_rcnn.data.copy_paste import paste_objects
 from cascade_rcnn.data.images import read_image
+from cascade_rcnn.data.item import Item as Item  # importable from here too
+from cascade_rcnn.data.item import Window as Window
 from cascade_rcnn.data.masks import decode_window, pack_segmentations, transform_window
 from cascade_rcnn.data.orientation import FORMATS_WITHOUT_SIZES, OrientationError, annotated_size, view_decider
 from cascade_rcnn.data.records import DataSplit, ImageRecord
@@ -27,7 +30,6 @@ from cascade_rcnn.data.transforms import Sample, test_transform, train_transform
 from cascade_rcnn.errors import DataError
 
 _REPLACEMENTS = 20  # images tried in place of an unreadable one before giving up
-Window = tuple[NDArray[np.uint8], int, int]  # pixels, top, left
 
 
 class SampleKey(NamedTuple):
@@ -35,22 +37,6 @@ class SampleKey(NamedTuple):
 
     image: int
     seed: tuple[int, ...] = ()
-
-
-@dataclass
-class Item:
-    """One image, transformed, with its objects."""
-
-    image: Tensor  # uint8 [3, H, W]; float32 at test time as in the authors' release
-    original_size: tuple[int, int]
-    image_id: int | str
-    path: str
-    boxes: NDArray[np.float32]  # [G, 4]
-    labels: NDArray[np.int64]  # [G]
-    ignore: NDArray[np.bool_]  # [G]
-    masks: list[Window | None] | None  # [G]
-    bad: list[tuple[str, str]] = field(default_factory=list)  # unreadable images met on the way: path, reason
-    scale: float | None = None  # from the original to this image, where both axes share one factor (Detectron)
 
 
 def read_record(record: ImageRecord, split_format: str, config: DataConfig) -> Tensor:
@@ -91,21 +77,29 @@ class DetectionDataset(Dataset[Item]):
         time, of an exported network; images are fitted into it.
 
         Raises:
-            DataError: no images, or no image with objects where ``config.keep_empty`` is False.
+            DataError: no images, or no image with objects where ``config.keep_empty`` is False; no masks where
+                ``config.copy_paste`` needs them.
         """
         self.config, self.training, self.semantics, self.canvas = config, training, semantics, canvas
         self._sizeless = split.format in FORMATS_WITHOUT_SIZES
         self.class_names = split.class_names
         self.masks = masks and split.has_masks
+        self._pastes = training and config.copy_paste > 0
         self.packed = pack_records(
             split.records,
-            masks=self.masks,
+            masks=self.masks or (self._pastes and split.has_masks),
             keep_ignored=config.ignore_regions,
             keep_empty=config.keep_empty or not training,
         )
         if not len(self.packed):
             what = "images" if not split.records else "images with objects to learn (and data.keep_empty is False)"
             raise DataError(f"{split.root}: split {split.name!r} has no {what}")
+        self._donors = self.packed.images_with_masks() if self._pastes else np.zeros(0, np.int64)
+        if self._pastes and not len(self._donors):
+            raise DataError(
+                f"{split.root}: data.copy_paste {config.copy_paste} cuts objects out along their masks, and split "
+                f"{split.name!r} has none; set data.copy_paste 0, or data.large_scale_jitter instead"
+            )
 
     def __len__(self) -> int:
         return len(self.packed)
@@ -138,9 +132,23 @@ class DetectionDataset(Dataset[Item]):
                 bad.append((self.packed.path(index), str(error)))
                 index = int(rng.integers(len(self)))  # another image, so that the batch keeps its size
                 continue
-            item.bad = bad
+            if self._pastes:
+                item = self._with_pasted(item, rng)
+            item.bad = bad + item.bad
             return item
         raise DataError(f"{bad[0][1]} ({_REPLACEMENTS} images in a row could not be used)")
+
+    def _with_pasted(self, item: Item, rng: np.random.Generator) -> Item:
+        """By chance with objects of another image; as it is where that one cannot be read, which ``bad`` then says."""
+        if rng.random() < self.config.copy_paste:
+            index = int(self._donors[rng.integers(len(self._donors))])
+            try:
+                item = paste_objects(item, self._load(index, rng, self._read(index)), rng)
+            except OrientationError:
+                raise
+            except DataError as error:
+                item.bad = [(self.packed.path(index), str(error))]
+        return item if self.masks else replace(item, masks=None)
 
     def _load_or_black(self, index: int) -> Item:
         try:
@@ -168,7 +176,7 @@ class DetectionDataset(Dataset[Item]):
 
     def _load(self, index: int, rng: np.random.Generator | None, image: Tensor) -> Item:
         """Transform an image with its objects: at random with a generator, as for the test without."""
-        size = (int(image.shape[1]), int(image.shape[2]))
+        size, decode = (int(image.shape[1]), int(image.shape[2])), self.masks or self._pastes
         start, end = self.packed.offsets[index : index + 2].tolist()
         # mmdetection scales boxes in float32, detectron2 in float64: where overlaps tie, the last bit decides.
         precision = np.float64 if self.semantics == "detectron2" else np.float32
@@ -186,7 +194,7 @@ class DetectionDataset(Dataset[Item]):
             boxes=sample.boxes[kept].astype(np.float32),
             labels=self.packed.labels[start:end].numpy()[kept].astype(np.int64),
             ignore=self.packed.ignore[start:end].numpy()[kept],
-            masks=[self._mask(index, start + int(row), size, sample) for row in kept] if self.masks else None,
+            masks=[self._mask(index, start + int(row), size, sample) for row in kept] if decode else None,
             scale=sample.scale,
         )
 
@@ -244,6 +252,14 @@ class PackedRecords:
         if len(self.segmentation_offsets) == 1:
             return b""
         return _text(self.segmentations, self.segmentation_offsets, row)
+
+    def images_with_masks(self) -> NDArray[np.int64]:
+        """Images with an object that has a mask, as a sorted array of indices."""
+        if len(self.segmentation_offsets) == 1:
+            return np.zeros(0, np.int64)
+        drawn = np.diff(self.segmentation_offsets.numpy()) > 0
+        images: NDArray[np.int64] = np.repeat(np.arange(len(self)), np.diff(self.offsets.numpy()))
+        return np.unique(images[drawn])
 
     def shapes(self) -> NDArray[np.float64]:
         """Width over height of every image [I], 1 where the annotation does not say."""

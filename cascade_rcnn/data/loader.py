@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from cascade_rcnn.config import DataConfig
+from cascade_rcnn.data.balance import draw_repeats, repeat_factors
 from cascade_rcnn.data.dataset import DetectionDataset, Item, SampleKey, Window
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.structures import ImageBatch, MaskCrops, Targets
@@ -54,11 +55,14 @@ class TrainSampler:
         world_size: int = 1,
         seed: int = 0,
         repeat: int = 1,
+        factors: NDArray[np.float64] | None = None,
     ) -> None:
-        """``wide`` [I] says for each image whether its width is at least its height."""
+        """``wide`` [I] says for each image whether its width is at least its height; ``factors`` [I] how often it comes
+        in a pass over the data on average, at least once (None: each once).
+        """
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.seed, self.epoch, self.start_step = seed, 0, 0
-        self._wide, self._repeat = wide, repeat
+        self._wide, self._repeat, self._factors = wide, repeat, factors
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Choose the epoch; ``start_step`` > 0 leaves out its first steps (resuming)."""
@@ -66,7 +70,8 @@ class TrainSampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self._wide) * self._repeat // (self.batch_size * self.world_size))
+        once = len(self._wide) if self._factors is None else _rounded_up(self._factors)
+        return -(-once * self._repeat // (self.batch_size * self.world_size))
 
     def __len__(self) -> int:
         """Steps that are left in this epoch."""
@@ -85,7 +90,10 @@ class TrainSampler:
     def _chunks(self) -> NDArray[np.int64]:
         """The epoch's image indices, one row per step."""
         rng = np.random.default_rng((self.seed, self.epoch))
-        order = np.concatenate([rng.permutation(len(self._wide)) for _ in range(self._repeat)])
+        if self._factors is None:
+            order = np.concatenate([rng.permutation(len(self._wide)) for _ in range(self._repeat)])
+        else:
+            order = np.concatenate([draw_repeats(self._factors, rng) for _ in range(self._repeat)])
         chunk = self.batch_size * self.world_size
         rows, rest = [], []
         for group in (order[self._wide[order]], order[~self._wide[order]]):
@@ -93,11 +101,17 @@ class TrainSampler:
             rows.append(group[:full].reshape(-1, chunk))
             rest.append(group[full:])
         left = np.concatenate(rest)
-        missing = -len(left) % chunk
+        missing = self.steps_per_epoch * chunk - len(order)
         left = np.concatenate([left, np.resize(order, missing)])
         chunks = np.concatenate([*rows, left.reshape(-1, chunk)])
         rng.shuffle(chunks)  # along steps: a mixed chunk comes anywhere
         return chunks
+
+
+def _rounded_up(factors: NDArray[np.float64]) -> int:
+    """The most images that ``draw_repeats`` gives."""
+    whole = np.floor(factors)
+    return int(whole.sum() + np.ceil((factors - whole).sum()))
 
 
 class EvalSampler:
@@ -316,6 +330,7 @@ def train_loader(
     workers: int | None = None,
 ) -> Loader:
     """Shuffled batches of ``batch_size`` per rank, grouped by orientation, equally many on each rank."""
+    threshold = dataset.config.repeat_threshold
     sampler = TrainSampler(
         dataset.packed.shapes() >= 1,
         batch_size=batch_size,
@@ -323,6 +338,7 @@ def train_loader(
         world_size=world_size,
         seed=seed,
         repeat=dataset.config.repeat,
+        factors=repeat_factors(dataset.packed, len(dataset.class_names), threshold) if threshold else None,
     )
     return Loader(dataset, sampler, workers=dataset.config.workers if workers is None else workers)
 

@@ -168,10 +168,24 @@ def large_scale_jitter(
     return crop(sample, top, left, config.long_side, config.long_side)
 
 
+def resize_and_crop(sample: Sample, config: DataConfig, rng: np.random.Generator, how: Interpolation) -> Sample:
+    """The crop before the usual resize, by which DETR (arXiv 2005.12872), Swin and ConvNeXt enlarge a part.
+
+    Shorter side one of ``crop_short_side``, then height and width of the crop within ``crop_range``, and not above the
+    image's; objects need not be left.
+    """
+    short_side = config.crop_short_side[int(rng.integers(len(config.crop_short_side)))]
+    sample = resize(sample, fitted_size(sample.size, short_side, max(config.long_side, short_side)), how)
+    low, high = config.crop_range
+    height, width = (int(rng.integers(min(low, side), min(high, side) + 1)) for side in sample.size)
+    top, left = (int(rng.integers(side - part + 1)) for side, part in zip(sample.size, (height, width)))
+    return crop(sample, top, left, height, width)
+
+
 def train_transform(
     sample: Sample, config: DataConfig, rng: np.random.Generator, *, semantics: SemanticsName = "mmdetection"
 ) -> Sample:
-    """Resize (one size, a choice, a range, or large-scale jitter), flip, colour; random numbers from ``rng`` alone.
+    """Crop, resize (one size, a choice, a range or jitter at large scale), flip, colour; random numbers from ``rng``.
 
     Detectron flips first: its boxes are mirrored within the original's pixels.
     """
@@ -181,6 +195,8 @@ def train_transform(
     if config.large_scale_jitter is not None:
         sample = large_scale_jitter(sample, config, rng, how, semantics)
     else:
+        if config.crop and rng.random() < config.crop:
+            sample = resize_and_crop(sample, config, rng, how)
         if config.short_side_mode == "range":
             short_side = int(rng.integers(min(config.short_side), max(config.short_side) + 1))
         else:

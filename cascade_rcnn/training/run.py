@@ -16,6 +16,7 @@ from torch import nn
 from cascade_rcnn import distributed
 from cascade_rcnn.checkpoint import BEST, LAST, STATE, save_checkpoint
 from cascade_rcnn.config import Config
+from cascade_rcnn.data.balance import about_repeats
 from cascade_rcnn.data.loader import Loader, Upload
 from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.errors import CheckpointError, DataError, UserError
@@ -73,6 +74,8 @@ class Run:
         settings, schedule, world = self.config.train, self.schedule, self.world
         validation = f", {len(self.validation)} to evaluate on" if self.validation else ""
         yield f"{len(self.data)} images to learn from{validation}; classes: {few_names(self.data.class_names)}"
+        if threshold := self.config.data.repeat_threshold:
+            yield about_repeats(self.loader.dataset.packed, self.data.class_names, threshold)
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         epochs = "1 epoch" if settings.epochs == 1 else f"{settings.epochs} epochs"
         length = f"{epochs}, {schedule.all_epochs} steps"

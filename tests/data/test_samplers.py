@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cascade_rcnn.data.balance import about_repeats, class_factors, draw_repeats, repeat_factors
+from cascade_rcnn.data.dataset import pack_records
 from cascade_rcnn.data.loader import EvalSampler, TrainSampler
+from cascade_rcnn.data.records import empty_record
 
 
 def _wide(count: int, seed: int = 0) -> np.ndarray:
@@ -90,3 +95,63 @@ def test_evaluation_one_by_one_keeps_the_order_and_batches_go_by_shape() -> None
     shapes = np.array([2.0, 0.5, 1.9, 0.6])
     assert [batch[0].image for batch in EvalSampler(shapes, batch_size=1)] == [0, 1, 2, 3]
     assert [{key.image for key in batch} for batch in EvalSampler(shapes, batch_size=2)] == [{1, 3}, {0, 2}]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.floats(1, 6), min_size=1, max_size=40), st.integers(1, 4), st.integers(1, 3), st.integers(1, 2))
+def test_repeated_images_come_as_often_as_their_factor_rounded(
+    factors: list[float], batch_size: int, world_size: int, repeat: int
+) -> None:
+    """Every epoch has the same number of steps, on every rank, whatever the rounding."""
+    sampler = TrainSampler(
+        _wide(len(factors)), batch_size=batch_size * world_size, repeat=repeat, factors=np.array(factors)
+    )
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert len(batches) == sampler.steps_per_epoch and {len(batch) for batch in batches} == {sampler.batch_size}
+        seen = np.bincount([key.image for batch in batches for key in batch], minlength=len(factors))
+        assert (seen >= repeat * np.floor(factors)).all()
+        beyond = np.maximum(seen - repeat * np.ceil(factors), 0).sum()
+        assert beyond <= sampler.batch_size  # what fills the last batch up
+    parts = [
+        list(
+            TrainSampler(
+                _wide(len(factors)),
+                batch_size=batch_size,
+                rank=rank,
+                world_size=world_size,
+                repeat=repeat,
+                factors=np.array(factors),
+            )
+        )
+        for rank in range(world_size)
+    ]
+    sampler.set_epoch(0)
+    assert [[key for batch in step for key in batch] for step in zip(*parts)] == list(sampler)
+
+
+def test_repeats_have_the_right_mean() -> None:
+    factors = np.array([1.0, 1.25, 1.5, 2.0, 3.75, 1.1])
+    rng = np.random.default_rng(0)
+    counts = np.array([np.bincount(draw_repeats(factors, rng), minlength=6) for _ in range(4000)])
+    assert np.abs(counts.mean(axis=0) - factors).max() < 0.03  # four standard errors of a coin
+    assert set(counts.sum(axis=1).tolist()) <= {10, 11}  # 10.6
+
+
+def test_repeat_factors_are_those_of_lvis(tmp_path: Path) -> None:
+    """Sixteen images show a, four of them also b, one c and twice; d is only to be ignored."""
+    labels = [[0, 1]] * 4 + [[0, 2, 2]] + [[0, 3]] + [[0]] * 10 + [[]]
+    records = []
+    for index, classes in enumerate(labels):
+        record = empty_record(tmp_path / f"{index}.png", f"{index}.png", index, (50, 50), source="", sized=True)
+        record.boxes = np.tile([1.0, 1, 9, 9], (len(classes), 1))
+        record.labels, record.ignore = np.array(classes, dtype=np.int64), np.array(classes, dtype=np.int64) == 3
+        records.append(record)
+    packed = pack_records(records, masks=False, keep_ignored=True, keep_empty=True)
+    wanted = [1.0, (0.5 / (4 / 17)) ** 0.5, (0.5 / (1 / 17)) ** 0.5, 1.0]
+    np.testing.assert_allclose(class_factors(packed, 4, 0.5), wanted)
+    np.testing.assert_allclose(repeat_factors(packed, 4, 0.5), [wanted[1]] * 4 + [wanted[2]] + [1.0] * 12)
+    line = about_repeats(packed, ("a", "b", "c", "d"), 0.5)
+    assert line == "data.repeat_threshold 0.5: an epoch has 21 images of 17; images with c 2.9 times, b 1.5 times"
+    assert "none is repeated" in about_repeats(packed, ("a", "b", "c", "d"), 0.01)

@@ -153,6 +153,42 @@ def test_jitter_crops_large_and_leaves_small() -> None:
     assert (64, 64) in sizes and min(size[0] for size in sizes) < 20
 
 
+@pytest.mark.parametrize("antialias", [False, True])
+def test_images_are_cropped_before_the_usual_resize(antialias: bool) -> None:
+    """Pixels, box and mask are of the same part, whose size is of the range and then of the usual sides."""
+    config = DataConfig(
+        short_side=(90,),
+        long_side=180,
+        crop=0.5,
+        crop_short_side=(48, 96),
+        crop_range=(32, 64),
+        antialias=antialias,
+    )
+    lost = cropped = 0
+    for seed in range(200):
+        sample = T.train_transform(_scene(), config, np.random.default_rng(seed))
+        assert sample.size == (len(sample.rows), len(sample.cols))
+        assert min(sample.size) == 90 or max(sample.size) == 180
+        if not sample.keep[0]:
+            lost += 1
+            continue
+        if min(sample.boxes[0, 2:] - sample.boxes[0, :2]) < 6:
+            continue
+        drawn = np.round(np.array([20, 12, 50, 40]) * (sample.canvas[1] / 80)).astype(int)  # as polygons would be
+        mask = _mask(sample, *sample.canvas, box=tuple(drawn))
+        cropped += sample.size != (90, 120)
+        np.testing.assert_allclose(_extent(mask), sample.boxes[0], atol=6)
+        np.testing.assert_allclose(_extent((sample.image[0] > 127).numpy()), sample.boxes[0], atol=6)
+    assert lost < 40 and 50 < cropped < 120
+
+
+def test_a_crop_never_exceeds_its_image_and_has_sides_of_the_range() -> None:
+    config = DataConfig(crop=1.0, crop_short_side=(64,), crop_range=(40, 70))
+    sizes = [T.resize_and_crop(_scene(), config, np.random.default_rng(seed), "fast").size for seed in range(300)]
+    heights, widths = map(set, zip(*sizes))
+    assert heights == set(range(40, 65)) and widths == set(range(40, 71))  # the image is 64 x 85
+
+
 def test_short_sides_are_chosen_or_ranged() -> None:
     chosen = {
         T.train_transform(_scene(), DataConfig(short_side=(60, 90)), np.random.default_rng(seed)).size[0]
