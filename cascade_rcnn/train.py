@@ -47,6 +47,7 @@ from cascade_rcnn.training.random_state import get_generators, reproducible, see
 from cascade_rcnn.training.run import Run
 from cascade_rcnn.training.run_folder import claim_folder, find_resumable_state, read_state
 from cascade_rcnn.training.schedule import Schedule, lr_factor, scaled_lr
+from cascade_rcnn.training.spare_cores import SpareCores, spare_cores
 
 
 def train(
@@ -75,6 +76,7 @@ def train(
         RunLog(out, active=world.is_main, callbacks=callbacks) as log,
         Watchdog(settings.stall_minutes, rank=world.rank) as watchdog,
         reproducible(settings.deterministic),
+        spare_cores(world.device, processes=world.size, deterministic=settings.deterministic) as cores,
     ):
         run: Run | None = None
         try:
@@ -88,7 +90,7 @@ def train(
                     run.record_evaluation(metrics)
                 if run.schedule.finished(run.progress):
                     return run.finish()
-                train_epoch(run, interrupts, watchdog)
+                train_epoch(run, interrupts, watchdog, cores)
         except StopNow:
             if run is not None and world.size == 1:
                 run.save()
@@ -216,7 +218,7 @@ def build_network(
     return model
 
 
-def train_epoch(run: Run, interrupts: Interrupts, watchdog: Watchdog) -> None:
+def train_epoch(run: Run, interrupts: Interrupts, watchdog: Watchdog, cores: SpareCores) -> None:
     """What is left of an epoch; saves at its end, every ``save_every`` steps, and when a signal asks to stop."""
     settings, world, log, progress = run.config.train, run.world, run.log, run.progress
     # one of several processes may not leave by itself while it waits for data: they agree after the step
@@ -244,7 +246,7 @@ def train_epoch(run: Run, interrupts: Interrupts, watchdog: Watchdog) -> None:
         norm = run.updater.step(factor)
         if run.average is not None:
             run.average.update()
-        messages = run.losses.end_step(progress.step, norm)
+        messages = run.losses.end_step(progress.step, norm) + cores.look()
         run.advance(passes)
         log.tick(progress.step, passes * settings.batch_size)
 
