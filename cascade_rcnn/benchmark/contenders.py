@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,6 +18,7 @@ from cascade_rcnn.benchmark import stopwatch
 from cascade_rcnn.benchmark.peer import build_peer, freeze_peer
 from cascade_rcnn.config import Config
 from cascade_rcnn.export import network
+from cascade_rcnn.export.quantise import Target, quantise
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.models.ops.capabilities import has_bfloat16_units
@@ -142,7 +144,9 @@ def our_contender(
 
 
 def runtime_contenders(setting: Setting, folder: Path) -> list[Contender]:
-    """Our network in ONNX Runtime and OpenVINO, where they are installed, exported for this one size.
+    """Our network in ONNX Runtime and OpenVINO, those that are installed, exported for this one size; float and int8.
+
+    All layers become integers, calibrated on the images of the measurement: right for times, not for detections.
 
     Raises:
         UserError: onnx or onnxscript are not installed.
@@ -157,18 +161,36 @@ def runtime_contenders(setting: Setting, folder: Path) -> list[Contender]:
     network.write_onnx(network.trace(model, size=setting.size, batch=setting.batch), onnx_file, info)
     found = []
     if importlib.util.find_spec("onnxruntime") is not None:
-        found.append(_in_runtime(onnx_file, setting))
+        found += [_in_runtime(onnx_file, setting), _in_integers(onnx_file, setting, info, to="onnx")]
     if importlib.util.find_spec("openvino") is not None:
         network.write_openvino(onnx_file, openvino_file, info)
         found.append(_in_runtime(openvino_file, setting))
+        if importlib.util.find_spec("nncf") is not None:
+            found.append(_in_integers(onnx_file, setting, info, to="openvino"))
     return found
+
+
+def _in_integers(onnx_file: Path, setting: Setting, info: ExportInfo, *, to: Target) -> Contender:
+    target = onnx_file.with_name(f"int8_{NAMES[to]}")
+    pixels, sizes = _network_inputs(setting)
+    quantise(onnx_file, target, [{"pixels": pixels, "sizes": sizes}], to=to, keep=(), say=lambda line: None)
+    (network.mark_onnx if to == "onnx" else network.mark_openvino)(target, replace(info, int8=True))
+    contender = _in_runtime(target, setting)
+    contender.name += ", int8"
+    contender.dtype = torch.int8
+    return contender
 
 
 def _in_runtime(path: Path, setting: Setting) -> Contender:
     opened = RuntimeNetwork(path, threads=torch.get_num_threads())
-    images = images_of(setting)
-    pixels, sizes = images.pixels.contiguous().numpy(), images.sizes.numpy()
+    pixels, sizes = _network_inputs(setting)
     return Contender(f"the same in {opened.runtime}", lambda: opened.detect(pixels, sizes), setting.batch)
+
+
+def _network_inputs(setting: Setting) -> tuple[NDArray[Any], NDArray[Any]]:
+    """An exported network's pixels [B, 3, H, W] and sizes [B, 2]."""
+    images = images_of(setting)
+    return images.pixels.contiguous().numpy(), images.sizes.numpy()
 
 
 def contender(setting: Setting, who: str) -> Contender:

@@ -51,7 +51,8 @@ def run_benchmark(
 ) -> dict[str, Any]:
     """Measure ``config`` on synthetic images of ``size`` (height, width); print a table, return (and write) numbers.
 
-    ``also``: our network compiled too, or in ONNX Runtime and OpenVINO, those that are installed. ``rounds`` 0 takes 5
+    ``also``: our network compiled too, or in ONNX Runtime and OpenVINO, those that are installed, in
+    float and int8. ``rounds`` 0 takes 5
     on a CPU and 20 on a GPU. ``data`` also measures how fast that data set can be read. Both models' weights are made
     from a rule (:func:`cascade_rcnn.benchmark.stopwatch.seed_weights`).
 
@@ -67,7 +68,7 @@ def run_benchmark(
     contenders = our_contenders(setting, compile=compiled)
     with tempfile.TemporaryDirectory() as folder:
         if runtimes:
-            print("exporting the network, which takes a minute or two ...")
+            print("exporting the network and making it integer, which takes some minutes ...")
             contenders += runtime_contenders(setting, Path(folder))
         contenders.append(peer_contender(setting))
         limits = _measure(setting, contenders, rounds)
@@ -149,7 +150,7 @@ def _report(
             "peak_memory_bytes": contender.peak_memory,
         }
         if contender is not peer:
-            own = limits.get("bfloat16_macs_per_second", rate) if contender.dtype == torch.bfloat16 else rate
+            own = limits.get(f"{contender.dtype}_macs_per_second".removeprefix("torch."), rate)
             entry |= {"macs": macs, "share_of_limit": macs / own / seconds, "limit": own}
         if contender.parts:
             parts = {name: statistics.median(values) for name, values in contender.parts.items()}

@@ -269,20 +269,26 @@ class _OnnxRuntime(Backend):
     suffix = ".onnx"
 
     def write(self, out: Path, feeds: Sequence[Feed], integer: Sequence[str]) -> None:
+        import logging
+
         from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
-        quantize_static(
-            self.network,
-            out,
-            _Reader(feeds),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            reduce_range=True,  # as OverflowFix above
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            op_types_to_quantize=[*_WEIGHTED, "Add", "MaxPool", "Resize"],
-            nodes_to_quantize=list(integer),
-        )
+        logging.disable(logging.WARNING)  # it advises what has been done to the network already
+        try:
+            quantize_static(
+                self.network,
+                out,
+                _Reader(feeds),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                reduce_range=True,  # as OverflowFix above
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                op_types_to_quantize=[*_WEIGHTED, "Add", "MaxPool", "Resize"],
+                nodes_to_quantize=list(integer),
+            )
+        finally:
+            logging.disable(logging.NOTSET)
 
     def run(self, network: Path, feeds: Sequence[Feed]) -> Iterator[dict[str, NDArray[Any]]]:
         import onnxruntime
