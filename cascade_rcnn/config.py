@@ -22,6 +22,7 @@ AUTOMATIC = (
     "model.anchor_ratios",
     "model.max_detections",
     "data.flip",
+    "data.repeat_threshold",
     "train.precision",
 )
 

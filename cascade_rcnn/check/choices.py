@@ -32,7 +32,7 @@ _MOST_OBJECTS = 20_000  # measured; a regular sample of more
 _MOST_ASPECT = 3.0
 
 # GB per image and megapixel of a training step in bfloat16, and what does not depend on them, without and with masks.
-# Cascade R-CNN with ResNet-50: 12.5 and 17.7 GB at 16 images of 0.87 megapixels (docs/speed.md).
+# Cascade R-CNN with ResNet-50 took 12.5 and 17.7 GB at 16 images of 0.87 megapixels on an H200 (benchmarks/gpu.sh).
 _GB_PER_MEGAPIXEL, _GB_PER_MEGAPIXEL_MASKS, _GB_FIXED = 0.85, 1.2, 1.0
 _GPU_SHARE = 0.8  # of a GPU's memory that may be planned with
 
@@ -40,6 +40,9 @@ _SCALES = (8.0, 6.0, 4.0, 12.0, 3.0, 16.0, 2.0)
 _RATIOS = ((0.5, 1.0, 2.0), (0.33, 0.5, 1.0, 2.0, 3.0), (0.2, 0.33, 0.5, 1.0, 2.0, 3.0, 5.0))
 _REACHED = 0.98  # of the objects: no need for other anchors
 _WORTH, _WORTH_MORE = 0.01, 0.05  # of the objects: what other anchors must bring, and what more anchors must
+
+_RARE = 4  # times fewer images than the median class: repeated; and as many times an image comes at most
+_COMMON = 0.1  # of the images: a class that so many show is not repeated
 
 _SIDED = frozenset(["left", "right", "clockwise", "counterclockwise", "anticlockwise", "leftward", "rightward"])
 _READ = frozenset(
@@ -124,6 +127,7 @@ def choose(config: Config, split: DataSplit, *, machine: Machine) -> tuple[Confi
         "model.anchor_ratios": lambda c: _anchor_ratios(c, objects),
         "model.max_detections": lambda c: _max_detections(c, split),
         "data.flip": lambda c: _flip(c, split),
+        "data.repeat_threshold": lambda c: _repeat_threshold(c, split),
         "train.precision": lambda c: _precision(c, machine),
     }
     found: list[Choice] = []
@@ -354,6 +358,31 @@ def _classes_with_direction(names: tuple[str, ...]) -> tuple[list[str], list[str
 def _words(name: str) -> list[str]:
     """``turnLeft_only2`` to ``turn left only``."""
     return re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
+
+
+def _repeat_threshold(config: Config, split: DataSplit) -> list[Choice]:
+    """Images of rare classes come more often, where some class has far fewer images than the median one."""
+    name = "data.repeat_threshold"
+    if not _free(config, name):
+        return [_kept(config, name)] if _value(config, name) else []
+    images = np.zeros(len(split.class_names))
+    for record in split.records:
+        images[np.unique(record.labels[~record.ignore])] += 1
+    present = np.flatnonzero(images)
+    if len(present) < 2:
+        return []
+    share = images[present] / len(split.records)
+    usual, rarest = min(_COMMON, float(np.median(share))), present[share.argmin()]
+    class_name = shown(split.class_names[rarest])
+    if share.min() >= usual / _RARE:
+        return [
+            _kept(
+                config, name, f"no class is rare: {images[rarest]:.0f} of {len(split.records)} images show {class_name}"
+            )
+        ]
+    value = float(f"{min(usual, _RARE**2 * share.min()):.2g}")
+    few = f"{images[rarest]:.0f} of {len(split.records)} images show {class_name}"
+    return [Choice(name, value, f"{few}, the median class {np.median(share):.1%}")]
 
 
 def _precision(config: Config, machine: Machine) -> list[Choice]:

@@ -70,6 +70,41 @@ def test_the_input_shows_the_median_object_large_enough(side: int, short: tuple[
     assert config.data.long_side == pytest.approx(max(short) * 1333 / 800, abs=32)
 
 
+def with_labels(*labels: tuple[int, ...]) -> DataSplit:
+    """Twelve images, the last ones with these labels, the others with class 0."""
+    data = split((60, 60), per_image=2, names=("cell", "mitosis", "artefact"))
+    for record, own in zip(data.records[-len(labels) :], labels, strict=True):
+        record.labels[:] = own
+    return data
+
+
+@pytest.mark.parametrize(
+    ("labels", "threshold", "said"),
+    [
+        # 12 images; a tenth of them is common
+        ([(0, 1), (0, 1)], 0.0, "no class is rare: 2 of 12 images show 'mitosis'"),
+        ([(0, 0)], 0.0, ""),  # one class in the data: nothing to balance
+    ],
+)
+def test_classes_in_enough_images_are_not_repeated(labels: list[tuple[int, ...]], threshold: float, said: str) -> None:
+    config, choices = chosen(with_labels(*labels))
+    assert config.data.repeat_threshold == threshold
+    assert choices["data.repeat_threshold"].reason == said if said else "data.repeat_threshold" not in choices
+
+
+def test_a_rare_class_is_repeated_up_to_four_times() -> None:
+    data = with_labels((0, 1))
+    data = dataclasses.replace(data, records=[*data.records[:-1] * 9, data.records[-1]])  # 1 of 100 images
+    config, choices = chosen(data)
+    assert config.data.repeat_threshold == 0.1
+    assert choices["data.repeat_threshold"].reason == "1 of 100 images show 'mitosis', the median class 50.5%"
+    rarer = dataclasses.replace(data, records=[*data.records * 5, *data.records[:-1] * 5])  # 5 of 995
+    rarer.records[50] = dataclasses.replace(rarer.records[50], labels=np.array([2, 2]))  # and one shows an artefact
+    assert chosen(rarer)[0].data.repeat_threshold == pytest.approx(16 / len(rarer.records), rel=0.05)
+    assert chosen(rarer, "--data.repeat-threshold", "0.3")[0].data.repeat_threshold == 0.3
+    assert "data.repeat_threshold" not in chosen(rarer, "--data.repeat-threshold", "0")[1]
+
+
 def test_the_input_fits_into_the_memory() -> None:
     small = split((24, 24))
     free = max(chosen(small, gpu=80.0)[0].data.short_side)
