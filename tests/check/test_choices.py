@@ -100,7 +100,10 @@ def test_a_rare_class_is_repeated_up_to_four_times() -> None:
     assert choices["data.repeat_threshold"].reason == "1 of 100 images show 'mitosis', the median class 50.5%"
     rarer = dataclasses.replace(data, records=[*data.records * 5, *data.records[:-1] * 5])  # 5 of 995
     rarer.records[50] = dataclasses.replace(rarer.records[50], labels=np.array([2, 2]))  # and one shows an artefact
-    assert chosen(rarer)[0].data.repeat_threshold == pytest.approx(16 / len(rarer.records), rel=0.05)
+    assert chosen(rarer)[0].data.repeat_threshold == 0.005  # the share of the median class
+    for number in range(100, 500, 3):
+        rarer.records[number] = dataclasses.replace(rarer.records[number], labels=np.array([0, 1]))
+    assert chosen(rarer)[0].data.repeat_threshold == 0.016  # 16 times that of the rarest: it comes four times as often
     assert chosen(rarer, "--data.repeat-threshold", "0.3")[0].data.repeat_threshold == 0.3
     assert "data.repeat_threshold" not in chosen(rarer, "--data.repeat-threshold", "0")[1]
 
