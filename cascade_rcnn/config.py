@@ -104,6 +104,8 @@ class ModelConfig:
     head_channels: int = 1024
     box_head: Literal["2fc", "4conv1fc", "4conv1fc_gn", "4conv1fc_bn"] = "2fc"
     """Two fully connected layers, or four convolutions and one, without norm, with group norm or with batch norm."""
+    class_loss: Literal["cross_entropy", "focal", "seesaw"] = "cross_entropy"
+    """Of the box heads: focal gives well recognised boxes little weight, seesaw rare classes more (docs/train.md)."""
     box_loss: Literal["smooth_l1", "giou", "diou", "ciou"] = "smooth_l1"
     """Of the box deltas, or, IoU losses, of the boxes that they give."""
     box_loss_weight: float = 1.0

@@ -19,6 +19,7 @@ from cascade_rcnn.models.backbone import STRIDES, Backbone, Deformable
 from cascade_rcnn.models.box_head import BoxHead, ConvBoxHead
 from cascade_rcnn.models.cascade import Cascade, CascadeDetails, Stage, StageDetails
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
+from cascade_rcnn.models.class_losses import build_class_loss
 from cascade_rcnn.models.detectron_rules import (
     DetectronAnchorGenerator,
     DetectronCascade,
@@ -252,7 +253,7 @@ def _build_rpn(config: ModelConfig, semantics: Rules) -> RPN:
     return make_rpn(config.fpn_channels, anchors, convs=config.rpn_convs, details=details)
 
 
-def _build_stages(config: ModelConfig, semantics: Rules) -> list[Stage]:
+def _build_stages(config: ModelConfig, semantics: Rules, num_classes: int) -> list[Stage]:
     stages = len(config.stage_ious)
     falling = 0.5 if semantics.halving_loss_weights else 1.0
     weights = config.stage_loss_weights or tuple(falling**k for k in range(stages))
@@ -275,7 +276,8 @@ def _build_stages(config: ModelConfig, semantics: Rules) -> list[Stage]:
             feature_gradient=weight if semantics.detectron else feature_gradient,
             limit_shrinking=semantics.limit_shrinking,
         )
-        made.append(make_stage(details))
+        plain = config.class_loss == "cross_entropy"
+        made.append(make_stage(details, None if plain else build_class_loss(config.class_loss, num_classes)))
     return made
 
 
@@ -309,7 +311,7 @@ def _build_cascade(config: ModelConfig, semantics: Rules, num_classes: int) -> C
     )
     make_cascade = DetectronCascade if semantics.detectron else Cascade
     cascade = make_cascade(
-        _build_stages(config, semantics),
+        _build_stages(config, semantics, num_classes),
         box_heads,
         mask_heads,
         sampling=Sampling(7, STRIDES, semantics.sampling_ratio, semantics.roi_frame),

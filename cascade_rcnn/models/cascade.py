@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade_rcnn.models.boxes import clip_boxes, decode_boxes, encode_boxes, iou_loss, smooth_l1
+from cascade_rcnn.models.class_losses import Seesaw
 from cascade_rcnn.models.mask_head import MaskHead, MaskSamples, mask_loss, mask_targets
 from cascade_rcnn.models.matching import Matches, Samples, choose, match, normalizer, rows_in_use, take
 from cascade_rcnn.models.ops.roi_align import roi_align, roi_align_rows
@@ -73,9 +74,10 @@ class Stage(nn.Module):
     Its network is ``Cascade.box_heads[k]``, as checkpoints name it.
     """
 
-    def __init__(self, details: StageDetails) -> None:
+    def __init__(self, details: StageDetails, class_loss: nn.Module | None = None) -> None:
         super().__init__()
         self.details = details
+        self.class_loss = class_loss  # None: cross entropy
         self.register_buffer("stds", torch.tensor(list(details.stds)), persistent=False)  # [4]
         self.stds: Tensor
 
@@ -128,7 +130,8 @@ class Stage(nn.Module):
         # class of every sample
         background = logits.shape[-1] - 1
         wanted_class = torch.where(samples.positive, samples.matched_labels, background)
-        cls = F.cross_entropy(logits.flatten(0, 1), wanted_class.flatten(), reduction="none").view_as(wanted_class)
+        cls = self._class_loss(logits.flatten(0, 1), wanted_class.flatten(), samples.valid.flatten())
+        cls = cls.view_as(wanted_class)
         # deltas of the positives, which come first
         front = samples.max_positives
         deltas = deltas_of_labels(deltas[:, :front], samples.matched_labels[:, :front])
@@ -138,6 +141,15 @@ class Stage(nn.Module):
             "cls": torch.where(samples.valid, cls, 0.0).sum() / total * self.details.loss_weight,
             "box": torch.where(samples.positive[:, :front, None], box, 0.0).sum() / total * box_weight,
         }
+
+    def _class_loss(self, logits: Tensor, wanted: Tensor, valid: Tensor) -> Tensor:
+        """Loss [M] of logits [M, K + 1] whose right classes are ``wanted`` [M], padding where not ``valid``."""
+        if self.class_loss is None:
+            return F.cross_entropy(logits, wanted, reduction="none")
+        if isinstance(self.class_loss, Seesaw) and self.training and torch.is_grad_enabled():
+            self.class_loss.count(wanted, valid)
+        loss: Tensor = self.class_loss(logits, wanted)
+        return loss
 
     def _box_loss(self, deltas: Tensor, boxes: Tensor, wanted: Tensor) -> Tensor:
         """Loss [B, P, 4], or [B, P, 1] of whole boxes, where ``deltas`` [B, P, 4] move ``boxes`` beside ``wanted``."""

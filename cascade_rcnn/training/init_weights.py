@@ -31,7 +31,7 @@ def start_from(model: nn.Module, path: Path, class_names: Sequence[str]) -> str:
             _copy_rows(own, given, pairs, per_class)
         elif given is not None and given.shape == own.shape:
             own.copy_(given)
-        elif not key.endswith("num_batches_tracked"):
+        elif not key.endswith(("num_batches_tracked", "class_loss.counts")):
             misfits.append(key)
     if misfits:
         raise CheckpointError(
