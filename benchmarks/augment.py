@@ -37,6 +37,7 @@ def settings(size: int) -> dict[str, DataConfig]:
         "none": plain,
         "crop": replace(crop, crop_range=(size * 12 // 25, size * 3 // 4)),
         "large_scale_jitter": jitter,
+        "mosaic": replace(plain, mosaic=1.0),
         "copy_paste": replace(plain, copy_paste=1.0),
         "large_scale_jitter and copy_paste": replace(jitter, copy_paste=1.0),
     }

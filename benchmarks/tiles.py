@@ -171,7 +171,8 @@ def blank(folder: Path, side: int, height: int) -> None:
     with rasterio.open(folder / "blank.tif", "w", driver="GTiff", BIGTIFF="YES", **shape, **options):
         pass
     image = {"id": 1, "file_name": "blank.tif", "height": height, "width": side}
-    content = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": CLASS_NAMES[0]}]}
+    categories = [{"id": label + 1, "name": shape} for label, shape in enumerate(CLASS_NAMES)]
+    content = {"images": [image], "annotations": [], "categories": categories}
     (folder / "instances.json").write_text(json.dumps(content), encoding="utf-8")
 
 

@@ -199,6 +199,10 @@ class DataConfig:
     """Smallest and largest side of that crop, height and width each at random."""
     copy_paste: float = 0.0
     """Probability that objects of another image are pasted on an image, along their masks (arXiv 2012.07177)."""
+    mosaic: float = 0.0
+    """Probability that an image is put together from parts of four, at half to full scale (arXiv 2004.10934)."""
+    augment: str = ""
+    """Python file with one ``transform`` of Albumentations, or a function like it, run on each training image."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     vertical_flip: float = 0.0
@@ -241,6 +245,11 @@ class DataConfig:
         )
         _require(0 <= self.flip <= 1, f"data.flip {self.flip}: a probability")
         _require(0 <= self.copy_paste <= 1, f"data.copy_paste {self.copy_paste}: a probability")
+        _require(0 <= self.mosaic <= 1, f"data.mosaic {self.mosaic}: a probability")
+        _require(
+            not self.mosaic or self.large_scale_jitter is None,
+            "data.mosaic and data.large_scale_jitter both make the picture: use one of them",
+        )
         self._check_crop()
         _require(self.repeat >= 1, f"data.repeat {self.repeat}: at least 1")
         _require(
@@ -355,6 +364,11 @@ class Config:
             not self.data.crop or self.model.semantics != "paper",
             f"data.crop {self.data.crop}: model.semantics paper resizes once only; use data.large_scale_jitter, or 0",
         )
+        for name, used in (("mosaic", self.data.mosaic), ("augment", self.data.augment)):
+            _require(
+                not used or self.model.semantics != "paper",
+                f"data.{name} {used}: model.semantics paper compares boxes in the original image; use another",
+            )
         unknown = [name for name in self.automatic or () if name not in AUTOMATIC]
         _require(not unknown, f"automatic {' '.join(unknown)}: can be chosen are {', '.join(AUTOMATIC)}; or none")
 

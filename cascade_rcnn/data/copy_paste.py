@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cascade_rcnn.data.item import Item, Window
+from cascade_rcnn.data.item import Item, Window, trimmed
 
 LEAST_VISIBLE = 0.1  # of an object's pixels; an object of which less is left is not learnt
 
@@ -66,13 +66,7 @@ def _within(window: Window | None, top: int, left: int, size: tuple[int, int]) -
     inside = pixels[max(-y, 0) : max(size[0] - y, 0), max(-x, 0) : max(size[1] - x, 0)]
     if np.count_nonzero(inside) < max(LEAST_VISIBLE * np.count_nonzero(pixels), 1):
         return None
-    return _trimmed(inside, max(y, 0), max(x, 0))
-
-
-def _trimmed(pixels: NDArray[np.uint8], top: int, left: int) -> Window:
-    """A window of the mask's own extent."""
-    rows, cols = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
-    return pixels[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1], top + int(rows[0]), left + int(cols[0])
+    return trimmed(inside, max(y, 0), max(x, 0))
 
 
 def _what_is_left(item: Item, cover: NDArray[np.bool_]) -> tuple[list[int], NDArray[np.float32], list[Window | None]]:
@@ -90,7 +84,7 @@ def _what_is_left(item: Item, cover: NDArray[np.bool_]) -> tuple[list[int], NDAr
             if left < area:
                 if left < max(LEAST_VISIBLE * area, 1):
                     continue
-                before, window = _trimmed(pixels, y, x), _trimmed(remaining, y, x)
+                before, window = trimmed(pixels, y, x), trimmed(remaining, y, x)
                 boxes[row] = _shrunk(boxes[row], before, window)
         rows.append(row)
         masks.append(window)

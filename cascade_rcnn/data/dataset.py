@@ -18,11 +18,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cascade_rcnn.config import DataConfig, SemanticsName
+from cascade_rcnn.data.augment import Augmentation, AugmentError
 from cascade_rcnn.data.copy_paste import paste_objects
 from cascade_rcnn.data.images import read_image
 from cascade_rcnn.data.item import Item as Item  # importable from here too
 from cascade_rcnn.data.item import Window as Window
 from cascade_rcnn.data.masks import decode_window, pack_segmentations, transform_window
+from cascade_rcnn.data.mosaic import SCALES, mosaic
 from cascade_rcnn.data.orientation import FORMATS_WITHOUT_SIZES, OrientationError, annotated_size, view_decider
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.data.sizes import fitting
@@ -94,6 +96,9 @@ class DetectionDataset(Dataset[Item]):
         if not len(self.packed):
             what = "images" if not split.records else "images with objects to learn (and data.keep_empty is False)"
             raise DataError(f"{split.root}: split {split.name!r} has no {what}")
+        self._augmentation: Augmentation | None = None  # of this process
+        if training and config.augment:
+            self._augmentation = Augmentation(config.augment)
         self._donors = self.packed.images_with_masks() if self._pastes else np.zeros(0, np.int64)
         if self._pastes and not len(self._donors):
             raise DataError(
@@ -125,8 +130,8 @@ class DetectionDataset(Dataset[Item]):
         for attempt in range(_REPLACEMENTS):
             rng = np.random.default_rng((*key.seed, attempt))
             try:
-                item = self._load(index, rng, self._read(index))
-            except OrientationError:
+                item = self._mosaic(index, rng) if self._is_mosaic(rng) else self._load(index, rng, self._read(index))
+            except (OrientationError, AugmentError):
                 raise  # of which another picture would not free the user
             except DataError as error:
                 bad.append((self.packed.path(index), str(error)))
@@ -138,13 +143,39 @@ class DetectionDataset(Dataset[Item]):
             return item
         raise DataError(f"{bad[0][1]} ({_REPLACEMENTS} images in a row could not be used)")
 
+    def _is_mosaic(self, rng: np.random.Generator) -> bool:
+        return self.config.mosaic > 0 and rng.random() < self.config.mosaic
+
+    def _mosaic(self, index: int, rng: np.random.Generator) -> Item:
+        """The image with three others at random, as large as it would be alone; unreadable ones leave grey."""
+        factor = rng.uniform(*SCALES)
+        own, items, bad = self.config, [self._load_at(factor, index, rng)], []
+        size = [min(round(side / factor), own.long_side) for side in items[0].image.shape[1:]]
+        others: list[Item | None] = []
+        for other in rng.integers(len(self), size=3).tolist():
+            try:
+                others.append(self._load_at(factor, other, rng))
+            except (OrientationError, AugmentError):
+                raise
+            except DataError as error:
+                bad.append((self.packed.path(other), str(error)))
+                others.append(None)
+        made = mosaic([*items, *others], (size[0], size[1]), rng)
+        made.bad = bad + made.bad
+        return made
+
+    def _load_at(self, factor: float, index: int, rng: np.random.Generator) -> Item:
+        sides = tuple(max(round(side * factor), 32) for side in self.config.short_side)
+        smaller = replace(self.config, short_side=sides, long_side=max(round(self.config.long_side * factor), *sides))
+        return self._load(index, rng, self._read(index), smaller)
+
     def _with_pasted(self, item: Item, rng: np.random.Generator) -> Item:
         """By chance with objects of another image; as it is where that one cannot be read, which ``bad`` then says."""
         if rng.random() < self.config.copy_paste:
             index = int(self._donors[rng.integers(len(self._donors))])
             try:
                 item = paste_objects(item, self._load(index, rng, self._read(index)), rng)
-            except OrientationError:
+            except (OrientationError, AugmentError):
                 raise
             except DataError as error:
                 item.bad = [(self.packed.path(index), str(error))]
@@ -174,7 +205,9 @@ class DetectionDataset(Dataset[Item]):
         view = view_decider(annotated, self.config.orientation, path=path, sizeless=self._sizeless)
         return read_image(path, max_pixels=self.config.max_pixels, frame=view, range=self.config.range)
 
-    def _load(self, index: int, rng: np.random.Generator | None, image: Tensor) -> Item:
+    def _load(
+        self, index: int, rng: np.random.Generator | None, image: Tensor, config: DataConfig | None = None
+    ) -> Item:
         """Transform an image with its objects: at random with a generator, as for the test without."""
         size, decode = (int(image.shape[1]), int(image.shape[2])), self.masks or self._pastes
         start, end = self.packed.offsets[index : index + 2].tolist()
@@ -184,9 +217,9 @@ class DetectionDataset(Dataset[Item]):
         if rng is None:
             sample = test_transform(sample, fitting(self.config, size, self.canvas), semantics=self.semantics)
         else:
-            sample = train_transform(sample, self.config, rng, semantics=self.semantics)
+            sample = train_transform(sample, config or self.config, rng, semantics=self.semantics)
         kept = np.flatnonzero(sample.keep & (sample.boxes[:, 2:] > sample.boxes[:, :2]).all(axis=1))
-        return Item(
+        item = Item(
             image=sample.image,
             original_size=size,
             image_id=self.packed.image_id(index),
@@ -197,6 +230,7 @@ class DetectionDataset(Dataset[Item]):
             masks=[self._mask(index, start + int(row), size, sample) for row in kept] if decode else None,
             scale=sample.scale,
         )
+        return item if rng is None or self._augmentation is None else self._augmentation(item, rng)
 
     def _mask(self, index: int, row: int, size: tuple[int, int], sample: Sample) -> Window | None:
         try:

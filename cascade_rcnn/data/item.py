@@ -25,3 +25,9 @@ class Item:
     masks: list[Window | None] | None  # [G]
     bad: list[tuple[str, str]] = field(default_factory=list)  # unreadable images met on the way: path, reason
     scale: float | None = None  # from the original to this image, where both axes share one factor (Detectron)
+
+
+def trimmed(pixels: NDArray[np.uint8], top: int, left: int) -> Window:
+    """A window of the mask's own extent; ``pixels`` are not all 0, their corner lies at (top, left)."""
+    rows, cols = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
+    return pixels[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1], top + int(rows[0]), left + int(cols[0])

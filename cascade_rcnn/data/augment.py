@@ -1,0 +1,178 @@
+"""Augmentations of the user's own: a Python file with one ``transform``, of Albumentations or any function like it.
+
+H, W: (height, width); G objects. The file is the user's code and is run, once in each loader process.
+"""
+
+from __future__ import annotations
+
+import random
+import runpy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cascade_rcnn.data.item import Item, Window, trimmed
+from cascade_rcnn.errors import ConfigError, DataError
+from cascade_rcnn.messages import one_line, printable, shown
+
+Transform = Callable[..., Mapping[str, Any]]
+_LEAST_VISIBLE = 0.1  # of an object's box; what a crop or rotation leaves of an object below this is not learnt
+
+
+class AugmentError(DataError):
+    """The user's transform fails or gives something else than an image with its boxes: no other image would help."""
+
+
+class Augmentation:
+    """The transform of a file, applied to items."""
+
+    def __init__(self, path: str) -> None:
+        """Raises ConfigError where the file cannot be used."""
+        self._path = path
+        self._transform, self._seed = _prepared(_load(path), path)
+
+    def __call__(self, item: Item, rng: np.random.Generator) -> Item:
+        """The item as the transform makes it, the same for the same state of ``rng``. Raises AugmentError."""
+        image = np.ascontiguousarray(item.image.permute(1, 2, 0).numpy())  # [H, W, 3]
+        given: dict[str, Any] = {
+            "image": image,
+            "bboxes": item.boxes.astype(np.float64),
+            "rows": np.arange(len(item.boxes)),
+        }
+        drawn = [row for row, mask in enumerate(item.masks or []) if mask is not None]
+        if drawn:
+            windows = [window for window in item.masks or [] if window is not None]
+            given["masks"] = [_whole(window, (image.shape[0], image.shape[1])) for window in windows]
+        with _seeded(int(rng.integers(2**31)), self._seed):
+            try:
+                made = self._transform(**given)
+            except Exception as error:  # whatever the user's code raises
+                raise self._error(f"{type(error).__name__}: {one_line(error)}", item) from error
+        pixels = made.get("image") if isinstance(made, Mapping) else None
+        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise self._error(f"gives {_described(pixels)} as image, not uint8 [H, W, 3]{_HINT}", item)
+        try:
+            boxes = np.asarray(made["bboxes"], np.float32).reshape(-1, 4)
+            rows = np.asarray(made["rows"], np.int64).reshape(-1)
+            masks = dict(zip(drawn, made["masks"], strict=True)) if drawn else {}
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._error(
+                f"gives back other bboxes, rows or masks than it was given ({one_line(error)})", item
+            ) from error
+        if len(rows) != len(boxes) or not set(rows.tolist()) <= set(range(len(item.boxes))):
+            raise self._error(f"gives {len(boxes)} bboxes and {len(rows)} rows, which must belong together", item)
+        return _taken_over(item, pixels, boxes, rows, masks)
+
+    def __reduce__(self) -> tuple[type[Augmentation], tuple[str]]:
+        """Loader processes run the file themselves: a function in it could not be sent to them."""
+        return Augmentation, (self._path,)
+
+    def _error(self, what: str, item: Item) -> AugmentError:
+        return AugmentError(f"data.augment {printable(self._path)}: {what} (image {printable(item.path)})")
+
+
+_HINT = "; leave out Normalize and ToTensorV2, the network does both"
+
+
+def _described(value: Any) -> str:
+    shape = f" {list(value.shape)}" if hasattr(value, "shape") else ""
+    return f"{getattr(value, 'dtype', type(value).__name__)}{shape}"
+
+
+def _load(path: str) -> Any:
+    if not Path(path).is_file():
+        raise ConfigError(f"data.augment {shown(path)}: no such file; give a Python file with one 'transform'")
+    try:
+        content = runpy.run_path(path)
+    except Exception as error:  # whatever the user's code raises
+        raise ConfigError(f"data.augment {printable(path)}: {type(error).__name__}: {one_line(error)}") from error
+    if not callable(content.get("transform")):
+        raise ConfigError(
+            f"data.augment {printable(path)}: has no 'transform', an albumentations.Compose or a function"
+        )
+    return content["transform"]
+
+
+def _prepared(transform: Any, path: str) -> tuple[Transform, Callable[[int], object] | None]:
+    """The transform with our handling of boxes, and what seeds it; a plain function as it is."""
+    try:
+        import albumentations
+    except ImportError:
+        return transform, None
+    if not isinstance(transform, albumentations.BasicTransform | albumentations.BaseCompose):
+        return transform, None
+    boxes = albumentations.BboxParams(
+        format="pascal_voc", label_fields=["rows"], clip=True, min_visibility=_LEAST_VISIBLE, min_width=1, min_height=1
+    )
+    whole = isinstance(transform, albumentations.Compose)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it wonders at boxes where no transform moves any
+            made = albumentations.Compose(transform.transforms if whole else [transform], bbox_params=boxes)
+    except Exception as error:
+        raise ConfigError(f"data.augment {printable(path)}: {type(error).__name__}: {one_line(error)}") from error
+    return made, made.set_random_seed
+
+
+@contextmanager
+def _seeded(seed: int, own: Callable[[int], object] | None) -> Iterator[None]:
+    """Python's, NumPy's and torch's global generators, and the transform's own, seeded; put back afterwards."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    if own is not None:
+        own(seed)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _whole(mask: Window, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """A mask [H, W] from its window."""
+    pixels, top, left = mask
+    whole = np.zeros(size, np.uint8)
+    part = whole[max(top, 0) : top + pixels.shape[0], max(left, 0) : left + pixels.shape[1]]
+    part[:] = (pixels > 0)[max(-top, 0) :, max(-left, 0) :][: part.shape[0], : part.shape[1]]
+    return whole
+
+
+def _taken_over(
+    item: Item, pixels: NDArray[np.uint8], boxes: NDArray[np.float32], rows: NDArray[np.int64], masks: Mapping[int, Any]
+) -> Item:
+    """The item with the new picture; boxes of objects with a mask are no larger than what the mask shows."""
+    height, width = pixels.shape[:2]
+    boxes = np.clip(boxes, 0, np.array([width, height] * 2, np.float32))
+    kept: list[int] = []
+    windows: list[Window | None] = []
+    for number, row in enumerate(rows.tolist()):
+        window: Window | None = None
+        if row in masks:
+            drawn = (np.asarray(masks[row]) > 0).astype(np.uint8)
+            if not drawn.any():
+                continue
+            window = trimmed(drawn, 0, 0)
+            inner, top, left = window
+            boxes[number, :2] = np.maximum(boxes[number, :2], (left, top))
+            boxes[number, 2:] = np.minimum(boxes[number, 2:], (left + inner.shape[1], top + inner.shape[0]))
+        if (boxes[number, 2:] - boxes[number, :2] >= 1).all():
+            kept.append(number)
+            windows.append(window)
+    return replace(
+        item,
+        image=torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1),
+        boxes=boxes[kept],
+        labels=item.labels[rows[kept]],
+        ignore=item.ignore[rows[kept]],
+        masks=None if item.masks is None else windows,
+    )
