@@ -32,7 +32,7 @@ from cascade_rcnn.errors import CheckpointError, UserError
 
 _IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB
 _CAFFE = (103.53, 116.28, 123.675), (1.0, 1.0, 1.0)  # BGR
-_CAFFE_SCALED = (103.53, 116.28, 123.675), (57.375, 57.12, 58.395)  # BGR, detectron2's ResNeXt-101-32x8d
+_CAFFE_SCALED = (103.53, 116.28, 123.675), (57.375, 57.12, 58.395)  # BGR; ResNeXt-101-32x8d, RegNets
 _DETECTRON = (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0)  # BGR
 _SEMANTICS = {
     "mmdetection": "mmdetection",
@@ -269,12 +269,10 @@ def match_preprocessing(made: Decisions, model: ModelConfig, found: FoundWeights
 def _preprocessing(made: Decisions, model: ModelConfig, found: FoundWeights) -> Preprocessing:
     """The owner's: said in the config text, in detectron2's buffers, else the library's habit."""
     seen = made.seen
-    scaled = (seen.depth, seen.groups, seen.group_width) == (101, 32, 8)
+    scaled = (seen.depth, seen.groups, seen.group_width) == (101, 32, 8) or seen.backbone.startswith("regnet")
     bgr = Preprocessing(True, *(_CAFFE_SCALED if scaled else _CAFFE))
     if made.hints.preprocessing is not None:
         return made.hints.preprocessing
-    if seen.backbone.startswith("regnetx") and made.kind == "mmdetection":
-        return Preprocessing(True, *_CAFFE_SCALED)
     if made.kind == "mmdetection":
         return bgr if model.style == "caffe" or scaled else Preprocessing(False, *_IMAGENET)
     if made.kind == "detectron2":

@@ -61,10 +61,11 @@ class Structure:
 
 
 # Networks that are told by the shapes of all their weights, by the first of these. Of two of one width the deeper comes
-# first: it has all weights of the other.
+# first, and a RegNetY before a RegNetX: it has all weights of the other.
 _BY_SHAPES = {
-    "stem.conv.weight": tuple(
-        f"regnetx_{size}.pycls_in1k" for size in ("004", "008", "016", "032", "040", "064", "080", "120")
+    "stem.conv.weight": (
+        *(f"regnety_{size}.pycls_in1k" for size in ("004", "008", "016", "032", "040", "064", "080", "120")),
+        *(f"regnetx_{size}.pycls_in1k" for size in ("004", "008", "016", "032", "040", "064", "080", "120")),
     ),
     "stem_0.weight": (
         *("convnext_small.fb_in1k", "convnext_tiny.fb_in1k", "convnext_base.fb_in1k", "convnext_large.fb_in22k"),
@@ -79,7 +80,7 @@ _BY_SHAPES = {
 
 
 def _by_shapes(keys: Mapping[str, Tensor]) -> str | None:
-    """timm's name of a RegNetX, ConvNeXt or Swin; None for other networks."""
+    """timm's name of a RegNet, ConvNeXt or Swin; None for other networks."""
     names = next((names for first, names in _BY_SHAPES.items() if first in keys), None)
     if names is None:
         return None
@@ -93,7 +94,7 @@ def _by_shapes(keys: Mapping[str, Tensor]) -> str | None:
         if all(shapes.get(key) == shape or key.endswith("num_batches_tracked") for key, shape in wanted.items()):
             return name
     raise CheckpointError(
-        f"its backbone looks like {names[0].partition('_')[0]}, but its shapes are those of none of "
+        f"its backbone looks like {names[-1].partition('_')[0]}, but its shapes are those of none of "
         f"{', '.join(name.partition('.')[0] for name in names)}"
     )
 

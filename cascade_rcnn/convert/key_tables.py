@@ -104,12 +104,27 @@ DETECTRON2_BACKBONE: Table = [
     ("<backbone.><bottom_up.>res{n}.{b}.conv{i}.norm.{p}", BODY + "layer{n-1}.{b}.bn{i}.{p}"),
     ("<backbone.><bottom_up.>res{n}.{b}.conv{i}.{p}", BODY + "layer{n-1}.{b}.conv{i}.{p}"),
 ]
+# detectron2's RegNet: proj and bn on the shortcut; f.a, f.b, f.c and their norms the three convolutions, f.se between.
+DETECTRON2_REGNET: Table = [
+    ("backbone.bottom_up.stem.bn.{p}", BODY + "stem.bn.{p}"),
+    ("backbone.bottom_up.stem.conv.{p}", BODY + "stem.conv.{p}"),
+    ("backbone.bottom_up.s{n}.b{b}.proj.{p}", BODY + "s{n}.b{b}.downsample.conv.{p}"),
+    ("backbone.bottom_up.s{n}.b{b}.bn.{p}", BODY + "s{n}.b{b}.downsample.bn.{p}"),
+    *[
+        (f"backbone.bottom_up.s{{n}}.b{{b}}.f.{theirs}.{{p}}", f"{BODY}s{{n}}.b{{b}}.{ours}.{{p}}")
+        for k, letter in enumerate("abc", start=1)
+        for theirs, ours in ((letter, f"conv{k}.conv"), (f"{letter}_bn", f"conv{k}.bn"))
+    ],
+    ("backbone.bottom_up.s{n}.b{b}.f.se.f_ex.0.{p}", BODY + "s{n}.b{b}.se.fc1.{p}"),
+    ("backbone.bottom_up.s{n}.b{b}.f.se.f_ex.2.{p}", BODY + "s{n}.b{b}.se.fc2.{p}"),
+]
 # A norm with statistics, outside the backbone, is called ".bn." here (see rename): one without is a group norm.
 DETECTRON2: Table = [
     ("pixel_mean", ""),
     ("pixel_std", ""),
     ("*anchor_generator.*", ""),
     *DETECTRON2_BACKBONE,
+    *DETECTRON2_REGNET,
     ("backbone.fpn_lateral{n}.norm.{p}", "fpn.lateral_norm.{n-2}.{p}"),
     ("backbone.fpn_lateral{n}.{p}", "fpn.lateral.{n-2}.{p}"),  # weight, bias, bn.weight, ...
     ("backbone.fpn_output{n}.norm.{p}", "fpn.output_norm.{n-2}.{p}"),
@@ -271,7 +286,7 @@ def recognise(keys: Iterable[str]) -> Format:
     raise CheckpointError(
         f"none of the formats known (its {len(names)} keys begin with "
         f"{', '.join(names[:3]) or 'nothing'}); "
-        "Faster, Mask and Cascade R-CNN with an FPN and a ResNet, ResNeXt, RegNetX, ConvNeXt or Swin can be converted"
+        "Faster, Mask and Cascade R-CNN with an FPN and a ResNet, ResNeXt, RegNet, ConvNeXt or Swin can be converted"
     )
 
 

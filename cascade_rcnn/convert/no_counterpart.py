@@ -45,7 +45,6 @@ _PARTS: list[tuple[str, str]] = [
         r"bottom_up\.(net\.)?(patch_embed|layers|blocks)\.|^backbone\.(pos_embed|blocks\.|absolute_pos_embed)",
         "a transformer other than Swin as backbone",
     ),
-    (r"^backbone\.bottom_up\.s\d\.b\d", "detectron2's RegNet as backbone"),
     (r"^backbone\.stages\.\d\.\d+\.grn\.", "a ConvNeXt V2 as backbone"),
     (r"^backbone\.(stage\d|transition\d)\.", "an HRNet as backbone"),
     (r"layer\d\.\d+\.convs\.\d", "a Res2Net as backbone"),

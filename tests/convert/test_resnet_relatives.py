@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cascade_rcnn.checkpoint import load_checkpoint
 from cascade_rcnn.config import ModelConfig
@@ -16,6 +17,7 @@ from cascade_rcnn.convert.key_tables import rename
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.models.backbone import Backbone
 from cascade_rcnn.models.build import build_model
+from cascade_rcnn.structures import ImageBatch
 from cascade_rcnn.zoo.catalog import published
 from foreign_checkpoints import D2, foreign_state, mmdetection_name
 
@@ -45,9 +47,85 @@ def test_a_regnet_is_told_by_its_shapes(size: str) -> None:
 
 
 def test_every_listed_regnet_has_a_size_that_is_tested() -> None:
-    entries = [entry for entry in published() if "regnetx" in entry.name and not entry.missing]
+    entries = [entry for entry in published() if "regnetx" in entry.name and entry.library == "mmdetection"]
+    entries = [entry for entry in entries if not entry.missing]
     assert len(entries) == 22
+    theirs = [entry for entry in published() if "regnet" in entry.name and entry.library == "detectron2"]
+    assert len(theirs) == 6 and not any(entry.missing for entry in theirs)
     assert {re.search(r"regnetx_([\d.]+[MG]F)", entry.name)[1] for entry in entries} == set(SIZES)  # type: ignore[index]
+
+
+def _detectron2s_regnet_key(key: str) -> str:
+    match = re.fullmatch(r"(s\d\.b\d+)\.(conv(\d)|downsample|se)\.(conv|bn|fc1|fc2)\.(.+)", key)
+    if match is None:
+        return "backbone.bottom_up." + key  # the stem
+    block, layer, number, kind, rest = match.groups()
+    letter = "abc"[int(number) - 1] if number else ""
+    inner = {"conv": f"f.{letter}", "bn": f"f.{letter}_bn", "fc1": "f.se.f_ex.0", "fc2": "f.se.f_ex.2"}[kind]
+    if layer == "downsample":
+        inner = {"conv": "proj", "bn": "bn"}[kind]
+    return f"backbone.bottom_up.{block}.{inner}.{rest}"
+
+
+def _regnet_by_its_definition(state: dict[str, torch.Tensor], x: torch.Tensor, group_width: int) -> list[torch.Tensor]:
+    """Outputs of the four stages, from detectron2's weights (Radosavovic et al., arXiv 2003.13678)."""
+
+    def convolved(x: torch.Tensor, conv: str, norm: str, stride: int = 1, groups: int = 1) -> torch.Tensor:
+        weight = state[f"backbone.bottom_up.{conv}.weight"]
+        x = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2, groups=groups)
+        mean, var, scale, shift = (
+            state[f"backbone.bottom_up.{norm}.{name}"] for name in ("running_mean", "running_var", "weight", "bias")
+        )
+        return F.batch_norm(x, mean, var, scale, shift)
+
+    x = convolved(x, "stem.conv", "stem.bn", stride=2).relu()
+    outputs = []
+    for stage in range(1, 5):
+        number = 1
+        while f"backbone.bottom_up.s{stage}.b{number}.f.a.weight" in state:
+            block, stride = f"s{stage}.b{number}", 2 if number == 1 else 1
+            shortcut = convolved(x, f"{block}.proj", f"{block}.bn", stride) if number == 1 else x
+            y = convolved(x, f"{block}.f.a", f"{block}.f.a_bn").relu()
+            y = convolved(y, f"{block}.f.b", f"{block}.f.b_bn", stride, y.shape[1] // group_width).relu()
+            squeeze = f"backbone.bottom_up.{block}.f.se.f_ex."
+            if f"{squeeze}0.weight" in state:
+                s = F.conv2d(
+                    y.mean((2, 3), keepdim=True), state[f"{squeeze}0.weight"], state[f"{squeeze}0.bias"]
+                ).relu()
+                y = y * F.conv2d(s, state[f"{squeeze}2.weight"], state[f"{squeeze}2.bias"]).sigmoid()
+            x = (shortcut + convolved(y, f"{block}.f.c", f"{block}.f.c_bn")).relu()
+            number += 1
+        outputs.append(x)
+    return outputs
+
+
+@pytest.mark.parametrize(("name", "group_width"), [("regnetx_004", 16), ("regnety_004", 8)])
+def test_detectron2s_regnets_give_what_their_weights_say(tmp_path: Path, name: str, group_width: int) -> None:
+    torch.manual_seed(0)
+    body = Backbone(name).body
+    regnet = {}
+    for key, value in body.state_dict().items():
+        if not key.endswith("num_batches_tracked"):
+            regnet[_detectron2s_regnet_key(key)] = torch.rand_like(value) + (0.5 if "running_var" in key else -0.5)
+    state = {key: value for key, value in foreign_state(D2).items() if "bottom_up" not in key} | regnet
+    for level, channels in enumerate(body.feature_info.channels()[-4:], start=2):
+        state[f"backbone.fpn_lateral{level}.weight"] = torch.rand(32, channels, 1, 1)
+    torch.save({"model": state}, tmp_path / "source.pth")
+    run_convert(tmp_path / "source.pth", tmp_path / "ours.safetensors")
+    made = load_checkpoint(tmp_path / "ours.safetensors")
+    assert made.config.model.backbone.startswith(f"{name}.")
+
+    ours = build_model(made.config.model, 3).eval()
+    ours.load_state_dict(made.state)
+    pixels = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
+    mean, std = torch.tensor([103.53, 116.28, 123.675]), torch.tensor([57.375, 57.12, 58.395])
+    sizes = torch.tensor([[64, 96]])
+    theirs = (pixels.flip(1) - mean[:, None, None]) / std[:, None, None]  # BGR
+    with torch.no_grad():
+        # the difference of the means lies in the first bias, so a border that is padded with zeros differs: look inside
+        found = ours.backbone(ours.normalize(ImageBatch(pixels, sizes, sizes)))
+        for one, other in zip(found, _regnet_by_its_definition(regnet, theirs, group_width), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
