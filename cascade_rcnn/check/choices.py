@@ -41,7 +41,8 @@ _RATIOS = ((0.5, 1.0, 2.0), (0.33, 0.5, 1.0, 2.0, 3.0), (0.2, 0.33, 0.5, 1.0, 2.
 _REACHED = 0.98  # of the objects: no need for other anchors
 _WORTH, _WORTH_MORE = 0.01, 0.05  # of the objects: what other anchors must bring, and what more anchors must
 
-_RARE = 4  # times fewer images than the median class: repeated; and as many times an image comes at most
+_UNEVEN = 10  # times as many images of one class as of another: worth balancing
+_MOST_REPEATS = 4  # of an image in an epoch
 _COMMON = 0.1  # of the images: a class that so many show is not repeated
 
 _SIDED = frozenset(["left", "right", "clockwise", "counterclockwise", "anticlockwise", "leftward", "rightward"])
@@ -361,28 +362,23 @@ def _words(name: str) -> list[str]:
 
 
 def _repeat_threshold(config: Config, split: DataSplit) -> list[Choice]:
-    """Images of rare classes come more often, where some class has far fewer images than the median one."""
+    """Images of rare classes come more often, where classes differ by more than ten times."""
     name = "data.repeat_threshold"
     if not _free(config, name):
         return [_kept(config, name)] if _value(config, name) else []
-    images = np.zeros(len(split.class_names))
+    images = np.zeros(len(split.class_names), np.int64)
     for record in split.records:
         images[np.unique(record.labels[~record.ignore])] += 1
     present = np.flatnonzero(images)
     if len(present) < 2:
         return []
-    share = images[present] / len(split.records)
-    usual, rarest = min(_COMMON, float(np.median(share))), present[share.argmin()]
-    class_name = shown(split.class_names[rarest])
-    if share.min() >= usual / _RARE:
-        return [
-            _kept(
-                config, name, f"no class is rare: {images[rarest]:.0f} of {len(split.records)} images show {class_name}"
-            )
-        ]
-    value = float(f"{min(usual, _RARE**2 * share.min()):.2g}")
-    few = f"{images[rarest]:.0f} of {len(split.records)} images show {class_name}"
-    return [Choice(name, value, f"{few}, the median class {np.median(share):.1%}")]
+    rarest, commonest = present[images[present].argmin()], present[images[present].argmax()]
+    few, many = images[rarest], images[commonest]
+    reason = f"{few} images show {shown(split.class_names[rarest])}, {many} {shown(split.class_names[commonest])}"
+    if many <= _UNEVEN * few:
+        return [_kept(config, name, f"{reason}: not ten times as many")]
+    value = min(_COMMON, _MOST_REPEATS**2 * few / len(split.records))
+    return [Choice(name, float(f"{value:.2g}"), f"{reason}; an image comes up to {_MOST_REPEATS} times in an epoch")]
 
 
 def _precision(config: Config, machine: Machine) -> list[Choice]:

@@ -78,34 +78,23 @@ def with_labels(*labels: tuple[int, ...]) -> DataSplit:
     return data
 
 
-@pytest.mark.parametrize(
-    ("labels", "threshold", "said"),
-    [
-        # 12 images; a tenth of them is common
-        ([(0, 1), (0, 1)], 0.0, "no class is rare: 2 of 12 images show 'mitosis'"),
-        ([(0, 0)], 0.0, ""),  # one class in the data: nothing to balance
-    ],
-)
-def test_classes_in_enough_images_are_not_repeated(labels: list[tuple[int, ...]], threshold: float, said: str) -> None:
-    config, choices = chosen(with_labels(*labels))
-    assert config.data.repeat_threshold == threshold
-    assert choices["data.repeat_threshold"].reason == said if said else "data.repeat_threshold" not in choices
+def test_classes_that_differ_by_less_than_ten_times_are_not_balanced() -> None:
+    config, choices = chosen(with_labels((0, 1), (0, 1)))
+    assert config.data.repeat_threshold == 0
+    assert choices["data.repeat_threshold"].reason == "2 images show 'mitosis', 12 'cell': not ten times as many"
+    assert "data.repeat_threshold" not in chosen(with_labels((0, 0)))[1]  # one class in the data
 
 
 def test_a_rare_class_is_repeated_up_to_four_times() -> None:
     data = with_labels((0, 1))
-    data = dataclasses.replace(data, records=[*data.records[:-1] * 9, data.records[-1]])  # 1 of 100 images
+    assert chosen(data)[0].data.repeat_threshold == 0.1  # 1 of 12 images: a tenth is common
+    data = dataclasses.replace(data, records=[*data.records[:-1] * 45, data.records[-1]])  # 1 of 496
     config, choices = chosen(data)
-    assert config.data.repeat_threshold == 0.1
-    assert choices["data.repeat_threshold"].reason == "1 of 100 images show 'mitosis', the median class 50.5%"
-    rarer = dataclasses.replace(data, records=[*data.records * 5, *data.records[:-1] * 5])  # 5 of 995
-    rarer.records[50] = dataclasses.replace(rarer.records[50], labels=np.array([2, 2]))  # and one shows an artefact
-    assert chosen(rarer)[0].data.repeat_threshold == 0.005  # the share of the median class
-    for number in range(100, 500, 3):
-        rarer.records[number] = dataclasses.replace(rarer.records[number], labels=np.array([0, 1]))
-    assert chosen(rarer)[0].data.repeat_threshold == 0.016  # 16 times that of the rarest: it comes four times as often
-    assert chosen(rarer, "--data.repeat-threshold", "0.3")[0].data.repeat_threshold == 0.3
-    assert "data.repeat_threshold" not in chosen(rarer, "--data.repeat-threshold", "0")[1]
+    assert config.data.repeat_threshold == 0.032  # 16 times its share: its image comes four times
+    said = "1 images show 'mitosis', 496 'cell'; an image comes up to 4 times in an epoch"
+    assert choices["data.repeat_threshold"].reason == said
+    assert chosen(data, "--data.repeat-threshold", "0.3")[0].data.repeat_threshold == 0.3
+    assert "data.repeat_threshold" not in chosen(data, "--data.repeat-threshold", "0")[1]
 
 
 def test_the_input_fits_into_the_memory() -> None:
