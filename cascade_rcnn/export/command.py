@@ -68,7 +68,7 @@ def run_export(
     program = network.trace(model, size=info.size, batch=info.batch)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / NAMES[to]
-    feeds = None if int8 is None else _feeds(path, int8, info)
+    feeds = None if int8 is None else calibration_inputs(path, int8, info)
     kept = _write(program, target, info, feeds)
     del program, model
     _report(path, target, info, data=data, split=split, kept=kept)
@@ -162,7 +162,7 @@ def _write(program: Any, target: Path, info: ExportInfo, feeds: list[Feed] | Non
     return []
 
 
-def _feeds(path: Path, images: Path, info: ExportInfo) -> list[Feed]:
+def calibration_inputs(path: Path, images: Path, info: ExportInfo) -> list[Feed]:
     """Network inputs of up to ``CALIBRATION_IMAGES`` images of a folder, spread evenly.
 
     Raises:
