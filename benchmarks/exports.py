@@ -67,7 +67,9 @@ def exports(checkpoint: Path, out: Path, *, calibration: Path | None) -> dict[st
         elif name == "OpenVINO":
             network.write_openvino(files["ONNX Runtime"], file, info)
         else:
-            program = program or network.trace(network.network_of(checkpoint, info.config), size=None, batch=None)
+            program = program or network.trace(
+                network.network_of(checkpoint, info.config, to="onnx"), size=None, batch=None
+            )
             (network.write_onnx if name == "ONNX Runtime" else network.write_torch)(program, file, info)
         print(f"{name}: written in {time.perf_counter() - began:.0f} s", flush=True)
     return files

@@ -35,8 +35,10 @@ IOU, SCORE = 0.99, 1e-3  # of two detections that are the same
 Pixels = NDArray[np.uint8]
 
 
-def pictures(data: Path | None, split: str) -> tuple[list[Pixels], str]:
+def pictures(data: Path | None, split: str, *, levels: str = "auto") -> tuple[list[Pixels], str]:
     """Up to ``IMAGES`` pictures to compare on, spread evenly over a split, and what they are.
+
+    ``levels``: ``data.range``, for pictures of more than 8 bits.
 
     Raises:
         DataError: none of the split's pictures can be read.
@@ -49,7 +51,7 @@ def pictures(data: Path | None, split: str) -> tuple[list[Pixels], str]:
     read: list[Pixels] = []
     for record in islice(opened.records, 0, None, step):
         try:
-            read.append(to_array(record.path))
+            read.append(to_array(record.path, range=levels))
         except DataError:
             continue
     if not read:
