@@ -139,7 +139,13 @@ def config(parser: Parser, words: Sequence[str]) -> None:
             parser.error(f"{(settings + unknown)[0]} without a recipe to change")
         print("\n".join(config_names()))
         return
-    if Path(args.name).suffix == ".safetensors":
+    from cascade_rcnn.runtime.network import exported_file
+
+    if exported_file(args.name) is not None:
+        from cascade_rcnn.inference.detector import load
+
+        config = load(args.name).config
+    elif Path(args.name).suffix == ".safetensors":
         from cascade_rcnn.checkpoint import load_checkpoint
 
         config = load_checkpoint(args.name).config

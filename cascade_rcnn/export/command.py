@@ -58,20 +58,21 @@ def run_export(
     config = _changed_settings(saved.config, settings)
     info = _info(saved, config, size, batch, int8=int8 is not None)
     folder = out or _default_folder(path, to, int8=int8 is not None)
-    _check_folder(folder)
-    model = network.network_of(path, info.config)
+    model = network.network_of(path, info.config, to=to)
+    feeds = None if int8 is None else calibration_inputs(path, int8, info)
+    split = split or info.config.data.val
+    compared = report.pictures(data, split, levels=info.config.data.range)
+    _make_folder(folder)
     if info.size is not None and info.config.model.norm == "group":
         print(
             "group norm sees the padding of a fixed size: detections differ from the checkpoint's; --dynamic keeps them"
         )
     print(f"tracing the network ({'any size' if info.size is None else f'{info.size[0]} x {info.size[1]}'}) ...")
     program = network.trace(model, size=info.size, batch=info.batch)
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / NAMES[to]
-    feeds = None if int8 is None else _feeds(path, int8, info)
     kept = _write(program, target, info, feeds)
     del program, model
-    _report(path, target, info, data=data, split=split, kept=kept)
+    _report(path, target, info, compared=compared, data=data, split=split, kept=kept)
     return folder
 
 
@@ -134,13 +135,21 @@ def _default_folder(path: Path, to: str, *, int8: bool) -> Path:
     return path.parent / name if run else path.parent / f"{path.stem}_{name}"
 
 
-def _check_folder(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
+    """Raises UserError where it is a file, holds something else, or cannot be written."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{printable(folder)}: is a file; give a folder as --out")
     ours = {*NAMES.values(), "model.bin", "report.json"}
-    others = [child.name for child in folder.iterdir() if child.name not in ours] if folder.exists() else []
-    if others:
-        raise UserError(f"{printable(folder)}: holds {printable(others[0])}; give an empty or new folder as --out")
+    try:
+        others = [child.name for child in folder.iterdir() if child.name not in ours] if folder.exists() else []
+        if others:
+            raise UserError(f"{printable(folder)}: holds {printable(others[0])}; give an empty or new folder as --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{printable(folder)}: cannot be written ({reason}); give another folder as --out") from error
 
 
 def _write(program: Any, target: Path, info: ExportInfo, feeds: list[Feed] | None) -> list[str]:
@@ -162,7 +171,7 @@ def _write(program: Any, target: Path, info: ExportInfo, feeds: list[Feed] | Non
     return []
 
 
-def _feeds(path: Path, images: Path, info: ExportInfo) -> list[Feed]:
+def calibration_inputs(path: Path, images: Path, info: ExportInfo) -> list[Feed]:
     """Network inputs of up to ``CALIBRATION_IMAGES`` images of a folder, spread evenly.
 
     Raises:
@@ -188,13 +197,21 @@ def _feeds(path: Path, images: Path, info: ExportInfo) -> list[Feed]:
     return feeds
 
 
-def _report(path: Path, target: Path, info: ExportInfo, *, data: Path | None, split: str, kept: list[str]) -> None:
+def _report(
+    path: Path,
+    target: Path,
+    info: ExportInfo,
+    *,
+    compared: tuple[list[report.Pixels], str],
+    data: Path | None,
+    split: str,
+    kept: list[str],
+) -> None:
     exported = load(target.parent)
     reference = load(path, device="cpu")
     reference.config, reference.canvas = info.config, info.size
     _take_settings(reference, info.config)
-    split = split or info.config.data.val
-    images, what = report.pictures(data, split)
+    images, what = compared
     content: dict[str, Any] = {
         "network": target.name,
         "runtime": exported.model.runtime,  # type: ignore[union-attr]

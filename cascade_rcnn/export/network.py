@@ -46,14 +46,14 @@ class Detect(nn.Module):
         return tuple(one for one in outputs if one is not None)
 
 
-def network_of(path: Path, config: Config) -> CascadeRCNN:
+def network_of(path: Path, config: Config, *, to: str) -> CascadeRCNN:
     """The network of a checkpoint as it is exported: for inference, batch norms folded.
 
     Raises:
         CheckpointError: as ``load_checkpoint``.
         UserError: a setting that cannot be exported.
     """
-    refuse_unexportable(config)
+    refuse_unexportable(config, to=to)
     checkpoint = load_checkpoint(path)
     with NoInitialValues():
         model = build_model(config.model, len(checkpoint.class_names))
@@ -91,7 +91,7 @@ def _fix_padding(model: CascadeRCNN) -> None:
                 setattr(parent, name, _PaddedConv(child))
 
 
-def refuse_unexportable(config: Config) -> None:
+def refuse_unexportable(config: Config, *, to: str) -> None:
     """Raises UserError for a network that no exporter can follow, or that would compute something else there."""
     if config.model.nms == "soft":
         raise UserError(
@@ -101,6 +101,11 @@ def refuse_unexportable(config: Config) -> None:
         raise UserError(
             "model.semantics paper: the authors' rules (resizing in float, boxes of whole pixels) are not exported; "
             "predict with the checkpoint itself"
+        )
+    if config.model.deformable != "none" and to != "torch":
+        raise UserError(
+            f"model.deformable {config.model.deformable}: ONNX has deformable convolutions from operator set 19 on; "
+            f"{OPSET} is written: export with --to torch"
         )
 
 

@@ -284,7 +284,8 @@ class _OnnxRuntime(Backend):
                 reduce_range=True,  # as OverflowFix above
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
-                op_types_to_quantize=[*_WEIGHTED, "Add", "MaxPool", "Resize"],
+                # with the activations: a convolution's output is then rounded within what they leave of its range
+                op_types_to_quantize=[*_WEIGHTED, "Relu", "Clip", "Add", "MaxPool", "Resize"],
                 nodes_to_quantize=list(integer),
             )
         finally:

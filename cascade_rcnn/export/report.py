@@ -22,8 +22,10 @@ from cascade_rcnn.data.split_levels import with_range
 from cascade_rcnn.data.synthetic_shapes import draw_scene
 from cascade_rcnn.errors import DataError
 from cascade_rcnn.evaluation.evaluate_model import detect_split, evaluate_results, match_classes
+from cascade_rcnn.evaluation.metrics import Metrics
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.detector import Detector, load
+from cascade_rcnn.inference.run_model import Precision
 from cascade_rcnn.models.boxes import pairwise_iou
 
 IMAGES = 8  # that are compared
@@ -33,8 +35,10 @@ IOU, SCORE = 0.99, 1e-3  # of two detections that are the same
 Pixels = NDArray[np.uint8]
 
 
-def pictures(data: Path | None, split: str) -> tuple[list[Pixels], str]:
+def pictures(data: Path | None, split: str, *, levels: str = "auto") -> tuple[list[Pixels], str]:
     """Up to ``IMAGES`` pictures to compare on, spread evenly over a split, and what they are.
+
+    ``levels``: ``data.range``, for pictures of more than 8 bits.
 
     Raises:
         DataError: none of the split's pictures can be read.
@@ -47,7 +51,7 @@ def pictures(data: Path | None, split: str) -> tuple[list[Pixels], str]:
     read: list[Pixels] = []
     for record in islice(opened.records, 0, None, step):
         try:
-            read.append(to_array(record.path))
+            read.append(to_array(record.path, range=levels))
         except DataError:
             continue
     if not read:
@@ -126,17 +130,21 @@ def time_both(reference: Detector, exported: Detector, images: Sequence[Pixels])
 
 def average_precision(checkpoint: Path, exported: Path, data: Path, split: str) -> dict[str, dict[str, float]]:
     """AP of both on a split of a data set, each as ``evaluate`` measures it."""
-    return {name: _metrics(path, data, split) for name, path in (("pytorch", checkpoint), ("exported", exported))}
+    both = {name: metrics(path, data, split) for name, path in (("pytorch", checkpoint), ("exported", exported))}
+    return {
+        name: {key: value for key in ("bbox/AP", "segm/AP") if (value := found.get(key)) is not None}
+        for name, found in both.items()
+    }
 
 
-def _metrics(path: Path, data: Path, split: str) -> dict[str, float]:
-    detector = load(path, device="cpu")
+def metrics(path: Path, data: Path, split: str, *, precision: Precision = "auto") -> Metrics:
+    """What ``evaluate`` measures of a checkpoint or an export on a split of a data set, on the CPU."""
+    detector = load(path, device="cpu", precision=precision)
     opened = open_split(data, split, orientation=detector.config.data.orientation)
     refuse_undecided(opened, detector.config.data.orientation)
     settings, _ = with_range(replace(detector.config.data, val=split), opened)
     config = replace(detector.config, data=settings)
     class_map = match_classes(detector.class_names, opened, path, quiet=True)
-    results, seen = detect_split(detector.model, config, opened, class_map=class_map)
+    results, seen = detect_split(detector.model, config, opened, class_map=class_map, precision=precision)
     with contextlib.redirect_stdout(io.StringIO()):
-        metrics = evaluate_results(results, config, seen)
-    return {key: value for key in ("bbox/AP", "segm/AP") if (value := metrics.get(key)) is not None}
+        return evaluate_results(results, config, seen)

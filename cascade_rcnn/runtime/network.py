@@ -125,7 +125,14 @@ class RuntimeNetwork:
         except (UserError, CheckpointError):
             raise
         except Exception as error:  # runtimes raise kinds of their own
-            raise CheckpointError(f"{printable(path)}: cannot be loaded ({one_line(error)[:200]})") from error
+            if path.suffix.lower() == ".xml" and not path.with_suffix(".bin").is_file():
+                raise CheckpointError(
+                    f"{printable(path)}: its weights {printable(path.with_suffix('.bin').name)} are not beside it; "
+                    "copy both files of the export"
+                ) from error
+            raise CheckpointError(
+                f"{printable(path)}: cannot be loaded ({one_line(error)[:200]}); copy or export it once more"
+            ) from error
         self.info = read_info(text, path)
 
     def detect(self, pixels: NDArray[np.uint8], sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -41,8 +42,6 @@ CLASSES = CLASS_NAMES
 
 
 def _checkpoint(path: Path, **changes: Any) -> Path:
-    import dataclasses
-
     model = dataclasses.replace(TINY, **changes)
     config = Config(model=model, data=DataConfig(short_side=(96,), long_side=160, workers=0))
     save_checkpoint(path, tiny_model(len(CLASSES), **changes).state_dict(), config=config, class_names=CLASSES)
@@ -236,6 +235,51 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         load(tmp_path / "absent.pt2")
     assert exported_file(tmp_path) is None and exported_file("runs/demo") is None
+
+
+def test_a_network_without_its_weights_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    (tmp_path / "model.xml").write_text("<net></net>")
+    with pytest.raises(CheckpointError, match=r"model\.xml: its weights model\.bin are not beside it; copy both files"):
+        load(tmp_path)
+
+
+def test_what_cannot_work_is_said_before_the_tracing(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trace(*_: Any, **__: Any) -> None:
+        raise AssertionError("tracing takes minutes")
+
+    monkeypatch.setattr(command.network, "trace", trace)
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for changes, words in (
+        (
+            {"out": tmp_path / "file" / "below"},
+            r"below: cannot be written \(Not a directory\); give another folder as --out",
+        ),
+        ({"out": tmp_path / "file"}, "is a file; give a folder as --out"),
+        ({"int8": tmp_path / "absent"}, "absent: no such file or folder"),
+        ({"int8": tmp_path / "empty"}, "empty: no image or video found"),
+        ({"data": tmp_path / "absent"}, "absent: no such folder"),
+        ({"data": data, "split": "third"}, "no split 'third'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run_export(checkpoint, **{"to": "onnx", "out": tmp_path / "new", **changes})
+    assert not (tmp_path / "new").exists()
+
+
+def test_deformable_convolutions_go_to_torch_alone() -> None:
+    config = Config(model=dataclasses.replace(TINY, deformable="plain"))
+    for to in ("onnx", "openvino"):
+        with pytest.raises(UserError, match=r"model\.deformable plain: .* export with --to torch"):
+            command.network.refuse_unexportable(config, to=to)
+    command.network.refuse_unexportable(config, to="torch")
+
+
+def test_config_prints_what_an_export_was_made_with(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", str(folder / "model.onnx"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(load(folder).config.to_dict()))
 
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
