@@ -348,7 +348,10 @@ def test_a_late_answer_is_504(detector: Detector, monkeypatch: pytest.MonkeyPatc
         client.close()
 
 
-@pytest.mark.parametrize("changes", [{"max_batch": 0}, {"max_pixels": -1}, {"timeout": 0}, {"max_delay": -1}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"max_batch": 0}, {"max_pixels": -1}, {"timeout": 0}, {"max_delay": -1}, {"api_key": "kéy"}, {"api_key": "a b"}],
+)
 def test_limits_out_of_range_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         ServeSettings(**changes)
