@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import inspect
 import io
@@ -343,3 +344,14 @@ def test_threads_sleep_while_they_wait_on_a_busy_machine(
     monkeypatch.setattr(cli.os, "getloadavg", lambda: (load, load, load), raising=False)
     cli._let_waiting_threads_sleep()
     assert environment.get("OMP_WAIT_POLICY") == expected
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setitem(cli.COMMANDS, "demo", cli.COMMANDS["demo"]._replace(run=full))
+    assert cli.main(["demo"]) == 2
+    assert capsys.readouterr().err == (
+        "error: the disk that this is written to is full; free some of it, or choose another\n"
+    )

@@ -27,6 +27,7 @@ from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.detector import Detector
 from cascade_rcnn.inference.predictions_file import NAME
 from cascade_rcnn.inference.run_model import Inference
+from cascade_rcnn.inference.tiled import open_rows
 from cascade_rcnn.inference.tiles import Tiling
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.predict import Outputs, run_predict
@@ -187,14 +188,25 @@ def test_an_interrupted_picture_says_so(
     assert {entry["file_name"] for entry in partial} == {"a.png"} and not (tmp_path / "out" / NAME).exists()
 
 
-def geotiff(path: Path, pixels: NDArray[np.uint8], **changes: Any) -> Path:
+def geotiff(path: Path, pixels: NDArray[Any], **changes: Any) -> Path:
     import rasterio
 
     options = {"crs": "EPSG:32633", "transform": rasterio.Affine(0.5, 0, 500_000, 0, -0.5, 5_500_000)} | changes
-    shape = {"height": pixels.shape[0], "width": pixels.shape[1], "count": 3, "dtype": "uint8"}
+    shape = {"height": pixels.shape[0], "width": pixels.shape[1], "count": 3, "dtype": pixels.dtype}
     with rasterio.open(path, "w", driver="GTiff", **shape, **options) as file:
         file.write(pixels.transpose(2, 0, 1))
     return path
+
+
+def test_of_a_file_that_only_windows_read_what_is_wrong_is_said_as_these_say_it(tmp_path: Path) -> None:
+    """16 bits per colour: Pillow does not know such a TIFF, but rasterio knows why it cannot be shown."""
+    pytest.importorskip("rasterio")
+    path = geotiff(tmp_path / "dark.tif", picture().astype(np.uint16))
+    with pytest.raises(DataError, match="--range"):
+        open_rows(path, Config(), max_pixels=10**6)
+    (tmp_path / "text.tif").write_text("no picture")
+    with pytest.raises(DataError, match="cannot be read as an image"):
+        open_rows(tmp_path / "text.tif", Config(), max_pixels=10**6)
 
 
 def signed_area(ring: list[list[float]]) -> float:
@@ -262,6 +274,16 @@ def test_a_place_that_is_not_known_is_told(
     geotiff(tmp_path / "a.tif", picture(), crs=None)
     run_predict(checkpoint, [tmp_path / "a.tif"], out=tmp_path / "out", device="cpu", inference=tiled(), draw=False)
     assert "not in the GeoJSON: it has a transform but no CRS" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "predictions.geojson").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # rasterio's own of such a transform
+def test_a_transform_without_area_is_told(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Written out, all objects would lie in one point."""
+    rasterio = pytest.importorskip("rasterio")
+    geotiff(tmp_path / "a.tif", picture(), transform=rasterio.Affine(0, 0, 500_000, 0, 0, 5_500_000))
+    run_predict(checkpoint, [tmp_path / "a.tif"], out=tmp_path / "out", device="cpu", inference=tiled(), draw=False)
+    assert "not in the GeoJSON: its transform puts all pixels on one line or point" in capsys.readouterr().err
     assert not (tmp_path / "out" / "predictions.geojson").exists()
 
 

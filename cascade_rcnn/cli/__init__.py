@@ -1,7 +1,8 @@
 """The command ``cascade-rcnn``: one function per command, in the files beside this one, each with its own arguments.
 
 A mistake of the user ends with one line, ``error: what, which value, what to do``, and exit code 2, before anything is
-written. Ctrl-C ends quietly with 130. Anything else is a fault of the program and shows its traceback.
+written; a full disk ends so too. Ctrl-C ends quietly with 130. Anything else is a fault of the program and shows its
+traceback.
 
 Torch and timm are imported inside the commands: ``cascade-rcnn COMMAND --help`` answers at once.
 """
@@ -9,6 +10,7 @@ Torch and timm are imported inside the commands: ``cascade-rcnn COMMAND --help``
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib.util
 import os
 import sys
@@ -19,7 +21,7 @@ from cascade_rcnn import __version__
 from cascade_rcnn.cli import convert, measure, predict, train
 from cascade_rcnn.cli.parser import Parser, UsageError
 from cascade_rcnn.errors import ConfigError, UserError
-from cascade_rcnn.messages import one_line
+from cascade_rcnn.messages import one_line, printable
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -152,6 +154,12 @@ def main(words: Sequence[str] | None = None) -> int:
         # What is still buffered goes nowhere, or Python would complain about the same pipe at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{printable(error.filename)}: " if error.filename else ""
+        _print_error(UserError(f"{where}the disk that this is written to is full; free some of it, or choose another"))
+        return EXIT_USER_ERROR
     return code
 
 

@@ -217,6 +217,12 @@ def georeference(path: Path) -> tuple[Georeference | None, str]:
     where = f"{printable(path)}: not in the GeoJSON:"
     if transform == (1.0, 0.0, 0.0, 0.0, 1.0, 0.0):
         return None, f"{where} it has {other} but no transform; warp it first (rio warp)" if other else ""
+    a, b, _, d, e, _ = transform
+    if a * e == b * d:
+        return (
+            None,
+            f"{where} its transform puts all pixels on one line or point; mend it with: rio edit-info --transform",
+        )
     if not crs:
         return None, f"{where} it has a transform but no CRS; say it with: rio edit-info --crs EPSG:CODE FILE"
     found = Georeference(transform, crs.to_wkt(), size, orientation(path))
@@ -310,6 +316,15 @@ def _palette(file: Any, bands: list[int]) -> NDArray[np.uint8] | None:
         if level < 256:
             table[level] = colour[:3]
     return table
+
+
+def can_open(path: Path) -> bool:
+    """Whether rasterio is there and opens the file."""
+    try:
+        with _opened(import_rasterio(path, "reading"), path):
+            return True
+    except UserError:
+        return False
 
 
 def is_too_large(path: Path, max_pixels: int) -> bool:

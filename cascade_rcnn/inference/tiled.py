@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cascade_rcnn.config import Config
 from cascade_rcnn.data.images import Size, to_array
-from cascade_rcnn.data.windows import SUFFIXES, WindowRows, is_too_large
+from cascade_rcnn.data.windows import SUFFIXES, WindowRows, can_open, is_too_large
 from cascade_rcnn.errors import DataError, UserError
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.merge_tiles import Candidates, Merged, merge
@@ -55,8 +55,9 @@ def open_rows(image: Any, config: Config, *, max_pixels: int) -> Rows:
             raise
         try:
             return WindowRows(path, range=config.data.range)
-        except UserError:
-            pass
+        except UserError as closer:
+            if can_open(path):  # Pillow does not know this kind of file; what is wrong with it is said here
+                raise closer from None
         raise
 
 

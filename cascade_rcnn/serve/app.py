@@ -120,15 +120,23 @@ def create_app(detector: Detector, settings: ServeSettings | None = None) -> Fas
 
 
 def _add_label_studio(app: FastAPI, service: _Service) -> None:
-    async def detect(images: list[NDArray[np.uint8]]) -> list[Detections]:
-        return await _limited(_detect(service, images, 0), service.settings.timeout)
+    async def detect(content: bytes) -> Detections:
+        with service.memory.share() as share:
+            share.take(len(content))
+            return (await _detect(service, [await _decode(service, content, share)], 0))[0]
+
+    async def look(content: bytes) -> Detections:
+        try:
+            return await _limited(detect(content), service.settings.timeout)
+        finally:
+            service.memory.tidy()
 
     async def refused(_: Request, error: Exception) -> Response:
         return _problem(422, str(error))
 
     app.add_exception_handler(TaskError, refused)
     backend = Backend(
-        detect=detect,
+        look=look,
         settings=service.settings,
         version=f"cascade-rcnn {__version__}",
         class_names=service.detector.class_names,
@@ -232,7 +240,10 @@ def _add_routes(app: FastAPI, service: _Service) -> None:
     ) -> Response:
         """Objects of each file of a multipart form (any field names), or of an image as the whole body."""
         began = time.perf_counter()
-        answer = await _limited(_predict(service, request, score, stages, masks), service.settings.timeout)
+        try:
+            answer = await _limited(_predict(service, request, score, stages, masks), service.settings.timeout)
+        finally:
+            service.memory.tidy()
         service.metrics.seconds.observe(time.perf_counter() - began)
         return JSONResponse(answer)
 

@@ -19,16 +19,13 @@ from dataclasses import dataclass, field
 from http.client import HTTPException
 from typing import Any
 
-import numpy as np
 from fastapi import FastAPI, Request
-from numpy.typing import NDArray
 
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.inference.as_dataset import label_studio_regions
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.messages import few_names, one_line, shown
 from cascade_rcnn.serve.fetch import fetch_url
-from cascade_rcnn.serve.pictures import decode
 from cascade_rcnn.serve.settings import ServeSettings
 
 API_KEY = "LABEL_STUDIO_API_KEY"  # the name that Label Studio's own programs read
@@ -189,7 +186,7 @@ class _SameServer(urllib.request.HTTPRedirectHandler):
 _OPENER = urllib.request.build_opener(_SameServer)
 
 
-Detect = Callable[[list[NDArray[np.uint8]]], Awaitable[list[Detections]]]
+Look = Callable[[bytes], Awaitable[Detections]]
 
 
 class TaskError(Exception):
@@ -198,9 +195,12 @@ class TaskError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """A detector as Label Studio's model; ``detect`` looks at pictures and may raise the service's own errors."""
+    """A detector as Label Studio's model; ``look`` decodes a file and looks at it.
 
-    detect: Detect
+    It raises UserError for a file that is no picture, and the service's own errors.
+    """
+
+    look: Look
     settings: ServeSettings
     version: str
     class_names: Sequence[str]
@@ -214,21 +214,20 @@ class Backend:
         except UserError as error:
             raise TaskError(str(error)) from None
 
-    def read(self, task: dict[str, Any], interface: Interface) -> NDArray[np.uint8]:
-        """The pixels of a task's picture. Raises UserError."""
+    def read(self, task: dict[str, Any], interface: Interface) -> bytes:
+        """The file of a task's picture. Raises UserError."""
         data = task.get("data")
         address = data.get(interface.image) if isinstance(data, dict) else None
         if not address:
             raise UserError(f"task {shown(task.get('id'))}: no {shown(interface.image)} in its data")
         settings = self.settings
-        content = fetch_task_image(
+        return fetch_task_image(
             str(address),
             server=settings.label_studio,
             key=settings.label_studio_key,
             max_bytes=settings.max_bytes,
             allow_urls=settings.allow_urls,
         )
-        return decode(content, max_pixels=settings.max_pixels)
 
     async def predict(self, body: dict[str, Any]) -> dict[str, Any]:
         """Regions for each task, in the tasks' order; a task whose picture cannot be read has none, and is told."""
@@ -239,14 +238,13 @@ class Backend:
         results: list[dict[str, Any]] = []
         for task in tasks:
             try:
-                pixels = await asyncio.to_thread(self.read, task, interface)
+                found = await self.look(await asyncio.to_thread(self.read, task, interface))
             except UserError as error:
                 print(f"label studio: {error}", file=sys.stderr, flush=True)
                 if len(tasks) == 1:
                     raise TaskError(str(error)) from None
                 results.append({"model_version": self.version, "score": 0.0, "result": []})
                 continue
-            (found,) = await self.detect([pixels])
             results.append(prediction(found, interface, kind, labels, version=self.version))
         return {"results": results, "model_version": self.version}
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import UploadFile
@@ -24,15 +27,54 @@ class ServiceError(Exception):
         self.status, self.detail, self.headers = status, detail, headers or {}
 
 
+_WORTH_TRIMMING = 256_000_000  # bytes given back since the last time
+_IDLE = 1.0  # seconds after a request until the service looks whether it is idle
+
+
 class Memory:
-    """Bytes that requests under way hold, files and pixels together: without a limit, many large ones would end it."""
+    """Bytes that requests under way hold, files and pixels together: without a limit, many large ones would end it.
+
+    What they gave back the C library keeps for itself, in each thread's arena; :meth:`tidy` hands it to the system.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
+        self._given = 0  # since the last trim
+        self._due: asyncio.TimerHandle | None = None
 
     def share(self) -> Share:
         """What one request holds, nothing as yet."""
         return Share(self)
+
+    def give(self, count: int) -> None:
+        """Let go of bytes that a request held."""
+        self.used -= count
+        self._given += count
+
+    def tidy(self) -> None:
+        """Called when a request has ended: gives memory back once there is much of it and nobody waits."""
+        if self._due is None and self._given >= _WORTH_TRIMMING and _malloc_trim() is not None:
+            self._due = asyncio.get_running_loop().call_later(_IDLE, self._trim)
+
+    def _trim(self) -> None:
+        self._due = None
+        trim = _malloc_trim()
+        if trim is None:
+            return
+        if self.used and self._given < 2 * self.limit:  # busy: what is free now is used again soon
+            self.tidy()
+            return
+        self._given = 0
+        asyncio.get_running_loop().run_in_executor(None, trim, 0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """glibc's ``malloc_trim``; other C libraries have none."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
 
 
 class Share:
@@ -53,7 +95,7 @@ class Share:
 
     def give(self, count: int) -> None:
         """Let go of a part."""
-        self._memory.used -= count
+        self._memory.give(count)
         self.used -= count
 
     def __enter__(self) -> Share:

@@ -45,6 +45,8 @@ class ServeSettings:
         for name in ("max_batch", "max_queue", "max_bytes", "max_files", "max_pixels"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name.replace('_', '-')} {getattr(self, name)}: at least 1")
+        if not all("!" <= character <= "~" for character in self.api_key):  # of others each client makes other bytes
+            raise ConfigError(f"{API_KEY}: may have letters of ASCII, digits and punctuation only, and no blanks")
         if self.label_studio and not self.label_studio.startswith(("http://", "https://")):
             raise ConfigError(f"label-studio {self.label_studio!r}: an address such as http://localhost:8080")
         if not (0 <= self.max_delay <= 10 and 0 < self.timeout <= 3600):

@@ -133,6 +133,21 @@ def test_a_picture_that_is_missing_costs_its_own_task_only(client: Client, capsy
     assert alone.status_code == 422 and "gone.png" in alone.json()["detail"]
 
 
+def test_pictures_count_among_what_requests_hold(
+    detector: Detector,  # noqa: F811
+    server: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ServeSettings, "max_held", 7 * 120 * 90)  # the pixels alone
+    client = Client(detector, label_studio=server, label_studio_key="secret")
+    try:
+        answer = _predict(client, _request("/data/upload/1/a.png"))
+        assert answer.status_code == 413 and "too large together" in answer.json()["detail"]
+        assert "held_bytes 0.0" in client.ask("GET", "/metrics").text
+    finally:
+        client.close()
+
+
 def test_keys(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"server": server, "max_bytes": 100_000, "allow_urls": False}
     path = "/data/upload/1/a.png"

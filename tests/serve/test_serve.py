@@ -30,6 +30,7 @@ from cascade_rcnn.checkpoint import save_checkpoint
 from cascade_rcnn.config import Config, DataConfig
 from cascade_rcnn.errors import ConfigError, UserError
 from cascade_rcnn.inference.detector import Detector, load
+from cascade_rcnn.serve import receive
 from cascade_rcnn.serve.app import create_app
 from cascade_rcnn.serve.batching import Batcher, QueueFullError
 from cascade_rcnn.serve.fetch import fetch_url
@@ -290,6 +291,23 @@ def test_what_requests_hold_in_memory_is_bounded(detector: Detector, monkeypatch
         client.close()
 
 
+def test_memory_that_pictures_took_goes_back_to_the_system(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    trims: list[int] = []
+    monkeypatch.setattr(receive, "_malloc_trim", lambda: trims.append)
+    monkeypatch.setattr(receive, "_WORTH_TRIMMING", 3 * 7 * 120 * 90)
+    monkeypatch.setattr(receive, "_IDLE", 0.05)
+    client = Client(detector)
+    try:
+        counts = []
+        for _ in range(5):
+            assert client.ask("POST", "/predict", content=picture()).status_code == 200
+            client.loop.run_until_complete(asyncio.sleep(0.2))
+            counts.append(len(trims))
+        assert counts == [0, 0, 1, 1, 1]
+    finally:
+        client.close()
+
+
 def test_a_jpeg_of_thousands_of_scans_is_refused(client: Client) -> None:
     """Each would cost a pass over all pixels, and takes some hundred bytes."""
     whole = picture(kind="JPEG", progressive=True)
@@ -330,7 +348,10 @@ def test_a_late_answer_is_504(detector: Detector, monkeypatch: pytest.MonkeyPatc
         client.close()
 
 
-@pytest.mark.parametrize("changes", [{"max_batch": 0}, {"max_pixels": -1}, {"timeout": 0}, {"max_delay": -1}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"max_batch": 0}, {"max_pixels": -1}, {"timeout": 0}, {"max_delay": -1}, {"api_key": "kéy"}, {"api_key": "a b"}],
+)
 def test_limits_out_of_range_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         ServeSettings(**changes)
