@@ -48,6 +48,7 @@ from cascade_rcnn.training.run import Run
 from cascade_rcnn.training.run_folder import claim_folder, find_resumable_state, read_state
 from cascade_rcnn.training.schedule import Schedule, lr_factor, scaled_lr
 from cascade_rcnn.training.spare_cores import SpareCores, spare_cores
+from cascade_rcnn.training.validation_loss import ValidationLoss
 
 
 def train(
@@ -86,8 +87,8 @@ def train(
                 if run.schedule.evaluation_due(run.progress):
                     watchdog.pause()  # an evaluation takes as long as it takes
                     with interrupts.at_once(), log.paused():  # all is saved: a signal may break this off anywhere
-                        metrics = run.evaluate()
-                    run.record_evaluation(metrics)
+                        evaluation = run.evaluate()
+                    run.record_evaluation(evaluation)
                 if run.schedule.finished(run.progress):
                     return run.finish()
                 train_epoch(run, interrupts, watchdog, cores)
@@ -147,6 +148,7 @@ def set_up(config: Config, out: Path, world: distributed.World, log: RunLog, *, 
         losses=LossWindow(max_bad=settings.max_bad_losses, scaled=updater.scales_loss),
         upload=Upload(world.device),
         vote=distributed.Vote(world.device),
+        validation_loss=_validation_loss(config, validation, class_map, world),
         generators=get_generators(world.device),
     )
     state = distributed.broadcast(
@@ -198,6 +200,14 @@ def _machine(device: torch.device) -> Machine:
     if device.type != "cuda":
         return Machine(bfloat16=device.type == "cpu" and has_bfloat16_units())
     return Machine(gpu_memory=torch.cuda.get_device_properties(device).total_memory / 1e9)
+
+
+def _validation_loss(
+    config: Config, split: DataSplit | None, class_map: list[int] | None, world: distributed.World
+) -> ValidationLoss | None:
+    if split is None or class_map is None or not config.train.val_loss_images:
+        return None
+    return ValidationLoss(config, split, class_map, world)
 
 
 def build_network(

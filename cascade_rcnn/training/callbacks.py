@@ -39,7 +39,7 @@ class Callback:
         """After every ``train.log_every`` steps: what ``log.jsonl`` gets (losses, lr, grad_norm, images_per_second)."""
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """After an evaluation: what ``metrics.jsonl`` gets. Values in 0..1; None where one is undefined."""
+        """After an evaluation: what ``metrics.jsonl`` gets. Metrics are in 0..1, losses not; None: undefined."""
 
     def on_save(self, step: int, folder: Path) -> None:
         """After the run folder got a state to resume from, and its ``last.safetensors``."""

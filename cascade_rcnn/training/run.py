@@ -39,9 +39,18 @@ from cascade_rcnn.training.random_state import (
 )
 from cascade_rcnn.training.run_folder import SavedState
 from cascade_rcnn.training.schedule import Progress, Schedule, warmup_steps
+from cascade_rcnn.training.validation_loss import ValidationLoss
 
 _DRAWN_PREDICTIONS = 4
 _BEST_BY = ("segm/AP", "bbox/AP")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the validation split says of the weights."""
+
+    metrics: Metrics
+    losses: Metrics  # as log.jsonl names those of training; empty with train.val_loss_images 0
 
 
 @dataclass
@@ -65,6 +74,7 @@ class Run:
     vote: distributed.Vote
     progress: Progress = field(default_factory=Progress)
     bad_images: set[str] = field(default_factory=set)
+    validation_loss: ValidationLoss | None = None
     generators: dict[str, Any] = field(default_factory=dict)  # their states after the last step
     saved: Progress = field(default_factory=Progress)  # the newest state on disk, or the beginning
     wrapped: nn.Module = field(init=False)  # the model; of several processes, so that its backward averages gradients
@@ -131,8 +141,8 @@ class Run:
 
     # Evaluation
 
-    def evaluate(self) -> Metrics:
-        """Metrics on the validation split, with the averaged weights where there are some; draws a few predictions."""
+    def evaluate(self) -> Evaluation:
+        """What the validation split says of the averaged weights, where there are some; draws a few predictions."""
         assert self.validation is not None
         self.model.eval()
         split = self.validation
@@ -151,27 +161,30 @@ class Run:
         # the generators are put back, so that training does not depend on how often it is evaluated
         averaged = self.average.applied() if self.average else nullcontext()
         with eager, undisturbed_generators(self.world.device), averaged:
-            return evaluate_model(self.model, self.config, split, class_map=self.class_map, look=look)
+            metrics = evaluate_model(self.model, self.config, split, class_map=self.class_map, look=look)
+            losses = self.validation_loss.measure(self.model, self.updater.forward()) if self.validation_loss else {}
+        return Evaluation(metrics, {name: value if math.isfinite(value) else None for name, value in losses.items()})
 
-    def record_evaluation(self, metrics: Metrics) -> None:
+    def record_evaluation(self, evaluation: Evaluation) -> None:
         """Log an evaluation, keep the weights if they are the best so far, and save that it is done."""
-        progress = self.progress
+        progress, metrics, loss = self.progress, evaluation.metrics, evaluation.losses.get("loss")
         progress.evaluated = progress.step
         name, value = next(((key, metrics[key]) for key in _BEST_BY if metrics.get(key) is not None), ("", None))
         better = value is not None and (progress.best is None or value > progress.best)
         progress.not_better = 0 if better else progress.not_better + 1
-        self.log.metrics(progress.step, progress.epoch, metrics)
+        self.log.metrics(progress.step, progress.epoch, metrics | evaluation.losses)
         shown = "  ".join(
             f"{key} {metrics[key]:.4f}"
             for key in ("bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP")
             if metrics.get(key) is not None
         )
+        shown = (shown or "nothing to measure") + ("" if loss is None else f"  loss {loss:.4f}")
         if better:
             progress.best, progress.best_step = value, progress.step
             if self.world.is_main:
                 self._save_weights(BEST, metrics)
         note = f"best so far by {name}" if better else f"best was {progress.best or 0:.4f} at step {progress.best_step}"
-        self.log.say(f"evaluated after step {progress.step}:  {shown or 'nothing to measure'}  ({note})")
+        self.log.say(f"evaluated after step {progress.step}:  {shown}  ({note})")
         self.save()
 
     # Saving and resuming
