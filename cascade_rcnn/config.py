@@ -322,6 +322,8 @@ class TrainConfig:
     """Steps between checkpoints within an epoch; 0: at the end of each epoch only."""
     patience: int = 0
     """Stop after so many evaluations without a better result; 0: never."""
+    summary: bool = True
+    """Look back: summary.html at every evaluation and at the end, curves.json of the best evaluation, run.json."""
     log_every: int = 50
     """Steps between logged lines."""
     loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)

@@ -28,6 +28,7 @@ import torch
 from cascade_rcnn.atomic_files import write_json
 from cascade_rcnn.config import Config
 from cascade_rcnn.errors import ConfigError
+from cascade_rcnn.history.read_run import flat
 from cascade_rcnn.messages import one_line
 from cascade_rcnn.training.random_state import undisturbed_generators
 
@@ -183,7 +184,7 @@ class MLflow(Callback):
 
         self._id = _remembered(out, "mlflow", create)
         if created:
-            for key, value in _flat(config.to_dict()):
+            for key, value in flat(config.to_dict()):
                 self._client.log_param(self._id, key, str(value)[:500])
         else:
             self._client.update_run(self._id, status="RUNNING")
@@ -217,11 +218,3 @@ def _remembered(out: Path, logger: str, make: Callable[[], str]) -> str:
     made = make()
     write_json(path, {"id": made})
     return made
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -20,13 +20,14 @@ from cascade_rcnn.data.balance import about_repeats
 from cascade_rcnn.data.loader import Loader, Upload
 from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.errors import CheckpointError, DataError, UserError
-from cascade_rcnn.evaluation.evaluate_model import evaluate_model
+from cascade_rcnn.evaluation.evaluate_model import detect_split, evaluate_results
 from cascade_rcnn.evaluation.metrics import Metrics
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.messages import few_names, one_line
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.structures import ImageBatch, Targets
 from cascade_rcnn.training.log import RunLog
+from cascade_rcnn.training.look_back import LookBack
 from cascade_rcnn.training.losses import LossWindow
 from cascade_rcnn.training.optim import MovingAverage, Updater
 from cascade_rcnn.training.random_state import (
@@ -51,6 +52,7 @@ class Evaluation:
 
     metrics: Metrics
     losses: Metrics  # as log.jsonl names those of training; empty with train.val_loss_images 0
+    curves: dict[str, Any] | None  # of the first process: what curves.json gets
 
 
 @dataclass
@@ -72,6 +74,7 @@ class Run:
     losses: LossWindow
     upload: Upload
     vote: distributed.Vote
+    look_back: LookBack
     progress: Progress = field(default_factory=Progress)
     bad_images: set[str] = field(default_factory=set)
     validation_loss: ValidationLoss | None = None
@@ -161,9 +164,13 @@ class Run:
         # the generators are put back, so that training does not depend on how often it is evaluated
         averaged = self.average.applied() if self.average else nullcontext()
         with eager, undisturbed_generators(self.world.device), averaged:
-            metrics = evaluate_model(self.model, self.config, split, class_map=self.class_map, look=look)
+            results, seen = detect_split(self.model, self.config, split, class_map=self.class_map, look=look)
+            metrics = evaluate_results(results, self.config, seen) if self.world.is_main else {}
+            curves = self.look_back.curves(results, seen, self.config)
+            metrics = distributed.broadcast(metrics)
             losses = self.validation_loss.measure(self.model, self.updater.forward()) if self.validation_loss else {}
-        return Evaluation(metrics, {name: value if math.isfinite(value) else None for name, value in losses.items()})
+        finite = {name: value if math.isfinite(value) else None for name, value in losses.items()}
+        return Evaluation(metrics, finite, curves)
 
     def record_evaluation(self, evaluation: Evaluation) -> None:
         """Log an evaluation, keep the weights if they are the best so far, and save that it is done."""
@@ -183,9 +190,14 @@ class Run:
             progress.best, progress.best_step = value, progress.step
             if self.world.is_main:
                 self._save_weights(BEST, metrics)
+                if evaluation.curves is not None:
+                    self.look_back.keep_curves(progress.step, evaluation.curves)
         note = f"best so far by {name}" if better else f"best was {progress.best or 0:.4f} at step {progress.best_step}"
         self.log.say(f"evaluated after step {progress.step}:  {shown}  ({note})")
         self.save()
+        if not self.schedule.finished(progress):
+            with self.log.paused():
+                self.look_back.write()
 
     # Saving and resuming
 
@@ -258,6 +270,7 @@ class Run:
         result = best if progress.best is not None and best.is_file() else self.out / LAST
         reached = "" if progress.best is None else f" ({progress.best:.4f} after step {progress.best_step})"
         self.log.finished(result)
+        self.look_back.write("finished")
         self.log.say(f"done: {result}{reached}; try it: cascade-rcnn predict {result} IMAGE")
         return result
 
