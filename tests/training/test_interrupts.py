@@ -136,7 +136,7 @@ def test_a_signal_during_an_evaluation(tmp_path: Path, monkeypatch: pytest.Monke
     )
     code, seconds = _wait_then_stop(config, tmp_path / "run", tmp_path / "ready")
     assert code == 143 and seconds < SECONDS_TO_EXIT and _steps(tmp_path / "run") == 6
-    monkeypatch.setattr("cascade_rcnn.training.run.evaluate_results", lambda *arguments, **keywords: {"bbox/AP": 0.5})
+    monkeypatch.undo()
     _goes_on_as_if_nothing_had_happened(config, tmp_path)
 
 

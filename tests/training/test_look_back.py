@@ -13,8 +13,6 @@ import pytest
 import torch
 
 from cascade_rcnn import distributed
-from cascade_rcnn.checkpoint import load_training
-from cascade_rcnn.config import Config
 from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.history.summary import write_summary
 from cascade_rcnn.train import train
@@ -22,7 +20,7 @@ from cascade_rcnn.training.callbacks import Callback
 from cascade_rcnn.training.interrupts import TrainingInterrupted
 from cascade_rcnn.training.look_back import LookBack
 from html_pages import check_page
-from small_training import run_alone, small_config, small_data
+from small_training import small_config, small_data
 
 ALONE = distributed.World(0, 1, torch.device("cpu"))
 
@@ -109,20 +107,6 @@ def test_a_run_that_is_stopped_and_resumed(tmp_path: Path, capsys: pytest.Captur
     assert "Finished after 12 steps" in text and "resumed at step 4" in text
     elapsed = [json.loads(line)["elapsed_s"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert elapsed == sorted(elapsed) and len(elapsed) == 6
-
-
-def _train_to(config: Config, out: Path) -> str:
-    return str(train(config, out=out, device="cpu"))
-
-
-def test_training_is_the_same_with_and_without(tmp_path: Path) -> None:
-    for summary in (False, True):
-        run_alone(_train_to, small_config(summary=summary, evaluate_every=1), tmp_path / str(summary))
-    (first, about_first), (second, about_second) = (load_training(tmp_path / name) for name in ("False", "True"))
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
-    assert about_first["progress"] == about_second["progress"]
-    left = {path.name for path in (tmp_path / "True").iterdir()} - {p.name for p in (tmp_path / "False").iterdir()}
-    assert left == {"summary.html", "curves.json", "run.json"}
 
 
 def test_without_matplotlib_the_page_has_no_curves_and_one_line_says_so(
