@@ -316,10 +316,14 @@ class TrainConfig:
     """torch.compile backbone, FPN and heads."""
     evaluate_every: int = 1
     """Epochs between evaluations; 0: never."""
+    val_loss_images: int = 32
+    """Images of the validation split, the same each time, whose losses every evaluation measures too; 0: none."""
     save_every: int = 0
     """Steps between checkpoints within an epoch; 0: at the end of each epoch only."""
     patience: int = 0
     """Stop after so many evaluations without a better result; 0: never."""
+    summary: bool = True
+    """Look back: summary.html at every evaluation and at the end, curves.json of the best evaluation, run.json."""
     log_every: int = 50
     """Steps between logged lines."""
     loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
@@ -342,6 +346,7 @@ class TrainConfig:
         _require(self.batch_size >= 1, f"train.batch_size {self.batch_size}: at least 1")
         _require(self.images_per_step >= 1, f"train.images_per_step {self.images_per_step}: at least 1")
         _require(self.accumulate >= 0, f"train.accumulate {self.accumulate}: 0 or more")
+        _require(self.val_loss_images >= 0, f"train.val_loss_images {self.val_loss_images}: 0 (none) or more")
         _require(0 < self.layer_decay <= 1, f"train.layer_decay {self.layer_decay}: above 0, at most 1 (none)")
         _require(0 <= self.ema < 1, f"train.ema {self.ema}: 0 (off) or a decay below 1")
         _require(list(self.milestones) == sorted(set(self.milestones)), f"train.milestones {self.milestones}: rising")

@@ -24,6 +24,7 @@ from cascade_rcnn.atomic_files import write_json
 from cascade_rcnn.check.choices import Choice, Machine, choose, keep_choices
 from cascade_rcnn.check.dataset import check_before_training
 from cascade_rcnn.config import Config, finetune_schedule
+from cascade_rcnn.data.dataset import DetectionDataset
 from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.data.loader import Upload, train_loader
 from cascade_rcnn.data.records import DataSplit
@@ -41,6 +42,7 @@ from cascade_rcnn.training.data import open_validation, training_dataset
 from cascade_rcnn.training.init_weights import start_from
 from cascade_rcnn.training.interrupts import Interrupts, StopNow, TrainingInterrupted, Watchdog
 from cascade_rcnn.training.log import RunLog
+from cascade_rcnn.training.look_back import LookBack
 from cascade_rcnn.training.losses import LossWindow
 from cascade_rcnn.training.optim import MovingAverage, Updater
 from cascade_rcnn.training.random_state import get_generators, reproducible, seed_generators
@@ -48,6 +50,7 @@ from cascade_rcnn.training.run import Run
 from cascade_rcnn.training.run_folder import claim_folder, find_resumable_state, read_state
 from cascade_rcnn.training.schedule import Schedule, lr_factor, scaled_lr
 from cascade_rcnn.training.spare_cores import SpareCores, spare_cores
+from cascade_rcnn.training.validation_loss import ValidationLoss
 
 
 def train(
@@ -86,8 +89,8 @@ def train(
                 if run.schedule.evaluation_due(run.progress):
                     watchdog.pause()  # an evaluation takes as long as it takes
                     with interrupts.at_once(), log.paused():  # all is saved: a signal may break this off anywhere
-                        metrics = run.evaluate()
-                    run.record_evaluation(metrics)
+                        evaluation = run.evaluate()
+                    run.record_evaluation(evaluation)
                 if run.schedule.finished(run.progress):
                     return run.finish()
                 train_epoch(run, interrupts, watchdog, cores)
@@ -95,6 +98,8 @@ def train(
             if run is not None and world.size == 1:
                 run.save()
             stopped = TrainingInterrupted(interrupts.pending or signal.SIGTERM)  # or another process was told to stop
+            if run is not None:
+                run.look_back.write(f"stopped by {stopped.signal}")
             log.say(_farewell(stopped, run))
             raise stopped from None
         except torch.OutOfMemoryError as error:
@@ -147,25 +152,30 @@ def set_up(config: Config, out: Path, world: distributed.World, log: RunLog, *, 
         losses=LossWindow(max_bad=settings.max_bad_losses, scaled=updater.scales_loss),
         upload=Upload(world.device),
         vote=distributed.Vote(world.device),
+        look_back=LookBack(out, active=world.is_main and settings.summary, say=log.say),
+        validation_loss=_validation_loss(config, validation, class_map, world),
         generators=get_generators(world.device),
     )
-    state = distributed.broadcast(
-        read_state(out) if resuming and world.is_main else None
-    )  # only rank 0 needs the folder
-    if state is not None:
+    saved = read_state(out) if resuming and world.is_main else None  # only rank 0 needs the folder
+    if (state := distributed.broadcast(saved)) is not None:
         run.restore(state)
 
     if settings.compile:
-        from cascade_rcnn.inference.compiled import compile_for_training
-
-        compile_for_training(model, fixed_sizes=bool(dataset.config.pad_buckets))
+        _compile(model, dataset)
     run.wrapped = distributed.wrap(model, world, norm=config.model.norm)
     if world.is_main:
         write_json(out / "config.json", config.to_dict())
     for line in run.description(about_rate, resumed=resuming):
         log.say(line)
     log.begin(run.progress.step, schedule.total_steps, evaluated=run.progress.evaluated, config=config)
+    run.look_back.begin(run.progress.step, schedule.total_steps, world=world, train=data, validation=validation)
     return run
+
+
+def _compile(model: CascadeRCNN, dataset: DetectionDataset) -> None:
+    from cascade_rcnn.inference.compiled import compile_for_training
+
+    compile_for_training(model, fixed_sizes=bool(dataset.config.pad_buckets))
 
 
 def explain(config: Config) -> list[str]:
@@ -198,6 +208,14 @@ def _machine(device: torch.device) -> Machine:
     if device.type != "cuda":
         return Machine(bfloat16=device.type == "cpu" and has_bfloat16_units())
     return Machine(gpu_memory=torch.cuda.get_device_properties(device).total_memory / 1e9)
+
+
+def _validation_loss(
+    config: Config, split: DataSplit | None, class_map: list[int] | None, world: distributed.World
+) -> ValidationLoss | None:
+    if split is None or class_map is None or not config.train.val_loss_images:
+        return None
+    return ValidationLoss(config, split, class_map, world)
 
 
 def build_network(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import html.parser
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from cascade_rcnn.evaluation.coco import evaluate_coco
 from cascade_rcnn.inference.detector import load
 from cascade_rcnn.inference.run_model import AS_SAVED
 from cascade_rcnn.models.build import build_model
+from html_pages import check_page
 from random_results import random_results
 from small_training import small_config, small_data
 
@@ -41,41 +40,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class _Page(html.parser.HTMLParser):
-    """What a page asks for, and what it lacks."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.outside: list[str] = []
-        self.ids: list[str] = []
-        self.headings: list[int] = []
-        self.without_words = 0
-        self.tables = self.captions = 0
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        self.outside += [v for k, v in attrs if k in ("src", "href") and v and not v.startswith(("#", "data:"))]
-        self.ids += [values["id"] or ""] if "id" in values else []
-        self.without_words += tag == "img" and not values.get("alt")
-        self.without_words += tag == "svg" and not values.get("aria-label")
-        self.tables += tag == "table"
-        self.captions += tag == "caption"
-        if re.fullmatch(r"h[1-6]", tag):
-            self.headings.append(int(tag[1]))
-
-
-def _check_page(path: Path) -> str:
-    text = path.read_text(encoding="utf-8")
-    page = _Page(text)
-    assert page.outside == [] and "<script" not in text and "@import" not in text
-    assert len(page.ids) == len(set(page.ids))
-    assert page.without_words == 0
-    assert page.tables == page.captions > 5
-    assert page.headings[0] == 1 and all(b - a <= 1 for a, b in zip(page.headings, page.headings[1:]))
-    return text
-
-
 def test_a_checkpoint_as_evaluate_measures_it(checkpoint: Path, tmp_path: Path) -> None:
     metrics = run_evaluate(checkpoint, data=small_data(), device="cpu")
     report = run_analyze([checkpoint], data=small_data(), out=tmp_path, device="cpu", inference=AS_SAVED, wanted=FEW)
@@ -85,7 +49,7 @@ def test_a_checkpoint_as_evaluate_measures_it(checkpoint: Path, tmp_path: Path) 
     for iou, value in zip(report["iou_thresholds"], final["AP_by_iou"]):
         assert value == pytest.approx(metrics[f"bbox/AP@{iou:.2f}"], abs=1e-9)
     assert json.loads((tmp_path / "report.json").read_text())["outputs"] == report["outputs"]
-    text = _check_page(tmp_path / "report.html")
+    text = check_page(tmp_path / "report.html")
     assert text.count("data:image/jpeg;base64,") > 3
 
 
@@ -102,7 +66,7 @@ def test_a_checkpoint_does_not_differ_from_itself(checkpoint: Path, tmp_path: Pa
     )
     assert report["compare"]["all"]["difference"] == 0
     assert report["compare"]["all"]["interval"] == pytest.approx((0, 0))
-    assert "Compared with the second" in _check_page(tmp_path / "report.html")
+    assert "Compared with the second" in check_page(tmp_path / "report.html")
 
 
 def test_thresholds_are_written_and_kept(checkpoint: Path, tmp_path: Path) -> None:
@@ -158,7 +122,7 @@ def test_results_of_any_detector(files: tuple[Path, Path], tmp_path: Path) -> No
     expected = evaluate_coco(files[1], files[0], iou_type="bbox")
     assert report["outputs"]["results"]["AP"] == pytest.approx(expected["bbox/AP"], abs=1e-12)
     assert any("--images" in note for note in report["notes"])
-    _check_page(tmp_path / "out" / "report.html")
+    check_page(tmp_path / "out" / "report.html")
 
 
 def test_names_in_the_data_cannot_write_the_page(files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -167,7 +131,7 @@ def test_names_in_the_data_cannot_write_the_page(files: tuple[Path, Path], tmp_p
     content["categories"][1]["name"] = "_\u7ec6\u80de"
     files[1].write_text(json.dumps(content))
     run_analyze_results(*files, out=tmp_path / "out", wanted=FEW)
-    _check_page(tmp_path / "out" / "report.html")
+    check_page(tmp_path / "out" / "report.html")
 
 
 @pytest.mark.parametrize(

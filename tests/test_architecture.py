@@ -40,13 +40,14 @@ ROOMS = (
     "inference",
     "evaluation",
     "analysis",
+    "history",
     "check",
     "training",
     "export",
     "benchmark",
     "serve",
     # one verb each, and documented names
-    "train evaluate analyze predict predict_without_torch score demo visualize ray sahi",
+    "train evaluate analyze compare predict predict_without_torch score demo visualize ray sahi",
     "labels",
     "cli __main__",
 )

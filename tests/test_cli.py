@@ -32,6 +32,7 @@ FUNCTION_OF = {
     "demo": "demo.run_demo",
     "train": "train.run_train",
     "analyze": "analyze.run_analyze",
+    "compare": "compare.run_compare",
     "evaluate": "evaluate.run_evaluate",
     "predict": "predict.run_predict",
     "score": "score.run_score",

@@ -180,7 +180,9 @@ def test_the_learning_rate_follows_the_real_number_of_images(
 
 def test_training_stops_when_it_gets_no_better(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([0.2, 0.5, 0.4, 0.5, 0.9])
-    monkeypatch.setattr("cascade_rcnn.training.run.evaluate_model", lambda *args, **keywords: {"bbox/AP": next(scores)})
+    monkeypatch.setattr(
+        "cascade_rcnn.training.run.evaluate_results", lambda *args, **keywords: {"bbox/AP": next(scores)}
+    )
     best = train(small_config(epochs=5, evaluate_every=1, patience=2), out=tmp_path)
     assert load_checkpoint(best).metadata == {"step": 12, "epoch": 2, "metrics": {"bbox/AP": 0.5}}
     assert load_checkpoint(tmp_path / LAST).metadata["epoch"] == 4
@@ -197,7 +199,7 @@ def test_an_interrupted_evaluation_is_made_up_for(tmp_path: Path, monkeypatch: p
     def breaks(*args: object, **keywords: object) -> dict[str, float]:
         raise OSError("pulled the plug")
 
-    monkeypatch.setattr("cascade_rcnn.training.run.evaluate_model", breaks)
+    monkeypatch.setattr("cascade_rcnn.training.run.detect_split", breaks)
     with pytest.raises(OSError, match="plug"):
         train(small_config(evaluate_every=1), out=tmp_path)
     monkeypatch.undo()

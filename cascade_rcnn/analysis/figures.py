@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib.util
 import io
 import re
 import warnings
@@ -31,8 +32,22 @@ def require_matplotlib() -> None:
         ) from error
 
 
-def lines(curves: Mapping[str, Line], *, x: str, y: str, alt: str, diagonal: bool = False, marks: bool = True) -> str:
-    """Curves in the unit square or above it, as inline SVG; None leaves a gap."""
+def has_matplotlib() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def lines(
+    curves: Mapping[str, Line],
+    *,
+    x: str,
+    y: str,
+    alt: str,
+    diagonal: bool = False,
+    marks: bool = True,
+    top: float | None = 1.02,
+    legend: bool = True,
+) -> str:
+    """Curves from 0 to ``top`` (None: to their highest point), as inline SVG; None leaves a gap."""
     with _axes((5.2, 3.4)) as (figure, axes, done):
         if diagonal:
             axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=":", label="as it should be")
@@ -41,8 +56,9 @@ def lines(curves: Mapping[str, Line], *, x: str, y: str, alt: str, diagonal: boo
             mark = _MARKS[number % 8] if marks else None
             style = ("-", "--", "-.", ":")[number // 8 % 4]
             axes.plot(xs, values, style, color=_SERIES[number % 8], marker=mark, markersize=4, label=_label(name))
-        axes.set(xlabel=x, ylabel=y, ylim=(0, 1.02))
-        axes.legend(frameon=False, fontsize=8, loc="best")
+        axes.set(xlabel=x, ylabel=y, ylim=(0, top))
+        if legend:
+            axes.legend(frameon=False, fontsize=8, loc="best")
         done.append(_svg(figure, alt))
     return done[0]
 

@@ -37,7 +37,7 @@ nav ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .25r
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); gap: 1rem; }
 .plot svg { width: 100%; max-width: 35rem; height: auto; display: block; }
 .scroll { overflow-x: auto; margin: .75rem 0; }
-.scroll:focus-visible { outline: 2px solid var(--c0); }
+.scroll:focus-visible, pre:focus-visible { outline: 2px solid var(--c0); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 caption { text-align: left; padding: .25rem 0; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
@@ -45,12 +45,17 @@ th:first-child, td:first-child { text-align: left; }
 thead th { background: var(--shade); }
 tbody th { white-space: normal; min-width: 8.5rem; }
 .heat td { min-width: 3rem; }
+.facts th { text-align: left; }
+.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 5rem; }
+pre { overflow-x: auto; background: var(--shade); padding: .6rem .8rem; font-size: .88rem; line-height: 1.6; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: .75rem; }
+.gallery.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); align-items: start; }
 figure { margin: 0; }
 .gallery img { width: 100%; height: auto; display: block; background: var(--shade); }
 .gallery figcaption { overflow-wrap: anywhere; }
 @media print { :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --line: #bbb; --shade: #f3f5f7; }
   nav, .skip { display: none; } body { max-width: none; font-size: 11pt; } .scroll { overflow: visible; }
+  pre { white-space: pre-wrap; }
   figure, table, .plot { break-inside: avoid; } h2, h3 { break-after: avoid; } }
 """
 
@@ -101,6 +106,25 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> 
         for row in rows
     )
     return _scrolling(caption, f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody>")
+
+
+def texts(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts, which may be long; the first cell of each row is its heading. ``head`` may be empty."""
+    top = "".join(f'<th scope="col">{html.escape(word)}</th>' for word in head)
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(row[0])}</th>'
+        + "".join(f"<td>{html.escape(one)}</td>" for one in row[1:])
+        + "</tr>"
+        for row in rows
+    )
+    top = f"<thead><tr>{top}</tr></thead>" if head else ""
+    return _scrolling(caption, f"{top}<tbody>{body}</tbody>", kind=' class="facts"')
+
+
+def commands(label: str, lines: Sequence[str]) -> str:
+    """Lines to type."""
+    text = html.escape("\n".join(lines))
+    return f'<pre tabindex="0" role="region" aria-label="{html.escape(label)}"><code>{text}</code></pre>'
 
 
 def heat_table(caption: str, head: Sequence[str], names: Sequence[str], values: Sequence[Sequence[int]]) -> str:

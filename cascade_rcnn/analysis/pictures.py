@@ -73,7 +73,7 @@ def worst_images(
         said = found.boxes[shown & (found.image == row)]
         pair = _pair(picture, window, truth.boxes[truth.image == row], said)
         text = f"{truth.file_names[row]}: {false[row]} false, {missed[row]} missed of {int((truth.image == row).sum())}"
-        examples.append(_example(pair, text))
+        examples.append(example(pair, text))
     return examples
 
 
@@ -90,7 +90,7 @@ def _missed(truth: Truth, row: int, read: Read) -> Example | None:
     if picture is None:
         return None
     pair = _pair(picture, _window(truth.boxes[row : row + 1], picture), truth.boxes[row : row + 1], np.zeros((0, 4)))
-    return _example(pair, f"missed {truth.class_names[truth.label[row]]} in {truth.file_names[image]}")
+    return example(pair, f"missed {truth.class_names[truth.label[row]]} in {truth.file_names[image]}")
 
 
 def _wrong(truth: Truth, found: Found, errors: Tide, row: int, read: Read) -> Example | None:
@@ -104,7 +104,7 @@ def _wrong(truth: Truth, found: Found, errors: Tide, row: int, read: Read) -> Ex
     text = f"{truth.class_names[found.label[row]]} {found.scores[row]:.2f}"
     text += f", truth: {truth.class_names[truth.label[thing]]}" if thing >= 0 else ", truth: nothing"
     inside = truth.boxes[(truth.image == image) & _touches(truth.boxes, window)]
-    return _example(_pair(picture, window, inside, said), f"{text}; {truth.file_names[image]}")
+    return example(_pair(picture, window, inside, said), f"{text}; {truth.file_names[image]}")
 
 
 def _touches(boxes: Floats, window: tuple[float, float, float, float]) -> Bools:
@@ -139,7 +139,8 @@ def _pair(picture: Image.Image, window: tuple[float, float, float, float], truth
     return sheet
 
 
-def _example(picture: Image.Image, text: str) -> Example:
+def example(picture: Image.Image, text: str) -> Example:
+    """A picture as it goes into a page."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=_QUALITY)
     data = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -26,7 +26,7 @@ def render(report: Report, galleries: Mapping[str, Sequence[Example]], *, title:
         ("AP by IoU", _ap_by_iou(report)),
         ("Each class", _classes(report)),
         ("Which threshold", _thresholds(report)),
-        ("Which class is taken for which", _confusion(report)),
+        ("Which class is taken for which", confusion_section(report)),
         ("Why AP is lost", _errors(report)),
         ("Sizes, shapes, crowds, borders", _slices(report)),
         ("Can the scores be believed?", _calibration(report)),
@@ -113,7 +113,16 @@ def _scaled(around: Sequence[float] | None) -> tuple[float, float] | None:
 
 
 def _thresholds(report: Report) -> str:
-    wanted, drawn = report["wanted"], _drawn(report)
+    wanted = report["wanted"]
+    kinds = (("best_f1", "best F1"), ("at_precision", f"precision {100 * wanted['precision']:g} %"),
+             ("at_recall", f"recall {100 * wanted['recall']:g} %"))  # fmt: skip
+    tables = [threshold_table(report, key, name) for key, name in kinds]
+    return curve_plots(report) + "".join(tables)
+
+
+def curve_plots(report: Report) -> str:
+    """F1 over the score threshold, and precision over recall, of the classes with the most objects."""
+    drawn = _drawn(report)
     f1 = figures.lines(
         {name: (one["curve"]["thresholds"], one["curve"]["f1"]) for name, one in drawn.items()},
         x="score threshold", y="F1", marks=False,
@@ -124,17 +133,17 @@ def _thresholds(report: Report) -> str:
         x="recall", y="precision", marks=False,
         alt=f"Precision over recall for {', '.join(drawn)}.",
     )  # fmt: skip
-    kinds = (("best_f1", "best F1"), ("at_precision", f"precision {100 * wanted['precision']:g} %"),
-             ("at_recall", f"recall {100 * wanted['recall']:g} %"))  # fmt: skip
-    tables = []
-    for key, name in kinds:
-        rows = [[label, *_operating(one, key)] for label, one in report["classes"].items()]
-        tables.append(page.table(f"Threshold for {name}", ["class", "score from", "precision", "recall", "F1"], rows))
     words = "At IoU 0.5: what each class gives when detections below a score are dropped."
     more = ""
     if len(report["classes"]) > len(drawn):
         more = page.paragraph(f"The figures show the {len(drawn)} classes with the most objects.", soft=True)
-    return page.paragraph(words) + page.plots(f1, pr) + more + "".join(tables)
+    return page.paragraph(words) + page.plots(f1, pr) + more
+
+
+def threshold_table(report: Report, key: str, name: str) -> str:
+    """The threshold of each class that ``key`` ("best_f1", "at_precision", "at_recall") asks for."""
+    rows = [[label, *_operating(one, key)] for label, one in report["classes"].items()]
+    return page.table(f"Threshold for {name}", ["class", "score from", "precision", "recall", "F1"], rows)
 
 
 def _operating(one: Report, key: str) -> list[page.Cell]:
@@ -145,7 +154,8 @@ def _operating(one: Report, key: str) -> list[page.Cell]:
     return [f"{at['threshold']:.3f}", *(_percent(at[name]) for name in ("precision", "recall", "f1"))]
 
 
-def _confusion(report: Report) -> str:
+def confusion_section(report: Report, *, file: str = "report.json") -> str:
+    """Which class is taken for which; ``file`` has the numbers that are too many for a page."""
     one = report["confusion"]
     words = (
         "At each class's threshold of best F1 and IoU 0.5. Rows: what is there. Columns: what was said. "
@@ -153,7 +163,7 @@ def _confusion(report: Report) -> str:
     )
     labels = one["labels"]
     if len(labels) > 41:
-        return page.paragraph(words + f" {len(labels) - 1} classes are too many for a table here: see report.json.")
+        return page.paragraph(words + f" {len(labels) - 1} classes are too many for a table here: see {file}.")
     return page.paragraph(words) + page.heat_table(
         "Confusion matrix, counts; the deeper the colour, the larger the share of its row",
         ["truth \\ said", *labels],

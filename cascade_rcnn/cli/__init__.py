@@ -68,6 +68,13 @@ COMMANDS: dict[str, Command] = {
         "With a checkpoint, stage by stage; or from any detector's COCO results.\n"
         "Needs pip install 'cascade-rcnn[plots]'.",
     ),
+    "compare": Command(
+        measure.compare,
+        "cascade-rcnn compare runs/a runs/b --out compare.html",
+        "Shows runs beside each other: settings that differ, results, curves.",
+        "Runs that were evaluated on different images are compared too, with a warning. The curves need\n"
+        "pip install 'cascade-rcnn[plots]'.",
+    ),
     "predict": Command(
         predict.predict,
         "cascade-rcnn predict runs/demo street.jpg photos/ --out found --score 0.5",

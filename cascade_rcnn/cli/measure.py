@@ -1,4 +1,4 @@
-"""Commands that measure: evaluate, analyze, score, benchmark."""
+"""Commands that measure: evaluate, analyze, compare, score, benchmark."""
 
 from __future__ import annotations
 
@@ -93,6 +93,20 @@ def analyze(parser: Parser, words: Sequence[str]) -> None:
         inference=inference_settings(args),
         set_thresholds=args.set_thresholds,
     )
+
+
+def compare(parser: Parser, words: Sequence[str]) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, two or more")
+    parser.add_argument(
+        "--out", type=Path, default=Path("compare.html"), metavar="FILE", help="page with the curves (compare.html)"
+    )
+    args = parser.parse_all(words)
+    if len(args.runs) < 2:
+        parser.error(f"give two runs or more; {args.runs[0] / 'summary.html'} is about one")
+
+    from cascade_rcnn.compare import run_compare
+
+    run_compare(args.runs, out=args.out)
 
 
 def score(parser: Parser, words: Sequence[str]) -> None:

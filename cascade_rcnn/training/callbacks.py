@@ -28,6 +28,7 @@ import torch
 from cascade_rcnn.atomic_files import write_json
 from cascade_rcnn.config import Config
 from cascade_rcnn.errors import ConfigError
+from cascade_rcnn.history.read_run import flat
 from cascade_rcnn.messages import one_line
 from cascade_rcnn.training.random_state import undisturbed_generators
 
@@ -39,7 +40,7 @@ class Callback:
         """After every ``train.log_every`` steps: what ``log.jsonl`` gets (losses, lr, grad_norm, images_per_second)."""
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """After an evaluation: what ``metrics.jsonl`` gets. Values in 0..1; None where one is undefined."""
+        """After an evaluation: what ``metrics.jsonl`` gets. Metrics are in 0..1, losses not; None: undefined."""
 
     def on_save(self, step: int, folder: Path) -> None:
         """After the run folder got a state to resume from, and its ``last.safetensors``."""
@@ -183,7 +184,7 @@ class MLflow(Callback):
 
         self._id = _remembered(out, "mlflow", create)
         if created:
-            for key, value in _flat(config.to_dict()):
+            for key, value in flat(config.to_dict()):
                 self._client.log_param(self._id, key, str(value)[:500])
         else:
             self._client.update_run(self._id, status="RUNNING")
@@ -217,11 +218,3 @@ def _remembered(out: Path, logger: str, make: Callable[[], str]) -> str:
     made = make()
     write_json(path, {"id": made})
     return made
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -1,6 +1,6 @@
 """The log of a training: a bar on a terminal, plain lines elsewhere, and the same numbers as files.
 
-log.jsonl       one object per logged step: losses, learning rate, gradient norm, speed, memory
+log.jsonl       one object per logged step: losses, learning rate, gradient norm, speed, memory, time
 metrics.jsonl   one object per evaluation
 images/         what the network saw and found
 tensorboard/    the same curves, where tensorboard is installed (training/callbacks.py)
@@ -49,6 +49,7 @@ class RunLog:
         self._total = 0
         self._batches_drawn = 0
         self._clock = _Clock()
+        self._began = time.perf_counter()  # of the whole run: a resumed one began earlier
 
     def __enter__(self) -> RunLog:
         return self
@@ -70,8 +71,8 @@ class RunLog:
         if not self._active:
             return
         self._out.mkdir(parents=True, exist_ok=True)
-        _drop_beyond(self._out / "log.jsonl", step)
-        _drop_beyond(self._out / "metrics.jsonl", evaluated)
+        kept = [*_drop_beyond(self._out / "log.jsonl", step), *_drop_beyond(self._out / "metrics.jsonl", evaluated)]
+        self._began = time.perf_counter() - max((line.get("elapsed_s", 0) for line in kept), default=0)
         started = start_loggers(config, self._out, step, self.say)
         self._callbacks = Callbacks([*started, *self._given], say=self.say)
         if sys.stdout.isatty():
@@ -131,6 +132,7 @@ class RunLog:
             "epoch": round(epoch, 4),
             **values,
             **speed,
+            "elapsed_s": self._elapsed(),
             "eta_s": seconds_left,
             "memory_gb": round(_peak_memory(device), 2),
         }
@@ -148,8 +150,12 @@ class RunLog:
         """Log the result of an evaluation."""
         if not self._active:
             return
-        _append(self._out / "metrics.jsonl", {"step": step, "epoch": epoch, **values})
+        _append(self._out / "metrics.jsonl", {"step": step, "epoch": epoch, "elapsed_s": self._elapsed(), **values})
         self._callbacks.tell("on_evaluation", step, dict(values))
+
+    def _elapsed(self) -> float:
+        """Seconds of this run with its evaluations, without those between a stop and its resumption."""
+        return round(time.perf_counter() - self._began, 1)
 
     def saved(self, step: int) -> None:
         """A state to resume from has been written."""
@@ -210,7 +216,8 @@ class _Clock:
 
 def _line(record: Mapping[str, Any]) -> str:
     """The numbers of a step, readable: losses by name, then speed."""
-    own = ("step", "epoch", "lr", "loss", "grad_norm", "images_per_second", "data_share", "eta_s", "memory_gb")
+    speed = ("images_per_second", "data_share", "memory_gb", "elapsed_s", "eta_s")
+    own = ("step", "epoch", "lr", "loss", "grad_norm", *speed)
     parts = " ".join(f"{name} {value:.3f}" for name, value in record.items() if name not in own)
     return (
         f"loss {record['loss']:.4f} ({parts})  lr {record['lr']:.3g}  gradient {record['grad_norm']:.3g}  "
@@ -254,18 +261,21 @@ def _is_json(value: object) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _drop_beyond(path: Path, step: int) -> None:
-    """Keep the lines up to ``step``; also drops a line that a killed process left unfinished."""
+def _drop_beyond(path: Path, step: int) -> list[dict[str, Any]]:
+    """Keep the lines up to ``step``, and return them; also drops a line that a killed process left unfinished."""
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept, records = [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            if record["step"] <= step:
+                records.append(record)
                 kept.append(line + os.linesep)
         except (ValueError, KeyError, TypeError):
             continue
     replace_file(path, lambda temporary: _write_lines(temporary, kept))
+    return records
 
 
 def _write_lines(path: Path, lines: Sequence[str]) -> None:

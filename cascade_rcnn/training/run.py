@@ -20,13 +20,14 @@ from cascade_rcnn.data.balance import about_repeats
 from cascade_rcnn.data.loader import Loader, Upload
 from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.errors import CheckpointError, DataError, UserError
-from cascade_rcnn.evaluation.evaluate_model import evaluate_model
+from cascade_rcnn.evaluation.evaluate_model import detect_split, evaluate_results
 from cascade_rcnn.evaluation.metrics import Metrics
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.messages import few_names, one_line
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.structures import ImageBatch, Targets
 from cascade_rcnn.training.log import RunLog
+from cascade_rcnn.training.look_back import LookBack
 from cascade_rcnn.training.losses import LossWindow
 from cascade_rcnn.training.optim import MovingAverage, Updater
 from cascade_rcnn.training.random_state import (
@@ -39,9 +40,19 @@ from cascade_rcnn.training.random_state import (
 )
 from cascade_rcnn.training.run_folder import SavedState
 from cascade_rcnn.training.schedule import Progress, Schedule, warmup_steps
+from cascade_rcnn.training.validation_loss import ValidationLoss
 
 _DRAWN_PREDICTIONS = 4
 _BEST_BY = ("segm/AP", "bbox/AP")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the validation split says of the weights."""
+
+    metrics: Metrics
+    losses: Metrics  # as log.jsonl names those of training; empty with train.val_loss_images 0
+    curves: dict[str, Any] | None  # of the first process: what curves.json gets
 
 
 @dataclass
@@ -63,8 +74,10 @@ class Run:
     losses: LossWindow
     upload: Upload
     vote: distributed.Vote
+    look_back: LookBack
     progress: Progress = field(default_factory=Progress)
     bad_images: set[str] = field(default_factory=set)
+    validation_loss: ValidationLoss | None = None
     generators: dict[str, Any] = field(default_factory=dict)  # their states after the last step
     saved: Progress = field(default_factory=Progress)  # the newest state on disk, or the beginning
     wrapped: nn.Module = field(init=False)  # the model; of several processes, so that its backward averages gradients
@@ -131,8 +144,8 @@ class Run:
 
     # Evaluation
 
-    def evaluate(self) -> Metrics:
-        """Metrics on the validation split, with the averaged weights where there are some; draws a few predictions."""
+    def evaluate(self) -> Evaluation:
+        """What the validation split says of the averaged weights, where there are some; draws a few predictions."""
         assert self.validation is not None
         self.model.eval()
         split = self.validation
@@ -151,28 +164,40 @@ class Run:
         # the generators are put back, so that training does not depend on how often it is evaluated
         averaged = self.average.applied() if self.average else nullcontext()
         with eager, undisturbed_generators(self.world.device), averaged:
-            return evaluate_model(self.model, self.config, split, class_map=self.class_map, look=look)
+            results, seen = detect_split(self.model, self.config, split, class_map=self.class_map, look=look)
+            metrics = evaluate_results(results, self.config, seen) if self.world.is_main else {}
+            curves = self.look_back.curves(results, seen, self.config)
+            metrics = distributed.broadcast(metrics)
+            losses = self.validation_loss.measure(self.model, self.updater.forward()) if self.validation_loss else {}
+        finite = {name: value if math.isfinite(value) else None for name, value in losses.items()}
+        return Evaluation(metrics, finite, curves)
 
-    def record_evaluation(self, metrics: Metrics) -> None:
+    def record_evaluation(self, evaluation: Evaluation) -> None:
         """Log an evaluation, keep the weights if they are the best so far, and save that it is done."""
-        progress = self.progress
+        progress, metrics, loss = self.progress, evaluation.metrics, evaluation.losses.get("loss")
         progress.evaluated = progress.step
         name, value = next(((key, metrics[key]) for key in _BEST_BY if metrics.get(key) is not None), ("", None))
         better = value is not None and (progress.best is None or value > progress.best)
         progress.not_better = 0 if better else progress.not_better + 1
-        self.log.metrics(progress.step, progress.epoch, metrics)
+        self.log.metrics(progress.step, progress.epoch, metrics | evaluation.losses)
         shown = "  ".join(
             f"{key} {metrics[key]:.4f}"
             for key in ("bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP")
             if metrics.get(key) is not None
         )
+        shown = (shown or "nothing to measure") + ("" if loss is None else f"  loss {loss:.4f}")
         if better:
             progress.best, progress.best_step = value, progress.step
             if self.world.is_main:
                 self._save_weights(BEST, metrics)
+                if evaluation.curves is not None:
+                    self.look_back.keep_curves(progress.step, evaluation.curves)
         note = f"best so far by {name}" if better else f"best was {progress.best or 0:.4f} at step {progress.best_step}"
-        self.log.say(f"evaluated after step {progress.step}:  {shown or 'nothing to measure'}  ({note})")
+        self.log.say(f"evaluated after step {progress.step}:  {shown}  ({note})")
         self.save()
+        if not self.schedule.finished(progress):
+            with self.log.paused():
+                self.look_back.write()
 
     # Saving and resuming
 
@@ -245,6 +270,7 @@ class Run:
         result = best if progress.best is not None and best.is_file() else self.out / LAST
         reached = "" if progress.best is None else f" ({progress.best:.4f} after step {progress.best_step})"
         self.log.finished(result)
+        self.look_back.write("finished")
         self.log.say(f"done: {result}{reached}; try it: cascade-rcnn predict {result} IMAGE")
         return result
 

@@ -68,6 +68,7 @@ def small_config(*, model: dict[str, Any] | None = None, data: dict[str, Any] | 
         log_every=2,
         evaluate_every=0,
         deterministic=True,
+        summary=False,  # drawing takes longer than such a training
     )
     return Config(
         model=dataclasses.replace(network, **(model or {})),

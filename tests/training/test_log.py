@@ -96,6 +96,7 @@ def test_numbers_go_to_files_and_plain_lines(tmp_path: Path, capsys: pytest.Capt
     assert record["step"] == 2 and record["grad_norm"] is None and record["s0.cls"] == 1.25
     assert record["images_per_second"] > 0 and 0 <= record["data_share"] <= 1 and record["memory_gb"] > 0
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert 0 <= record["elapsed_s"] <= metrics.pop("elapsed_s") < 60
     assert metrics == {"step": 2, "epoch": 1, "bbox/AP": 0.5, "segm/AP": None}
     with Image.open(tmp_path / "run" / "images" / "seen.jpg") as picture:
         assert picture.size == (8, 8)
