@@ -25,7 +25,9 @@ AVX2 = {"architecture": "x86_64", "avx2": True, "fma3": True, "avx512_bf16": Fal
         ({"architecture": "aarch64", "neon": True, "dot": True, "bf16": False}, False, True),  # Graviton 2
     ],
 )
-def test_units_of_processors(known: dict[str, Any], bfloat16: bool, int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_units_of_processors(
+    known: dict[str, Any], bfloat16: bool, int8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
     assert has_bfloat16_units.__wrapped__() is bfloat16
     assert has_int8_units.__wrapped__() is int8
