@@ -7,6 +7,7 @@ the rules for more than 8 bits are those of ``images.py``; what these ask of a w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ _COLUMNS = 4096  # of a tiled file at a time
 _SAMPLES = 16  # windows from which the levels of a picture of more than 8 bits are judged
 _GEO_TAGS = (33550, 34264, 34735)  # GeoTIFF: scale, matrix, keys
 _BLOCK = 512 << 20  # bytes of a file's own blocks, which are decoded at once
+_VIRTUAL = re.compile(r"/vsimem/\S+?:\s*")  # GDAL's name for a block that it is decoding
 _OPTIONS = {
     "GDAL_CACHEMAX": 64,  # megabytes: every block is read once
     "GDAL_NUM_THREADS": "ALL_CPUS",
@@ -152,7 +154,7 @@ class WindowRows:
             try:
                 levels[:, start : start + step] = file.read(self._bands, window=window).transpose(1, 2, 0)
             except (self._rasterio.errors.RasterioError, self._rasterio.errors.RasterioIOError) as error:
-                reason = one_line(error.__cause__ or error)
+                reason = _VIRTUAL.sub("", one_line(error.__cause__ or error))
                 raise DataError(
                     f"{printable(self.path)}: cannot be read at rows {top:,} to {top + rows:,} ({reason}); replace it"
                 ) from error

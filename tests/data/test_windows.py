@@ -172,6 +172,17 @@ def test_a_damaged_file_is_one_line_with_its_rows(tmp_path: Path) -> None:
         by_windows(path)
 
 
+def test_a_damaged_block_is_told_without_gdals_own_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "lzw.tif", noise(400, 333), **{**TILED, "compress": "lzw"})
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 200] = b"\xff" * 200
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read at rows") as told:
+        by_windows(path)
+    assert "/vsimem" not in str(told.value)
+
+
 def test_what_is_no_picture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(noise(20, 20)).save(tmp_path / "a.webp")
     with pytest.raises(
