@@ -162,7 +162,7 @@ def test_a_killed_actor_and_damaged_files_lose_and_double_nothing(checkpoint: Pa
     environment = {**os.environ, "RAY_TRAIN_V2_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(
         [sys.executable, str(script), str(checkpoint), str(photos), str(out)],
-        capture_output=True, text=True, timeout=500, env=environment, check=False,
+        capture_output=True, text=True, timeout=570, env=environment, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert (out / "killed").exists(), "no actor was killed"
