@@ -22,6 +22,7 @@ from cascade_rcnn.atomic_files import clear_failure, replace_file, write_json
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.errors import DataError, UserError
 from cascade_rcnn.messages import few_names, printable
+from cascade_rcnn.runtime.network import exported_file
 
 if TYPE_CHECKING:
     from cascade_rcnn.inference.run_model import Inference
@@ -189,6 +190,11 @@ def _threshold_target(checkpoint: str | Path, wanted: str | None) -> Path | None
 
     if wanted is None:
         return None
+    if exported_file(checkpoint) is not None:
+        raise UserError(
+            f"--set-thresholds: {printable(checkpoint)} is an exported network; give the checkpoint that it was made "
+            "from, and export the new one"
+        )
     if wanted:
         target = Path(wanted)
         if target.suffix != ".safetensors":

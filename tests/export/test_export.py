@@ -157,6 +157,17 @@ def test_analyze_has_one_result_and_the_others_refuse(
         assert "give the checkpoint that it was made from" in error and error.count("\n") == 1, error
 
 
+def test_thresholds_are_refused_before_the_analysis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "onnx"
+    folder.mkdir()
+    (folder / "model.onnx").touch()
+    for target in ([], [str(tmp_path / "mine.safetensors")]):
+        words = ["analyze", str(folder), "--data", str(tmp_path / "absent"), "--out", str(tmp_path / "a")]
+        assert main([*words, "--set-thresholds", *target]) == 2
+        assert "is an exported network; give the checkpoint that it was made from" in capsys.readouterr().err
+
+
 def test_settings_that_the_file_holds_are_refused_with_the_way_out(folder: Path) -> None:
     assert len(load(folder, max_detections=5).predict(_pictures((100, 100))[0])) <= 5
     for settings, words in (

@@ -123,6 +123,7 @@ def test_what_is_named_stays_in_float(network: Path, feeds: list[dict[str, Any]]
     reads = {node.name: list(node.input) for node in graph.node}
     assert reads["classes"][1] == "m.cascade.box_heads.0.classifier.weight"
     assert reads["block"][1] == "m.backbone.layer1.conv.weight_DequantizeLinear_Output"
+    assert "relu" not in reads  # the integers of its input begin at 0: they span what it leaves, not what it cuts off
     scales = {tensor.name: tensor.dims for tensor in graph.initializer}
     assert list(scales["m.backbone.layer1.conv.weight_scale"]) == [8]  # one for each output channel
 
