@@ -26,6 +26,7 @@ from cascade_rcnn.models import cascade as heads
 
 SHARES = (0.1, 0.2, 0.4, 1.0)  # of the score threshold
 ROUNDS = 2
+KEYS = ("bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP")
 
 
 @torch.no_grad()
@@ -67,17 +68,13 @@ def main() -> None:
             seconds[way] += min(taken)
             found = [one for some in to_detections(raw, images, names, ids) for one in some.to_coco()]
             results[way] += [one for one in found if one["category_id"] != absent]
-    print(
-        f"{args.checkpoint} on {len(split)} images of {args.data}, {1000 * trunk / len(split):.0f} ms before the cascade"
-    )
+    count = len(split)
+    print(f"{args.checkpoint} on {count} images of {args.data}, {1000 * trunk / count:.0f} ms before the cascade")
     for way, spent in seconds.items():
-        ap = evaluate_results(results[way], config, split)
+        metrics = evaluate_results(results[way], config, split)
         change = (trunk + spent) / (trunk + seconds["all stages"]) - 1
-        time_text = f"{1000 * (trunk + spent) / len(split):7.1f} ms {100 * change:+6.1f} %"
-        masks = f"  mask AP {100 * ap['segm/AP']:.2f}" if ap.get("segm/AP") is not None else ""
-        print(
-            f"{way:24s}{time_text}  AP {100 * (ap['bbox/AP'] or 0):.2f}  AP75 {100 * (ap['bbox/AP75'] or 0):.2f}{masks}"
-        )
+        aps = "  ".join(f"{key} {100 * value:.2f}" for key in KEYS if (value := metrics.get(key)) is not None)
+        print(f"{way:24s}{1000 * (trunk + spent) / count:7.1f} ms {100 * change:+6.1f} %  {aps}")
 
 
 if __name__ == "__main__":
