@@ -253,6 +253,25 @@ def test_settings_of_test_time_can_be_changed_when_loading(checkpoint: Path) -> 
         load(checkpoint, device="cpu", max_pixels=4799).predict(checkpoint.parent / "one.png")
 
 
+def test_stages_auto_is_chosen_when_loading_and_refused_where_it_cannot_be(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    detector = load(checkpoint, device="cpu", stop_after_stage="auto")
+    assert detector.model.cascade.drops_hopeless and "stages auto" in detector.choices()
+    assert detector.config == load(checkpoint, device="cpu").config
+    assert not load(checkpoint, device="cpu").model.cascade.drops_hopeless
+    with pytest.raises(UserError, match="--stages auto: compiled heads"):
+        load(checkpoint, device="cpu", stop_after_stage="auto", compile=True)
+    (tmp_path / "model.onnx").write_bytes(b"")
+    with pytest.raises(UserError, match="drop --stages auto"):
+        load(tmp_path / "model.onnx", stop_after_stage="auto")
+    Image.fromarray(picture()).save(tmp_path / "one.png")
+    words = ["predict", str(checkpoint), str(tmp_path / "one.png"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main([*words, "--stages", "auto"]) == 0 and "stages auto" in capsys.readouterr().out
+    assert main([*words, "--stages", "some"]) == 2
+    assert "'some' is neither auto nor a whole number of at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

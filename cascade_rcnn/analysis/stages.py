@@ -15,7 +15,7 @@ from cascade_rcnn.data.orientation import refuse_undecided
 from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.data.split_levels import with_range
 from cascade_rcnn.distributed import choose_device
-from cascade_rcnn.errors import DataError
+from cascade_rcnn.errors import DataError, UserError
 from cascade_rcnn.evaluation.coco import coco_truth
 from cascade_rcnn.evaluation.evaluate_model import as_split, detect_split, match_classes
 from cascade_rcnn.inference.exported import ExportedNetwork, usual_device
@@ -48,6 +48,8 @@ def run_stages(checkpoint: str | Path, data: str | Path, *, split: str, device: 
     """
     from cascade_rcnn.inference.detector import load
 
+    if inference.stages == "auto":
+        raise UserError("--stages auto: analyze shows every stage, which takes all proposals through them; drop it")
     detector = load(checkpoint, device=choose_device(usual_device(checkpoint, device)), **inference.of_load())
     print(detector.choices())
     settings = detector.config.data

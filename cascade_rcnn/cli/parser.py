@@ -79,7 +79,10 @@ def add_device(parser: Parser) -> None:
         help="at most N per image, or tile (default: the checkpoint's, usually 100)",
     )
     parser.add_argument(
-        "--stages", type=whole_number, metavar="N", help="use the first N stages of the cascade only (all)"
+        "--stages",
+        type=_stages,
+        metavar="N|auto",
+        help="use the first N stages of the cascade only (all); auto: on a CPU, hopeless proposals leave after a stage",
     )
     parser.add_argument("--range", type=range_of_levels, metavar="LOW HIGH", help=RANGE_HELP + " (as saved)")
     parser.add_argument(
@@ -167,6 +170,15 @@ def whole_number(word: str) -> int:
         if (value := int(word)) >= 1:
             return value
     raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of at least 1")
+
+
+def _stages(word: str) -> int | str:
+    if word == "auto":
+        return word
+    with contextlib.suppress(ValueError):
+        if (value := int(word)) >= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"{word!r} is neither auto nor a whole number of at least 1")
 
 
 def number(word: str) -> float:

@@ -12,7 +12,7 @@ import numbers
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any, cast, overload
+from typing import IO, Any, Literal, cast, overload
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ def load(
     compile: bool = False,
     score_threshold: float | None = None,
     max_detections: int | None = None,
-    stop_after_stage: int | None = None,
+    stop_after_stage: int | Literal["auto"] | None = None,
     max_pixels: int | None = None,
     range: str | None = None,
 ) -> Detector:
@@ -93,6 +93,9 @@ def load(
 
     ``predict`` applies the thresholds by class that ``analyze --set-thresholds`` wrote; ``score_threshold`` overrides.
 
+    ``stop_after_stage`` "auto": on a CPU a proposal is taken no further once its score is a fifth of the threshold or
+    less, which hardly changes what is found (docs/speed.md).
+
     ``compile`` makes code for each of the few sizes that images are padded to, when the first image of that size comes:
     that takes a minute and is told on stderr; what it finds is the same (docs/speed.md).
 
@@ -101,25 +104,24 @@ def load(
         ConfigError: more stages than there are, a ``range`` that is none.
         UserError: a setting out of its range, a device or precision that is not there, or no compiler.
     """
-    checked_number("score_threshold", score_threshold, low=0, high=1)
-    checked_number("max_detections", max_detections, low=1, whole=True)
-    checked_number("stop_after_stage", stop_after_stage, low=0, whole=True)
-    checked_number("max_pixels", max_pixels, low=1, whole=True)
-    if not isinstance(compile, bool):
-        raise UserError(f"compile {shown(compile)}: give True or False")
-    numbers_at_test = (score_threshold, max_detections, stop_after_stage)
-    model_settings = dict(zip(("score_threshold", "max_detections", "stop_after_stage"), numbers_at_test))
+    stops_early = stop_after_stage == "auto"
+    model_settings: dict[str, Any] = {"score_threshold": score_threshold, "max_detections": max_detections}
+    model_settings["stop_after_stage"] = None if stops_early else stop_after_stage
+    _check_settings(model_settings, max_pixels, compile=compile)
     if (exported := exported_file(path)) is not None:
-        _refuse_for_exported(exported, device=device, precision=precision, compile=compile)
+        _refuse_for_exported(exported, device=device, precision=precision, compile=compile, auto=stops_early)
         return _load_exported(exported, model_settings, {"max_pixels": max_pixels, "range": range})
     chosen = choose_device(device)
     precision = choose_precision(precision, chosen)
     path = resolve(path)
     checkpoint = load_checkpoint(path)
     config = _changed(checkpoint.config, model_settings, {"max_pixels": max_pixels, "range": range})
+    if stops_early:
+        _refuse_to_stop_early(config, path, compile=compile)
     with NoInitialValues():
         model = build_model(config.model, len(checkpoint.class_names))
     _load_weights(model, checkpoint.state, path)
+    model.cascade.drops_hopeless = stops_early
     checkpoint.state.clear()  # the file's pages are memory too, and the weights are about to be laid out anew
     model = model.to(chosen).optimize_for_inference(bfloat16=precision == "bf16")
     if compile:
@@ -130,9 +132,22 @@ def load(
     return detector
 
 
-def _refuse_for_exported(path: Path, *, device: str | torch.device, precision: Precision, compile: bool) -> None:
+def _check_settings(model: dict[str, Any], max_pixels: int | None, *, compile: bool) -> None:
+    checked_number("score_threshold", model["score_threshold"], low=0, high=1)
+    checked_number("max_detections", model["max_detections"], low=1, whole=True)
+    checked_number("stop_after_stage", model["stop_after_stage"], low=0, whole=True)
+    checked_number("max_pixels", max_pixels, low=1, whole=True)
+    if not isinstance(compile, bool):
+        raise UserError(f"compile {shown(compile)}: give True or False")
+
+
+def _refuse_for_exported(
+    path: Path, *, device: str | torch.device, precision: Precision, compile: bool, auto: bool
+) -> None:
     """Settings that an exported network cannot have any more."""
     where = printable(path)
+    if auto:
+        raise UserError(f"{where}: an exported network takes all proposals through its stages; drop --stages auto")
     if str(device) not in ("auto", "cpu"):
         raise UserError(
             f"{where}: an exported network runs on the CPU here, not on {device}; load the checkpoint itself"
@@ -141,6 +156,16 @@ def _refuse_for_exported(path: Path, *, device: str | torch.device, precision: P
         raise UserError(f"{where}: exported in float32 (or --int8); for {precision} load the checkpoint itself")
     if compile:
         raise UserError(f"{where}: an exported network is not compiled by torch; drop --compile")
+
+
+def _refuse_to_stop_early(config: Config, path: Path, *, compile: bool) -> None:
+    if compile:
+        raise UserError("--stages auto: compiled heads take a fixed number of proposals; drop it, or --compile")
+    if config.model.semantics == "paper":
+        raise UserError(
+            f"--stages auto: {printable(path)} scores all proposals on the last stage's boxes (model.semantics paper), "
+            "so none can be judged before; drop it"
+        )
 
 
 def _load_exported(path: Path, model: dict[str, Any], data: dict[str, Any]) -> Detector:
@@ -250,6 +275,9 @@ class Detector:
                 if precision == "bf16"
                 else "the processor's bfloat16 units unused (--precision bf16)"
             )
+        if model.cascade.drops_hopeless:
+            on_cpu = device.type == "cpu"
+            words.append("stages auto" if on_cpu else "all stages (--stages auto changes nothing on a GPU)")
         compiled = "not compiled (--compile)"
         if type(model) is not CascadeRCNN:
             sizes = bucket_sizes(data)

@@ -32,7 +32,7 @@ class Inference:
     batch_size: int = 1
     precision: Precision = "auto"
     compile: bool = False
-    stages: int | None = None  # stop after so many
+    stages: int | Literal["auto"] | None = None  # stop after so many; "auto": where a proposal has no hope
     score_threshold: float | None = None
     max_detections: int | None = None
     max_pixels: int | None = None  # of an image that is decoded

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from cascade_rcnn.models.boxes import clip_boxes, decode_boxes, encode_boxes, iou_loss, smooth_l1
 from cascade_rcnn.models.class_losses import Seesaw
 from cascade_rcnn.models.mask_head import MaskHead, MaskSamples, mask_loss, mask_targets
-from cascade_rcnn.models.matching import Matches, Samples, choose, match, normalizer, rows_in_use, take
+from cascade_rcnn.models.matching import (
+    Matches,
+    Samples,
+    choose,
+    host_sync_is_free,
+    match,
+    normalizer,
+    rows_in_use,
+    take,
+)
 from cascade_rcnn.models.ops.roi_align import roi_align, roi_align_rows
 from cascade_rcnn.models.ops.roi_sampling import Sampling
 from cascade_rcnn.models.postprocess import select_detections
@@ -52,6 +61,11 @@ class CascadeDetails:
     nms: str = "class"
     nms_iou: float = 0.5
     max_detections: int = 100
+
+
+# Of the score threshold: a proposal whose score so far is below this share is not taken further (``--stages auto``).
+# Later stages have not lifted one from there over the threshold in what docs/speed.md measures; at 1 they have.
+HOPELESS = 0.2
 
 
 @dataclass(frozen=True)
@@ -219,6 +233,7 @@ class Cascade(nn.Module):
         self.sampling = sampling  # of the box heads; mask heads read twice as many bins
         self.details = details
         self.stages_at_test = len(box_heads)  # fewer: stop after that stage
+        self.drops_hopeless = False  # at test time on a CPU: see ``HOPELESS``
 
     def loss(
         self, pyramid: list[Tensor], proposals: Proposals, images: ImageBatch, targets: Targets
@@ -246,12 +261,22 @@ class Cascade(nn.Module):
             scores.append(logits)
             if k + 1 < self.stages_at_test:
                 boxes = stage.move(deltas, boxes, most_likely(logits), images.sizes)
+                if self.drops_hopeless and host_sync_is_free(valid):
+                    boxes, valid, scores = self._hopeful(boxes, valid, scores)
             else:
                 boxes = stage.move_every_class(deltas, boxes, images.sizes)
         found = self._select(self._ensemble(scores), boxes, valid)
         if self.mask_heads:
             found.masks = self._masks(pyramid, found)
         return found
+
+    def _hopeful(self, boxes: Tensor, valid: Tensor, logits: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The boxes [B, M, 4] that may still be detections, with validity [B, M] and logits, each [B, M, K + 1]."""
+        best = self._ensemble(logits)[..., :-1].amax(dim=-1)
+        alive = valid & (best >= HOPELESS * self.details.score_threshold)
+        count = max(int(alive.sum(dim=1).amax()), 1)
+        rows = alive.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]  # in their order
+        return take(boxes, rows), take(alive, rows), [take(one, rows) for one in logits]
 
     @torch.no_grad()
     def follow(self, pyramid: list[Tensor], proposals: Proposals, images: ImageBatch) -> Followed:

@@ -52,6 +52,10 @@ def load(
             + _WITH_TORCH
         )
     stages = others.pop("stop_after_stage", None)
+    if stages == "auto":
+        raise UserError(
+            f"{printable(file)}: an exported network takes all proposals through its stages; drop --stages auto"
+        )
     usual = {"device": ("auto", "cpu"), "precision": ("auto", "fp32"), "compile": (False,)}
     for name, value in others.items():
         if value not in usual.get(name, ()):
