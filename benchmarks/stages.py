@@ -74,7 +74,7 @@ def main() -> None:
         metrics = evaluate_results(results[way], config, split)
         change = (trunk + spent) / (trunk + seconds["all stages"]) - 1
         aps = "  ".join(f"{key} {100 * value:.2f}" for key in KEYS if (value := metrics.get(key)) is not None)
-        print(f"{way:24s}{1000 * (trunk + spent) / count:7.1f} ms {100 * change:+6.1f} %  {aps}")
+        print(f"{way:28s}{1000 * (trunk + spent) / count:7.1f} ms {100 * change:+6.1f} %  {aps}")
 
 
 if __name__ == "__main__":
