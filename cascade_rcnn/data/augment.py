@@ -53,7 +53,7 @@ class Augmentation:
         with _seeded(int(rng.integers(2**31)), self._seed):
             try:
                 made = self._transform(**given)
-            except Exception as error:  # whatever the user's code raises
+            except (Exception, SystemExit) as error:  # whatever the user's code raises
                 raise self._error(f"{type(error).__name__}: {one_line(error)}", item) from error
         pixels = made.get("image") if isinstance(made, Mapping) else None
         if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
@@ -68,6 +68,10 @@ class Augmentation:
             ) from error
         if len(rows) != len(boxes) or not set(rows.tolist()) <= set(range(len(item.boxes))):
             raise self._error(f"gives {len(boxes)} bboxes and {len(rows)} rows, which must belong together", item)
+        if not np.isfinite(boxes).all():
+            raise self._error("gives bboxes that are not finite", item)
+        if any(np.shape(mask) != pixels.shape[:2] for mask in masks.values()):
+            raise self._error("gives masks of another size than its image", item)
         return _taken_over(item, pixels, boxes, rows, masks)
 
     def __reduce__(self) -> tuple[type[Augmentation], tuple[str]]:
@@ -91,7 +95,7 @@ def _load(path: str) -> Any:
         raise ConfigError(f"data.augment {shown(path)}: no such file; give a Python file with one 'transform'")
     try:
         content = runpy.run_path(path)
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise ConfigError(f"data.augment {printable(path)}: {type(error).__name__}: {one_line(error)}") from error
     if not callable(content.get("transform")):
         raise ConfigError(
@@ -108,14 +112,26 @@ def _prepared(transform: Any, path: str) -> tuple[Transform, Callable[[int], obj
         return transform, None
     if not isinstance(transform, albumentations.BasicTransform | albumentations.BaseCompose):
         return transform, None
-    boxes = albumentations.BboxParams(
-        format="pascal_voc", label_fields=["rows"], clip=True, min_visibility=_LEAST_VISIBLE, min_width=1, min_height=1
-    )
     whole = isinstance(transform, albumentations.Compose)
+    theirs = transform.processors["bboxes"].params if whole and "bboxes" in transform.processors else None
+    boxes = albumentations.BboxParams(
+        format="pascal_voc",
+        label_fields=["rows"],
+        clip=True,
+        min_area=getattr(theirs, "min_area", 0.0),
+        min_visibility=max(getattr(theirs, "min_visibility", 0.0), _LEAST_VISIBLE),
+        min_width=max(getattr(theirs, "min_width", 0.0), 1),
+        min_height=max(getattr(theirs, "min_height", 0.0), 1),
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it wonders at boxes where no transform moves any
-            made = albumentations.Compose(transform.transforms if whole else [transform], bbox_params=boxes)
+            made = albumentations.Compose(
+                transform.transforms if whole else [transform],
+                bbox_params=boxes,
+                p=transform.p if whole else 1.0,
+                mask_interpolation=getattr(transform, "mask_interpolation", None),
+            )
     except Exception as error:
         raise ConfigError(f"data.augment {printable(path)}: {type(error).__name__}: {one_line(error)}") from error
     return made, made.set_random_seed

@@ -80,6 +80,11 @@ def _fields(stat: Path) -> list[str]:
 
 
 def spare_cores(device: torch.device, *, processes: int, deterministic: bool) -> SpareCores:
-    """For one process on the CPU, unless somebody has chosen the threads or wants sums in the same order each time."""
+    """For one process on the CPU, unless somebody has chosen the threads or wants sums in the same order each time.
+
+    Not where the process is bound to some of the machine's cores: what others do on the rest is no matter to it.
+    """
     chosen = "OMP_NUM_THREADS" in os.environ or deterministic
-    return SpareCores(1 if device.type != "cpu" or processes > 1 or chosen else torch.get_num_threads())
+    bound = hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < (os.cpu_count() or 1)
+    may = device.type == "cpu" and processes == 1 and not chosen and not bound
+    return SpareCores(torch.get_num_threads() if may else 1)

@@ -75,6 +75,7 @@ def test_a_function_of_ones_own_keeps_boxes_masks_and_labels_together(tmp_path: 
         ("transform = 3", "has no 'transform'"),
         ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
         ("def transform(:", "SyntaxError"),
+        ("import sys; sys.exit('bye')", "SystemExit: bye"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_before_training(tmp_path: Path, text: str, said: str) -> None:
@@ -95,6 +96,9 @@ def test_a_file_that_cannot_be_used_is_refused_before_training(tmp_path: Path, t
         ("return {'image': image, 'bboxes': bboxes[1:], 'rows': rows, 'masks': masks}", "2 bboxes and 3 rows"),
         ("return {'image': image, 'bboxes': bboxes, 'rows': rows + 1, 'masks': masks}", "must belong together"),
         ("return {'image': image, 'bboxes': bboxes, 'rows': rows, 'masks': masks[1:]}", "gives back other"),
+        ("return {'image': image, 'bboxes': bboxes * float('nan'), 'rows': rows, 'masks': masks}", "not finite"),
+        ("return {'image': image[:20, :30], 'bboxes': bboxes, 'rows': rows, 'masks': masks}", "masks of another size"),
+        ("raise SystemExit('bye')", "SystemExit: bye"),
     ],
 )
 def test_what_a_transform_does_wrong_is_said_with_file_and_image(tmp_path: Path, body: str, said: str) -> None:
@@ -142,3 +146,14 @@ def test_a_pipeline_of_albumentations(tmp_path: Path) -> None:
         item(), boxes=np.zeros((0, 4), np.float32), labels=np.zeros(0, np.int64), ignore=np.zeros(0, bool), masks=[]
     )
     assert len(turn(empty, np.random.default_rng(0)).boxes) == 0
+
+
+def test_what_a_pipeline_says_of_itself_counts(tmp_path: Path) -> None:
+    pytest.importorskip("albumentations")
+    half = "import albumentations as A\ntransform = A.Compose([A.HorizontalFlip(p=1.0)], p=0.5)\n"
+    mirror = Augmentation(written(tmp_path, half))
+    flipped = [not torch.equal(mirror(item(), np.random.default_rng(seed)).image, item().image) for seed in range(20)]
+    assert 3 < sum(flipped) < 17
+    large = "A.BboxParams(format='coco', min_area=300)"
+    picky = f"import albumentations as A\ntransform = A.Compose([A.HorizontalFlip(p=1.0)], bbox_params={large})\n"
+    assert Augmentation(written(tmp_path, picky))(item(), np.random.default_rng(0)).labels.tolist() == [5, 6]

@@ -88,6 +88,7 @@ def test_who_has_chosen_the_threads_keeps_them(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     assert spare_cores(cpu, processes=1, deterministic=False).most == 1  # tests fix OMP_NUM_THREADS
     monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(os.cpu_count() or 1)), raising=False)
     assert spare_cores(cpu, processes=1, deterministic=False).most == 8
     assert spare_cores(cpu, processes=1, deterministic=True).most == 1
     assert spare_cores(cpu, processes=2, deterministic=False).most == 1
@@ -104,3 +105,11 @@ def test_what_this_machine_tells_is_read() -> None:
     assert before is not None and after is not None
     busy, ours = (new - old for new, old in zip(after, before))
     assert 0.25 * TICKS < ours <= busy + 0.1 * TICKS
+
+
+def test_a_process_bound_to_some_cores_keeps_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert spare_cores(torch.device("cpu"), processes=1, deterministic=False).most == 1
