@@ -48,8 +48,11 @@ def fetch(entry: Published, dest: Path) -> None:
     """
     part = dest.with_name(dest.name + ".part")
     try:
+        if dest.is_file():  # put there by hand, or left by a process that ended before it was converted
+            _verify(entry, dest)
+            return
         for address in addresses(entry):
-            if _copied(address, part) or _downloaded(address, part, entry.name):
+            if _copied(address, part, entry.name) or _downloaded(address, part, entry.name):
                 break
         else:
             where = " and ".join(addresses(entry))
@@ -63,14 +66,19 @@ def fetch(entry: Published, dest: Path) -> None:
         ) from error
 
 
-def _copied(address: str, part: Path) -> bool:
+def _copied(address: str, part: Path, name: str) -> bool:
     """Copy from a folder; False where the address is none, or has no such file."""
     if "://" in address:
         return False
     source = Path(address).expanduser()
     if not source.is_file():
         return False
-    shutil.copyfile(source, part)
+    try:
+        file = source.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{name}: {printable(source)} cannot be read ({one_line(error)})") from error
+    with file, part.open("wb") as copy:
+        shutil.copyfileobj(file, copy)
     return True
 
 
@@ -113,13 +121,19 @@ def _one_request(address: str, part: Path, name: str) -> bool:
         if error.code == 416 and have:  # nothing behind what we have: whole, or another file; the digest decides
             return True
         raise
+    except urllib.error.URLError:
+        raise
+    except OSError as error:  # of the network: what the disk says is told otherwise
+        raise ConnectionError(one_line(error)) from error
     with answer:
+        if answer.headers.get_content_type() == "text/html":
+            raise CheckpointError(f"{name}: {address} answers with a web page (a network that wants a login?)")
         if answer.status != 206:  # the whole file again
             have = 0
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length and length.isdecimal() else 0
         with part.open("ab" if have else "wb") as file, _bar(name, total, have) as advance:
-            while block := answer.read(_BLOCK):
+            while block := _received(answer):
                 file.write(block)
                 advance(len(block))
         if total and _size(part) < total:
@@ -127,8 +141,19 @@ def _one_request(address: str, part: Path, name: str) -> bool:
     return True
 
 
+def _received(answer: Any) -> bytes:
+    try:
+        block: bytes = answer.read(_BLOCK)
+    except OSError as error:
+        raise ConnectionError(one_line(error)) from error
+    return block
+
+
 def _verify(entry: Published, part: Path) -> None:
-    """Compare with the digest in the file's name, and with our own of the whole file where there is one."""
+    """Compare with the digest in the file's name, and with our own of the whole file where there is one.
+
+    Only a part file that differs is deleted.
+    """
     wanted = [(entry.hash_of, entry.hash)] if entry.hash else []
     wanted += [("sha256", entry.sha256)] if entry.sha256 else []
     for algorithm, expected in wanted:
@@ -139,6 +164,11 @@ def _verify(entry: Published, part: Path) -> None:
         found = digest.hexdigest()
         if not found.startswith(expected):
             size = _size(part)
+            if part.suffix != ".part":
+                raise CheckpointError(
+                    f"{entry.name}: {printable(part)} is another file: its {algorithm} is "
+                    f"{found[: max(len(expected), 8)]}... and should be {expected}; take it away, to download it"
+                )
             part.unlink(missing_ok=True)
             raise CheckpointError(
                 f"{entry.name}: {size} bytes came whose {algorithm} is {found[: max(len(expected), 8)]}... and "

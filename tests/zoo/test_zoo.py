@@ -37,6 +37,7 @@ class Server:
 
     def __init__(self, content: bytes) -> None:
         self.content, self.cut, self.ranges, self.status = content, [0] * 0, True, 200
+        self.page = False
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.Lock()
         server = self
@@ -68,6 +69,7 @@ class Server:
         body = self.content[start:]
         handler.send_response(206 if start else 200)
         handler.send_header("Content-Length", str(len(body)))
+        handler.send_header("Content-Type", "text/html" if self.page else "application/octet-stream")
         handler.end_headers()
         handler.wfile.write(body if cut is None else body[:cut])
         handler.close_connection = True
@@ -244,6 +246,70 @@ def test_a_mirror_without_the_file_says_where_it_looked(
     monkeypatch.setenv("CASCADE_RCNN_MIRROR", str(tmp_path))
     with pytest.raises(CheckpointError, match=f"not at .*{NAME}.pth"):
         store.by_name(NAME)
+
+
+def test_a_file_put_into_the_cache_by_hand_is_used_if_it_is_the_right_one(
+    zoo: dict[str, Any], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("CASCADE_RCNN_MIRROR", str(tmp_path / "empty"))
+    with pytest.raises(CheckpointError, match="or put the file at") as error:
+        cascade_rcnn.load(NAME)
+    place = Path(str(error.value).split("put the file at ")[1].removesuffix(" yourself"))
+    place.write_bytes(b"another")
+    with pytest.raises(CheckpointError, match=r"is another file: its sha256 is .* take it away"):
+        cascade_rcnn.load(NAME)
+    assert place.read_bytes() == b"another"
+    place.write_bytes(server.content)
+    assert len(cascade_rcnn.load(NAME).class_names) == 3 and not server.requests
+
+
+def test_a_mirror_that_cannot_be_read_is_named(
+    zoo: dict[str, Any], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    (mirror / f"{NAME}.pth").write_bytes(server.content)
+    monkeypatch.setenv("CASCADE_RCNN_MIRROR", str(mirror))
+    opened = Path.open
+
+    def refuse(self: Path, mode: str = "r", **given: Any) -> Any:
+        if self.parent == mirror:
+            raise PermissionError(13, "Permission denied")
+        return opened(self, mode, **given)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=rf"{NAME}.pth cannot be read .*Permission denied"):
+        cascade_rcnn.load(NAME)
+
+
+def test_a_broken_network_is_not_taken_for_a_full_disk(
+    zoo: dict[str, Any], server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        asked.append(1)
+        raise OSError(113, "No route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+    with pytest.raises(CheckpointError, match=r"cannot fetch http.*No route to host.*offline\?"):
+        cascade_rcnn.load(NAME)
+    assert len(asked) > 1
+
+
+def test_a_login_page_does_not_replace_what_came(
+    zoo: dict[str, Any], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.cut = [1000] * 10
+    with pytest.raises(CheckpointError):
+        cascade_rcnn.load(NAME)
+    (part,) = (tmp_path / "cache").rglob("*.part")
+    before = part.read_bytes()
+    server.ranges, server.page = False, True
+    with pytest.raises(CheckpointError, match="answers with a web page"):
+        cascade_rcnn.load(NAME)
+    assert before and part.read_bytes() == before
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions of POSIX")
