@@ -397,7 +397,7 @@ def test_the_list_is_whole_and_consistent() -> None:
     assert all(entry.url.startswith("http") and entry.license and entry.source for entry in entries)
     assert all(entry.hash in entry.file for entry in entries)
     assert all(entry.recipe in config_names() for entry in entries if entry.recipe)
-    assert sum(bool(entry.recipe) and not entry.missing for entry in entries) == 33
+    assert sum(bool(entry.recipe) and not entry.missing for entry in entries) == 35
     assert nearest("cascade") == [] or all(not find(name).missing for name in nearest("cascade"))  # type: ignore[union-attr]
 
 
