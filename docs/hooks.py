@@ -61,12 +61,13 @@ def models_table(entries: list[dict[str, Any]]) -> str:
         lines += [
             f"### {library}",
             "",
-            "| name | box AP | mask AP | data | licence | not loaded because of |",
-            "|---|---|---|---|---|---|",
+            "| name | box AP | mask AP | parameters | data | licence | not loaded because of |",
+            "|---|---|---|---|---|---|---|",
         ]
         for entry in entries:
             if entry["library"] == library:
-                cells = [f"`{entry['name']}`", *(entry.get(key, "") for key in ("box_ap", "mask_ap", "dataset"))]
+                cells = [f"`{entry['name']}`", entry.get("box_ap", ""), entry.get("mask_ap", "")]
+                cells += [f"{entry['parameters'] / 1e6:.1f} M" if "parameters" in entry else "", entry["dataset"]]
                 cells += [entry["license"].partition(" (")[0], entry.get("missing", "")]
                 lines.append("| " + " | ".join(map(str, cells)) + " |")
         lines.append("")

@@ -33,7 +33,18 @@ def _searched(entry: Published) -> str:
 
 def _facts(entry: Published, have: dict[str, int]) -> dict[str, object]:
     facts = {key: value for key, value in dataclasses.asdict(entry).items() if value not in ("", (), None)}
+    if not entry.parameters:
+        facts.pop("parameters")
+    if entry.name in have:
+        facts["cached_bytes"] = have[entry.name]
     return facts | {"loads": not entry.missing, "cached": entry.name in have}
+
+
+def _size(entry: Published, have: dict[str, int]) -> str:
+    """Megabytes of the file that is here; before it was fetched, millions of parameters, where known."""
+    if entry.name in have:
+        return f"{have[entry.name] / 1e6:.0f} MB"
+    return f"{entry.parameters / 1e6:.1f} M" if entry.parameters else ""
 
 
 def _print_table(entries: Sequence[Published], have: dict[str, int]) -> None:
@@ -46,25 +57,21 @@ def _print_table(entries: Sequence[Published], have: dict[str, int]) -> None:
         ("name", "left"),
         ("box AP", "right"),
         ("mask AP", "right"),
+        ("size", "right"),
         ("whose", "left"),
         ("licence", "left"),
         ("", "left"),
     ):
         table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading == "name")  # type: ignore[arg-type]
     for entry in entries:
-        state = (
-            f"no: {entry.missing}"
-            if entry.missing
-            else f"{have[entry.name] / 1e6:.0f} MB here"
-            if entry.name in have
-            else ""
-        )
+        state = f"no: {entry.missing}" if entry.missing else "here" if entry.name in have else ""
         dataset = "" if entry.dataset == "COCO" else f" ({entry.dataset})"
         style = "dim" if entry.missing else ""
         table.add_row(
             escape(entry.name) + dataset,
             _percent(entry.box_ap),
             _percent(entry.mask_ap),
+            _size(entry, have),
             entry.library.partition(" (")[0],
             entry.license.partition(" (")[0],
             state,
@@ -77,7 +84,8 @@ def _print_table(entries: Sequence[Published], have: dict[str, int]) -> None:
     loads = sum(not entry.missing for entry in entries)
     console.print(
         f"{len(entries)} checkpoints, {loads} of which load by name: cascade_rcnn.load(NAME), "
-        "cascade-rcnn predict NAME street.jpg. AP in per cent, as published by their authors."
+        "cascade-rcnn predict NAME street.jpg. AP in per cent, as published by their authors. "
+        "Size: MB of a file that is here, else millions of parameters, where we have a recipe of the network."
     )
 
 

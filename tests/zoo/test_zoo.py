@@ -22,7 +22,7 @@ from cascade_rcnn.checkpoint import load_checkpoint
 from cascade_rcnn.convert.checkpoint import run_convert
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.evaluate import _print_published
-from cascade_rcnn.recipes import config_names
+from cascade_rcnn.recipes import config_names, load_config
 from cascade_rcnn.training.init_weights import start_from
 from cascade_rcnn.zoo import catalog, download, store
 from cascade_rcnn.zoo.catalog import find, nearest, published
@@ -406,6 +406,42 @@ def test_models_lists_and_filters(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "detectron2_cascade_mask_rcnn_r50_fpn_3x" in said and "44.3" in said and "CC-BY-SA-3.0" in said
     assert "mmdetection" not in said and "2 checkpoints" in said
+
+
+def test_models_tells_the_size(capsys: pytest.CaptureFixture[str]) -> None:
+    run_models(["cascade_mask_rcnn_r50_fpn_ms_3x_coco"])
+    assert "77.3 M" in capsys.readouterr().out
+    run_models(["cascade_mask_rcnn_r50_fpn_ms_3x_coco"], as_json=True)
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert entry["parameters"] == 77_324_606 and "cached_bytes" not in entry
+    run_models(["hrnet"], as_json=True)  # no recipe of ours: not known, and not 0
+    assert not any("parameters" in entry for entry in json.loads(capsys.readouterr().out))
+
+
+def test_models_tells_the_size_of_a_file_that_is_here(zoo: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    size = store.by_name(NAME).stat().st_size
+    run_models()
+    row = next(line for line in capsys.readouterr().out.splitlines() if NAME in line)
+    assert f"{size / 1e6:.0f} MB" in row and row.rstrip().endswith("here")
+    run_models(as_json=True)
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert entry["cached"] and entry["cached_bytes"] == size
+
+
+def test_the_lists_parameters_are_those_of_the_recipes() -> None:
+    from cascade_rcnn.models.build import build_model
+
+    entries = [entry for entry in published() if entry.recipe and not entry.missing]
+    assert all(entry.parameters for entry in entries)
+    assert not any(entry.parameters for entry in published() if entry not in entries)
+    networks = {load_config(entry.recipe).model for entry in entries}
+    counts = {}
+    for network in networks:
+        with torch.device("meta"):
+            counts[network] = sum(weight.numel() for weight in build_model(network, 80).parameters())
+    assert {entry.name: entry.parameters for entry in entries} == {
+        entry.name: counts[load_config(entry.recipe).model] for entry in entries
+    }
 
 
 def test_models_as_json(capsys: pytest.CaptureFixture[str]) -> None:
