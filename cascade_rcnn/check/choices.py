@@ -32,7 +32,7 @@ _MOST_OBJECTS = 20_000  # measured; a regular sample of more
 _MOST_ASPECT = 3.0
 
 # GB per image and megapixel of a training step in bfloat16, and what does not depend on them, without and with masks.
-# Cascade R-CNN with ResNet-50 took 12.5 and 17.7 GB at 16 images of 0.87 megapixels on an H200 (benchmarks/gpu.sh).
+# Cascade R-CNN with ResNet-50 took 12.5 and 17.7 GB at 16 images of 0.87 megapixels on an H200 (benchmarks/NOTES.md).
 _GB_PER_MEGAPIXEL, _GB_PER_MEGAPIXEL_MASKS, _GB_FIXED = 0.85, 1.2, 1.0
 _GPU_SHARE = 0.8  # of a GPU's memory that may be planned with
 
@@ -374,6 +374,8 @@ def _repeat_threshold(config: Config, split: DataSplit) -> list[Choice]:
         return []
     rarest, commonest = present[images[present].argmin()], present[images[present].argmax()]
     few, many = images[rarest], images[commonest]
+    if few == many:
+        return [_kept(config, name, f"as many images show each class ({many})")]
     reason = f"{few} images show {shown(split.class_names[rarest])}, {many} {shown(split.class_names[commonest])}"
     if many <= _UNEVEN * few:
         return [_kept(config, name, f"{reason}: not ten times as many")]

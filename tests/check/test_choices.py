@@ -85,6 +85,12 @@ def test_classes_that_differ_by_less_than_ten_times_are_not_balanced() -> None:
     assert "data.repeat_threshold" not in chosen(with_labels((0, 0)))[1]  # one class in the data
 
 
+def test_classes_in_as_many_images_are_told_as_such() -> None:
+    data = with_labels((0, 1))
+    _, choices = chosen(dataclasses.replace(data, records=data.records[-1:]))
+    assert choices["data.repeat_threshold"].reason == "as many images show each class (1)"
+
+
 def test_a_rare_class_is_repeated_up_to_four_times() -> None:
     data = with_labels((0, 1))
     assert chosen(data)[0].data.repeat_threshold == 0.1  # 1 of 12 images: a tenth is common
