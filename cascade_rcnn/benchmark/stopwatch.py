@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cascade_rcnn.models.ops.capabilities import processor_name
+
 # Gains that make random heads behave like trained ones: confident classes, boxes that move little. A model of zeros
 # would have no detections, one with torch's own initialisation no confident ones: both are faster than any real one.
 _GAINS = (
@@ -197,7 +199,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return {
         "device": str(device),
         "name": name,
@@ -206,11 +208,3 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
-
-
-def _processor() -> str:
-    if (info := Path("/proc/cpuinfo")).exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

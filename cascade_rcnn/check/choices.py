@@ -376,7 +376,8 @@ def _repeat_threshold(config: Config, split: DataSplit) -> list[Choice]:
     few, many = images[rarest], images[commonest]
     if few == many:
         return [_kept(config, name, f"as many images show each class ({many})")]
-    reason = f"{few} images show {shown(split.class_names[rarest])}, {many} {shown(split.class_names[commonest])}"
+    show = "image shows" if few == 1 else "images show"
+    reason = f"{few} {show} {shown(split.class_names[rarest])}, {many} {shown(split.class_names[commonest])}"
     if many <= _UNEVEN * few:
         return [_kept(config, name, f"{reason}: not ten times as many")]
     value = min(_COMMON, _MOST_REPEATS**2 * few / len(split.records))

@@ -82,6 +82,7 @@ class Augmentation:
         return AugmentError(f"data.augment {printable(self._path)}: {what} (image {printable(item.path)})")
 
 
+_INSTALL = "; pip install -U 'cascade-rcnn[albumentations]'"
 _HINT = "; leave out Normalize and ToTensorV2, the network does both"
 
 
@@ -96,7 +97,10 @@ def _load(path: str) -> Any:
     try:
         content = runpy.run_path(path)
     except (Exception, SystemExit) as error:  # whatever the user's code raises
-        raise ConfigError(f"data.augment {printable(path)}: {type(error).__name__}: {one_line(error)}") from error
+        missing = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "albumentations"
+        raise ConfigError(
+            f"data.augment {printable(path)}: {type(error).__name__}: {one_line(error)}{_INSTALL if missing else ''}"
+        ) from error
     if not callable(content.get("transform")):
         raise ConfigError(
             f"data.augment {printable(path)}: has no 'transform', an albumentations.Compose or a function"
@@ -112,20 +116,25 @@ def _prepared(transform: Any, path: str) -> tuple[Transform, Callable[[int], obj
         return transform, None
     if not isinstance(transform, albumentations.BasicTransform | albumentations.BaseCompose):
         return transform, None
+    if not hasattr(albumentations.Compose, "set_random_seed"):
+        version = getattr(albumentations, "__version__", "1")
+        raise ConfigError(f"data.augment {printable(path)}: needs albumentations 2, and this is {version}{_INSTALL}")
     whole = isinstance(transform, albumentations.Compose)
     theirs = transform.processors["bboxes"].params if whole and "bboxes" in transform.processors else None
-    boxes = albumentations.BboxParams(
-        format="pascal_voc",
-        label_fields=["rows"],
-        clip=True,
-        min_area=getattr(theirs, "min_area", 0.0),
-        min_visibility=max(getattr(theirs, "min_visibility", 0.0), _LEAST_VISIBLE),
-        min_width=max(getattr(theirs, "min_width", 0.0), 1),
-        min_height=max(getattr(theirs, "min_height", 0.0), 1),
-    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it wonders at boxes where no transform moves any
+            boxes = albumentations.BboxParams(
+                format="pascal_voc",
+                label_fields=["rows"],
+                clip=True,
+                min_area=getattr(theirs, "min_area", 0.0),
+                min_visibility=max(getattr(theirs, "min_visibility", 0.0), _LEAST_VISIBLE),
+                min_width=max(getattr(theirs, "min_width", 0.0), 1),
+                min_height=max(getattr(theirs, "min_height", 0.0), 1),
+                check_each_transform=getattr(theirs, "check_each_transform", True),
+                max_accept_ratio=getattr(theirs, "max_accept_ratio", None),
+            )
             made = albumentations.Compose(
                 transform.transforms if whole else [transform],
                 bbox_params=boxes,

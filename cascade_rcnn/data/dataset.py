@@ -151,6 +151,8 @@ class DetectionDataset(Dataset[Item]):
         factor = rng.uniform(*SCALES)
         own, items, bad = self.config, [self._load_at(factor, index, rng)], []
         size = [min(round(side / factor), own.long_side) for side in items[0].image.shape[1:]]
+        shorter = size.index(min(size))
+        size[shorter] = min(size[shorter], max(own.short_side))  # rounded twice, it may be a pixel more
         others: list[Item | None] = []
         for other in rng.integers(len(self), size=3).tolist():
             try:

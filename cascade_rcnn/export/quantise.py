@@ -273,6 +273,7 @@ class _OnnxRuntime(Backend):
 
         from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
+        before = logging.root.manager.disable
         logging.disable(logging.WARNING)  # it advises what has been done to the network already
         try:
             quantize_static(
@@ -289,7 +290,7 @@ class _OnnxRuntime(Backend):
                 nodes_to_quantize=list(integer),
             )
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(before)
 
     def run(self, network: Path, feeds: Sequence[Feed]) -> Iterator[dict[str, NDArray[Any]]]:
         import onnxruntime

@@ -16,6 +16,7 @@ import torch
 from cascade_rcnn import __version__
 from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.history.read_run import Record
+from cascade_rcnn.models.ops.capabilities import processor_name
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "faster-coco-eval")
 
@@ -56,13 +57,8 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         return f"{about.name}, {about.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}"
-    name = platform.processor() or platform.machine()
-    known = Path("/proc/cpuinfo")
-    if known.is_file():
-        lines = known.read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     threads = torch.get_num_threads()
-    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}"
+    return f"{processor_name()}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
 def git_commit(folder: Path) -> str | None:

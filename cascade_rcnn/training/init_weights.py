@@ -25,13 +25,15 @@ def start_from(model: nn.Module, path: Path, class_names: Sequence[str]) -> str:
     pairs = [(row, known[name]) for row, name in enumerate(class_names) if name in known]
     misfits = []
     for key, own in model.state_dict().items():
+        if key.endswith("class_loss.counts"):
+            continue  # how often each class was seen: of the other data set's classes
         given = source.state.get(key)
         per_class = None if given is None else _rows_per_class(key, own, len(class_names), given, len(known))
         if per_class is not None and given is not None and given.shape[1:] == own.shape[1:]:
             _copy_rows(own, given, pairs, per_class)
         elif given is not None and given.shape == own.shape:
             own.copy_(given)
-        elif not key.endswith(("num_batches_tracked", "class_loss.counts")):
+        elif not key.endswith("num_batches_tracked"):
             misfits.append(key)
     if misfits:
         raise CheckpointError(

@@ -1,7 +1,7 @@
 """Training threads on CPU cores that others use too.
 
-Threads that wait for each other by spinning, as OpenMP's do, lose to every other program: two threads on two cores took
-nine to twenty times as long beside another training (benchmarks/NOTES.md). A run therefore looks every few seconds at
+Threads that wait for each other by spinning, as OpenMP's do, lose to every other program: beside another training, two
+threads on two cores came from 11.8 to 0.5 images/s (benchmarks/NOTES.md). A run therefore looks every few seconds at
 what others take, and keeps to the cores that they leave, down to one thread, which never waits; and takes them back.
 """
 

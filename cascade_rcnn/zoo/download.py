@@ -49,7 +49,10 @@ def fetch(entry: Published, dest: Path) -> None:
     part = dest.with_name(dest.name + ".part")
     try:
         if dest.is_file():  # put there by hand, or left by a process that ended before it was converted
-            _verify(entry, dest)
+            if differs := _difference(entry, dest):
+                raise CheckpointError(
+                    f"{entry.name}: {printable(dest)} is another file: its {differs}; take it away, to download it"
+                )
             return
         for address in addresses(entry):
             if _copied(address, part, entry.name) or _downloaded(address, part, entry.name):
@@ -57,7 +60,13 @@ def fetch(entry: Published, dest: Path) -> None:
         else:
             where = " and ".join(addresses(entry))
             raise CheckpointError(f"{entry.name}: not at {where}; check {MIRROR}, or put the file at {dest} yourself")
-        _verify(entry, part)
+        if differs := _difference(entry, part):
+            size = _size(part)
+            part.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"{entry.name}: {size} bytes came whose {differs}; they were deleted: try again, or name another "
+                f"place in {MIRROR}"
+            )
         part.replace(dest)
     except OSError as error:
         raise CheckpointError(
@@ -127,7 +136,10 @@ def _one_request(address: str, part: Path, name: str) -> bool:
         raise ConnectionError(one_line(error)) from error
     with answer:
         if answer.headers.get_content_type() == "text/html":
-            raise CheckpointError(f"{name}: {address} answers with a web page (a network that wants a login?)")
+            raise CheckpointError(
+                f"{name}: {address} answers with a web page; if this network wants a login, log in with a browser and "
+                f"try again, or name another place in {MIRROR}"
+            )
         if answer.status != 206:  # the whole file again
             have = 0
         length = answer.headers.get("Content-Length")
@@ -149,31 +161,19 @@ def _received(answer: Any) -> bytes:
     return block
 
 
-def _verify(entry: Published, part: Path) -> None:
-    """Compare with the digest in the file's name, and with our own of the whole file where there is one.
-
-    Only a part file that differs is deleted.
-    """
+def _difference(entry: Published, file: Path) -> str:
+    """How the file differs from the digest in its name, or from ours of the whole file; empty where it does not."""
     wanted = [(entry.hash_of, entry.hash)] if entry.hash else []
     wanted += [("sha256", entry.sha256)] if entry.sha256 else []
     for algorithm, expected in wanted:
         digest = hashlib.new(algorithm, usedforsecurity=False)
-        with part.open("rb") as file:
-            while block := file.read(_BLOCK):
+        with file.open("rb") as content:
+            while block := content.read(_BLOCK):
                 digest.update(block)
         found = digest.hexdigest()
         if not found.startswith(expected):
-            size = _size(part)
-            if part.suffix != ".part":
-                raise CheckpointError(
-                    f"{entry.name}: {printable(part)} is another file: its {algorithm} is "
-                    f"{found[: max(len(expected), 8)]}... and should be {expected}; take it away, to download it"
-                )
-            part.unlink(missing_ok=True)
-            raise CheckpointError(
-                f"{entry.name}: {size} bytes came whose {algorithm} is {found[: max(len(expected), 8)]}... and "
-                f"should be {expected}; they were deleted: try again, or name another place in {MIRROR}"
-            )
+            return f"{algorithm} is {found[: max(len(expected), 8)]}... and should be {expected}"
+    return ""
 
 
 def _size(path: Path) -> int:

@@ -97,7 +97,7 @@ def test_a_rare_class_is_repeated_up_to_four_times() -> None:
     data = dataclasses.replace(data, records=[*data.records[:-1] * 45, data.records[-1]])  # 1 of 496
     config, choices = chosen(data)
     assert config.data.repeat_threshold == 0.032  # 16 times its share: its image comes four times
-    said = "1 images show 'mitosis', 496 'cell'; an image comes up to 4 times in an epoch"
+    said = "1 image shows 'mitosis', 496 'cell'; an image comes up to 4 times in an epoch"
     assert choices["data.repeat_threshold"].reason == said
     assert chosen(data, "--data.repeat-threshold", "0.3")[0].data.repeat_threshold == 0.3
     assert "data.repeat_threshold" not in chosen(data, "--data.repeat-threshold", "0")[1]

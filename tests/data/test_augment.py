@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import random
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,6 +150,18 @@ def test_a_pipeline_of_albumentations(tmp_path: Path) -> None:
     assert len(turn(empty, np.random.default_rng(0)).boxes) == 0
 
 
+def test_a_missing_or_old_albumentations_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "import albumentations as A\ntransform = A.HorizontalFlip()\n"
+    monkeypatch.setitem(sys.modules, "albumentations", None)
+    with pytest.raises(ConfigError, match=r"mine.py: .*pip install -U 'cascade-rcnn\[albumentations\]'"):
+        Augmentation(written(tmp_path, lines))
+    kinds = {name: type(name, (), {"__call__": print}) for name in ("BasicTransform", "BaseCompose", "Compose")}
+    old = SimpleNamespace(__version__="1.4.3", HorizontalFlip=type("Flip", (kinds["BasicTransform"],), {}), **kinds)
+    monkeypatch.setitem(sys.modules, "albumentations", old)
+    with pytest.raises(ConfigError, match=r"mine.py: needs albumentations 2, and this is 1.4.3; pip install -U"):
+        Augmentation(written(tmp_path, lines))
+
+
 def test_what_a_pipeline_says_of_itself_counts(tmp_path: Path) -> None:
     pytest.importorskip("albumentations")
     half = "import albumentations as A\ntransform = A.Compose([A.HorizontalFlip(p=1.0)], p=0.5)\n"
@@ -157,3 +171,5 @@ def test_what_a_pipeline_says_of_itself_counts(tmp_path: Path) -> None:
     large = "A.BboxParams(format='coco', min_area=300)"
     picky = f"import albumentations as A\ntransform = A.Compose([A.HorizontalFlip(p=1.0)], bbox_params={large})\n"
     assert Augmentation(written(tmp_path, picky))(item(), np.random.default_rng(0)).labels.tolist() == [5, 6]
+    narrow = picky.replace("min_area=300", "max_accept_ratio=1.4")
+    assert Augmentation(written(tmp_path, narrow))(item(), np.random.default_rng(0)).labels.tolist() == [4, 5]

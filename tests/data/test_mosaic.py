@@ -69,6 +69,8 @@ def test_a_dataset_gives_the_same_mosaic_for_the_same_seed_and_names_what_it_can
     assert not torch.equal(one.image, other.image)
     assert one.image.shape == DetectionDataset(split, plain, training=True)[SampleKey(0, (1,))].image.shape
     assert sum(len(data[SampleKey(0, (seed,))].boxes) for seed in range(8)) > 8
+    shorter = {min(data[SampleKey(0, (seed,))].image.shape[1:]) for seed in range(40)}
+    assert max(shorter) == 64, "a pixel more would be padded to the next multiple of 32"
     split.records[3].path.write_bytes(b"no picture")
     bad = [name for seed in range(20) for name, _ in data[SampleKey(0, (seed,))].bad]
     assert bad and set(bad) == {str(split.records[3].path)}

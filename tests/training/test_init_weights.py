@@ -38,6 +38,19 @@ def test_known_classes_keep_their_rows_and_new_ones_begin_anew(tmp_path: Path, a
         assert torch.equal(ours.deltas.weight[8:12], theirs.deltas.weight[:4])
 
 
+def test_how_often_other_classes_were_seen_is_not_taken_over(tmp_path: Path) -> None:
+    source, model = (tiny_model(3, class_loss="seesaw") for _ in range(2))
+    counts = [key for key in source.state_dict() if key.endswith("class_loss.counts")]
+    assert counts
+    for key in counts:
+        source.state_dict()[key].copy_(torch.tensor([1000, 50, 7]))
+    path = tmp_path / "source.safetensors"
+    save_checkpoint(path, source.state_dict(), config=Config(model=TINY), class_names=("cat", "dog", "cow"))
+    start_from(model, path, ("fish", "bird", "cat"))
+    assert not any(model.state_dict()[key].any() for key in counts)
+    start_from(tiny_model(3), path, ("fish", "bird", "cat"))  # a network without such counts
+
+
 def test_another_network_is_refused_with_the_way_out(tmp_path: Path) -> None:
     path = tmp_path / "source.safetensors"
     save_checkpoint(path, tiny_model(3).state_dict(), config=Config(model=TINY), class_names=("a", "b", "c"))

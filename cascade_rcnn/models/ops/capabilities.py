@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import platform
 import shutil
+from pathlib import Path
 
 import torch
 
@@ -57,6 +59,16 @@ def has_int8_units() -> bool:
         known = torch.cpu.get_capabilities()
         return any(known.get(name) is True for name in _INT8_UNITS)
     return bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
+
+
+def processor_name() -> str:
+    """The processor as its maker calls it, or at least its architecture."""
+    known = Path("/proc/cpuinfo")
+    if known.is_file():
+        for line in known.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def followed() -> bool:
