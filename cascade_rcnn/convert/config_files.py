@@ -15,18 +15,20 @@ _MOST_FILES = 100
 _DELETE = "_delete_"
 
 
-def read_config_file(path: str | Path) -> tuple[dict[str, Any], dict[Path, list[str]]]:
-    """All names of a config with those of its base files, and each file with the names that it sets itself.
+def read_config_file(path: str | Path) -> tuple[dict[str, Any], dict[Path, list[str]], set[str]]:
+    """All names of a config with those of its base files, each file with the names that it sets itself, and the names
+    that the files use in other values.
 
     Raises ConfigError: a file that is missing, too large or no config; what is no plain value (with file and line);
     base files that name each other, or set the same name; a dictionary over something else.
     """
     files: dict[Path, list[str]] = {}
-    names = _read(Path(path), files, above=())
-    return config_syntax.copied(names, where=printable(path)), files
+    used: set[str] = set()
+    names = _read(Path(path), files, used, above=())
+    return config_syntax.copied(names, where=printable(path)), files, used
 
 
-def _read(path: Path, files: dict[Path, list[str]], *, above: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, files: dict[Path, list[str]], used: set[str], *, above: tuple[Path, ...]) -> dict[str, Any]:
     where, real = printable(path), Path(os.path.realpath(path))
     if real in above:
         raise ConfigError(f"{where}: its base files lead back to itself")
@@ -34,11 +36,12 @@ def _read(path: Path, files: dict[Path, list[str]], *, above: tuple[Path, ...]) 
         raise ConfigError(f"{where}: more than {_MOST_FILES} base files")
     files[path] = []
     tree = config_syntax.parse(_text(path, where), where=where)
+    used |= config_syntax.used_names(tree)
     base: dict[str, Any] = {}
     for name in config_syntax.bases(tree, where=where):
         if "::" in name:
             raise ConfigError(f"{where}: _base_ {shown(name)} lies in an installed package: give that file's path")
-        found = _read(Path(os.path.normpath(path.parent / name)), files, above=(*above, real))
+        found = _read(Path(os.path.normpath(path.parent / name)), files, used, above=(*above, real))
         twice = sorted(set(found) & set(base))
         if twice:
             raise ConfigError(f"{where}: two of its base files set {twice[0]}; mmdetection refuses that too")

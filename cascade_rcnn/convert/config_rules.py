@@ -56,8 +56,13 @@ RULES: list[_Rule] = [
     # Backbone
     ("backbone.type", IMPOSSIBLE, _BACKBONES),
     ("backbone.norm_cfg.eps", TAKEN, ()),
+    (
+        "backbone.norm_cfg.type",
+        IMPOSSIBLE,
+        ("BN", "BN2d", "SyncBN", "MMSyncBN", "NaiveSyncBN", "GN", "LN", "LN2d"),
+    ),
     *_norm_rules("backbone"),
-    ("backbone.strides", IMPOSSIBLE, ([1, 2, 2, 2],)),
+    ("backbone.strides", IMPOSSIBLE, ([1, 2, 2, 2], [4, 2, 2, 2])),  # the second: Swin's
     ("backbone.dilations", IMPOSSIBLE, ([1, 1, 1, 1],)),
     ("backbone.out_indices", IMPOSSIBLE, ([0, 1, 2, 3],)),
     ("backbone.num_stages", IMPOSSIBLE, (4,)),
@@ -67,11 +72,20 @@ RULES: list[_Rule] = [
     ("backbone.dcn.modulated", TAKEN, ()),
     ("backbone.dcn*", IMPOSSIBLE, (None, False)),
     ("backbone.plugins*", IMPOSSIBLE, (None,)),
+    # ConvNeXt and Swin
+    ("backbone.gap_before_final_norm", IMPOSSIBLE, (False,)),
+    ("backbone.use_grn", IMPOSSIBLE, (False,)),
+    ("backbone.act_cfg.type", IMPOSSIBLE, ("GELU",)),
+    ("backbone.qk_scale", IMPOSSIBLE, (None,)),
+    ("backbone.use_abs_pos_embed", IMPOSSIBLE, (False,)),
+    ("backbone.ape", IMPOSSIBLE, (False,)),
+    ("backbone.drop_rate", TRAINING, (0,)),
+    ("backbone.attn_drop_rate", TRAINING, (0,)),
     *[(f"backbone.{name}*", IMPOSSIBLE, (None, False)) for name in ("gcb", "gen_attention", "sac", "rfp_inplanes")],
     *[
         (f"backbone.{name}", TAKEN, ())
         for name in (
-            "arch",  # of RegNet
+            "arch*",  # of RegNet and ConvNeXt
             *(
                 "depth",
                 "groups",
@@ -84,6 +98,10 @@ RULES: list[_Rule] = [
             ),
             *("style", "frozen_stages", "norm_eval", "with_cp", "zero_init_residual", "stage_with_dcn"),
             *("model_name", "features_only"),
+            # of ConvNeXt and Swin, in mmdetection and mmpretrain and by their authors
+            *("depths", "dims", "channels", "in_chans", "stem_patch_size", "layer_scale_init_value", "linear_pw_conv"),
+            *("embed_dims", "embed_dim", "num_heads", "window_size", "patch_size", "patch_norm", "mlp_ratio"),
+            *("qkv_bias", "pretrain_img_size", "convert_weights", "drop_path_rate", "use_checkpoint"),
         )
     ],
     # Neck

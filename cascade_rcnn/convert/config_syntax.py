@@ -1,6 +1,6 @@
 """mmdetection's config language without Python: the syntax tree of a config is read, nothing in it is run.
 
-Read are literals, ``dict(...)``, lists and tuples, names assigned above, items of dictionaries and lists,
+Read are literals, ``dict(...)``, lists and tuples (``[*x, 1]``), names assigned above, items of dictionaries and lists,
 ``_base_.x`` and ``{{_base_.x}}``, arithmetic with numbers, texts put together with ``+`` or as plain f-strings.
 Whatever else stands there is refused with its line (files), or becomes ``UNREAD`` (texts inside checkpoints, where
 most of what is written is of no interest).
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import json
 import operator
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -123,6 +124,19 @@ def bases(tree: ast.Module, *, where: str) -> list[str]:
     return []
 
 
+def used_names(tree: ast.Module) -> set[str]:
+    """Names that a file reads to build its values, its own and those of its base files (``_base_.x``)."""
+    used = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            used.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "_base_":
+            used.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            used |= set(re.findall(r"\{\{\s*_base_\.(\w+)", node.value))
+    return used - {"dict", "_base_"}
+
+
 def _assigns_base(node: ast.Assign) -> bool:
     return any(isinstance(target, ast.Name) and target.id == "_base_" for target in node.targets)
 
@@ -229,7 +243,16 @@ class _Evaluator:
         return found
 
     def sequence(self, node: ast.List | ast.Tuple) -> Any:
-        return [self.value(item) for item in node.elts]
+        result: list[Any] = []
+        for item in node.elts:
+            if not isinstance(item, ast.Starred):
+                result.append(self.value(item))
+                continue
+            found = self.value(item.value)
+            if not isinstance(found, list) or len(result) + len(found) > _LONGEST:
+                raise _NotPlainError(item, "* before something that is no list, or too long")
+            result += found
+        return result
 
     def name(self, node: ast.Name) -> Any:
         if node.id not in self.names:

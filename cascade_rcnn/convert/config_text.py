@@ -62,7 +62,9 @@ def read_config_text(text: str | Mapping[str, Any]) -> Hints:
     _apply_rules(model, hints)
     backbone, roi, rpn = (as_dict(model.get(part)) for part in ("backbone", "roi_head", "rpn_head"))
     hints.model |= _backbone_settings(backbone)
-    hints.backbone_eps = next(iter(numbers([as_dict(backbone.get("norm_cfg")).get("eps")])), None)
+    norm = as_dict(backbone.get("norm_cfg"))
+    if not str(norm.get("type")).rpartition(".")[2].startswith("LN"):
+        hints.backbone_eps = next(iter(numbers([norm.get("eps")])), None)
     hints.standardized = _standardized(model)
     steps = _test_steps(names)
     hints.preprocessing = _preprocessing(model, names, steps)
@@ -140,9 +142,12 @@ def _backbone_settings(backbone: dict[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if backbone.get("style") in ("pytorch", "caffe"):
         settings["style"] = backbone["style"]
-    frozen = backbone.get("frozen_stages")
+    kind, frozen = str(backbone.get("type")).rpartition(".")[2], backbone.get("frozen_stages")
     if isinstance(frozen, int) and -1 <= frozen <= 4:
-        settings["frozen_stages"] = frozen
+        settings["frozen_stages"] = frozen if frozen or kind != "ConvNeXt" else -1  # mmpretrain: 0 freezes nothing
+    rate = backbone.get("drop_path_rate")
+    if kind in ("ConvNeXt", "SwinTransformer") and isinstance(rate, (int, float)) and 0 <= rate < 1:
+        settings["drop_path"] = float(rate)
     deformable = as_dict(backbone.get("dcn"))
     if deformable:
         settings["deformable"] = "modulated" if deformable.get("type") == "DCNv2" else "plain"

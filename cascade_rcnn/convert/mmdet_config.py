@@ -3,17 +3,16 @@
 Nothing in a config is run (``config_files``, ``config_syntax``). Each of its settings is taken over, or listed as not
 taken over, or the config is refused by that setting's name because a training with it gives something else.
 
-    here          what the network is
-    mmdet_data    data set and pipelines
-    mmdet_schedule  optimizer, schedule, hooks
-
-To read one more backbone, add its line to ``BACKBONES`` here and its type to ``config_rules.RULES``.
+    here             what the network is
+    mmdet_backbones  its backbone
+    mmdet_data       data set and pipelines
+    mmdet_schedule   optimizer, schedule, hooks
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ from cascade_rcnn.config import Config, ModelConfig
 from cascade_rcnn.convert.config_files import read_config_file
 from cascade_rcnn.convert.config_rules import DETECTORS
 from cascade_rcnn.convert.config_text import Hints, as_dict, as_list, read_config_text, same
-from cascade_rcnn.convert.infer_config import TIMM, TIMM_DEEP_STEM
+from cascade_rcnn.convert.mmdet_backbones import BACKBONES, backbone_settings
 from cascade_rcnn.convert.mmdet_data import data_settings
-from cascade_rcnn.convert.mmdet_findings import Findings, word
+from cascade_rcnn.convert.mmdet_findings import Findings, same_settings, word
 from cascade_rcnn.convert.mmdet_schedule import train_settings
 from cascade_rcnn.errors import ConfigError
 from cascade_rcnn.messages import few_names, printable, shown
@@ -36,6 +35,7 @@ _FOR_TRAINING: list[tuple[str, tuple[Any, ...]]] = [
     ("rpn_head.bbox_coder.type", ("DeltaXYWHBBoxCoder",)),
     ("*.conv_cfg.type", ("Conv", "Conv2d")),
 ]
+_SYNCED = ("SyncBN", "MMSyncBN", "NaiveSyncBN")
 # Differences that training hardly feels: listed, not refused.
 _LISTED = (
     "train_cfg.rcnn.assigner.match_low_quality*",
@@ -75,7 +75,9 @@ def recipe_from_mmdetection(path: str | Path) -> MmdetRecipe:
     no counterpart here (with their names).
     """
     where = printable(path)
-    names, files = read_config_file(path)
+    from cascade_rcnn.models.build import check_backbone
+
+    names, files, used = read_config_file(path)
     model = as_dict(names.get("model"))
     if not model:
         raise ConfigError(f"{where}: it has no model = dict(...): not a config of a detector")
@@ -92,10 +94,11 @@ def recipe_from_mmdetection(path: str | Path) -> MmdetRecipe:
     found, hints = Findings(), read_config_text(names)
     settings = _model_settings(as_dict(names["model"]) | {"train_cfg": _train_cfg(names)}, hints, found)
     data = data_settings(names, hints.data, settings["masks"] != "none", found)
-    train = train_settings(names, found)
+    train = train_settings(names, settings, found, used=used)
     if found.refused:
         raise ConfigError(f"{where}: no counterpart here for {few_names(found.refused, most=3)}")
     config = config_from_dict({"model": settings, "data": data, "train": train}, source=where)
+    check_backbone(config.model)  # a recipe that is printed can be trained
     return MmdetRecipe(config, files, list(dict.fromkeys(found.left_out)), list(dict.fromkeys(found.notes)))
 
 
@@ -115,12 +118,13 @@ def _model_settings(model: dict[str, Any], hints: Hints, found: Findings) -> dic
         settings["stage_ious"] = (0.5,)
     if hints.anchors is not None:
         settings |= hints.anchors.settings()
-    settings |= _backbone(backbone, model, found)
+    settings |= backbone_settings(backbone, model, found)
     settings["fpn_channels"] = neck.get("out_channels", 256)
     for name in ("feat_channels", "in_channels"):
         found.expect(rpn.get(name, settings["fpn_channels"]), f"rpn_head.{name}", settings["fpn_channels"])
     settings["rpn_convs"] = rpn.get("num_convs", 1)
     settings |= _heads(roi, stages, settings, found)
+    settings["norm"] = _head_norm(roi, settings, found)
     _check_norms(model, settings, found)
     _check_losses(model, stages, found)
     _check_border(as_dict(model["train_cfg"].get("rpn")), stages, found)
@@ -142,98 +146,6 @@ def _apply_hints(model: dict[str, Any], hints: Hints, found: Findings) -> None:
         for place, value in found.leaves(model):
             if fnmatch.fnmatchcase(place, path) and not any(same(word(value), item) for item in values):
                 found.refuse(place, value)
-
-
-# Backbones
-
-
-def _resnet(backbone: dict[str, Any], found: Findings) -> dict[str, Any]:
-    kind = word(backbone.get("type"))
-    depth: Any = backbone.get("depth")
-    groups, width = backbone.get("groups", 1), backbone.get("base_width", 4)
-    if not all(type(number) is int for number in (depth, groups, width)):
-        found.refuse("backbone.depth, groups, base_width", [depth, groups, width], "whole numbers")
-        return {"backbone": "resnet50.tv_in1k"}
-    per_group = 64 if groups == 1 else width
-    deep = kind in ("ResNetV1c", "ResNetV1d") or backbone.get("deep_stem") is True
-    pooled = kind == "ResNetV1d" or backbone.get("avg_down") is True
-    found.expect(backbone.get("base_channels", 64), "backbone.base_channels", 64)
-    found.expect(backbone.get("stem_channels") or 64, "backbone.stem_channels", 64)
-    found.expect(backbone.get("in_channels", 3), "backbone.in_channels", 3)
-    name = TIMM_DEEP_STEM.get((depth, pooled)) if deep else None if pooled else TIMM.get((depth, groups, per_group))
-    if name is None or (deep and groups != 1):
-        found.refuse("backbone.depth", depth, f"a {kind} of this depth, {groups} groups and this stem is not in timm")
-    return {"backbone": name or "resnet50.tv_in1k"}
-
-
-def _regnet(backbone: dict[str, Any], found: Findings) -> dict[str, Any]:
-    arch = str(backbone.get("arch")).lower()  # regnetx_3.2gf
-    size = arch.removeprefix("regnetx_").removesuffix("gf")
-    sizes = ("400mf", "800mf", "1.6", "3.2", "4.0", "6.4", "8.0", "12")
-    names = ("004", "008", "016", "032", "040", "064", "080", "120")
-    if not arch.startswith("regnetx_") or size not in sizes:
-        found.refuse("backbone.arch", arch, ", ".join(f"regnetx_{size}" for size in sizes))
-        return {"backbone": "resnet50.tv_in1k"}
-    return {"backbone": f"regnetx_{names[sizes.index(size)]}.pycls_in1k"}
-
-
-def _timm(backbone: dict[str, Any], found: Findings) -> dict[str, Any]:
-    found.expect(backbone.get("features_only"), "backbone.features_only", True)
-    found.expect(backbone.get("out_indices", [1, 2, 3, 4]), "backbone.out_indices", [1, 2, 3, 4])
-    return {"backbone": str(backbone.get("model_name")), "pretrained": backbone.get("pretrained") is True}
-
-
-BACKBONES: dict[str, Callable[[dict[str, Any], Findings], dict[str, Any]]] = {
-    "ResNet": _resnet,
-    "ResNetV1c": _resnet,
-    "ResNetV1d": _resnet,
-    "ResNeXt": _resnet,
-    "RegNet": _regnet,
-    "TIMMBackbone": _timm,
-}
-# Weights that are timm's of the same name (those of Caffe's style are not).
-_SAME_WEIGHTS = (
-    "torchvision://",
-    "open-mmlab://res",
-    "open-mmlab://regnetx",
-    "open-mmlab://detectron2/resnext101_32x8d",
-)
-_NAMED_WEIGHTS = {"resnet50-11ad3fa6": "resnet50.tv2_in1k", "resnet50_8xb256-rsb-a1-600e": "resnet50.a1_in1k"}
-
-
-def _backbone(backbone: dict[str, Any], model: Mapping[str, Any], found: Findings) -> dict[str, Any]:
-    kind = word(backbone.get("type"))
-    settings = BACKBONES[kind](backbone, found)
-    settings["frozen_stages"] = backbone.get("frozen_stages", -1)
-    if as_dict(backbone.get("dcn")):
-        if not kind.startswith("Res"):
-            found.refuse("backbone.dcn", f"in a {kind}", "in ResNet and ResNeXt")
-        with_dcn = as_list(backbone.get("stage_with_dcn"))
-        settings["deformable_stages"] = tuple(k + 1 for k, has in enumerate(with_dcn) if has is True)
-    norm = as_dict(backbone.get("norm_cfg"))
-    if norm.get("requires_grad") is False and backbone.get("norm_eval") is False:
-        found.refused.append("backbone.norm_cfg.requires_grad = False with norm_eval = False")
-    init = as_dict(backbone.get("init_cfg"))
-    weights = init.get("checkpoint") or backbone.get("pretrained") or model.get("pretrained")
-    if kind == "TIMMBackbone":
-        return settings
-    if not weights:
-        return settings | {"pretrained": False}
-    if backbone.get("style", "pytorch") == "caffe":
-        found.notes.append(
-            f"the backbone starts from {shown(weights)}; timm has no Caffe-style weights: convert that file and give "
-            "it with --model.backbone-weights (docs/migrate.md)"
-        )
-        return settings
-    named = next((name for part, name in _NAMED_WEIGHTS.items() if part in str(weights)), None)
-    if named is not None:
-        settings["backbone"] = named
-    elif not str(weights).startswith(_SAME_WEIGHTS):
-        found.left_out.append(
-            f"the backbone's weights {shown(weights)}: the start is timm's {settings['backbone']}; or convert theirs, "
-            "and give --model.backbone-weights"
-        )
-    return settings
 
 
 # Heads
@@ -266,13 +178,6 @@ def _heads(roi: Mapping[str, Any], stages: int, settings: Mapping[str, Any], fou
     return result
 
 
-def same_settings(one: object, other: object) -> bool:
-    """Whether two values are equal; numbers nearly."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(same_settings(one[key], other[key]) for key in one)
-    return same(one, other)
-
-
 def _box_head(head: Mapping[str, Any], channels: object, found: Findings) -> str:
     kind, path = word(head.get("type")), "roi_head.bbox_head"
     usual = {"Shared2FCBBoxHead": (0, 2), "Shared4Conv1FCBBoxHead": (4, 1)}.get(kind, (0, 0))
@@ -285,10 +190,24 @@ def _box_head(head: Mapping[str, Any], channels: object, found: Findings) -> str
     if (convs, layers) != (4, 1):
         found.refused.append(f"{path} with {convs} shared convolutions and {layers} layers")
     found.expect(head.get("conv_out_channels", 256), f"{path}.conv_out_channels", channels)
-    norm = as_dict(head.get("norm_cfg")).get("type")
-    if norm not in (None, "GN"):
-        found.refuse(f"{path}.norm_cfg.type", norm, "none or GN")
-    return "4conv1fc_gn" if norm == "GN" else "4conv1fc"
+    norm = word(as_dict(head.get("norm_cfg")).get("type"))
+    if norm not in ("", "GN", "BN", *_SYNCED):
+        found.refuse(f"{path}.norm_cfg.type", norm, "none, GN, BN or SyncBN")
+    return {"": "4conv1fc", "GN": "4conv1fc_gn"}.get(norm, "4conv1fc_bn")
+
+
+def _head_norm(roi: Mapping[str, Any], settings: Mapping[str, Any], found: Findings) -> str:
+    """model.norm, which also says whether the batch norms of the box heads are those of all GPUs."""
+    norm: str = settings["norm"]
+    if settings.get("box_head") != "4conv1fc_bn":
+        return norm
+    kind = word(as_dict(as_dict(as_list(roi.get("bbox_head"))[0]).get("norm_cfg")).get("type"))
+    if settings.get("output_norms"):  # no batch norm in the backbone
+        return "sync" if kind in _SYNCED else "batch"
+    if (kind in _SYNCED) != (norm == "sync"):
+        usual = "SyncBN" if norm == "sync" else "BN"
+        found.refuse("roi_head.bbox_head.norm_cfg.type", kind, f"{usual}, as the backbone's norm has it")
+    return norm
 
 
 def _check_norms(model: Mapping[str, Any], settings: Mapping[str, Any], found: Findings) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cascade_rcnn.convert.config_text import as_dict, as_list, numbers, same
-from cascade_rcnn.convert.mmdet_findings import Findings, word
+from cascade_rcnn.convert.mmdet_findings import Findings, same_settings, word
 from cascade_rcnn.messages import shown
 
 # Steps of a training pipeline and their settings: values that mean what is done here, () for any value.
@@ -23,15 +23,17 @@ _STEPS: dict[str, dict[str, tuple[Any, ...]]] = {
     "Resize": {
         **dict.fromkeys(("scale", "img_scale", "ratio_range", "keep_ratio", "backend"), _ANY),
         "multiscale_mode": ("range", "value"),
-        "override": (False,),
+        "override": (False, True),  # of a second one, behind a crop
     },
     "RandomResize": {"scale": _ANY, "ratio_range": _ANY, "keep_ratio": _ANY, "resize_type": ("Resize",)},
     "RandomChoiceResize": {"scales": _ANY, "keep_ratio": _ANY, "resize_type": ("Resize",)},
+    "RandomChoice": {"transforms": _ANY, "prob": _ANY},
+    "AutoAugment": {"policies": _ANY},
     "RandomCrop": {
         "crop_size": _ANY,
         "crop_type": ("absolute", "absolute_range"),
-        "recompute_bbox": (True,),
-        "allow_negative_crop": (True,),
+        "recompute_bbox": (True, False),
+        "allow_negative_crop": (True, False),
         "bbox_clip_border": (True,),
     },
     "RandomFlip": {"prob": _ANY, "flip_ratio": _ANY, "direction": ("horizontal", ["horizontal"])},
@@ -53,6 +55,20 @@ _STEPS: dict[str, dict[str, tuple[Any, ...]]] = {
     "Collect": {"keys": _ANY, "meta_keys": _ANY},
     "PackDetInputs": {"meta_keys": _ANY},
 }
+# Steps that have a counterpart which a config cannot give: what to do instead.
+_INSTEAD = {
+    "Albu": "take the step out and give data.augment, a file with one Albumentations transform",
+    "Albumentation": "take the step out and give data.augment, a file with one Albumentations transform",
+    "CopyPaste": "take the step out and give data.copy_paste",
+    "Mosaic": "take the step out and give data.mosaic",
+}
+_RESIZES = ("Resize", "RandomResize", "RandomChoiceResize")
+# Data sets whose files are known here by what they are; of others nothing is known.
+_DATASETS = (
+    *("CocoDataset", "VOCDataset", "XMLDataset", "CityscapesDataset", "DeepFashionDataset", "Objects365V1Dataset"),
+    *("Objects365V2Dataset", "WIDERFaceDataset", "CustomDataset", "BaseDetDataset"),
+)
+_PLACES = ("ann_file", "data_prefix", "img_prefix")  # in which joined data sets may differ
 _DATASET = {
     **dict.fromkeys(("ann_file", "img_prefix", "data_root", "data_prefix", "pipeline", "filter_cfg", "metainfo"), _ANY),
     **dict.fromkeys(("classes", "filter_empty_gt", "backend_args", "file_client_args", "seg_prefix"), _ANY),
@@ -111,28 +127,56 @@ def _train_set(names: Mapping[str, Any], found: Findings) -> tuple[dict[str, Any
     """Settings of where the data is, and the innermost training set."""
     loader, old = as_dict(names.get("train_dataloader")), as_dict(names.get("data"))
     path = "data.train" if old else "train_dataloader.dataset"
-    dataset = as_dict(old.get("train") if old else loader.get("dataset"))
+    dataset: Any = old.get("train") if old else loader.get("dataset")
     settings: dict[str, Any] = {}
-    if old and isinstance(old.get("train"), list):
-        found.refused.append("data.train of several data sets")
-    while word(dataset.get("type")) == "RepeatDataset":
-        times = dataset.get("times", 1)
-        settings["repeat"] = settings.get("repeat", 1) * (times if isinstance(times, int) else 1)
-        dataset = as_dict(dataset.get("dataset"))
-    if "dataset" in dataset or "datasets" in dataset:
-        found.refuse(f"{path}.type", word(dataset.get("type")), "one data set, or RepeatDataset")
-        return settings, as_dict(dataset.get("dataset"))
-    found.check(dataset, path, _DATASET)
     _check_loader(loader, found)
+    parts, settings = _unwrapped(dataset, path, found)
+    dataset = parts[0] if parts else {}
+    for part in parts:
+        found.check(part, path, _DATASET)
+    kind = word(dataset.get("type"))
+    if kind and kind not in _DATASETS:
+        said = "as COCO's json, with a file_name for each image (LVIS 1 has coco_url), and evaluated by COCO's rules"
+        said = said if kind.startswith("LVIS") else "by what the files are, not by this class (docs/data.md)"
+        found.left_out.append(f"{path}.type = {shown(kind)}: read {said}")
     workers = loader.get("num_workers", old.get("workers_per_gpu"))
     if isinstance(workers, int):
         settings["workers"] = workers
     settings["keep_empty"] = not _drops_empty(dataset, bool(old), found)
-    settings |= _places(names, dataset, old, found)
+    settings |= _places(names, parts, old, found)
     classes = as_dict(dataset.get("metainfo")).get("classes", dataset.get("classes"))
     if classes is not None:
         found.left_out.append(f"classes {shown(classes)}: the classes are those of the data's own files, all of them")
     return settings, dataset
+
+
+def _unwrapped(dataset: Any, path: str, found: Findings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The data sets inside RepeatDataset, ClassBalancedDataset and ConcatDataset, and what these set."""
+    settings: dict[str, Any] = {}
+    parts = [as_dict(part) for part in as_list(dataset)]  # a list: ConcatDataset of 2.x
+    while len(parts) == 1 and ("dataset" in parts[0] or "datasets" in parts[0]):
+        (wrapper,) = parts
+        kind = word(wrapper.get("type"))
+        if kind == "RepeatDataset":
+            times = wrapper.get("times", 1)
+            settings["repeat"] = settings.get("repeat", 1) * (times if isinstance(times, int) else 1)
+        elif kind == "ClassBalancedDataset":
+            known = {"oversample_thr": _ANY, "filter_empty_gt": (True,), "dataset": _ANY}
+            found.check(wrapper, f"{path}.{kind}", known)
+            settings["repeat_threshold"] = wrapper.get("oversample_thr")
+            found.left_out.append(
+                f"{path}.{kind}: how often an image comes is rounded up there, here at random, right on average"
+            )
+        elif kind == "ConcatDataset":
+            known = {"datasets": _ANY, "ignore_keys": _ANY, "separate_eval": _ANY, "lazy_init": _ANY}
+            found.check(wrapper, f"{path}.{kind}", known)
+        else:
+            found.refuse(f"{path}.type", kind, "one data set, RepeatDataset, ClassBalancedDataset, ConcatDataset")
+        parts = [as_dict(part) for part in as_list(wrapper.get("datasets", wrapper.get("dataset")))]
+    plain = [{key: value for key, value in part.items() if key not in _PLACES} for part in parts]
+    if any(not same_settings(part, plain[0]) for part in plain):
+        found.refused.append(f"{path}: data sets that differ in more than {', '.join(_PLACES)}")
+    return parts, settings
 
 
 def _check_loader(loader: Mapping[str, Any], found: Findings) -> None:
@@ -147,32 +191,47 @@ def _check_loader(loader: Mapping[str, Any], found: Findings) -> None:
 
 def _drops_empty(dataset: Mapping[str, Any], old: bool, found: Findings) -> bool:
     rules = as_dict(dataset.get("filter_cfg"))
-    found.check(rules, "filter_cfg", {"filter_empty_gt": (True, False), "min_size": _ANY, "bbox_min_size": (None,)})
+    found.check(rules, "filter_cfg", {"filter_empty_gt": (True, False), "min_size": _ANY, "bbox_min_size": _ANY})
     smallest = rules.get("min_size", 32 if old else 0)
     if smallest:
         found.left_out.append(f"filter_cfg.min_size = {shown(smallest)}: smaller images are used too")
+    if rules.get("bbox_min_size"):
+        found.left_out.append(
+            f"filter_cfg.bbox_min_size = {shown(rules['bbox_min_size'])}: smaller objects are learnt too"
+        )
     return bool(rules.get("filter_empty_gt", dataset.get("filter_empty_gt", old)))
 
 
 def _places(
-    names: Mapping[str, Any], dataset: Mapping[str, Any], old: Mapping[str, Any], found: Findings
+    names: Mapping[str, Any], parts: list[dict[str, Any]], old: Mapping[str, Any], found: Findings
 ) -> dict[str, Any]:
     """data.root, and the splits by the words in the names of their files."""
     settings: dict[str, Any] = {}
+    dataset = parts[0] if parts else {}
     root = dataset.get("data_root") or names.get("data_root")
     if isinstance(root, str) and "://" not in root:
         settings["root"] = root.rstrip("/") or root
     else:
         found.left_out.append("the place of the data: give --data DIR")
     val = as_dict(old.get("val")) or as_dict(as_dict(names.get("val_dataloader")).get("dataset"))
-    for split, part in (("train", dataset), ("val", val)):
-        file = str(part.get("ann_file", "")).removeprefix(str(root or ""))
-        words = re.findall(r"(?<![a-z])(train|valid|val|test|minival)(?![a-z])", file.lower())
-        if words and words[-1] != "valid":
-            settings[split] = words[-1]
-        elif file and not words:
-            found.left_out.append(f"{split} from {shown(file)}: name the split with --data.{split}")
+    for split, sets in (("train", parts), ("val", [val])):
+        files = [file for part in sets for file in map(str, as_list(part.get("ann_file", [])))]
+        files = [file.removeprefix(str(root or "")) for file in files]
+        words = [_split_of(file) for file in files]
+        if words and all(words):
+            settings[split] = "+".join(words)
+        elif any(file and not word for file, word in zip(files, words)):
+            found.left_out.append(f"{split} from {shown(' + '.join(files))}: name the split with --data.{split}")
     return settings
+
+
+def _split_of(file: str) -> str:
+    """The split's name here: VOC's lists by year, others by the last word that is one; "" where none is."""
+    listed = re.search(r"(?:VOC(\d{4})/)?ImageSets/Main/(\w+)\.txt$", file)
+    if listed:
+        return f"{listed[1]}_{listed[2]}" if listed[1] else listed[2]
+    words = re.findall(r"(?<![a-z])(train|valid|val|test|minival)(?![a-z])", file.lower())
+    return words[-1] if words and words[-1] != "valid" else ""
 
 
 # Pipelines
@@ -183,16 +242,22 @@ def _pipeline(steps: list[dict[str, Any]], found: Findings, *, old: bool) -> dic
     for step in steps:
         kind = word(step.get("type"))
         if kind not in _STEPS:
-            found.refused.append(f"train_pipeline: a step {shown(kind)}")
+            instead = f" ({_INSTEAD[kind]})" if kind in _INSTEAD else ""
+            found.refused.append(f"train_pipeline: a step {shown(kind)}{instead}")
             continue
         found.check(step, f"train_pipeline.{kind}", _STEPS[kind])
         if kind in _MAKERS:
             settings |= _MAKERS[kind](step, settings, found, old)
+    settings.pop("with_mask", None)
     if settings.pop("uncropped", False):
         found.refused.append("train_pipeline: ratio_range without a RandomCrop of the same size behind it")
     if "short_side" not in settings and not any("step" in said for said in found.refused):
         found.refused.append("train_pipeline: no step that resizes to a (longer, shorter) scale")
     return settings
+
+
+def _annotations(step: Mapping[str, Any], settings: Mapping[str, Any], found: Findings, old: bool) -> dict[str, Any]:
+    return {"with_mask": step.get("with_mask") is True}
 
 
 def _flip(step: Mapping[str, Any], settings: Mapping[str, Any], found: Findings, old: bool) -> dict[str, Any]:
@@ -215,10 +280,70 @@ def _pad(step: Mapping[str, Any], settings: Mapping[str, Any], found: Findings, 
 
 
 def _crop(step: Mapping[str, Any], settings: Mapping[str, Any], found: Findings, old: bool) -> dict[str, Any]:
-    side = settings.get("long_side")
-    if not settings.get("uncropped") or not same(step.get("crop_size"), [side, side]):
-        found.refuse("train_pipeline.RandomCrop", step.get("crop_size"), "only behind ratio_range, of the same square")
+    side, kind = settings.get("long_side"), step.get("crop_type", "absolute")  # absolute_range: from side to side
+    if not (settings.get("uncropped") and str(kind).startswith("absolute") and same(step.get("crop_size"), [side] * 2)):
+        _refuse_crop(step, found, "behind ratio_range, of the same square, or in a RandomChoice")
+    _say_crop(step, settings, found)
     return {"uncropped": False}
+
+
+def _refuse_crop(step: Mapping[str, Any], found: Findings, here: str) -> None:
+    kind, size = step.get("crop_type", "absolute"), step.get("crop_size")
+    found.refused.append(f"train_pipeline.RandomCrop of {shown(kind)} {shown(size)} (here {here})")
+
+
+def _say_crop(step: Mapping[str, Any], settings: Mapping[str, Any], found: Findings) -> None:
+    path = "train_pipeline.RandomCrop"
+    if step.get("allow_negative_crop", False) is not True:
+        found.left_out.append(f"{path}.allow_negative_crop = False: parts without objects are trained on too")
+    if settings.get("with_mask") and step.get("recompute_bbox") is True:
+        found.left_out.append(f"{path}.recompute_bbox = True: a cut box is not drawn around what is left of its mask")
+
+
+def _choice(step: Mapping[str, Any], settings: Mapping[str, Any], found: Findings, old: bool) -> dict[str, Any]:
+    """RandomChoice (2.x: AutoAugment) of a resize, and of a resize, a crop and a resize: data.crop."""
+    kind = word(step.get("type"))
+    path = f"train_pipeline.{kind}"
+    branches = [
+        [as_dict(part) for part in as_list(branch)] for branch in as_list(step.get("transforms", step.get("policies")))
+    ]
+    shares = numbers(step.get("prob")) or (1.0,) * len(branches)
+    kinds = [[word(part.get("type")) for part in branch] for branch in branches]
+    plain = [len(names) == 1 and names[0] in _RESIZES for names in kinds]
+    cropped = [len(names) == 3 and {names[0], names[2]} <= {*_RESIZES} and names[1] == "RandomCrop" for names in kinds]
+    if not branches or len(shares) != len(branches) or not all(a or b for a, b in zip(plain, cropped)):
+        found.refuse(path, kinds, "resizes, and resize, RandomCrop and resize")
+        return {}
+    for part in (part for branch in branches for part in branch):
+        found.check(part, f"train_pipeline.{word(part.get('type'))}", _STEPS[word(part.get("type"))])
+    ends = [_resize(branch[-1], settings, found, old) for branch in branches]
+    crops = [_before(branch, end, settings, found, old) for branch, end in zip(branches, ends) if len(branch) > 1]
+    if any(end != ends[0] for end in ends) or any(crop != crops[0] for crop in crops):
+        found.refused.append(f"{path} of resizes to different sizes")
+    if ends[0].get("uncropped"):
+        found.refused.append(f"{path} of ratio_range")
+    share = sum(share for share, is_cropped in zip(shares, cropped) if is_cropped) / sum(shares)
+    return ends[0] | (crops[0] | {"crop": share} if crops else {})
+
+
+def _before(
+    branch: list[dict[str, Any]], end: Mapping[str, Any], settings: Mapping[str, Any], found: Findings, old: bool
+) -> dict[str, Any]:
+    """The resize and the crop before the last resize, which gives ``end``."""
+    first, crop, _ = branch
+    before = _resize(first, {}, found, old)
+    if before.get("short_side_mode", "choice") != "choice" or before.get("long_side") != end.get("long_side"):
+        found.refuse(
+            f"train_pipeline.{word(first.get('type'))} before RandomCrop",
+            first.get("scales", first.get("scale", first.get("img_scale"))),
+            "a choice of shorter sides, with the same longer side as behind it",
+        )
+    size = numbers(crop.get("crop_size"))
+    if crop.get("crop_type", "absolute") != "absolute_range" or len(size) != 2:
+        _refuse_crop(crop, found, "absolute_range, with smallest and largest side")
+        return {}
+    _say_crop(crop, settings, found)
+    return {"crop_short_side": before.get("short_side", ()), "crop_range": (int(size[0]), int(size[1]))}
 
 
 def _resize(step: Mapping[str, Any], settings: Mapping[str, Any], found: Findings, old: bool) -> dict[str, Any]:
@@ -257,6 +382,9 @@ _MAKERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], Findings, boo
     "RandomResize": _resize,
     "RandomChoiceResize": _resize,
     "RandomCrop": _crop,
+    "RandomChoice": _choice,
+    "AutoAugment": _choice,
+    "LoadAnnotations": _annotations,
     "RandomFlip": _flip,
     "Pad": _pad,
     "PhotoMetricDistortion": _photometric,

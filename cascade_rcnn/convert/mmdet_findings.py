@@ -47,3 +47,10 @@ class Findings:
 def word(name: object) -> str:
     """The class in ``mmdet.FPN``, ``torch.nn.Linear``."""
     return str(name).rpartition(".")[2] if name is not None else ""
+
+
+def same_settings(one: object, other: object) -> bool:
+    """Whether two values are equal; numbers nearly."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(same_settings(one[key], other[key]) for key in one)
+    return same(one, other)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from cascade_rcnn.convert.config_text import as_dict, as_list, same
@@ -17,6 +17,16 @@ _HARMLESS_HOOKS = (
     "SyncBuffersHook",
     "SetEpochInfoHook",
 )
+_LIBRARIES = ("mmcls", "mmcv", "mmdet", "mmengine", "mmpretrain")  # whose types are known by their names, or refused
+_PRECISIONS = {"float16": "fp16", "bfloat16": "bf16"}
+# Words in parameters' names that custom_keys leaves without decay, and what they are here.
+_FREE_OF_DECAY = {
+    "norm": "norm",
+    "bias": "bias",
+    ".bias": "bias",
+    "absolute_pos_embed": "table",
+    "relative_position_bias_table": "table",
+}
 # Names that only say how to log, evaluate or start.
 _UNUSED = {
     *("default_scope", "env_cfg", "vis_backends", "visualizer", "log_processor", "log_level", "resume", "val_cfg"),
@@ -28,39 +38,52 @@ _UNUSED = {
 _READ = {
     *("model", "data", "train_dataloader", "train_cfg", "optim_wrapper", "optimizer", "optimizer_config", "lr_config"),
     *("param_scheduler", "runner", "total_epochs", "evaluation", "auto_scale_lr", "custom_hooks", "load_from", "fp16"),
-    *("randomness", "seed"),
+    *("randomness", "seed", "deterministic", "custom_imports"),
 }
 
 
-def train_settings(names: Mapping[str, Any], found: Findings) -> dict[str, Any]:
-    """Fields of TrainConfig."""
+def train_settings(
+    names: Mapping[str, Any], network: Mapping[str, Any], found: Findings, *, used: Collection[str] = ()
+) -> dict[str, Any]:
+    """Fields of TrainConfig. ``network``: those of ModelConfig; ``used``: names that stand in other values."""
     old = "optimizer" in names and "optim_wrapper" not in names
-    settings = _optimizer(names, found, old=old)
+    settings = _optimizer(names, network, found, old=old)
     settings |= _length(names, found)
     settings |= (
         _old_schedule(names, settings["epochs"], found) if old else _schedulers(names, settings["epochs"], found)
     )
     settings |= _batch(names, settings, found)
     settings |= _hooks(names, found)
-    seed = as_dict(names.get("randomness")).get("seed", names.get("seed"))
+    random = as_dict(names.get("randomness"))
+    seed = random.get("seed", names.get("seed"))
     if type(seed) is int:
         settings["seed"] = seed
+    if random.get("deterministic", names.get("deterministic")) is True:
+        settings["deterministic"] = True
+    backbone = as_dict(as_dict(names.get("model")).get("backbone"))
+    if backbone.get("with_cp") is True or backbone.get("use_checkpoint") is True:
+        settings["activation_checkpointing"] = True
     if names.get("load_from"):
         found.left_out.append(
             f"load_from = {shown(names['load_from'])}: convert that checkpoint, and give --train.init"
         )
-    others = sorted(map(str, set(names) - _READ - _UNUSED))
+    imports = [str(name) for name in as_list(as_dict(names.get("custom_imports")).get("imports"))]
+    if not all(name.partition(".")[0] in _LIBRARIES for name in imports):
+        found.left_out.append(
+            f"custom_imports {shown(imports)}: not imported; whether they change known parts is not seen"
+        )
+    others = sorted(map(str, set(names) - _READ - _UNUSED - set(used)))
     if others:
-        found.left_out.append(f"names of its own, or not known here: {few_names(others, most=20)}")
+        found.left_out.append(f"names that are not known here: {few_names(others, most=20)}")
     return settings
 
 
-def _optimizer(names: Mapping[str, Any], found: Findings, *, old: bool) -> dict[str, Any]:
+def _optimizer(names: Mapping[str, Any], network: Mapping[str, Any], found: Findings, *, old: bool) -> dict[str, Any]:
     wrapper = as_dict(names.get("optim_wrapper"))
     path = "optimizer" if old else "optim_wrapper.optimizer"
     optimizer = as_dict(names.get("optimizer") if old else wrapper.get("optimizer"))
     kind = word(optimizer.get("type"))
-    known: dict[str, tuple[Any, ...]] = {"lr": _ANY, "weight_decay": _ANY, "paramwise_cfg": _ANY}
+    known: dict[str, tuple[Any, ...]] = dict.fromkeys(("lr", "weight_decay", "paramwise_cfg", "constructor"), _ANY)
     if kind == "SGD":
         known |= {"momentum": _ANY, "nesterov": (False,), "dampening": (0,)}
     elif kind == "AdamW":
@@ -73,18 +96,31 @@ def _optimizer(names: Mapping[str, Any], found: Findings, *, old: bool) -> dict[
     settings["weight_decay"] = optimizer.get("weight_decay", 0.0 if kind == "SGD" else 0.01)
     if kind == "SGD":
         settings["momentum"] = optimizer.get("momentum", 0.0)
-    settings |= _decay(as_dict(wrapper.get("paramwise_cfg") or optimizer.get("paramwise_cfg")), found)
+    parts = as_dict(wrapper.get("paramwise_cfg") or optimizer.get("paramwise_cfg"))
+    constructor = word(wrapper.get("constructor") or optimizer.get("constructor"))
+    if constructor == "LearningRateDecayOptimizerConstructor":
+        settings |= _layer_decay(parts, str(network.get("backbone")), found)
+    else:
+        place = "optimizer" if old else "optim_wrapper"
+        usual = ("DefaultOptimWrapperConstructor", "DefaultOptimizerConstructor", "")
+        found.expect(constructor, f"{place}.constructor", *usual)
+        settings |= _decay(parts, network, found)
     return settings | (_old_wrapper(names, found) if old else _wrapper(wrapper, found))
 
 
 def _wrapper(wrapper: Mapping[str, Any], found: Findings) -> dict[str, Any]:
-    known = {"optimizer": _ANY, "paramwise_cfg": _ANY, "clip_grad": _ANY, "accumulative_counts": _ANY}
+    known = dict.fromkeys(("optimizer", "paramwise_cfg", "constructor", "clip_grad", "accumulative_counts"), _ANY)
     found.check(wrapper, "optim_wrapper", known | {"loss_scale": _ANY, "dtype": _ANY, "use_fsdp": (False,)})
-    kind = word(wrapper.get("type", "OptimWrapper"))
+    kind, dtype = word(wrapper.get("type", "OptimWrapper")), wrapper.get("dtype")
     found.expect(kind, "optim_wrapper.type", "OptimWrapper", "AmpOptimWrapper")
+    precision: dict[str, Any] = {}
     if kind == "AmpOptimWrapper":
-        _say_precision("optim_wrapper.type = 'AmpOptimWrapper'", found)
-    settings = _clip(as_dict(wrapper.get("clip_grad")), "optim_wrapper.clip_grad", found)
+        found.expect(dtype, "optim_wrapper.dtype", None, *_PRECISIONS)
+        if dtype in _PRECISIONS:
+            precision["precision"] = _PRECISIONS[str(dtype)]
+        else:
+            _say_precision("optim_wrapper.type = 'AmpOptimWrapper'", found)
+    settings = precision | _clip(as_dict(wrapper.get("clip_grad")), "optim_wrapper.clip_grad", found)
     if "accumulative_counts" in wrapper:
         settings["accumulate"] = wrapper["accumulative_counts"]
     return settings
@@ -93,14 +129,19 @@ def _wrapper(wrapper: Mapping[str, Any], found: Findings) -> dict[str, Any]:
 def _old_wrapper(names: Mapping[str, Any], found: Findings) -> dict[str, Any]:
     hook = as_dict(names.get("optimizer_config"))
     known = {"grad_clip": _ANY, "loss_scale": _ANY, "distributed": _ANY, "cumulative_iters": _ANY}
+    # DistOptimizerHook: of the programs of Swin's and ConvNeXt's authors
+    known |= {"update_interval": _ANY, "coalesce": _ANY, "bucket_size_mb": _ANY, "use_fp16": _ANY}
     found.check(hook, "optimizer_config", known)
-    kinds = ("", "OptimizerHook", "Fp16OptimizerHook", "GradientCumulativeOptimizerHook")
+    kinds = ("", "OptimizerHook", "Fp16OptimizerHook", "GradientCumulativeOptimizerHook", "DistOptimizerHook")
     found.expect(word(hook.get("type")), "optimizer_config.type", *kinds)
     if names.get("fp16"):
         _say_precision(f"fp16 = {shown(names['fp16'])}", found)
+    elif hook.get("use_fp16") is True or word(hook.get("type")) == "Fp16OptimizerHook":
+        _say_precision("optimizer_config: half precision", found)
     settings = _clip(as_dict(hook.get("grad_clip")), "optimizer_config.grad_clip", found)
-    if "cumulative_iters" in hook:
-        settings["accumulate"] = hook["cumulative_iters"]
+    for name in ("cumulative_iters", "update_interval"):
+        if name in hook:
+            settings["accumulate"] = hook[name]
     return settings
 
 
@@ -113,17 +154,53 @@ def _clip(clip: Mapping[str, Any], path: str, found: Findings) -> dict[str, Any]
     return {"clip_grad_norm": float(clip["max_norm"])} if _is_number(clip.get("max_norm")) else {}
 
 
-def _decay(parts: Mapping[str, Any], found: Findings) -> dict[str, Any]:
-    """norm_decay_mult and bias_decay_mult: both 1, or both 0 (what has one dimension is not decayed)."""
+def _decay(parts: Mapping[str, Any], network: Mapping[str, Any], found: Findings) -> dict[str, Any]:
+    """What is not decayed: norms, biases and tables of positions, or nothing; what of these differs is listed."""
     path = "paramwise_cfg"
     known: dict[str, tuple[Any, ...]] = {"norm_decay_mult": (0, 1), "bias_decay_mult": (0, 1), "bypass_duplicate": _ANY}
-    found.check(parts, path, known | {"bias_lr_mult": (1,), "custom_keys": ({},)})
-    norm, bias = parts.get("norm_decay_mult", 1), parts.get("bias_decay_mult", 1)
-    if norm == 0 and bias == 1:
-        found.left_out.append(f"{path}: biases, which are decayed there (here train.norm_weight_decay is for both)")
-    elif norm == 1 and bias == 0:
-        found.refuse(f"{path}.bias_decay_mult", bias, "with norm_decay_mult = 0")
-    return {"norm_weight_decay": False} if norm == 0 else {}
+    found.check(parts, path, known | {"bias_lr_mult": (1,), "custom_keys": _ANY})
+    free = {word for word in ("norm", "bias") if parts.get(f"{word}_decay_mult", 1) == 0}
+    for name, rules in as_dict(parts.get("custom_keys")).items():
+        found.check(as_dict(rules), f"{path}.custom_keys.{name}", {"decay_mult": (0, 1), "lr_mult": (1,)})
+        if as_dict(rules).get("decay_mult", 1) != 0:
+            continue
+        if name not in _FREE_OF_DECAY:
+            found.refuse(f"{path}.custom_keys.{name}.decay_mult", 0, f"1, or 0 for {', '.join(_FREE_OF_DECAY)}")
+            continue
+        free.add(_FREE_OF_DECAY[name])
+        if name == "norm":
+            free.add("norms by name")
+    if not free & {"norm", "bias"}:
+        if "table" in free:
+            found.left_out.append(f"{path}: tables of positions, which are not decayed there")
+        return {}
+    decayed = [] if "bias" in free else ["biases"]
+    decayed += [] if "norm" in free else ["norms"]
+    has_batch_norm = network.get("box_head") == "4conv1fc_bn" or not network.get("output_norms")
+    decayed += ["batch norms (their names have no 'norm')"] if "norms by name" in free and has_batch_norm else []
+    if decayed:
+        found.left_out.append(
+            f"{path}: {' and '.join(decayed)} are decayed there (train.norm_weight_decay False: no norms, biases or "
+            "tables of positions)"
+        )
+    return {"norm_weight_decay": False}
+
+
+def _layer_decay(parts: Mapping[str, Any], backbone: str, found: Findings) -> dict[str, Any]:
+    """LearningRateDecayOptimizerConstructor, which also leaves norms and biases without decay."""
+    path = "paramwise_cfg"
+    found.check(parts, path, {"decay_rate": _ANY, "decay_type": ("layer_wise",), "num_layers": _ANY})
+    if not backbone.startswith("convnext_"):
+        found.refuse("optim_wrapper.constructor", "LearningRateDecayOptimizerConstructor", "for a ConvNeXt")
+        return {}
+    groups = 6 if backbone.startswith("convnext_tiny") else 12  # three blocks of stage 3 are one (training/layer_decay)
+    if parts.get("num_layers") != groups:
+        found.refuse(f"{path}.num_layers", parts.get("num_layers"), f"{groups}, by the depth of {backbone}")
+    rate = parts.get("decay_rate")
+    if not _is_number(rate) or not 0 < rate <= 1:  # type: ignore[operator]
+        found.refuse(f"{path}.decay_rate", rate, "above 0, at most 1")
+        return {}
+    return {"layer_decay": rate, "norm_weight_decay": False}
 
 
 def _length(names: Mapping[str, Any], found: Findings) -> dict[str, Any]:
