@@ -197,8 +197,9 @@ def _write_backbone(
             wanted = timm.create_model(name, pretrained=False, features_only=True).state_dict()
         body = _compare(body, {key: value.shape for key, value in wanted.items()}, left_over, network=name)
     notes.append(f"format: a backbone alone, {name} (its keys)")
+    style = "; with --model.style caffe if it was trained in Caffe or comes from detectron2 (BGR, stride in the 1x1)"
     notes.append(
-        f"use it with --model.backbone {name} --model.backbone-weights {dest}; with --model.style caffe if it "
-        "was trained in Caffe or comes from detectron2 (BGR, stride in the 1x1)"
+        f"use it with --model.backbone {name} --model.backbone-weights {dest}"
+        + ("" if name.startswith(("convnext", "swin")) else style)
     )
     write_tensors(dest, body, {"kind": "backbone", "extra": json.dumps({"converted_from": dict(origin)})})

@@ -215,8 +215,13 @@ DETECTRON: Table = [
     ("mask_fcn_logits.{p}", MASK + "0.logits.{p}"),
 ]
 
-# Backbones alone: timm's and torchvision's names are ours; mmcls and mmpretrain put "backbone." before them.
+# Backbones alone: timm's and torchvision's names are ours; mmcls and mmpretrain put "backbone." before them. Of ConvNeXt
+# and Swin the official names and mmpretrain's; the norm behind their last map is the classifier's.
 BACKBONE: Table = [
+    ("<backbone.>norm<{i}>.{p}", ""),
+    ("<backbone.>layers.*attn_mask", ""),  # computed
+    *[(f"<backbone.>{theirs.removeprefix('backbone.')}", ours) for theirs, ours in (*CONVNEXT, *SWIN)],
+    ("<backbone.>patch_embed.{p}", BODY + "patch_embed.{p}"),
     ("fc.*", ""),
     ("head.*", ""),
     ("classifier.*", ""),
@@ -248,6 +253,9 @@ SIGNS: list[tuple[str, Format | str]] = [
     ("proposal_generator.rpn_head.conv.<conv0.>weight", "detectron2"),
     ("conv_rpn_fpn2_w", "detectron"),
     ("<backbone.>layer1.0.conv1.weight", "backbone"),
+    ("<backbone.>downsample_layers.0.0.weight", "backbone"),
+    ("<backbone.>layers.0.blocks.0.attn.relative_position_bias_table", "backbone"),
+    ("<backbone.>stages.0.blocks.0.attn.w_msa.relative_position_bias_table", "backbone"),
     ("<backbone.><bottom_up.>res2.0.conv1.weight", "backbone"),
     ("res2_0_branch2a_w", "backbone"),
     ("features.0.weight", "backbone"),
