@@ -97,6 +97,68 @@ def test_a_recipe_has_the_published_settings(name: str) -> None:
         assert [[data.long_side, short] for short in data.short_side] == steps["RandomResize"]["scale"]
 
 
+# What the authors of ConvNeXt and Swin say of each size: weights, drop path, rate, its decay, box and mask AP.
+FAMILIES = {
+    "convnext_t": ("convnext_tiny.fb_in1k", 0.4, 2e-4, 0.7, 50.4, 43.7),
+    "convnext_s": ("convnext_small.fb_in1k", 0.6, 2e-4, 0.7, 51.9, 45.0),
+    "convnext_b": ("convnext_base.fb_in1k", 0.7, 2e-4, 0.8, 52.7, 45.6),
+    "convnext_b_in22k": ("convnext_base.fb_in22k", 0.6, 1e-4, 0.8, 54.0, 46.9),
+    "convnext_l_in22k": ("convnext_large.fb_in22k", 0.7, 1e-4, 0.7, 54.8, 47.6),
+    "convnext_xl_in22k": ("convnext_xlarge.fb_in22k", 0.8, 1e-4, 0.7, 55.2, 47.7),
+    "swin_t": ("swin_tiny_patch4_window7_224.ms_in1k", 0.2, 1e-4, 1.0, 50.4, 43.7),
+    "swin_s": ("swin_small_patch4_window7_224.ms_in1k", 0.2, 1e-4, 1.0, 51.9, 45.0),
+    "swin_b": ("swin_base_patch4_window7_224.ms_in1k", 0.3, 1e-4, 1.0, 51.9, 45.0),
+}
+
+
+@pytest.mark.parametrize("size", FAMILIES)
+def test_convnexts_and_swins_have_their_authors_settings(size: str) -> None:
+    config = load_config(f"cascade_mask_rcnn_{size}_fpn_3x_coco")
+    weights, drop_path, rate, decay, box, mask = FAMILIES[size]
+    assert config.model == ModelConfig(
+        backbone=weights,
+        norm="sync",
+        output_norms=True,
+        drop_path=drop_path,
+        frozen_stages=-1,
+        class_agnostic_boxes=False,
+        box_head="4conv1fc_bn",
+        box_loss="giou",
+        box_loss_weight=10.0,
+        masks="every",
+    )
+    assert config.data == DataConfig(
+        root="data/coco",
+        short_side=(480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800),
+        crop=0.5,
+        crop_short_side=(400, 500, 600),
+        crop_range=(384, 600),
+        keep_empty=False,
+    )
+    assert config.train == TrainConfig(
+        epochs=36,
+        milestones=(27, 33),
+        optimizer="adamw",
+        lr=rate,
+        images_per_step=16,
+        weight_decay=0.05,
+        norm_weight_decay=False,
+        layer_decay=decay,
+        warmup_steps=500,
+        warmup_factor=0.001,
+    )
+    assert config.published.startswith(f"{box} box AP, {mask} mask AP")
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_deformable_recipes_are_the_plain_ones_with_dcn_in_stages_3_to_5(masks: bool) -> None:
+    name = "cascade_mask_rcnn" if masks else "cascade_rcnn"
+    config, plain = load_config(f"{name}_r50_fpn_dconv_c3_c5_1x_coco"), load_config(f"{name}_r50_fpn_1x_coco")
+    deformable = dataclasses.replace(plain.model, deformable="plain", deformable_stages=(2, 3, 4), deformable_groups=1)
+    assert config.model == deformable
+    assert (config.data, config.train) == (plain.data, plain.train)
+
+
 def test_benchmarks_with_ignore_regions_keep_them_out_of_the_negatives() -> None:
     for path in FILES:
         expected = path.parent.name in ("kitti", "citypersons", "widerface")

@@ -215,8 +215,8 @@ DETECTRON: Table = [
     ("mask_fcn_logits.{p}", MASK + "0.logits.{p}"),
 ]
 
-# Backbones alone: timm's and torchvision's names are ours; mmcls and mmpretrain put "backbone." before them. Of ConvNeXt
-# and Swin the official names and mmpretrain's; the norm behind their last map is the classifier's.
+# Backbones alone: timm's and torchvision's names are ours, mmcls and mmpretrain put "backbone." before them. ConvNeXt
+# and Swin come with the official names or mmpretrain's; the norm behind their last map is the classifier's.
 BACKBONE: Table = [
     ("<backbone.>norm<{i}>.{p}", ""),
     ("<backbone.>layers.*attn_mask", ""),  # computed

@@ -231,6 +231,11 @@ def _pyramid_weights(name: str, theirs: str, found: Findings) -> dict[str, Any]:
 
 def _check_start(backbone: Mapping[str, Any], found: Findings) -> None:
     """What only a start without weights shows."""
+    if word(backbone.get("type")) in ("ConvNeXt", "SwinTransformer"):
+        found.notes.append(
+            "the config names no weights for the backbone (their commands give model.pretrained): it starts from "
+            "nothing; with --model.pretrained True from timm's"
+        )
     scale = backbone.get("layer_scale_init_value", 1e-6)
     if not same(scale, 1e-6):
         found.left_out.append(f"backbone.layer_scale_init_value = {shown(scale)} (here 1e-06)")

@@ -19,7 +19,7 @@ from typing import Any
 
 from cascade_rcnn.config import Config, ModelConfig
 from cascade_rcnn.convert.config_files import read_config_file
-from cascade_rcnn.convert.config_rules import DETECTORS
+from cascade_rcnn.convert.config_rules import DETECTORS, RULES
 from cascade_rcnn.convert.config_text import Hints, as_dict, as_list, read_config_text, same
 from cascade_rcnn.convert.mmdet_backbones import BACKBONES, backbone_settings
 from cascade_rcnn.convert.mmdet_data import data_settings
@@ -74,9 +74,9 @@ def recipe_from_mmdetection(path: str | Path) -> MmdetRecipe:
     Raises ConfigError: a file that cannot be read without running it (with the line), or parts of the config that have
     no counterpart here (with their names).
     """
-    where = printable(path)
     from cascade_rcnn.models.build import check_backbone
 
+    where = printable(path)
     names, files, used = read_config_file(path)
     model = as_dict(names.get("model"))
     if not model:
@@ -89,7 +89,8 @@ def recipe_from_mmdetection(path: str | Path) -> MmdetRecipe:
     backbone = word(as_dict(model.get("backbone")).get("type"))
     if backbone not in BACKBONES:
         raise ConfigError(
-            f"{where}: no counterpart here for backbone.type = {shown(backbone)}: {', '.join(BACKBONES)} are read"
+            f"{where}: no counterpart here for backbone.type = {shown(backbone)}: {', '.join(BACKBONES)} are read, the "
+            "last with the model_name of any network of timm"
         )
     found, hints = Findings(), read_config_text(names)
     settings = _model_settings(as_dict(names["model"]) | {"train_cfg": _train_cfg(names)}, hints, found)
@@ -98,7 +99,10 @@ def recipe_from_mmdetection(path: str | Path) -> MmdetRecipe:
     if found.refused:
         raise ConfigError(f"{where}: no counterpart here for {few_names(found.refused, most=3)}")
     config = config_from_dict({"model": settings, "data": data, "train": train}, source=where)
-    check_backbone(config.model)  # a recipe that is printed can be trained
+    try:
+        check_backbone(config.model)  # a recipe that is printed can be trained
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
     return MmdetRecipe(config, files, list(dict.fromkeys(found.left_out)), list(dict.fromkeys(found.notes)))
 
 
@@ -139,13 +143,24 @@ def _apply_hints(model: dict[str, Any], hints: Hints, found: Findings) -> None:
     training = set(hints.training)
     listed = [said for said in hints.training if any(fnmatch.fnmatchcase(said, path + "*") for path in _LISTED)]
     found.refused += [said for said in hints.impossible + hints.unlike if said not in listed]
-    found.refused += [said for said in hints.training if said not in listed]
+    refused = [said for said in hints.training if said not in listed]
+    if any(said.startswith("roi_head.bbox_head.loss_bbox.type") for said in refused):  # it says enough
+        refused = [said for said in refused if "bbox_head.reg_decoded_bbox" not in said]
+    found.refused += map(_with_ours, refused)
     found.left_out += [said for said in hints.left_out if said not in training and ("=" in said or ":" in said)]
     found.left_out += [said for said in listed if "batch_augments" not in said]  # mmdet_data looks at those
     for path, values in _FOR_TRAINING:
         for place, value in found.leaves(model):
             if fnmatch.fnmatchcase(place, path) and not any(same(word(value), item) for item in values):
                 found.refuse(place, value)
+
+
+def _with_ours(said: str) -> str:
+    """``path = value`` with the values that are possible here."""
+    path = said.partition(" = ")[0]
+    values = next((values for pattern, _, values in RULES if fnmatch.fnmatchcase(path, pattern)), ())
+    listed = ", ".join(shown(value) for value in values if value is not None)
+    return f"{said} (here {listed})" if listed and "(here " not in said else said
 
 
 # Heads

@@ -307,11 +307,14 @@ def _choice(step: Mapping[str, Any], settings: Mapping[str, Any], found: Finding
     branches = [
         [as_dict(part) for part in as_list(branch)] for branch in as_list(step.get("transforms", step.get("policies")))
     ]
-    shares = numbers(step.get("prob")) or (1.0,) * len(branches)
+    shares = numbers(step["prob"]) if step.get("prob") is not None else (1.0,) * len(branches)
+    if len(shares) != len(branches) or not branches or min(shares) < 0 or not sum(shares):
+        found.refuse(f"{path}.prob", step.get("prob"), "a probability for each of its branches, at least one")
+        return {}
     kinds = [[word(part.get("type")) for part in branch] for branch in branches]
     plain = [len(names) == 1 and names[0] in _RESIZES for names in kinds]
     cropped = [len(names) == 3 and {names[0], names[2]} <= {*_RESIZES} and names[1] == "RandomCrop" for names in kinds]
-    if not branches or len(shares) != len(branches) or not all(a or b for a, b in zip(plain, cropped)):
+    if not all(a or b for a, b in zip(plain, cropped)):
         found.refuse(path, kinds, "resizes, and resize, RandomCrop and resize")
         return {}
     for part in (part for branch in branches for part in branch):

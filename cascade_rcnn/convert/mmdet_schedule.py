@@ -120,6 +120,9 @@ def _wrapper(wrapper: Mapping[str, Any], found: Findings) -> dict[str, Any]:
             precision["precision"] = _PRECISIONS[str(dtype)]
         else:
             _say_precision("optim_wrapper.type = 'AmpOptimWrapper'", found)
+    scale = wrapper.get("loss_scale", "dynamic")
+    if kind == "AmpOptimWrapper" and scale != "dynamic":
+        found.left_out.append(f"optim_wrapper.loss_scale = {shown(scale)} (fp16 finds its scale while it trains)")
     settings = precision | _clip(as_dict(wrapper.get("clip_grad")), "optim_wrapper.clip_grad", found)
     if "accumulative_counts" in wrapper:
         settings["accumulate"] = wrapper["accumulative_counts"]
@@ -299,6 +302,8 @@ def _hooks(names: Mapping[str, Any], found: Findings) -> dict[str, Any]:
             and _is_number(momentum)
             and word(hook.get("ema_type", "")) in ("", "ExponentialMovingAverage")
         ):
+            known = dict.fromkeys(("momentum", "ema_type", "priority", "update_buffers", "strict_load"), _ANY)
+            found.check(hook, "custom_hooks.EMAHook", known)
             settings["ema"] = round(1.0 - momentum, 10)
         elif kind == "EarlyStoppingHook" and type(hook.get("patience", 5)) is int:
             settings["patience"] = hook.get("patience", 5)

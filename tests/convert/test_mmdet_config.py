@@ -32,6 +32,18 @@ def values(folder: Path, text: str) -> dict[str, object]:
     return read_config_file(written(folder, text))[0]
 
 
+OTHER_NAMES = {
+    "cascade_rcnn_r50_dconv_c3_c5_fpn_1x_coco": "cascade_rcnn_r50_fpn_dconv_c3_c5_1x_coco",
+    "cascade_mask_rcnn_r50_dconv_c3_c5_fpn_1x_coco": "cascade_mask_rcnn_r50_fpn_dconv_c3_c5_1x_coco",
+    **{
+        f"cascade_mask_rcnn_convnext_{size}_p4_w7_fpn_4conv1fc_giou_amp_ms_crop_3x_coco": (
+            f"cascade_mask_rcnn_convnext_{size}_fpn_3x_coco"
+        )
+        for size in "ts"
+    },
+}
+
+
 # The language
 
 
@@ -45,6 +57,7 @@ def values(folder: Path, text: str) -> dict[str, object]:
         ("x = 'a/' + 'b'", "a/b"),
         ("y = 'a'\nx = f'{y}/b'", "a/b"),
         ("y = [1]\nx = y + [2, (3, 4)]", [1, 2, [3, 4]]),
+        ("y = [1]\nx = [*y, 2, *(3, 4)]", [1, 2, 3, 4]),
         ("y = dict(a=1)\nx = dict(y, b={'c': None})", {"a": 1, "b": {"c": None}}),
         ("y = dict(a=1)\nx = dict(**y, b=True)", {"a": 1, "b": True}),
         ("y = dict(a=[5, 6])\nx = y['a'][-1]", 6),
@@ -89,6 +102,7 @@ def test_plain_values_are_read(tmp_path: Path, text: str, value: object) -> None
         ("x = 9**9**9", 1, "too large"),
         ("x = 1e999", 1, "too large"),
         ("x = 1 / 0", 1, "arithmetic"),
+        ("x = [*'ab']", 1, "no list"),
         ("x = 1\nx += 1", 2, "an assignment with an operator"),
         ("x = 1\ndel x", 2, "'del'"),
         ("x, y = 1, 2", 1, "only a name"),
@@ -121,12 +135,13 @@ def test_what_would_have_to_run_is_refused_with_its_line(
         "x = " + "dict(a=" * 150 + "1" + ")" * 150,
         "x0 = 'ab'\n" + "\n".join(f"x{i + 1} = x{i} + x{i}" for i in range(60)),
         "x0 = [1, 2]\n" + "\n".join(f"x{i + 1} = [x{i}, x{i}, x{i}]" for i in range(40)),
+        "x = [1]\n" + "x = [*x, *x]\n" * 60,
         "x = 10\n" + "x = x * x\n" * 60,
         "x = dict(a=1)\nx['a'] = x",
         "#" * 3_000_000,
         "x = '\0'",
     ],
-    ids=["brackets", "signs", "sums", "calls", "texts", "billions", "numbers", "itself", "large", "zero"],
+    ids=["brackets", "signs", "sums", "calls", "texts", "billions", "stars", "numbers", "itself", "large", "zero"],
 )
 def test_hostile_files_end_in_one_line_quickly(tmp_path: Path, text: str) -> None:
     start = time.perf_counter()
@@ -300,6 +315,8 @@ def test_settings_that_are_taken_over(tmp_path: Path, text: str, setting: str, v
     [
         ("model = dict(type='HybridTaskCascade')", "model.type = 'HybridTaskCascade'"),
         ("model = dict(backbone=dict(type='HRNet'))", "backbone.type = 'HRNet'"),
+        ("model = dict(backbone=dict(_delete_=True, type='TIMMBackbone', features_only=True, model_name='net99'))",
+         "mine.py: model.backbone 'net99'"),
         ("model = dict(backbone=dict(depth=77))", "backbone.depth = 77"),
         ("model = dict(backbone=dict(depth='fifty'))", "whole numbers"),
         ("model = dict(backbone=dict(dcn=dict(type='DCNv3')))", "backbone.dcn.type = 'DCNv3'"),
@@ -312,6 +329,9 @@ def test_settings_that_are_taken_over(tmp_path: Path, text: str, setting: str, v
         ("model = dict(invented=1)", "invented = 1"),
         ("model = dict(rpn_head=dict(loss_bbox=dict(beta=1.0)))", "rpn_head.loss_bbox"),
         ("model = dict(rpn_head=dict(reg_decoded_bbox=True))", "reg_decoded_bbox"),
+        ("loss = dict(reg_decoded_bbox=True, loss_bbox=dict(type='IoULoss', loss_weight=10.0))\n"
+         "model = dict(roi_head=dict(bbox_head=[dict(_base_.head, **loss), dict(_base_.head, **loss)]))",
+         r"here for roi_head.bbox_head.loss_bbox.type = 'IoULoss' \(here 'SmoothL1Loss', .*'CIoULoss'\)$"),
         ("model = dict(train_cfg=dict(rpn=dict(sampler=dict(pos_fraction=0.4))))", "pos_fraction = 0.4"),
         ("model = dict(test_cfg=dict(rpn=dict(nms=dict(iou_threshold=0.6))))", "iou_threshold = 0.6"),
         ("model = dict(roi_head=dict(mask_head=dict(num_convs=8)))", "mask_head.num_convs = 8"),
@@ -374,7 +394,7 @@ def test_the_command_prints_a_recipe_that_loads(tmp_path: Path, capsys: pytest.C
 @pytest.mark.slow
 @pytest.mark.skipif(not WHEEL, reason="CASCADE_RCNN_MMDET_CONFIGS: the folder mmdet/.mim/configs of its wheel")
 def test_every_two_stage_config_of_the_wheel_becomes_a_recipe_or_is_refused() -> None:
-    """Those with a recipe of ours equal it."""
+    """Those with a recipe of ours equal it, but for the longer warm-up of ConvNeXt's in mmdetection 3."""
     ours, equal, refused, made = config_names(), [], 0, 0
     for path in sorted(Path(WHEEL).rglob("*.py")):
         name = path.stem.replace("-", "_").lower()
@@ -388,8 +408,13 @@ def test_every_two_stage_config_of_the_wheel_becomes_a_recipe_or_is_refused() ->
             refused += 1
             continue
         made += 1
+        name = OTHER_NAMES.get(name, name)
         if name in ours:
-            assert dataclasses.replace(load_config(name), published="") == config, name
+            recipe = dataclasses.replace(load_config(name), published="")
+            if "convnext" in name:
+                recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, warmup_steps=1000))
+            assert recipe == config, name
             equal.append(name)
     print(f"{made} recipes, {len(equal)} of them equal to ours, {refused} refused")
-    assert len(equal) >= 34
+    assert len(equal) >= 38
+    assert made >= 159

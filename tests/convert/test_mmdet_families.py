@@ -160,6 +160,11 @@ def test_settings_that_are_taken_over(tmp_path: Path, text: str, setting: str, v
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("model = dict(backbone=dict(_delete_=True, type='ResNet', depth=50))\n"
+         "optim_wrapper = dict(constructor=None, paramwise_cfg=dict(_delete_=True))",
+         "roi_head.bbox_head.norm_cfg.type = 'SyncBN' (here BN, as the backbone"),
+        ("model = dict(backbone=dict(_delete_=True, type='ResNet', depth=50))",
+         "LearningRateDecayOptimizerConstructor' (here for a ConvNeXt)"),
         ("model = dict(backbone=dict(arch='nano'))", "backbone.arch = 'nano'"),
         ("model = dict(backbone=dict(gap_before_final_norm=True))", "gap_before_final_norm = True"),
         ("model = dict(backbone=dict(_delete_=True, type='mmpretrain.ConvNeXt'))", "backbone.out_indices = -1"),
@@ -169,11 +174,14 @@ def test_settings_that_are_taken_over(tmp_path: Path, text: str, setting: str, v
         ("model = dict(backbone=dict(norm_cfg=dict(type='LN2d', eps=1e-5)))", "backbone.norm_cfg.eps"),
         ("model = dict(backbone=dict(layer_scale_init_value=0.0))", "layer_scale_init_value = 0.0"),
         ("model = dict(backbone=dict(drop_path_rate=1.5))", "drop_path_rate = 1.5"),
-        ("optim_wrapper = dict(paramwise_cfg={'num_layers': 12})", "num_layers = 12 (here '6, by the depth"),
+        ("optim_wrapper = dict(paramwise_cfg={'num_layers': 12})", "num_layers = 12"),
         ("optim_wrapper = dict(paramwise_cfg={'decay_type': 'stage_wise'})", "decay_type = 'stage_wise'"),
         ("optim_wrapper = dict(constructor='MyConstructor')", "optim_wrapper.constructor = 'MyConstructor'"),
         ("optim_wrapper = dict(dtype='float64')", "optim_wrapper.dtype = 'float64'"),
-        ("_base_.train_pipeline[3].transforms = [[dict(type='Rotate')]]", "RandomChoice"),
+        ("_base_.train_pipeline[3].transforms = [[dict(type='Rotate')]]", "RandomChoice = [['Rotate']]"),
+        ("_base_.train_pipeline[3].transforms = []", "RandomChoice.prob"),
+        ("_base_.train_pipeline[3].prob = [0, 0]", "RandomChoice.prob = [0, 0]"),
+        ("_base_.train_pipeline[3].prob = ['a', 'b']", "RandomChoice.prob"),
         ("_base_.train_pipeline[3].transforms[1][1].crop_type = 'relative'", "RandomCrop"),
         ("_base_.train_pipeline[3].transforms[1][0].scales = [(400, 4200)]", "the same longer side"),
         ("_base_.train_pipeline[3].transforms[0][0].scales = [(480, 1333)]", "resizes to different sizes"),
@@ -188,7 +196,7 @@ def test_parts_without_counterpart_are_named(tmp_path: Path, text: str, said: st
     text = text.replace("_base_.train_pipeline", "_base_.train_dataloader.dataset.pipeline")
     with pytest.raises(ConfigError) as caught:
         recipe_from_mmdetection(written(tmp_path, CONVNEXT + text))
-    assert said.removesuffix(" (here '6, by the depth") in str(caught.value)
+    assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -221,6 +229,8 @@ def test_swins_that_are_not_timms_are_refused(tmp_path: Path, text: str, said: s
         ("_base_.train_pipeline[3].transforms[1][1].allow_negative_crop = False", "allow_negative_crop = False"),
         ("_base_.train_pipeline[3].transforms[1][1].recompute_bbox = True", "recompute_bbox = True"),
         ("model = dict(backbone=dict(init_cfg=None))", "layer_scale_init_value = 1.0"),
+        ("model = dict(backbone=dict(init_cfg=None))", "--model.pretrained True"),
+        ("optim_wrapper = dict(loss_scale=512.0)", "loss_scale = 512.0"),
         ("train_dataloader = dict(dataset=dict(type='LVISV1Dataset'))", "evaluated by COCO's rules"),
         ("train_dataloader = dict(dataset=dict(type='MyDataset'))", "'MyDataset'"),
         ("train_dataloader = dict(dataset=dict(filter_cfg=dict(bbox_min_size=32)))", "bbox_min_size = 32"),
