@@ -41,7 +41,10 @@ def _read(path: Path, files: dict[Path, list[str]], used: set[str], *, above: tu
     for name in config_syntax.bases(tree, where=where):
         if "::" in name:
             raise ConfigError(f"{where}: _base_ {shown(name)} lies in an installed package: give that file's path")
-        found = _read(Path(os.path.normpath(path.parent / name)), files, used, above=(*above, real))
+        target = Path(os.path.normpath(path.parent / name))
+        if not target.is_file():
+            raise ConfigError(f"{printable(target)}: no such file, which _base_ of {where} names")
+        found = _read(target, files, used, above=(*above, real))
         twice = sorted(set(found) & set(base))
         if twice:
             raise ConfigError(f"{where}: two of its base files set {twice[0]}; mmdetection refuses that too")

@@ -186,7 +186,7 @@ def test_base_files_are_merged_as_mmengine_merges(tmp_path: Path) -> None:
     [
         ("_base_ = 'mine.py'", "lead back to itself"),
         ("_base_ = 'other.py'", "lead back to itself"),
-        ("_base_ = 'missing.py'", "missing.py: no such file"),
+        ("_base_ = 'missing.py'", "missing.py: no such file, which _base_ of .*mine.py names"),
         ("_base_ = '/dev/zero'", "no such file"),
         ("_base_ = 'mmdet::a.py'", "an installed package"),
         ("_base_ = ['twice.py', 'again.py']", "two of its base files set a"),

@@ -9,6 +9,7 @@ import pytest
 
 from cascade_rcnn.config import Config
 from cascade_rcnn.convert.config_files import read_config_file
+from cascade_rcnn.convert.config_text import read_config_text
 from cascade_rcnn.convert.mmdet_config import recipe_from_mmdetection
 from cascade_rcnn.errors import ConfigError
 from cascade_rcnn.recipes import load_config
@@ -246,6 +247,25 @@ def test_what_is_left_out_is_said(tmp_path: Path, text: str, said: str) -> None:
     text = text.replace("_base_.train_pipeline", "_base_.train_dataloader.dataset.pipeline")
     recipe = recipe_from_mmdetection(written(tmp_path, CONVNEXT + text))
     assert any(said in line for line in recipe.report()), recipe.report()
+
+
+@pytest.mark.parametrize(
+    ("backbone", "settings"),
+    [
+        ("type='mmpretrain.ConvNeXt', arch='tiny', drop_path_rate=0.4, frozen_stages=0, gap_before_final_norm=False, "
+         "norm_cfg=dict(type='LN2d', eps=1e-6)", {"drop_path": 0.4, "frozen_stages": -1}),
+        ("type='SwinTransformer', embed_dims=96, strides=(4, 2, 2, 2), norm_cfg=dict(type='LN', eps=1e-5), "
+         "drop_path_rate=0.3, frozen_stages=2, qk_scale=None", {"drop_path": 0.3, "frozen_stages": 2}),
+    ],
+)  # fmt: skip
+def test_a_checkpoints_config_text_says_the_same(backbone: str, settings: dict[str, object]) -> None:
+    hints = read_config_text(f"model = dict(type='CascadeRCNN', backbone=dict({backbone}))")
+    assert {name: hints.model[name] for name in settings} == settings
+    assert hints.backbone_eps is None  # of batch norms, whose scales could make up for it
+    assert not hints.impossible
+    assert not hints.left_out
+    refused = read_config_text(f"model = dict(type='CascadeRCNN', backbone=dict({backbone}, ape=True, use_grn=True))")
+    assert len(refused.impossible) == 2
 
 
 def test_names_that_only_other_values_use_are_known(tmp_path: Path) -> None:
