@@ -80,7 +80,8 @@ def _of_mmdetection(config: ModelConfig) -> Callable[[], Shapes]:
         with torch.device("meta"):
             state = build_model(config, CLASSES).state_dict()
         norm = "gn" if config.norm == "group" else "bn"
-        return {mmdetection_name(key, norm): tuple(value.shape) for key, value in state.items()}
+        found = {mmdetection_name(key, norm): tuple(value.shape) for key, value in state.items()}
+        return found if len(config.stage_ious) > 1 else _one_stage(found)
 
     return shapes
 
@@ -146,6 +147,16 @@ FAMILIES = [
         "cascade_rcnn_x101_32x4d_fpn_1x_coco",
         _of_mmdetection(ModelConfig(backbone="resnext101_32x4d", **_SMALL)), "resnext101_32x4d.gluon_in1k",
         norm="frozen_statistics", masks="none",
+    ),
+    Family(
+        "faster_rcnn_x50_32x4d_fpn_gn_ws_all_1x_coco",
+        _of_mmdetection(
+            ModelConfig(
+                backbone="resnext50_32x4d", norm="group", box_head="4conv1fc_gn", stage_ious=(0.5,),
+                class_agnostic_boxes=False, **_SMALL
+            )
+        ),
+        "resnext50_32x4d.tv_in1k", norm="group", stages=1, masks="none", said="weight standardisation",
     ),
     Family(
         "faster_rcnn_r50_fpn_gn_ws_all_1x_coco", _narrow("mmdet_faster_rcnn_r50_fpn_gn_ws_all"), "resnet50.tv_in1k",

@@ -21,7 +21,11 @@ from published_files import FAMILIES, Family, file_of
 _ENTRIES = {entry["name"]: entry for entry in json.loads(catalog._LIST.read_text(encoding="utf-8"))}
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+_LARGE = "cascade_rcnn_x101_32x4d_fpn_1x_coco"
+_ALL = [pytest.param(one, marks=pytest.mark.slow if one.name == _LARGE else [], id=one.name) for one in FAMILIES]
+
+
+@pytest.mark.parametrize("family", _ALL)
 def test_a_name_gives_what_convert_and_load_give(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
