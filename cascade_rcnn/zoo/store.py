@@ -17,7 +17,7 @@ from cascade_rcnn.cache import cache_folder
 from cascade_rcnn.checkpoint import find_checkpoint
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.messages import one_line, printable
-from cascade_rcnn.zoo.catalog import Published, find, find_loadable, of_file
+from cascade_rcnn.zoo.catalog import Published, config_of_detectron2, find, find_loadable, of_file
 from cascade_rcnn.zoo.download import fetch
 from cascade_rcnn.zoo.identity import another_network
 
@@ -34,14 +34,18 @@ def resolve(checkpoint: str | Path) -> Path:
 
     What lies on the disk wins over a name. Raises CheckpointError: neither; or the weights cannot be fetched or read.
     """
-    return by_name(str(checkpoint)) if is_name(checkpoint) else Path(checkpoint)
+    return by_name(Path(checkpoint).as_posix()) if is_name(checkpoint) else Path(checkpoint)
 
 
 def is_name(checkpoint: str | Path) -> bool:
     """Whether this can only be a name: not on the disk, one word without an ending of a file, or one of the list."""
     path = Path(checkpoint)
-    if path.exists() or path.is_absolute() or len(path.parts) != 1:
+    if path.exists() or path.is_absolute():
         return False
+    if len(path.parts) != 1:
+        entry = find(path.as_posix())
+        config = path.with_suffix("") if path.suffix in (".yaml", ".py") else path
+        return entry is not None and config.as_posix() == config_of_detectron2(entry)
     return path.suffix.lower() not in (".safetensors", ".pth", ".pkl", ".pt", ".onnx") or find(str(path)) is not None
 
 
@@ -66,7 +70,7 @@ def fetched(checkpoint: str | Path) -> Iterator[Path]:
     if not is_name(checkpoint):
         yield Path(checkpoint)
         return
-    entry = find_loadable(str(checkpoint))
+    entry = find_loadable(Path(checkpoint).as_posix())
     with _one_process(_place(entry)):
         raw = _fetch(entry)
         yield raw
@@ -100,9 +104,8 @@ def _make(entry: Published, kept: Path) -> None:
             unproven.unlink()
             raise CheckpointError(f"{raw}: holds another network than its name says ({other})")
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}; {_way_out(entry, raw, written=str(error).startswith(str(unproven)))}"
-        ) from error
+        not_written = str(error).startswith(str(unproven))
+        raise CheckpointError(f"{error}; {_way_out(entry, not_written=not_written)}") from error
     unproven.replace(kept)
     raw.unlink()
     text = report.getvalue().replace(str(unproven), str(kept))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,20 +14,22 @@ import pytest
 
 from cascade_rcnn.zoo import catalog
 
+NAME = "cascade_mask_rcnn_small_1x_cats"
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
 class Server:
     """Serves one file; ``cut`` ends answers after so many bytes; without ``ranges`` it knows no requests for a part.
 
-    ``answers`` are given first, one to each request: a status, or a function that writes the answer itself. ``slow``
-    waits so many seconds before each block of 64 KB.
+    ``answers`` are given first, one to each request: a status, or a function that writes the answer itself. ``go_on``,
+    where it is not set, holds each answer back after its first megabyte.
     """
 
     def __init__(self, content: bytes) -> None:
         self.content, self.cut, self.ranges, self.status = content, [0] * 0, True, 200
         self.page = False
-        self.slow = 0.0
+        self.go_on = threading.Event()
+        self.go_on.set()
         self.answers: list[int | Answer] = []
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.Lock()
@@ -69,19 +70,15 @@ class Server:
         if start:
             handler.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
         handler.end_headers()
+        body = body if cut is None else body[:cut]
         with contextlib.suppress(ConnectionError):  # a client that was killed
-            self._send(handler, body if cut is None else body[:cut])
+            handler.wfile.write(body[: 1 << 20])
+            self.go_on.wait(60)
+            handler.wfile.write(body[1 << 20 :])
         handler.close_connection = True
 
-    def _send(self, handler: BaseHTTPRequestHandler, body: bytes) -> None:
-        if not self.slow:
-            handler.wfile.write(body)
-            return
-        for at in range(0, len(body), 1 << 16):
-            time.sleep(self.slow)
-            handler.wfile.write(body[at : at + (1 << 16)])
-
     def close(self) -> None:
+        self.go_on.set()
         self.http.shutdown()
         self.http.server_close()
         self.thread.join()
@@ -90,14 +87,18 @@ class Server:
 @contextlib.contextmanager
 def use_list(path: Path, *entries: dict[str, Any]) -> Iterator[None]:
     """A list of these entries instead of the published one."""
-    path.write_text(json.dumps(entries))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalog, "_LIST", path)
-        _forget_list()
+        set_list(patch, path, *entries)
         yield
-    _forget_list()
+    forget_list()
 
 
-def _forget_list() -> None:
+def set_list(patch: pytest.MonkeyPatch, path: Path, *entries: dict[str, Any]) -> None:
+    path.write_text(json.dumps(entries))
+    patch.setattr(catalog, "_LIST", path)
+    forget_list()
+
+
+def forget_list() -> None:
     catalog.published.cache_clear()
     catalog._by_spelling.cache_clear()
