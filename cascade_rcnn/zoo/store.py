@@ -148,17 +148,22 @@ def _open_locked(lock: Path) -> IO[bytes] | None:
     """The file, open and locked; None where another process has the lock. Raises CheckpointError: no such folder."""
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("a+b")
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(lock.open("a+b"))
+            if _locked(file.fileno()) and _is_still(lock, file):
+                stack.pop_all()
+                return file
     except OSError as error:
         raise CheckpointError(
             f"{printable(lock.parent)}: cannot be written ({one_line(error)}); {ANOTHER_FOLDER}"
         ) from error
-    if _locked(file.fileno()):
-        with contextlib.suppress(OSError):
-            if os.fstat(file.fileno()).st_ino == lock.stat().st_ino:
-                return file
-    file.close()
     return None
+
+
+def _is_still(lock: Path, file: IO[bytes]) -> bool:
+    with contextlib.suppress(OSError):
+        return os.fstat(file.fileno()).st_ino == lock.stat().st_ino
+    return False
 
 
 if os.name == "nt":  # pragma: no cover
@@ -222,7 +227,12 @@ def unfinished() -> int:
 
 def _files() -> list[Path]:
     folder = models_folder()
-    return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    except OSError as error:
+        raise CheckpointError(
+            f"{printable(folder)}: cannot be read ({one_line(error)}); name another folder in CASCADE_RCNN_CACHE"
+        ) from error
 
 
 def _is_whole(path: Path) -> bool:

@@ -417,6 +417,7 @@ def test_killed_while_it_converts_the_next_one_needs_no_network(
     dead = _start(tmp_path, "die")
     dead.communicate(timeout=120)
     assert dead.returncode == -signal.SIGKILL and not (_models(tmp_path) / f"{NAME}.safetensors").exists()
+    (_models(tmp_path) / f".{NAME}.unproven.safetensors").write_bytes(b"killed a moment later")
     assert store.cached() == {}
     run_models(cache="show")
     assert "could not be converted" in capsys.readouterr().out
@@ -455,6 +456,20 @@ def test_a_cache_that_cannot_be_cleared_is_one_line(
     monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(CheckpointError, match=rf"{NAME}.safetensors: cannot be deleted \(Permission denied\)"):
         run_models(cache="clear")
+
+
+def test_a_cache_that_cannot_be_read_is_one_line(
+    zoo: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _models(tmp_path)
+
+    def refuse(self: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    for words in ("show", "clear", ""):
+        with pytest.raises(CheckpointError, match=rf"{folder}: cannot be read \(Permission denied\)"):
+            run_models(cache=words)
 
 
 # Files that are not what they are called

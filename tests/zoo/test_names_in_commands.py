@@ -107,8 +107,9 @@ def _run(command: str, name: str, capsys: pytest.CaptureFixture[str]) -> tuple[i
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_wrong_name_gets_the_nearest_in_one_line_and_nothing_is_written(
-    command: str, place: Path, capsys: pytest.CaptureFixture[str]
+    command: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("cascade_rcnn.analysis.stages.run_stages", None)  # nothing is measured before
     before = sorted(place.rglob("*"))
     code, _, said = _run(command, NAME.replace("small", "smal"), capsys)
     assert code == 2
