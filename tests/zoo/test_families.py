@@ -21,8 +21,15 @@ from published_files import FAMILIES, Family, file_of
 _ENTRIES = {entry["name"]: entry for entry in json.loads(catalog._LIST.read_text(encoding="utf-8"))}
 
 
-_LARGE = "cascade_rcnn_x101_32x4d_fpn_1x_coco"
-_ALL = [pytest.param(one, marks=pytest.mark.slow if one.name == _LARGE else [], id=one.name) for one in FAMILIES]
+_SLOW = {  # large, or another layout of a family that the default run has
+    "cascade_rcnn_x101_32x4d_fpn_1x_coco",
+    "faster_rcnn_r50_fpn_gn_ws_all_1x_coco",
+    "mask_rcnn_convnext_t_p4_w7_fpn_amp_ms_crop_3x_coco",
+    "mask_rcnn_swin_t_p4_w7_fpn_1x_coco",
+    "detectron2_mask_rcnn_regnetx_4gf_dds_fpn_100ep_lsj",
+    "detectron2_mask_rcnn_r_50_fpn_1x_dconv_c3-c5",
+}
+_ALL = [pytest.param(one, marks=pytest.mark.slow if one.name in _SLOW else [], id=one.name) for one in FAMILIES]
 
 
 @pytest.mark.parametrize("family", _ALL)
