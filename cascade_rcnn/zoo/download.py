@@ -129,12 +129,21 @@ def _downloaded(address: str, part: Path, name: str) -> bool:
         if _size(part) == before and attempt and not isinstance(problem, (urllib.error.HTTPError, _RestartError)):
             break  # not a byte came: the host cannot be reached
         time.sleep(min(2.0**attempt, 8.0) if attempt else 0.2)
-    reason = " ".join(str(getattr(problem, "reason", "") or problem).split())
+    reason = " ".join(str(getattr(problem, "reason", "") or problem).split()) + _via_proxy(address)
     kept = f"; {_size(part)} bytes are kept and the next attempt continues there" if _size(part) else ""
     raise CheckpointError(
         f"{name}: cannot fetch {address} ({reason}){kept}; offline? fetch the file elsewhere and name its folder in "
         f"{MIRROR}, or convert it with 'cascade-rcnn convert'"
     ) from problem
+
+
+def _via_proxy(address: str) -> str:
+    """Named where there is one, without the password that it may hold: the fault may be its."""
+    url = urllib.parse.urlsplit(address)
+    proxy = urllib.request.getproxies().get(url.scheme, "")
+    if not proxy or urllib.request.proxy_bypass(url.hostname or ""):
+        return ""
+    return f", through the proxy {printable(proxy.rpartition('@')[2])} of {url.scheme}_proxy"
 
 
 class _RestartError(ConnectionError):

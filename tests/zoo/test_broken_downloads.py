@@ -248,6 +248,18 @@ def test_a_connection_that_closes_without_a_word(zoo: dict[str, Any], server: Se
     assert _arrives(server)
 
 
+@pytest.mark.parametrize("proxy", ["http://me:secret@127.0.0.1:1", "http://me:secret@host:port", "::bad"])
+def test_a_proxy_that_does_not_work_is_named_without_its_password(
+    zoo: dict[str, Any], monkeypatch: pytest.MonkeyPatch, proxy: str
+) -> None:
+    monkeypatch.setattr("urllib.request._opener", None)  # it has looked for proxies once
+    monkeypatch.setenv("http_proxy", proxy)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    said = _refused()
+    assert f"through the proxy {proxy.rpartition('@')[2]} of http_proxy" in said and "secret" not in said
+
+
 # Mirrors
 
 

@@ -184,3 +184,9 @@ def test_a_conversion_of_a_name_takes_what_one_of_a_file_takes(
     words = ["convert", NAME, "mine.safetensors", "--classes", "ant", "bee", "cow"]
     assert main(words) == 0
     assert load_checkpoint("mine.safetensors").class_names == ("ant", "bee", "cow")
+
+
+def test_a_name_that_is_too_long_is_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "a" * 300, "data/val/011.jpg"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "name too long" in said
