@@ -254,6 +254,17 @@ def test_evaluation_prints_the_published_ap_beside(zoo: dict[str, Any], capsys: 
     assert capsys.readouterr().out == "bbox AP: 40.7 here, 41.2 published by mmdetection (COCO)\n"
 
 
+def test_a_file_that_was_fetched_and_converted_by_hand_has_its_published_ap(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zoo: dict[str, Any]
+) -> None:
+    file = tmp_path / f"other_20200316-{zoo['hash']}.pth"
+    set_list(monkeypatch, tmp_path / "list.json", zoo | {"url": f"https://host.invalid/{file.name}"})
+    file.write_bytes(server.content)
+    run_convert(file, tmp_path / "mine.safetensors")
+    entry = store.published_for(tmp_path / "mine.safetensors")
+    assert entry is not None and entry.name == NAME
+
+
 def test_a_checkpoint_of_ones_own_has_no_published_ap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _print_published(tmp_path / "own.safetensors", {"bbox/AP": 0.4})
     assert capsys.readouterr().out == ""
