@@ -51,10 +51,15 @@ def run_analyze(
         UserError: what cannot be read or written, or has nothing to analyse; matplotlib is missing.
     """
     from cascade_rcnn.analysis.stages import run_stages
+    from cascade_rcnn.checkpoint import find_checkpoint
+    from cascade_rcnn.zoo.store import resolve
 
     require_matplotlib()
     _check_folder(out)
     target = _threshold_target(checkpoints[0], set_thresholds)
+    for checkpoint in checkpoints:  # the second is looked for before the first takes its time
+        if exported_file(checkpoint) is None:
+            find_checkpoint(resolve(checkpoint))
     ran = [run_stages(one, data, split=split, device=device, inference=inference) for one in checkpoints]
     truth = read_truth(ran[0].truth, where=printable(data))
     found = [

@@ -39,7 +39,7 @@ from cascade_rcnn.models.ops.capabilities import has_bfloat16_units
 from cascade_rcnn.recipes import load_config
 from cascade_rcnn.training.callbacks import Callback, check_loggers
 from cascade_rcnn.training.data import open_validation, training_dataset
-from cascade_rcnn.training.init_weights import start_from
+from cascade_rcnn.training.init_weights import check_init, start_from
 from cascade_rcnn.training.interrupts import Interrupts, StopNow, TrainingInterrupted, Watchdog
 from cascade_rcnn.training.log import RunLog
 from cascade_rcnn.training.look_back import LookBack
@@ -292,8 +292,11 @@ def run_train(
         print("\n".join(explain(config)))
         return
     if int(os.environ.get("RANK", 0)) == 0:  # the other processes wait for it in ``train``
-        find_resumable_state(out, resume=resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
+        resume_here = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        resuming = find_resumable_state(out, resume=resume_here)
         check_backbone(config.model)
+        if config.train.init and not resuming:
+            check_init(config.train.init)
         if check:
             check_before_training(config if config.automatic is None else _chosen(config)[0])
     train(config, out=out, resume=resume)

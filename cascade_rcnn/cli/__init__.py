@@ -1,8 +1,8 @@
 """The command ``cascade-rcnn``: one function per command, in the files beside this one, each with its own arguments.
 
 A mistake of the user ends with one line, ``error: what, which value, what to do``, and exit code 2, before anything is
-written; a full disk ends so too. Ctrl-C ends quietly with 130. Anything else is a fault of the program and shows its
-traceback.
+written; a full disk and a name that is too long end so too. Ctrl-C ends quietly with 130. Anything else is a fault of
+the program and shows its traceback.
 
 Torch and timm are imported inside the commands: ``cascade-rcnn COMMAND --help`` answers at once.
 """
@@ -162,6 +162,9 @@ def main(words: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            _print_error(UserError(f"{printable(error.filename)[:80]}...: {one_line(error)}; give a shorter one"))
+            return EXIT_USER_ERROR
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f"{printable(error.filename)}: " if error.filename else ""

@@ -23,14 +23,22 @@ def models(parser: Parser, words: Sequence[str]) -> None:
 
 
 def convert(parser: Parser, words: Sequence[str]) -> None:
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="mmdetection, detectron2, torchvision, Detectron")
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="file of mmdetection, detectron2, torchvision or Detectron, or a name of 'cascade-rcnn models'",
+    )
     parser.add_argument("dest", type=Path, metavar="DEST.safetensors", help="checkpoint to write")
     parser.add_argument("--config", metavar="NAME", help="recipe, where the weights do not say enough")
     parser.add_argument(
         "--classes", nargs="+", default=(), metavar="C", help="class names, in the order of the outputs"
     )
     parser.add_argument(
-        "--classes-from", type=Path, metavar="FILE", help="class names: .txt, COCO's json, data.yaml or a checkpoint"
+        "--classes-from",
+        type=Path,
+        metavar="FILE",
+        help="class names: .txt, COCO's json, data.yaml or a checkpoint",
     )
     parser.add_argument(
         "--weight-standardization", action="store_true", help="mmdetection's GN+WS, where the file does not say so"
@@ -39,16 +47,18 @@ def convert(parser: Parser, words: Sequence[str]) -> None:
     args = parser.parse_all(words)
 
     from cascade_rcnn.convert.checkpoint import run_convert
+    from cascade_rcnn.zoo.store import fetched, resolve
 
-    run_convert(
-        args.source,
-        args.dest,
-        config=args.config,
-        classes=args.classes,
-        classes_from=args.classes_from,
-        weight_standardization=args.weight_standardization,
-        overwrite=args.overwrite,
-    )
+    with fetched(args.source) as source:
+        run_convert(
+            source,
+            args.dest,
+            config=args.config,
+            classes=args.classes,
+            classes_from=args.classes_from and resolve(args.classes_from),
+            weight_standardization=args.weight_standardization,
+            overwrite=args.overwrite,
+        )
 
 
 def convert_data(parser: Parser, words: Sequence[str]) -> int:

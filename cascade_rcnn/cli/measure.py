@@ -12,6 +12,7 @@ from cascade_rcnn.cli.parser import (
     add_orientation,
     add_tiles,
     inference_settings,
+    load_recipe,
     probability,
     whole_number,
 )
@@ -155,6 +156,7 @@ def benchmark(parser: Parser, words: Sequence[str]) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="also measure reading this data set")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON")
     args = parser.parse_all(words)
+    load_recipe(args.config)
 
     from cascade_rcnn.benchmark.run import Also, run_benchmark
 

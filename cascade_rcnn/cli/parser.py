@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from cascade_rcnn.config import pixel_range
+from cascade_rcnn.config import Config, pixel_range
 from cascade_rcnn.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -204,3 +204,22 @@ def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
             target = settings if "." in word.partition("=")[0] else others
         target.append(word)
     return settings, others
+
+
+def load_recipe(name: str) -> Config:
+    """``load_config``; published weights without a recipe of that name get the way to start from them."""
+    from cascade_rcnn.recipes import load_config
+
+    try:
+        return load_config(name)
+    except ConfigError:
+        from cascade_rcnn.zoo.catalog import find
+
+        entry = None if Path(name).exists() else find(name)
+        if entry is None:
+            raise
+        way = entry.recipe or f"finetune --train.init {name}"
+        raise ConfigError(
+            f"{name}: published weights, not a recipe: 'cascade-rcnn train {way}'; 'cascade-rcnn config {name}' "
+            "prints the settings of their network"
+        ) from None

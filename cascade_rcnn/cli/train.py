@@ -12,6 +12,7 @@ from cascade_rcnn.cli.parser import (
     RANGE_HELP,
     Parser,
     add_orientation,
+    load_recipe,
     range_of_levels,
     split_settings,
     whole_number,
@@ -56,7 +57,7 @@ def check(parser: Parser, words: Sequence[str]) -> int:
     if args.model or args.folds:
         _check_labels(parser, args)
         return 0
-    recipe = load_config(args.config) if args.config else Config()
+    recipe = load_recipe(args.config) if args.config else Config()
     said = {"orientation": args.orientation, "range": args.range}
     data = dataclasses.replace(recipe.data, **{name: value for name, value in said.items() if value is not None})
     recipe = dataclasses.replace(recipe, data=data)
@@ -75,7 +76,7 @@ def _check_labels(parser: Parser, args: argparse.Namespace) -> None:
     settings = LabelCheck(
         model=args.model,
         folds=args.folds,
-        recipe=load_config(args.config) if args.config else None,
+        recipe=load_recipe(args.config) if args.config else None,
         out=args.out or Path("label_errors"),
         orientation=args.orientation,
         range=args.range,
@@ -105,7 +106,7 @@ def train(parser: Parser, words: Sequence[str]) -> None:
     args, unknown = parser.parse_known_args(words)
     settings += ["--data.root", str(args.data)] if args.data is not None else []
     settings += ["--train.deterministic"] if args.deterministic else []
-    config = apply_overrides(load_config(args.config), settings + unknown)
+    config = apply_overrides(load_recipe(args.config), settings + unknown)
     if not config.data.root:
         raise ConfigError(f"{args.config} names no data: add --data DIR")
     recipe = Path(args.config)
@@ -122,7 +123,7 @@ def config(parser: Parser, words: Sequence[str]) -> None:
         "name",
         nargs="?",
         metavar="NAME|FILE",
-        help="recipe, run or checkpoint; without one, lists the names of the recipes",
+        help="recipe, run, checkpoint or name of 'cascade-rcnn models'; without one, lists the names of the recipes",
     )
     parser.add_argument("--json", action="store_true", help="as JSON instead of a recipe file in Python")
     parser.add_argument(
@@ -150,9 +151,25 @@ def config(parser: Parser, words: Sequence[str]) -> None:
 
         config = load_checkpoint(args.name).config
     else:
-        config = load_config(args.name)
+        config = _recipe_or_published(args.name)
     config = apply_overrides(config, settings + unknown)
     print(_as_json(config) if args.json else config_to_python(config), end="")
+
+
+def _recipe_or_published(name: str) -> Config:
+    """Of a recipe, else the settings of published weights: those of our recipe of the same training, or their own."""
+    from cascade_rcnn.zoo.catalog import find
+
+    entry = find(name)
+    if entry is None or name in config_names() or Path(name).exists():
+        return load_config(name)
+    if entry.recipe:
+        return load_config(entry.recipe)
+
+    from cascade_rcnn.checkpoint import load_checkpoint
+    from cascade_rcnn.zoo.store import resolve
+
+    return load_checkpoint(resolve(name)).config
 
 
 def _config_from_mmdet(path: str, settings: Sequence[str], *, as_json: bool) -> None:

@@ -127,8 +127,9 @@ def _check_destination(dest: Path, origin: Mapping[str, str], overwrite: bool) -
 def _fitted(state: dict[str, Tensor], model: ModelConfig, classes: int, left_over: list[str]) -> dict[str, Tensor]:
     """The weights in the network's own order, or an error that lists every key which does not fit."""
     from cascade_rcnn.models.build import build_model
+    from cascade_rcnn.models.cascade_rcnn import NoInitialValues
 
-    with torch.device("meta"):
+    with torch.device("meta"), NoInitialValues():
         wanted = build_model(model, classes).state_dict()
     shapes = {key: value.shape for key, value in wanted.items()}
     return _compare(state, shapes, left_over, network=model.backbone)

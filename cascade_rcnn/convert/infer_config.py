@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from cascade_rcnn.convert.key_tables import BOX, MASK, Format
 from cascade_rcnn.errors import CheckpointError
+from cascade_rcnn.models.cascade_rcnn import NoInitialValues
 
 _BLOCKS: dict[tuple[str, tuple[int, ...]], int] = {
     ("basic", (2, 2, 2, 2)): 18,
@@ -84,19 +86,25 @@ def _by_shapes(keys: Mapping[str, Tensor]) -> str | None:
     names = next((names for first, names in _BY_SHAPES.items() if first in keys), None)
     if names is None:
         return None
-    import timm
-
     shapes = {key: tuple(value.shape) for key, value in keys.items()}
     for name in names:
-        with torch.device("meta"):
-            network = timm.create_model(name, pretrained=False, features_only=True)
-        wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-        if all(shapes.get(key) == shape or key.endswith("num_batches_tracked") for key, shape in wanted.items()):
+        wanted = _shapes_of(name).items()
+        if all(shapes.get(key) == shape or key.endswith("num_batches_tracked") for key, shape in wanted):
             return name
     raise CheckpointError(
         f"its backbone looks like {names[-1].partition('_')[0]}, but its shapes are those of none of "
         f"{', '.join(name.partition('.')[0] for name in names)}"
     )
+
+
+@functools.cache
+def _shapes_of(name: str) -> dict[str, tuple[int, ...]]:
+    """Of all weights of timm's network ``name``; half a second at the first call."""
+    import timm
+
+    with torch.device("meta"), NoInitialValues():
+        network = timm.create_model(name, pretrained=False, features_only=True)
+    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
 
 
 def backbone_of(state: Mapping[str, Tensor]) -> tuple[str, int, int, int]:

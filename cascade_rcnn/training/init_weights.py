@@ -8,9 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cascade_rcnn.checkpoint import load_checkpoint
+from cascade_rcnn.checkpoint import find_checkpoint, load_checkpoint
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.zoo.store import resolve
+
+
+def check_init(path: str) -> None:
+    """Fetch what ``train.init`` names, where it is a name. Raises CheckpointError where there is no such checkpoint."""
+    find_checkpoint(resolve(path))
 
 
 @torch.no_grad()

@@ -62,8 +62,17 @@ def normalised(name: str) -> str:
 
 def _spellings(entry: Published) -> Iterator[str]:
     yield from (entry.name, *entry.also)
-    yield entry.name.removeprefix("torchvision_")
-    yield re.sub(r"_\d{8}[_-].*$|-[0-9a-f]{6,8}$", "", entry.file.rpartition(".")[0])  # the file, without date and hash
+    yield re.sub("^(torchvision|detectron2)_", "", entry.name)
+    stem = entry.file.rpartition(".")[0]
+    yield stem
+    yield re.sub(r"_\d{8}[_-].*$|-[0-9a-f]{6,8}$", "", stem)  # the file, without date and hash
+    if entry.library == "detectron2":
+        yield config_of_detectron2(entry)
+
+
+def config_of_detectron2(entry: Published) -> str:
+    """As its model zoo calls it: ``COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x``."""
+    return "/".join(entry.url.split("/")[-4:-2])
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from cascade_rcnn.messages import printable
 from cascade_rcnn.zoo.catalog import Published, normalised, published
-from cascade_rcnn.zoo.store import cached, clear, models_folder
+from cascade_rcnn.zoo.store import cached, clear, models_folder, unfinished
 
 
 def run_models(words: Sequence[str] = (), *, as_json: bool = False, cache: str = "") -> None:
@@ -95,11 +95,16 @@ def _percent(value: float | None) -> str:
 
 def _show_cache(what: str) -> None:
     if what == "clear":
-        print(f"{printable(models_folder())}: {clear() / 1e6:.0f} MB deleted")
+        freed, busy = clear()
+        print(f"{printable(models_folder())}: {freed / 1e6:.0f} MB deleted")
+        if busy:
+            print(f"  kept, because another process is fetching them: {', '.join(map(printable, busy))}")
         return
     have = cached()
     print(printable(models_folder()))
     for name, size in have.items():
         print(f"  {name}  {size / 1e6:.0f} MB")
+    if rest := unfinished():
+        print(f"  parts of downloads that were interrupted, and what could not be converted: {rest / 1e6:.0f} MB")
     total = sum(have.values()) / 1e6
     print(f"  {len(have)} checkpoints, {total:.0f} MB; 'cascade-rcnn models --cache clear' deletes them")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
@@ -32,9 +34,11 @@ def addresses(entry: Published) -> list[str]:
     A mirror is a host or a folder. It has the file under the path of its address, or directly under its name (or the
     entry's name, where many files are called alike).
     """
-    mirror = os.environ.get(MIRROR, "").rstrip("/")
+    mirror = os.environ.get(MIRROR, "").strip().rstrip("/")
     if not mirror:
         return [entry.url]
+    if mirror.startswith("file://"):
+        mirror = urllib.request.url2pathname(urllib.parse.urlsplit(mirror).path)
     path = urllib.parse.urlsplit(entry.url).path
     ending = Path(entry.file).suffix
     return [f"{mirror}{path}", f"{mirror}/{entry.name}{ending}", f"{mirror}/{entry.file}"]
@@ -58,13 +62,13 @@ def fetch(entry: Published, dest: Path) -> None:
             if _copied(address, part, entry.name) or _downloaded(address, part, entry.name):
                 break
         else:
-            where = " and ".join(addresses(entry))
-            raise CheckpointError(f"{entry.name}: not at {where}; check {MIRROR}, or put the file at {dest} yourself")
+            raise CheckpointError(f"{entry.name}: {_nowhere(entry)}, or put the file at {dest} yourself")
         if differs := _difference(entry, part):
             size = _size(part)
             part.unlink(missing_ok=True)
+            again = "they were deleted: try again" if "://" in address else "nothing was kept: replace that file"
             raise CheckpointError(
-                f"{entry.name}: {size} bytes came whose {differs}; they were deleted: try again, or name another "
+                f"{entry.name}: {size} bytes came from {printable(address)} whose {differs}; {again}, or name another "
                 f"place in {MIRROR}"
             )
         part.replace(dest)
@@ -73,6 +77,13 @@ def fetch(entry: Published, dest: Path) -> None:
             f"{printable(part)}: cannot be written ({one_line(error)}); free some space, or name another folder in "
             "CASCADE_RCNN_CACHE"
         ) from error
+
+
+def _nowhere(entry: Published) -> str:
+    mirror = os.environ.get(MIRROR, "")
+    is_place = "://" in mirror or Path(mirror).expanduser().is_dir()
+    hint = "" if is_place else " (it is no folder; an address begins with https://)"
+    return f"not at {printable(' and '.join(addresses(entry)))}; check {MIRROR}{hint}"
 
 
 def _copied(address: str, part: Path, name: str) -> bool:
@@ -102,20 +113,41 @@ def _downloaded(address: str, part: Path, name: str) -> bool:
         except urllib.error.HTTPError as error:
             if error.code in (403, 404, 410) and os.environ.get(MIRROR):
                 return False
-            if error.code < 500 and error.code != 429:
-                raise CheckpointError(f"{name}: {address} answers {error.code} {error.reason}") from error
+            if error.code < 500 and error.code not in (408, 429):
+                reason = printable(" ".join(str(error.reason).split()))
+                raise CheckpointError(
+                    f"{name}: {address} answers {error.code} ({reason}); name another host or a folder in {MIRROR}, or "
+                    "fetch the file elsewhere and convert it with 'cascade-rcnn convert'"
+                ) from error
             problem: Exception = error
         except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
             problem = error
-        if _size(part) == before and attempt and not isinstance(problem, urllib.error.HTTPError):
+        except ValueError as error:  # of the parts of urllib that take addresses apart
+            raise CheckpointError(
+                f"{name}: {printable(address)} is no address ({one_line(error)}); mend {MIRROR} or the proxy's variable"
+            ) from error
+        if _size(part) == before and attempt and not isinstance(problem, (urllib.error.HTTPError, _RestartError)):
             break  # not a byte came: the host cannot be reached
         time.sleep(min(2.0**attempt, 8.0) if attempt else 0.2)
-    reason = " ".join(str(getattr(problem, "reason", "") or problem).split())
+    reason = " ".join(str(getattr(problem, "reason", "") or problem).split()) + _via_proxy(address)
     kept = f"; {_size(part)} bytes are kept and the next attempt continues there" if _size(part) else ""
     raise CheckpointError(
         f"{name}: cannot fetch {address} ({reason}){kept}; offline? fetch the file elsewhere and name its folder in "
         f"{MIRROR}, or convert it with 'cascade-rcnn convert'"
     ) from problem
+
+
+def _via_proxy(address: str) -> str:
+    """Named where there is one, without the password that it may hold: the fault may be its."""
+    url = urllib.parse.urlsplit(address)
+    proxy = urllib.request.getproxies().get(url.scheme, "")
+    if not proxy or urllib.request.proxy_bypass(url.hostname or ""):
+        return ""
+    return f", through the proxy {printable(proxy.rpartition('@')[2])} of {url.scheme}_proxy"
+
+
+class _RestartError(ConnectionError):
+    """What an earlier attempt left cannot be continued; it is deleted."""
 
 
 def _one_request(address: str, part: Path, name: str) -> bool:
@@ -127,7 +159,9 @@ def _one_request(address: str, part: Path, name: str) -> bool:
     try:
         answer = urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # nothing behind what we have: whole, or another file; the digest decides
+        error.close()  # its page is not read
+        if error.code == 416 and have:
+            _check_length(part, have, error.headers.get("Content-Range", ""))
             return True
         raise
     except urllib.error.URLError:
@@ -140,17 +174,69 @@ def _one_request(address: str, part: Path, name: str) -> bool:
                 f"{name}: {address} answers with a web page; if this network wants a login, log in with a browser and "
                 f"try again, or name another place in {MIRROR}"
             )
-        if answer.status != 206:  # the whole file again
+        unpack = _unpacker(answer, address, name)
+        total = 0
+        if answer.status == 206 and unpack is None:
+            start, total = _range(answer.headers.get("Content-Range", ""))
+            if start not in (have, None):
+                part.unlink(missing_ok=True)
+                raise _RestartError(f"asked for bytes from {have} on, the server answers from {start} on")
+        elif answer.status == 206:  # bytes of a packed file do not continue ours
+            part.unlink(missing_ok=True)
+            raise _RestartError("the server packs its answers")
+        else:  # the whole file again
             have = 0
-        length = answer.headers.get("Content-Length")
-        total = have + int(length) if length and length.isdecimal() else 0
+        length = answer.headers.get("Content-Length", "")
+        if unpack is None and not total and length.isdecimal():
+            total = have + int(length)
         with part.open("ab" if have else "wb") as file, _bar(name, total, have) as advance:
             while block := _received(answer):
-                file.write(block)
+                file.write(_unpacked(unpack, block, part))
                 advance(len(block))
         if total and _size(part) < total:
             raise ConnectionError(f"the connection ended after {_size(part)} of {total} bytes")
+        if unpack and not unpack.eof:
+            part.unlink(missing_ok=True)
+            raise _RestartError("the connection ended within a packed answer")
     return True
+
+
+def _check_length(part: Path, have: int, content_range: str) -> None:
+    """The server has nothing behind what we have: the file is whole, unless it is longer than the server's."""
+    _, total = _range(content_range)
+    if total and total != have:
+        part.unlink(missing_ok=True)
+        raise _RestartError(f"{have} bytes were there of a file that has {total}")
+
+
+def _range(text: str) -> tuple[int | None, int]:
+    """Of ``bytes 7-9/10`` or ``bytes */10``: the first byte (None: not said) and the length of the file (0)."""
+    match = re.fullmatch(r"\s*bytes\s+(?:(\d+)-\d+|\*)/(\d+|\*)\s*", text)
+    if match is None:
+        return None, 0
+    return int(match[1]) if match[1] else None, int(match[2]) if match[2] != "*" else 0
+
+
+def _unpacker(answer: Any, address: str, name: str) -> Any:
+    """What unpacks an answer that was packed although nobody asked for it; None for a plain one."""
+    packed = (answer.headers.get("Content-Encoding") or "identity").strip().lower()
+    if packed == "identity":
+        return None
+    if packed not in ("gzip", "x-gzip", "deflate"):
+        raise CheckpointError(
+            f"{name}: {address} packs its answer ({printable(packed)}), which is not unpacked here; name another host "
+            f"or a folder in {MIRROR}"
+        )
+    return zlib.decompressobj(zlib.MAX_WBITS | 32)  # of both kinds
+
+
+def _unpacked(unpack: Any, block: bytes, part: Path) -> bytes:
+    try:
+        plain: bytes = unpack.decompress(block) if unpack else block
+    except zlib.error as error:
+        part.unlink(missing_ok=True)
+        raise _RestartError(f"a packed answer that cannot be unpacked: {one_line(error)}") from error
+    return plain
 
 
 def _received(answer: Any) -> bytes:

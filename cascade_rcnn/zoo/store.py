@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -10,13 +11,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from cascade_rcnn.cache import cache_folder
 from cascade_rcnn.checkpoint import find_checkpoint
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.messages import one_line, printable
-from cascade_rcnn.zoo.catalog import Published, find, find_loadable, of_file
+from cascade_rcnn.zoo.catalog import Published, config_of_detectron2, find, find_loadable, of_file
 from cascade_rcnn.zoo.download import fetch
+from cascade_rcnn.zoo.identity import another_network
+
+ANOTHER_FOLDER = "free some space there, or name another folder in CASCADE_RCNN_CACHE"
 
 
 def models_folder() -> Path:
@@ -29,49 +34,91 @@ def resolve(checkpoint: str | Path) -> Path:
 
     What lies on the disk wins over a name. Raises CheckpointError: neither; or the weights cannot be fetched or read.
     """
-    path = Path(checkpoint)
-    if path.exists() or not _is_name(checkpoint):
-        return path
-    return by_name(str(checkpoint))
+    return by_name(Path(checkpoint).as_posix()) if is_name(checkpoint) else Path(checkpoint)
 
 
-def _is_name(checkpoint: str | Path) -> bool:
-    """Whether this can only be a name: one word without an ending of a file, or one that the list has."""
+def is_name(checkpoint: str | Path) -> bool:
+    """Whether this can only be a name: not on the disk, one word without an ending of a file, or one of the list."""
     path = Path(checkpoint)
-    if path.is_absolute() or len(path.parts) != 1:
+    if path.exists() or path.is_absolute():
         return False
+    if len(path.parts) != 1:
+        entry = find(path.as_posix())
+        config = path.with_suffix("") if path.suffix in (".yaml", ".py") else path
+        return entry is not None and config.as_posix() == config_of_detectron2(entry)
     return path.suffix.lower() not in (".safetensors", ".pth", ".pkl", ".pt", ".onnx") or find(str(path)) is not None
 
 
 def by_name(name: str) -> Path:
     """The converted checkpoint of that name, from the cache or fetched now."""
     entry = find_loadable(name)
-    kept = models_folder() / f"{entry.name}.safetensors"
+    kept = _place(entry)
     if kept.is_file():
         return kept
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with _one_process(kept):
-            if not kept.is_file():  # another process may have made it while we waited
-                _make(entry, kept)
-    except OSError as error:
-        raise CheckpointError(
-            f"{printable(kept.parent)}: cannot be written ({one_line(error)}); name another in CASCADE_RCNN_CACHE"
-        ) from error
+    with _one_process(kept):
+        if not kept.is_file():  # another process may have made it while we waited
+            _make(entry, kept)
     return kept
 
 
+@contextlib.contextmanager
+def fetched(checkpoint: str | Path) -> Iterator[Path]:
+    """A checkpoint as its library wrote it: a path as it is, a name fetched for this use.
+
+    Raises CheckpointError as ``resolve`` does.
+    """
+    if not is_name(checkpoint):
+        yield Path(checkpoint)
+        return
+    entry = find_loadable(Path(checkpoint).as_posix())
+    with _one_process(_place(entry)):
+        raw = _fetch(entry)
+        yield raw
+        raw.unlink()
+
+
+def _place(entry: Published) -> Path:
+    return models_folder() / f"{entry.name}.safetensors"
+
+
+def _fetch(entry: Published) -> Path:
+    """The file of the entry, in the cache under the entry's name."""
+    print(f"{entry.name}: weights by {entry.library}; licence: {entry.license or 'not stated'}", file=sys.stderr)
+    raw = models_folder() / f"{entry.name}{Path(entry.file).suffix}"
+    fetch(entry, raw)
+    return raw
+
+
 def _make(entry: Published, kept: Path) -> None:
+    """Fetch, convert, compare with what the name promises; only then it stands in the cache under its name."""
+    from cascade_rcnn.checkpoint import load_checkpoint
     from cascade_rcnn.convert.checkpoint import run_convert
 
-    print(f"{entry.name}: weights by {entry.library}; licence: {entry.license or 'not stated'}", file=sys.stderr)
-    raw = kept.with_name(entry.name + Path(entry.file).suffix)
-    fetch(entry, raw)
+    raw = _fetch(entry)
+    unproven = kept.with_name(f".{entry.name}.unproven.safetensors")
     report = io.StringIO()
-    with contextlib.redirect_stdout(report):
-        run_convert(raw, kept)
-    kept.with_suffix(".txt").write_text(report.getvalue(), encoding="utf-8")
+    try:
+        with contextlib.redirect_stdout(report):
+            run_convert(raw, unproven, overwrite=True)
+        if other := another_network(entry, load_checkpoint(unproven).config.model):
+            unproven.unlink()
+            raise CheckpointError(f"{raw}: holds another network than its name says ({other})")
+    except CheckpointError as error:
+        not_written = str(error).startswith(str(unproven))
+        raise CheckpointError(f"{error}; {_way_out(entry, not_written=not_written)}") from error
+    unproven.replace(kept)
     raw.unlink()
+    text = report.getvalue().replace(str(unproven), str(kept))
+    with contextlib.suppress(OSError):  # for who wants to know what was decided; nothing reads it
+        kept.with_suffix(".txt").write_text(text, encoding="utf-8")
+
+
+def _way_out(entry: Published, *, not_written: bool) -> str:
+    if not_written:
+        return f"the file that was fetched is kept; {ANOTHER_FOLDER}"
+    if not entry.hash and not entry.sha256:
+        return "nothing is published to verify it by: delete it, to fetch it again"
+    return "its digest is right, so fetching it again changes nothing: take other weights ('cascade-rcnn models')"
 
 
 @contextlib.contextmanager
@@ -83,13 +130,7 @@ def _one_process(path: Path) -> Iterator[None]:
     """
     lock = path.with_name(f".{path.name}.lock")
     told = False
-    while True:
-        file = lock.open("a+b")
-        if _locked(file.fileno()):
-            with contextlib.suppress(OSError):
-                if os.fstat(file.fileno()).st_ino == lock.stat().st_ino:
-                    break
-        file.close()
+    while (file := _open_locked(lock)) is None:
         if not told:
             print(f"waiting for another process that fetches {path.stem}", file=sys.stderr)
             told = True
@@ -101,6 +142,28 @@ def _one_process(path: Path) -> Iterator[None]:
             lock.unlink()
         _unlock(file.fileno())
         file.close()
+
+
+def _open_locked(lock: Path) -> IO[bytes] | None:
+    """The file, open and locked; None where another process has the lock. Raises CheckpointError: no such folder."""
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(lock.open("a+b"))
+            if _locked(file.fileno()) and _is_still(lock, file):
+                stack.pop_all()
+                return file
+    except OSError as error:
+        raise CheckpointError(
+            f"{printable(lock.parent)}: cannot be written ({one_line(error)}); {ANOTHER_FOLDER}"
+        ) from error
+    return None
+
+
+def _is_still(lock: Path, file: IO[bytes]) -> bool:
+    with contextlib.suppress(OSError):
+        return os.fstat(file.fileno()).st_ino == lock.stat().st_ino
+    return False
 
 
 if os.name == "nt":  # pragma: no cover
@@ -124,10 +187,19 @@ else:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            print(
+                f"{printable(models_folder())}: its file system has no locks ({one_line(error)}): let one process "
+                "fetch the weights before you start several",
+                file=sys.stderr,
+            )
         return True
 
     def _unlock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def published_for(checkpoint: Path) -> Published | None:
@@ -145,18 +217,49 @@ def published_for(checkpoint: Path) -> Published | None:
 
 def cached() -> dict[str, int]:
     """Names of the weights in the cache, and their bytes."""
-    folder = models_folder()
-    if not folder.is_dir():
-        return {}
-    return {path.stem: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+    return {path.stem: path.stat().st_size for path in _files() if _is_whole(path)}
 
 
-def clear() -> int:
-    """Delete the weights in the cache, and parts of interrupted downloads; returns the bytes that are free now."""
-    freed = 0
+def unfinished() -> int:
+    """Bytes in the cache of what is no whole checkpoint: parts of downloads, files that could not be converted."""
+    return sum(path.stat().st_size for path in _files() if not _is_whole(path))
+
+
+def _files() -> list[Path]:
     folder = models_folder()
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.is_file():
-            freed += path.stat().st_size
-            path.unlink()
-    return freed
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    except OSError as error:
+        raise CheckpointError(
+            f"{printable(folder)}: cannot be read ({one_line(error)}); name another folder in CASCADE_RCNN_CACHE"
+        ) from error
+
+
+def _is_whole(path: Path) -> bool:
+    return path.suffix == ".safetensors" and not path.name.startswith(".")
+
+
+def clear() -> tuple[int, list[str]]:
+    """Delete what is in the cache; returns the bytes that are free now, and names that another process is fetching.
+
+    Raises CheckpointError: a folder whose files cannot be deleted.
+    """
+    freed, busy = 0, list[str]()
+    for lock in models_folder().glob(".*.safetensors.lock"):
+        if (file := _open_locked(lock)) is None:
+            busy.append(lock.name[1 : -len(".safetensors.lock")])
+        else:
+            _unlock(file.fileno())
+            file.close()
+    for path in _files():
+        if any(path.name.lstrip(".").startswith(f"{name}.") for name in busy):
+            continue
+        try:
+            size = path.stat().st_size
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"{printable(path)}: cannot be deleted ({one_line(error)}); make its folder writable"
+            ) from error
+        freed += size
+    return freed, busy

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import re
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +68,51 @@ def mmdetection_name(key: str, norm: str = "bn") -> str:
         if count:
             return renamed
     raise AssertionError(key)
+
+
+def detectron_blobs(state: dict[str, Tensor], stage: str) -> dict[str, np.ndarray[Any, Any]]:
+    """A detectron2 checkpoint under Detectron's names, with background first and boxes for it, without statistics."""
+    blobs: dict[str, np.ndarray[Any, Any]] = {"lr": np.float32(0.1), "fc6_w_momentum": np.ones(3, np.float32)}
+    last = {2: 2, 3: 3, 4: 5, 5: 2}
+    for key, value in state.items():
+        if "running" in key:
+            continue
+        name, end = key.rsplit(".", 1)
+        end = "_w" if end == "weight" else "_b"
+        if match := re.fullmatch(r"backbone\.bottom_up\.res(\d)\.(\d+)\.(conv\d|shortcut)(\.norm)?", name):
+            branch = "branch1" if match[3] == "shortcut" else "branch2" + "abc"[int(match[3][-1]) - 1]
+            name = f"res{match[1]}_{match[2]}_{branch}"
+            end = ("_bn_s" if end == "_w" else "_bn_b") if match[4] else end
+        elif name.startswith("backbone.bottom_up.stem"):
+            name, end = ("res_conv1_bn", "_s" if end == "_w" else "_b") if "norm" in name else ("conv1", end)
+        elif name.startswith("backbone.fpn"):
+            level = int(name[-1])
+            lateral = "_lateral" if level < 5 else ""
+            name = (
+                f"fpn_inner_res{level}_{last[level]}_sum{lateral}"
+                if "lateral" in name
+                else f"fpn_res{level}_{last[level]}_sum"
+            )
+        elif name.startswith("proposal"):
+            name = {
+                "conv": "conv_rpn_fpn2",
+                "objectness_logits": "rpn_cls_logits_fpn2",
+                "anchor_deltas": "rpn_bbox_pred_fpn2",
+            }[name.rsplit(".", 1)[1]]
+        elif match := re.fullmatch(r"roi_heads\.box_\w+\.(\d)\.(\w+)", name):
+            part = {"fc1": "fc6", "fc2": "fc7"}.get(match[2], match[2])
+            k = int(match[1])
+            name = part + (stage.format(n=k + 1, th=["", "nd", "rd"][k]) if k else "")
+            if part == "cls_score":
+                value = torch.cat([value[-1:], value[:-1]])
+            if part == "bbox_pred":
+                value = torch.cat([torch.full_like(value, 9), value])
+        else:
+            part = name.rsplit(".", 1)[1]
+            name = {"deconv": "conv5_mask", "predictor": "mask_fcn_logits"}.get(part, f"_[mask]_fcn{part[-1]}")
+            value = torch.cat([torch.full_like(value[:1], 9), value]) if part == "predictor" else value
+        blobs[name + end] = value.numpy()
+    return blobs
 
 
 def small_state() -> dict[str, Tensor]:

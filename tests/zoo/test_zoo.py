@@ -7,9 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,115 +15,19 @@ import torch
 
 import cascade_rcnn
 import locations
+import zoo_fixtures
 from cascade_rcnn.checkpoint import load_checkpoint
 from cascade_rcnn.convert.checkpoint import run_convert
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.evaluate import _print_published
 from cascade_rcnn.recipes import config_names, load_config
 from cascade_rcnn.training.init_weights import start_from
-from cascade_rcnn.zoo import catalog, download, store
+from cascade_rcnn.zoo import store
 from cascade_rcnn.zoo.catalog import find, nearest, published
 from cascade_rcnn.zoo.command import run_models
-from foreign_checkpoints import small_state
+from loopback import NAME, Server, set_list
 
-NAME = "cascade_mask_rcnn_small_1x_cats"
-
-
-class Server:
-    """Serves one file; ``cut`` ends answers after so many bytes; without ``ranges`` it knows no requests for a part."""
-
-    def __init__(self, content: bytes) -> None:
-        self.content, self.cut, self.ranges, self.status = content, [0] * 0, True, 200
-        self.page = False
-        self.requests: list[tuple[str, str]] = []
-        self.lock = threading.Lock()
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                server.answer(self)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.thread = threading.Thread(target=self.http.serve_forever, daemon=True)
-        self.thread.start()
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.http.server_address[1]}"
-
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        wanted = handler.headers.get("Range", "")
-        with self.lock:
-            self.requests.append((handler.path, wanted))
-            cut = self.cut.pop(0) if self.cut else None
-        if self.status != 200 or not handler.path.endswith(".pth"):
-            handler.send_error(self.status if self.status != 200 else 404)
-            return
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.ranges else 0
-        body = self.content[start:]
-        handler.send_response(206 if start else 200)
-        handler.send_header("Content-Length", str(len(body)))
-        handler.send_header("Content-Type", "text/html" if self.page else "application/octet-stream")
-        handler.end_headers()
-        handler.wfile.write(body if cut is None else body[:cut])
-        handler.close_connection = True
-
-    def close(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
-        self.thread.join()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("published") / "small.pth"
-    torch.manual_seed(0)
-    torch.save({"state_dict": small_state(), "meta": {"dataset_meta": {"classes": ("cat", "dog", "eel")}}}, path)
-    return path
-
-
-@pytest.fixture
-def server(checkpoint: Path) -> Iterator[Server]:
-    made = Server(checkpoint.read_bytes())
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def zoo(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """A list with one entry, the server's file, and an empty cache; gives the entry, to be changed before use."""
-    digest = hashlib.sha256(server.content).hexdigest()
-    entry = {
-        "name": NAME,
-        "also": ["cascade-mask-rcnn_small_mstrain-1x_cats"],
-        "library": "mmdetection",
-        "url": f"{server.address}/v2.0/small_{digest[:8]}.pth",
-        "hash": digest[:8],
-        "hash_of": "sha256",
-        "box_ap": 41.2,
-        "license": "Apache-2.0",
-        "source": "made here",
-    }
-    _use_list(monkeypatch, tmp_path / "published.json", entry)
-    monkeypatch.setenv("CASCADE_RCNN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("CASCADE_RCNN_MIRROR", raising=False)
-    monkeypatch.setattr(download.time, "sleep", lambda _: None)
-    yield entry
-    _forget_list()
-
-
-def _use_list(monkeypatch: pytest.MonkeyPatch, path: Path, *entries: dict[str, Any]) -> None:
-    path.write_text(json.dumps(entries))
-    monkeypatch.setattr(catalog, "_LIST", path)
-    _forget_list()
-
-
-def _forget_list() -> None:
-    catalog.published.cache_clear()
-    catalog._by_spelling.cache_clear()
+checkpoint, server, zoo = zoo_fixtures.checkpoint, zoo_fixtures.server, zoo_fixtures.zoo
 
 
 def _kept(tmp_path: Path) -> list[str]:
@@ -187,7 +88,7 @@ def test_a_wrong_digest_names_both_and_deletes_the_part_only(
     zoo: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server, algorithm: str
 ) -> None:
     digest = hashlib.new(algorithm, server.content).hexdigest()
-    _use_list(monkeypatch, tmp_path / "wrong.json", zoo | {"hash": "0badc0de", "hash_of": algorithm})
+    set_list(monkeypatch, tmp_path / "wrong.json", zoo | {"hash": "0badc0de", "hash_of": algorithm})
     folder = tmp_path / "cache" / "models"
     folder.mkdir(parents=True)
     (folder / "other.safetensors").write_bytes(b"stays")
@@ -200,7 +101,7 @@ def test_a_digest_of_the_whole_file_is_compared_too(
     zoo: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = zoo["hash"] + "0" * 56
-    _use_list(monkeypatch, tmp_path / "wrong.json", zoo | {"sha256": wrong})
+    set_list(monkeypatch, tmp_path / "wrong.json", zoo | {"sha256": wrong})
     with pytest.raises(CheckpointError, match=wrong):
         store.by_name(NAME)
 
@@ -224,7 +125,7 @@ def test_a_server_that_refuses_is_quoted(zoo: dict[str, Any], server: Server) ->
 def test_a_mirror_folder(
     zoo: dict[str, Any], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    _use_list(monkeypatch, tmp_path / "list.json", zoo | {"url": "https://host.invalid/v2.0/small.pth"})
+    set_list(monkeypatch, tmp_path / "list.json", zoo | {"url": "https://host.invalid/v2.0/small.pth"})
     path = tmp_path / "mirror" / place
     path.parent.mkdir(parents=True)
     path.write_bytes(server.content)
@@ -234,7 +135,7 @@ def test_a_mirror_folder(
 
 
 def test_a_mirror_host(zoo: dict[str, Any], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _use_list(monkeypatch, tmp_path / "list.json", zoo | {"url": "https://host.invalid/a/small.pth"})
+    set_list(monkeypatch, tmp_path / "list.json", zoo | {"url": "https://host.invalid/a/small.pth"})
     monkeypatch.setenv("CASCADE_RCNN_MIRROR", server.address + "/mine/")
     store.by_name(NAME)
     assert server.requests[0][0] == "/mine/a/small.pth"
@@ -353,6 +254,17 @@ def test_evaluation_prints_the_published_ap_beside(zoo: dict[str, Any], capsys: 
     assert capsys.readouterr().out == "bbox AP: 40.7 here, 41.2 published by mmdetection (COCO)\n"
 
 
+def test_a_file_that_was_fetched_and_converted_by_hand_has_its_published_ap(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zoo: dict[str, Any]
+) -> None:
+    file = tmp_path / f"other_20200316-{zoo['hash']}.pth"
+    set_list(monkeypatch, tmp_path / "list.json", zoo | {"url": f"https://host.invalid/{file.name}"})
+    file.write_bytes(server.content)
+    run_convert(file, tmp_path / "mine.safetensors")
+    entry = store.published_for(tmp_path / "mine.safetensors")
+    assert entry is not None and entry.name == NAME
+
+
 def test_a_checkpoint_of_ones_own_has_no_published_ap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _print_published(tmp_path / "own.safetensors", {"bbox/AP": 0.4})
     assert capsys.readouterr().out == ""
@@ -382,11 +294,33 @@ def test_a_network_without_counterpart_says_which_part() -> None:
         ("Cascade-RCNN_r50-caffe_fpn_1x_coco", "cascade_rcnn_r50_caffe_fpn_1x_coco"),
         ("fasterrcnn_resnet50_fpn_v2", "torchvision_fasterrcnn_resnet50_fpn_v2"),
         ("model_final_e9d89b", "detectron2_cascade_mask_rcnn_r50_fpn_1x"),
+        ("mask_rcnn_R_50_FPN_3x", "detectron2_mask_rcnn_r_50_fpn_3x"),
+        ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "detectron2_mask_rcnn_r_50_fpn_1x"),
+        ("Misc/cascade_mask_rcnn_R_50_FPN_3x", "detectron2_cascade_mask_rcnn_r50_fpn_3x"),
+        ("cascade_rcnn_r50_fpn_1x_coco_20200316-3dc56deb", "cascade_rcnn_r50_fpn_1x_coco"),
+        (
+            "cascade_mask_rcnn_r50_fpn_mstrain_3x_coco_20210628_164719-5bdc3824.pth",
+            "cascade_mask_rcnn_r50_fpn_ms_3x_coco",
+        ),
     ],
 )
 def test_spellings_of_published_names(spelling: str, name: str) -> None:
     entry = find(spelling)
     assert entry is not None and entry.name == name
+
+
+def test_a_config_of_detectron2_is_a_name_and_other_paths_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert store.is_name("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml")
+    assert store.is_name(Path("new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py"))
+    for path in (
+        "cascade/rcnn_r50_fpn_1x_coco",
+        "runs/mask_rcnn_R_50_FPN_3x",
+        "a/COCO-Detection/faster_rcnn_R_50_FPN_3x",
+    ):
+        assert not store.is_name(path)
 
 
 def test_the_list_is_whole_and_consistent() -> None:

@@ -1,0 +1,192 @@
+"""A NAME wherever a command takes a checkpoint; a wrong one, and no network, are one line each."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from brought import NAMES, SPLITS, coco, write_json
+from cascade_rcnn.checkpoint import load_checkpoint
+from cascade_rcnn.cli import main
+from cascade_rcnn.convert.checkpoint import run_convert
+from cascade_rcnn.errors import UserError
+from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
+from cascade_rcnn.zoo import download
+from foreign_checkpoints import small_state
+from loopback import Server, use_list
+
+NAME = "cascade_mask_rcnn_small_1x_cats"
+CLASSES = (*NAMES, "eel")
+
+COMMANDS: dict[str, list[str]] = {
+    "predict": ["predict", NAME, "data/val/011.jpg", "--out", "found"],
+    "evaluate": ["evaluate", NAME, "--data", "data"],
+    "analyze": ["analyze", NAME, "--data", "data", "--out", "report"],
+    "analyze two": ["analyze", "two.safetensors", NAME, "--data", "data", "--out", "report", "--resamples", "2"],
+    "check": ["check", "data", "--model", NAME, "--out", "labels"],
+    "export": ["export", NAME, "--to", "torch", "--out", "exported"],
+    "serve": ["serve", NAME],
+    "config": ["config", NAME],
+    "convert": ["convert", NAME, "mine.safetensors"],
+    "convert --classes-from": ["convert", "small.pth", "mine.safetensors", "--classes-from", NAME],
+    "train": ["train", "recipe.py", "--data", "data", "--out", "run", "--train.init", NAME],
+}
+
+
+_SMALL_PICTURES = "test_pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(160, 120))]\n"
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("published") / "small.pth"
+    torch.manual_seed(0)
+    torch.save({"state_dict": small_state(), "meta": {"CLASSES": CLASSES, "cfg": _SMALL_PICTURES}}, path)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def converted(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("converted")
+    (folder / "small.pth").write_bytes(content)
+    run_convert(folder / "small.pth", folder / "two.safetensors")
+    return (folder / "two.safetensors").read_bytes()
+
+
+@pytest.fixture
+def server(content: bytes) -> Iterator[Server]:
+    made = Server(content)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def place(server: Server, converted: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder to work in: data, a recipe, the list with the server's file, an empty cache."""
+    digest = hashlib.sha256(server.content).hexdigest()
+    entry: dict[str, Any] = {
+        "name": NAME,
+        "library": "mmdetection",
+        "url": f"{server.address}/small_{digest[:8]}.pth",
+        "hash": digest[:8],
+        "hash_of": "sha256",
+        "box_ap": 41.2,
+        "mask_ap": 35.9,
+        "license": "Apache-2.0",
+        "source": "made here",
+    }
+    for split, seeds in SPLITS.items():
+        write_json(
+            tmp_path / f"data/annotations/instances_{split}.json", coco(tmp_path / "data" / split, seeds, names=CLASSES)
+        )
+    (tmp_path / "recipe.py").write_text(
+        "from cascade_rcnn.config import *\n"
+        "config = Config(model=ModelConfig(backbone='resnet18', pretrained=False, masks='every', fpn_channels=32,\n"
+        "    head_channels=16, mask_channels=32), data=DataConfig(short_side=(96,), long_side=128),\n"
+        "    train=TrainConfig(batch_size=1, max_steps=1))\n"
+    )
+    (tmp_path / "small.pth").write_bytes(server.content)
+    (tmp_path / "two.safetensors").write_bytes(converted)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CASCADE_RCNN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CASCADE_RCNN_MIRROR", raising=False)
+    monkeypatch.setattr(download.time, "sleep", lambda _: None)
+    with use_list(tmp_path / "list.json", entry):
+        yield tmp_path
+
+
+def _run(command: str, name: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    code = main([name if word == NAME else word for word in COMMANDS[command]])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_wrong_name_gets_the_nearest_in_one_line_and_nothing_is_written(
+    command: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cascade_rcnn.analysis.stages.run_stages", None)  # nothing is measured before
+    before = sorted(place.rglob("*"))
+    code, _, said = _run(command, NAME.replace("small", "smal"), capsys)
+    assert code == 2
+    nearest = NAME if command != "config" else "cascade_mask_rcnn_r50_fpn_1x_coco"  # of the recipes
+    assert said.count("\n") == 1 and f"did you mean {nearest}" in said, said
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_offline_is_one_line_with_address_and_place(
+    command: str, place: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.http.server_close()
+    server.http.socket.close()
+    code, _, said = _run(command, NAME, capsys)
+    assert code == 2
+    lines = [line for line in said.splitlines() if not line.startswith(("downloading", f"{NAME}: weights by"))]
+    assert len(lines) == 1 and server.address in lines[0] and "CASCADE_RCNN_MIRROR" in lines[0], said
+    assert not (place / "run").exists() and not (place / "mine.safetensors").exists()
+
+
+_SLOW = [pytest.param(word, marks=pytest.mark.slow if word in ("export", "analyze") else []) for word in COMMANDS]
+
+
+@pytest.mark.parametrize("command", _SLOW)
+def test_a_name_is_taken(
+    command: str, place: Path, server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if command == "serve":
+        uvicorn = pytest.importorskip("uvicorn")
+        monkeypatch.setattr(uvicorn.Server, "run", lambda self: setattr(self, "started", True))
+    code, out, said = _run(command, NAME, capsys)
+    assert code == 0, said
+    assert len(server.requests) == 1
+    assert f"{NAME}: weights by mmdetection; licence: Apache-2.0" in said
+    if command == "evaluate":
+        assert "bbox AP: " in out and " here, 41.2 published by mmdetection (COCO)" in out
+        assert "segm AP: " in out and " here, 35.9 published by mmdetection (COCO)" in out
+    if command == "train":
+        assert f"weights of {NAME}; classes that it knows already: cat, dog, eel" in out + said
+    if command.startswith("convert"):
+        one, other = load_checkpoint("mine.safetensors"), load_checkpoint("two.safetensors")
+        assert one.class_names == other.class_names and one.config == other.config
+        assert all(torch.equal(one.state[key], other.state[key]) for key in other.state)
+        assert not list((place / "cache").rglob("*.pth"))
+
+
+def test_an_export_begins_with_a_name(
+    place: Path, server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``test_a_name_is_taken`` goes on to its end, which takes minutes."""
+
+    def stop(model: CascadeRCNN, **_: object) -> None:
+        raise UserError("tracing")
+
+    monkeypatch.setattr("cascade_rcnn.export.network.trace", stop)
+    code, _, said = _run("export", NAME, capsys)
+    assert code == 2 and said.splitlines()[-1] == "error: tracing"
+
+
+@pytest.mark.parametrize("command", ["train", "benchmark --config", "check data --config"])
+def test_published_weights_are_no_recipe(command: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), NAME]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith(f"error: {NAME}: published weights, not a recipe"), said
+    assert f"--train.init {NAME}" in said and f"cascade-rcnn config {NAME}" in said
+
+
+def test_a_conversion_of_a_name_takes_what_one_of_a_file_takes(
+    place: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["convert", NAME, "mine.safetensors", "--classes", "ant", "bee", "cow"]
+    assert main(words) == 0
+    assert load_checkpoint("mine.safetensors").class_names == ("ant", "bee", "cow")
+
+
+def test_a_name_that_is_too_long_is_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "a" * 300, "data/val/011.jpg"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "name too long" in said
