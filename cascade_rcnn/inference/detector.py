@@ -128,7 +128,7 @@ def load(
         model, config = _compiled(model, config)
     detector = Detector(model, config, checkpoint.class_names, checkpoint.category_ids, precision=precision)
     if score_threshold is None:
-        detector.thresholds = _thresholds(checkpoint.metadata.get("thresholds", {}), path)
+        detector.thresholds = checked_thresholds(checkpoint.metadata.get("thresholds", {}), path)
     return detector
 
 
@@ -192,7 +192,7 @@ def _load_weights(model: CascadeRCNN, state: dict[str, Tensor], path: Path) -> N
         ) from error
 
 
-def _thresholds(written: Any, path: Path) -> dict[str, float]:
+def checked_thresholds(written: Any, path: Path) -> dict[str, float]:
     """The thresholds of classes in a checkpoint, checked."""
     if not isinstance(written, dict) or not all(
         type(one) in (int, float) and 0 <= one <= 1 for one in written.values()
