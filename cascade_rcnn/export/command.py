@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade_rcnn.atomic_files import write_json
-from cascade_rcnn.checkpoint import Checkpoint, load_checkpoint
+from cascade_rcnn.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from cascade_rcnn.config import Config, DataConfig
 from cascade_rcnn.data.images import to_array
 from cascade_rcnn.errors import ConfigError, DataError, UserError
@@ -56,11 +56,12 @@ def run_export(
     if int8 is not None and to == "torch":
         raise UserError("--int8 goes with --to openvino or --to onnx")
     _check_packages(to, int8=int8 is not None)
-    path = resolve(checkpoint)
+    path = find_checkpoint(resolve(checkpoint))
     saved = load_checkpoint(path)
     config = _changed_settings(saved.config, settings)
     info = _info(path, saved, config, size, batch, int8=int8 is not None)
-    folder = out or _default_folder(path, to, int8=int8 is not None)
+    here = None if Path(checkpoint).exists() else Path()  # published weights lie in a cache
+    folder = out or _default_folder(path, to, here, int8=int8 is not None)
     model = network.network_of(path, info.config, to=to)
     feeds = None if int8 is None else calibration_inputs(path, int8, info)
     split = split or info.config.data.val
@@ -92,6 +93,7 @@ def _check_packages(to: str, *, int8: bool) -> None:
         raise UserError(f"--to {to}: the package {missing[0]} is missing: pip install 'cascade-rcnn[{extra}]'")
 
 
+_EQUAL = 0.95  # share of the detections below which a float export is called different
 _CHANGEABLE = ("score_threshold", "max_detections", "nms", "nms_iou", "stop_after_stage")
 
 
@@ -144,10 +146,10 @@ def _limits(data: DataConfig, size: tuple[int, int] | None) -> DataConfig:
     )
 
 
-def _default_folder(path: Path, to: str, *, int8: bool) -> Path:
+def _default_folder(path: Path, to: str, place: Path | None, *, int8: bool) -> Path:
     run = path.stem in ("best", "last")
     name = f"{to}_int8" if int8 else to
-    return path.parent / name if run else path.parent / f"{path.stem}_{name}"
+    return (place or path.parent) / (name if run else f"{path.stem}_{name}")
 
 
 _WRITTEN = (*NAMES.values(), "model.bin", "report.json")
@@ -281,6 +283,11 @@ def _report(
         f"{printable(target)}: {content['megabytes']:.1f} MB; {equality['matched']} of {equality['detections']} "
         f"detections as PyTorch's on {what}; {seconds['exported_ms']:.0f} ms, PyTorch {seconds['pytorch_ms']:.0f} ms"
     )
+    if not equality["detections"]:
+        print("nothing was found on these pictures, which therefore show nothing: give --data DIR")
+    elif not info.int8 and equality["matched"] < _EQUAL * equality["detections"]:
+        share = 100 * equality["matched"] / equality["detections"]
+        print(f"only {share:.0f} % are the same: measure the AP of both with --data DIR before you use it")
     print(f"use it as a checkpoint: cascade-rcnn predict {printable(target.parent)} photos")
 
 

@@ -56,7 +56,7 @@ def pictures(data: Path | None, split: str, *, levels: str = "auto") -> tuple[li
             continue
     if not read:
         raise DataError(f"{data}: none of the pictures of {split!r} can be read; check the data set first")
-    return read[:IMAGES], f"{len(read[:IMAGES])} pictures of {data.name}, {split}"
+    return read[:IMAGES], f"{len(read[:IMAGES])} pictures of {data.resolve().name}, {split}"
 
 
 def compare(reference: Detector, exported: Detector, images: Sequence[Pixels]) -> dict[str, Any]:

@@ -111,7 +111,12 @@ def refuse_setting(info: ExportInfo, path: Path, **wanted: float | None) -> None
         has = getattr(inside, name)
         if value is None:
             continue
-        possible = {"score_threshold": value >= has, "max_detections": value <= has, "stop_after_stage": value == has}
+        every = len(inside.stage_ious)  # what 0 stages mean
+        possible = {
+            "score_threshold": value >= has,
+            "max_detections": value <= has,
+            "stop_after_stage": (value or every) == (inside.stop_after_stage or every),
+        }
         if not possible[name]:
             raise UserError(
                 f"{name} {value}: {printable(path)} was exported with {has}; export the checkpoint again with "
@@ -210,7 +215,7 @@ def _check_names(path: Path, inputs: Sequence[str], outputs: Sequence[str], text
     if text and (set(inputs) != set(INPUTS) or not set(OUTPUTS[:4]) <= set(outputs)):
         raise CheckpointError(
             f"{printable(path)}: has the inputs {few_names(inputs)} and the outputs {few_names(outputs)}, where an "
-            f"export has {', '.join(INPUTS)}, and {', '.join(OUTPUTS[:4])}: another program has changed it; export it anew"
+            f"export has {', '.join(INPUTS)}, and {', '.join(OUTPUTS[:4])}: another program changed it; export it anew"
         )
 
 

@@ -245,7 +245,7 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
         load(tmp_path / "other.onnx")
     with pytest.raises(CheckpointError, match="no such file"):
         load(tmp_path / "absent.pt2")
-    assert exported_file(tmp_path) is None and exported_file("runs/demo") is None
+    assert exported_file(tmp_path / "absent") is None and exported_file("runs/demo") is None
 
 
 def test_a_network_without_its_weights_says_so(tmp_path: Path) -> None:
