@@ -46,8 +46,11 @@ def run_predict_without_torch(
     others: Counter[str] = Counter()
     files = list(collect([Path(one) for one in inputs], leave_out=out, others=others))
     images = [file for file in files if not file.is_video]
-    if len(images) < len(files):
-        print(f"{len(files) - len(images)} videos left out: they need PyTorch, which is not installed", file=sys.stderr)
+    if not images:
+        raise UserError("only videos are given: they need PyTorch, which is not installed: pip install cascade-rcnn")
+    if videos := len(files) - len(images):
+        what = "1 video" if videos == 1 else f"{videos} videos"
+        print(f"{what} left out: videos need PyTorch, which is not installed", file=sys.stderr)
     detector = load(network, **(settings or {}))
     print(detector.choices())
     score = (0.0 if detector.thresholds else 0.3) if score is None else score
@@ -74,10 +77,13 @@ def run_predict_without_torch(
                     _draw(file, sure, out / "drawings" / file.drawing)
             advance(len(batch))
         if len(skipped) == len(images):  # leaves an earlier predictions.json as it is
-            raise DataError(f"none of the {len(images)} files could be read; first: {[*skipped, 'only videos'][0]}")
-    print(f"{objects} objects in {len(images) - len(skipped)} images: {printable(results.path)}")
+            raise DataError(f"none of the {len(images)} files could be read; first: {skipped[0]}")
+    read = len(images) - len(skipped)
+    print(f"{objects} objects in {'1 image' if read == 1 else f'{read} images'}: {printable(results.path)}")
     if draw:
         print(f"drawings: {printable(out / 'drawings')} ({drawn} of the objects, with a score of {score:g} or more)")
+    if skipped:
+        print(f"{len(skipped)} files could not be read and were skipped", file=sys.stderr)
     return results.path
 
 

@@ -65,6 +65,8 @@ def run_export(
     model = network.network_of(path, info.config, to=to)
     feeds = None if int8 is None else calibration_inputs(path, int8, info)
     split = split or info.config.data.val
+    if data is not None:
+        report.split_to_measure(path, info.config, info.class_names, data, split)  # refused now, not after minutes
     compared = report.pictures(data, split, levels=info.config.data.range)
     _make_folder(folder)
     if info.size is not None and info.config.model.norm == "group":
