@@ -49,8 +49,7 @@ def run_predict_without_torch(
     if not images:
         raise UserError("only videos are given: they need PyTorch, which is not installed: pip install cascade-rcnn")
     if videos := len(files) - len(images):
-        what = "1 video" if videos == 1 else f"{videos} videos"
-        print(f"{what} left out: videos need PyTorch, which is not installed", file=sys.stderr)
+        print(f"{_counted(videos, 'video')} left out: they need PyTorch, which is not installed", file=sys.stderr)
     detector = load(network, **(settings or {}))
     print(detector.choices())
     score = (0.0 if detector.thresholds else 0.3) if score is None else score
@@ -78,13 +77,16 @@ def run_predict_without_torch(
             advance(len(batch))
         if len(skipped) == len(images):  # leaves an earlier predictions.json as it is
             raise DataError(f"none of the {len(images)} files could be read; first: {skipped[0]}")
-    read = len(images) - len(skipped)
-    print(f"{objects} objects in {'1 image' if read == 1 else f'{read} images'}: {printable(results.path)}")
+    print(f"{objects} objects in {_counted(len(images) - len(skipped), 'image')}: {printable(results.path)}")
     if draw:
         print(f"drawings: {printable(out / 'drawings')} ({drawn} of the objects, with a score of {score:g} or more)")
     if skipped:
         print(f"{len(skipped)} files could not be read and were skipped", file=sys.stderr)
     return results.path
+
+
+def _counted(number: int, what: str) -> str:
+    return f"1 {what}" if number == 1 else f"{number} {what}s"
 
 
 def _entries(file: InputFile, detections: ArrayDetections, *, polygons: bool) -> Iterator[dict[str, Any]]:
