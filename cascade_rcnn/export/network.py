@@ -135,8 +135,10 @@ def trace(model: CascadeRCNN, *, size: tuple[int, int] | None, batch: int | None
 
 def write_torch(program: Any, path: Path, info: ExportInfo) -> None:
     """A ``.pt2`` file for ``torch.export.load``. Raises OSError where it cannot be written."""
-    with _failing_as_files_do():
-        torch.export.save(program, path, extra_files={METADATA: info.to_json()})
+    content = io.BytesIO()  # torch's own writer ends the process where the disk is full
+    torch.export.save(program, content, extra_files={METADATA: info.to_json()})
+    with path.open("wb") as file:
+        file.write(content.getbuffer())
 
 
 def write_onnx(program: Any, path: Path, info: ExportInfo) -> None:
@@ -213,11 +215,13 @@ def _save_openvino(model: Any, path: Path, info: ExportInfo) -> None:
     """Both files of an IR; the first names the checksum of the second, which must be written to know it."""
     import openvino
 
-    with _failing_as_files_do():
+    try:
         openvino.save_model(model, path, compress_to_fp16=False)
         info = replace(info, weights=checksum(path.with_suffix(".bin")))
         model.set_rt_info(info.to_json(), [METADATA])
         openvino.save_model(model, path, compress_to_fp16=False)
+    except RuntimeError as error:  # the disk is full, say
+        raise OSError(one_line(error)) from error
     check_weights(path, info)
 
 
@@ -228,15 +232,6 @@ def mark_onnx(path: Path, info: ExportInfo) -> None:
     network = onnx.load(path)
     onnx.helper.set_model_props(network, {METADATA: info.to_json()})
     onnx.save(network, path)
-
-
-@contextlib.contextmanager
-def _failing_as_files_do() -> Iterator[None]:
-    """Torch and OpenVINO raise RuntimeError where the disk is full."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise OSError(one_line(error)) from error
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 pytest.importorskip("onnx", reason="needs pip install 'cascade-rcnn[onnx]'")
 pytest.importorskip("onnxruntime", reason="needs pip install 'cascade-rcnn[onnx]'")
 
+import cascade_rcnn
 from cascade_rcnn.checkpoint import save_checkpoint
 from cascade_rcnn.config import Config, DataConfig
 from cascade_rcnn.data.sizes import fitted_size, fitting
@@ -75,6 +78,40 @@ def test_an_interrupted_export_leaves_the_one_before(
         with pytest.raises(UserError, match=r"model\..* cannot be written \(No space left on device\); free"):
             run_export(checkpoint, to=to, out=folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+_FULL = """
+import resource, signal, sys
+from pathlib import Path
+import openvino, torch
+from cascade_rcnn.export import network
+from cascade_rcnn.runtime.network import RuntimeNetwork
+folder = Path(sys.argv[1])
+info = RuntimeNetwork(folder / "model.onnx").info
+program = torch.export.export(torch.nn.Linear(100, 100), (torch.zeros(2, 100),))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # as a full disk
+for write in (
+    lambda: network.write_torch(program, folder / "model.pt2", info),
+    lambda: network.write_openvino(folder / "model.onnx", folder / "model.xml", info),
+):
+    try:
+        write()
+    except OSError as error:
+        print("OSError", error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets a limit of Unix")
+def test_a_full_disk_is_an_error_of_the_file(tmp_path: Path) -> None:
+    """Torch's writer would end the process, OpenVINO's raises what a fault of the program raises."""
+    pytest.importorskip("openvino")
+    handmade_network(tmp_path / "model.onnx")
+    package = str(Path(cascade_rcnn.__file__).resolve().parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", _FULL, str(tmp_path)], text=True, capture_output=True, env={"PYTHONPATH": package}
+    )
+    assert done.returncode == 0 and done.stdout.count("OSError") == 2, done.stdout + done.stderr
 
 
 def test_what_a_killed_export_left_is_no_obstacle(written: list[ExportInfo], tmp_path: Path) -> None:
