@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import random
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("onnx", reason="needs pip install 'cascade-rcnn[onnx]'")
 pytest.importorskip("onnxruntime", reason="needs pip install 'cascade-rcnn[onnx]'")
@@ -24,6 +26,7 @@ from cascade_rcnn.errors import CheckpointError, UserError
 from cascade_rcnn.export import command
 from cascade_rcnn.export.command import run_export
 from cascade_rcnn.inference.detector import load
+from cascade_rcnn.models.swin import DetectionSwinBlock
 from cascade_rcnn.runtime.detector import load as load_without_torch
 from cascade_rcnn.runtime.network import ExportInfo
 from handmade_network import CLASSES, handmade_network
@@ -129,6 +132,22 @@ def test_the_folder_may_be_called_like_a_file(written: list[ExportInfo], tmp_pat
     assert load(folder).class_names == CLASSES
 
 
+def test_where_the_folder_lies(
+    written: list[ExportInfo], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run.v1"
+    run.mkdir()
+    best = _checkpoint(run / "best.safetensors")
+    for given in (run, best):
+        assert run_export(given, to="onnx") == run / "onnx"
+        assert "% are the same: measure the AP of both" in capsys.readouterr().out  # made by hand: another network
+    cached = best.rename(tmp_path / "cascade-r50.safetensors")
+    assert run_export(cached, to="onnx") == tmp_path / "cascade-r50_onnx"
+    monkeypatch.chdir(run)
+    monkeypatch.setattr(command, "resolve", lambda _: cached)
+    assert run_export("cascade-r50", to="onnx").resolve() == run / "cascade-r50_onnx"
+
+
 def test_openvino_replaces_onnx(written: list[ExportInfo], tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     checkpoint = _checkpoint(tmp_path / "tiny.safetensors")
@@ -167,6 +186,18 @@ def test_thresholds_of_the_checkpoint_are_checked_before(written: list[ExportInf
     with pytest.raises(CheckpointError, match=r"tiny\.safetensors: its thresholds .* write them anew"):
         run_export(checkpoint, to="onnx")
     assert not written
+
+
+def test_swin_pads_to_whole_windows_at_any_size() -> None:
+    """With remainders of the sides, block after block, an export had not ended after 20 minutes on a busy machine."""
+    window: dict[str, Any] = {"window_size": 7, "shift_size": 3, "always_partition": True, "dynamic_mask": True}
+    block = DetectionSwinBlock(dim=8, input_resolution=(56, 56), num_heads=2, **window).eval()
+    sides = {0: torch.export.Dim("batch"), 1: 8 * torch.export.Dim("rows"), 2: 8 * torch.export.Dim("columns")}
+    program = torch.export.export(block, (torch.zeros(2, 48, 64, 8),), dynamic_shapes=(sides,), strict=False)
+    assert operator.mod not in {node.target for node in program.graph.nodes}
+    pixels = torch.rand(1, 40, 24, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(pixels), block(pixels))
 
 
 def test_every_picture_fits_into_a_fixed_size() -> None:
