@@ -23,7 +23,7 @@ from cascade_rcnn.errors import DataError, UserError
 from cascade_rcnn.evaluation.submission import submission_ids, submit_predictions
 from cascade_rcnn.inference.as_dataset import DatasetWriter, dataset_writer
 from cascade_rcnn.inference.detections import Detections
-from cascade_rcnn.inference.detector import Detector, checked_number, load
+from cascade_rcnn.inference.detector import Detector, load
 from cascade_rcnn.inference.exported import usual_device
 from cascade_rcnn.inference.geojson import FeaturesFile
 from cascade_rcnn.inference.media import InputFile, VideoReader, VideoWriter, collect, listed_endings
@@ -33,6 +33,7 @@ from cascade_rcnn.inference.tiled import TiledDetections, open_rows
 from cascade_rcnn.inference.tiles import ArrayRows, Pyramid, Tiling
 from cascade_rcnn.messages import printable
 from cascade_rcnn.progress import progress_bar
+from cascade_rcnn.runtime.settings import checked_number
 
 _T = TypeVar("_T")
 _MOST_DRAWN = 2000  # objects on the drawing of a picture that was cut into tiles

@@ -46,8 +46,10 @@ def run_predict_without_torch(
     others: Counter[str] = Counter()
     files = list(collect([Path(one) for one in inputs], leave_out=out, others=others))
     images = [file for file in files if not file.is_video]
-    if len(images) < len(files):
-        print(f"{len(files) - len(images)} videos left out: they need PyTorch, which is not installed", file=sys.stderr)
+    if not images:
+        raise UserError("only videos are given: they need PyTorch, which is not installed: pip install cascade-rcnn")
+    if videos := len(files) - len(images):
+        print(f"{_counted(videos, 'video')} left out: they need PyTorch, which is not installed", file=sys.stderr)
     detector = load(network, **(settings or {}))
     print(detector.choices())
     score = (0.0 if detector.thresholds else 0.3) if score is None else score
@@ -74,11 +76,17 @@ def run_predict_without_torch(
                     _draw(file, sure, out / "drawings" / file.drawing)
             advance(len(batch))
         if len(skipped) == len(images):  # leaves an earlier predictions.json as it is
-            raise DataError(f"none of the {len(images)} files could be read; first: {[*skipped, 'only videos'][0]}")
-    print(f"{objects} objects in {len(images) - len(skipped)} images: {printable(results.path)}")
+            raise DataError(f"none of the {len(images)} files could be read; first: {skipped[0]}")
+    print(f"{objects} objects in {_counted(len(images) - len(skipped), 'image')}: {printable(results.path)}")
     if draw:
         print(f"drawings: {printable(out / 'drawings')} ({drawn} of the objects, with a score of {score:g} or more)")
+    if skipped:
+        print(f"{len(skipped)} files could not be read and were skipped", file=sys.stderr)
     return results.path
+
+
+def _counted(number: int, what: str) -> str:
+    return f"1 {what}" if number == 1 else f"{number} {what}s"
 
 
 def _entries(file: InputFile, detections: ArrayDetections, *, polygons: bool) -> Iterator[dict[str, Any]]:

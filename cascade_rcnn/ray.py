@@ -24,9 +24,10 @@ from cascade_rcnn.data.files import list_files
 from cascade_rcnn.data.images import IMAGE_SUFFIXES, ImageBytes, to_array
 from cascade_rcnn.errors import DataError, UserError
 from cascade_rcnn.inference.detections import Detections
-from cascade_rcnn.inference.detector import checked_number, load
+from cascade_rcnn.inference.detector import load
 from cascade_rcnn.inference.predictions_file import ResultsFile
 from cascade_rcnn.messages import printable
+from cascade_rcnn.runtime.settings import checked_number
 
 _CONTENT = ("bytes", "image")  # columns of read_binary_files and of ray.data.read_images
 

@@ -42,9 +42,12 @@ def fitting(data: DataConfig, size: tuple[int, ...], canvas: tuple[int, int] | N
     fitted = fitted_size((height, width), data.test_short_side or max(data.short_side), data.long_side)
     if fitted[0] <= canvas[0] and fitted[1] <= canvas[1]:
         return data
-    scale = min(canvas[0] / height, canvas[1] / width)
-    short, long = (max(1, int(side(height, width) * scale)) for side in (min, max))
-    return replace(data, test_short_side=short, long_side=max(short, long))
+    # in whole numbers: a float product may end below the canvas's own side, which the limits of ``data`` then refuse
+    if height * canvas[1] >= width * canvas[0]:
+        sides = canvas[0], max(1, width * canvas[0] // height)
+    else:
+        sides = max(1, height * canvas[1] // width), canvas[1]
+    return replace(data, test_short_side=min(sides), long_side=max(sides))
 
 
 def detectron_scale(size: tuple[int, int], short_side: int, long_side: int) -> float:

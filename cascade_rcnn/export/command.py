@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from cascade_rcnn.atomic_files import write_json
-from cascade_rcnn.checkpoint import Checkpoint, load_checkpoint
-from cascade_rcnn.config import Config
+from cascade_rcnn.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from cascade_rcnn.config import Config, DataConfig
 from cascade_rcnn.data.images import to_array
 from cascade_rcnn.errors import ConfigError, DataError, UserError
 from cascade_rcnn.export import network, report
 from cascade_rcnn.export.quantise import CALIBRATION_IMAGES, Feed, quantise
-from cascade_rcnn.inference.detector import Detector, load
+from cascade_rcnn.inference.detector import Detector, checked_thresholds, load
 from cascade_rcnn.inference.media import collect
-from cascade_rcnn.messages import printable
+from cascade_rcnn.messages import one_line, printable
 from cascade_rcnn.recipes import apply_overrides
+from cascade_rcnn.rounding import round_up
 from cascade_rcnn.runtime.network import NAMES, ExportInfo, exported_file
 from cascade_rcnn.zoo.store import resolve
 
@@ -53,14 +56,17 @@ def run_export(
     if int8 is not None and to == "torch":
         raise UserError("--int8 goes with --to openvino or --to onnx")
     _check_packages(to, int8=int8 is not None)
-    path = resolve(checkpoint)
+    path = find_checkpoint(resolve(checkpoint))
     saved = load_checkpoint(path)
     config = _changed_settings(saved.config, settings)
-    info = _info(saved, config, size, batch, int8=int8 is not None)
-    folder = out or _default_folder(path, to, int8=int8 is not None)
+    info = _info(path, saved, config, size, batch, int8=int8 is not None)
+    here = None if Path(checkpoint).exists() else Path()  # published weights lie in a cache
+    folder = out or _default_folder(path, to, here, int8=int8 is not None)
     model = network.network_of(path, info.config, to=to)
     feeds = None if int8 is None else calibration_inputs(path, int8, info)
     split = split or info.config.data.val
+    if data is not None:
+        report.split_to_measure(path, info.config, info.class_names, data, split)  # refused now, not after minutes
     compared = report.pictures(data, split, levels=info.config.data.range)
     _make_folder(folder)
     if info.size is not None and info.config.model.norm == "group":
@@ -89,6 +95,7 @@ def _check_packages(to: str, *, int8: bool) -> None:
         raise UserError(f"--to {to}: the package {missing[0]} is missing: pip install 'cascade-rcnn[{extra}]'")
 
 
+_EQUAL = 0.95  # share of the detections below which a float export is called different
 _CHANGEABLE = ("score_threshold", "max_detections", "nms", "nms_iou", "stop_after_stage")
 
 
@@ -96,7 +103,8 @@ def _changed_settings(config: Config, words: Sequence[str]) -> Config:
     """The configuration with settings of the test time changed. Raises ConfigError for those of the network itself."""
     changed = apply_overrides(config, list(words))
     kept = {name: getattr(changed.model, name) for name in _CHANGEABLE}
-    if replace(config, model=replace(config.model, **kept), data=changed.data) != changed:
+    same = replace(config, model=replace(config.model, **kept), data=changed.data, automatic=changed.automatic)
+    if same != changed:
         names = ", ".join(f"--model.{name.replace('_', '-')}" for name in _CHANGEABLE)
         raise ConfigError(
             f"{' '.join(words)}: the trained network is exported as it is; only {names} and --data.* change"
@@ -105,41 +113,56 @@ def _changed_settings(config: Config, words: Sequence[str]) -> Config:
 
 
 def _info(
-    saved: Checkpoint, config: Config, size: tuple[int, int] | None, batch: int | None, *, int8: bool
+    path: Path, saved: Checkpoint, config: Config, size: tuple[int, int] | None, batch: int | None, *, int8: bool
 ) -> ExportInfo:
     if batch is not None and batch < 1:
         raise ConfigError(f"--batch {batch}: at least 1")
     if size is not None:
         if min(size) < 1:
             raise ConfigError(f"--size {size[0]} {size[1]}: height and width in pixels")
-        size = (-(-size[0] // network.MULTIPLE) * network.MULTIPLE, -(-size[1] // network.MULTIPLE) * network.MULTIPLE)
-        limits = config.data
-        short = min(limits.test_short_side or max(limits.short_side), min(size))
-        config = replace(
-            config, data=replace(limits, test_short_side=short, long_side=min(limits.long_side, max(size)))
-        )
+        size = (round_up(size[0], network.MULTIPLE), round_up(size[1], network.MULTIPLE))
     return ExportInfo(
-        config=config,
+        config=replace(config, data=_limits(config.data, size)),
         class_names=saved.class_names,
         category_ids=saved.category_ids,
-        thresholds=saved.metadata.get("thresholds", {}),
+        thresholds=checked_thresholds(saved.metadata.get("thresholds", {}), path),
         size=size,
         batch=batch if size is None else batch or 1,
         int8=int8,
     )
 
 
-def _default_folder(path: Path, to: str, *, int8: bool) -> Path:
+def _limits(data: DataConfig, size: tuple[int, int] | None) -> DataConfig:
+    """Pictures fit into a fixed ``size``, and are padded to sides that the network takes, to no others."""
+    multiple = math.lcm(data.pad_multiple, network.MULTIPLE)
+    if size is None:
+        return replace(data, pad_multiple=multiple, pad_buckets=False)
+    short = min(data.test_short_side or max(data.short_side), min(size))
+    return replace(
+        data,
+        short_side=tuple(min(side, short) for side in data.short_side),
+        test_short_side=short,
+        long_side=min(data.long_side, max(size)),
+        pad_multiple=network.MULTIPLE,
+        pad_buckets=False,
+    )
+
+
+def _default_folder(path: Path, to: str, place: Path | None, *, int8: bool) -> Path:
     run = path.stem in ("best", "last")
     name = f"{to}_int8" if int8 else to
-    return path.parent / name if run else path.parent / f"{path.stem}_{name}"
+    return (place or path.parent) / (name if run else f"{path.stem}_{name}")
+
+
+_WRITTEN = (*NAMES.values(), "model.bin", "report.json")
+_WORK = ".unfinished"  # folder within the one that is written
 
 
 def _make_folder(folder: Path) -> None:
     """Raises UserError where it is a file, holds something else, or cannot be written."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{printable(folder)}: is a file; give a folder as --out")
-    ours = {*NAMES.values(), "model.bin", "report.json"}
+    ours = {*_WRITTEN, _WORK}
     try:
         others = [child.name for child in folder.iterdir() if child.name not in ours] if folder.exists() else []
         if others:
@@ -153,21 +176,45 @@ def _make_folder(folder: Path) -> None:
 
 
 def _write(program: Any, target: Path, info: ExportInfo, feeds: list[Feed] | None) -> list[str]:
-    """Write the network's file; the groups of layers that stay in float, where integers were asked for."""
-    for old in (*NAMES.values(), "model.bin", "report.json"):
-        target.with_name(old).unlink(missing_ok=True)
+    """Write the network's file; the groups of layers that stay in float, where integers were asked for.
+
+    It is written beside its place: an export that is interrupted leaves the one before, or none.
+
+    Raises:
+        UserError: the disk is full, say.
+    """
+    work = target.with_name(_WORK)
+    try:
+        shutil.rmtree(work, ignore_errors=True)  # of an export that was interrupted
+        work.mkdir()
+        kept = _write_whole(program, work / target.name, info, feeds)
+        for old in _WRITTEN:
+            target.with_name(old).unlink(missing_ok=True)
+        for file in (target.with_suffix(".bin"), target):  # without the second one it is no export yet
+            if (work / file.name).exists():
+                (work / file.name).replace(file)
+    except OSError as error:
+        raise UserError(
+            f"{printable(target)}: cannot be written ({one_line(error)[:200]}); free some space, or give another "
+            "folder as --out"
+        ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return kept
+
+
+def _write_whole(program: Any, target: Path, info: ExportInfo, feeds: list[Feed] | None) -> list[str]:
     if target.suffix == ".pt2":
         network.write_torch(program, target, info)
         return []
-    with tempfile.TemporaryDirectory() as temporary:
-        plain = Path(temporary) / "plain.onnx"
-        network.write_onnx(program, plain if feeds or target.suffix == ".xml" else target, info)
-        if feeds:
-            done = quantise(plain, target, feeds, to="openvino" if target.suffix == ".xml" else "onnx")
-            (network.mark_openvino if target.suffix == ".xml" else network.mark_onnx)(target, info)
-            return done.kept
-        if target.suffix == ".xml":
-            network.write_openvino(plain, target, info)
+    plain = target.with_name("plain.onnx")
+    network.write_onnx(program, plain if feeds or target.suffix == ".xml" else target, info)
+    if feeds:
+        done = quantise(plain, target, feeds, to="openvino" if target.suffix == ".xml" else "onnx")
+        (network.mark_openvino if target.suffix == ".xml" else network.mark_onnx)(target, info)
+        return done.kept
+    if target.suffix == ".xml":
+        network.write_openvino(plain, target, info)
     return []
 
 
@@ -238,6 +285,11 @@ def _report(
         f"{printable(target)}: {content['megabytes']:.1f} MB; {equality['matched']} of {equality['detections']} "
         f"detections as PyTorch's on {what}; {seconds['exported_ms']:.0f} ms, PyTorch {seconds['pytorch_ms']:.0f} ms"
     )
+    if not equality["detections"]:
+        print("nothing was found on these pictures, which therefore show nothing: give --data DIR")
+    elif not info.int8 and equality["matched"] < _EQUAL * equality["detections"]:
+        share = 100 * equality["matched"] / equality["detections"]
+        print(f"only {share:.0f} % are the same: measure the AP of both with --data DIR before you use it")
     print(f"use it as a checkpoint: cascade-rcnn predict {printable(target.parent)} photos")
 
 

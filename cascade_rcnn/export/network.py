@@ -10,6 +10,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from cascade_rcnn.errors import UserError
 from cascade_rcnn.messages import one_line
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN, NoInitialValues
-from cascade_rcnn.runtime.network import INPUTS, METADATA, OUTPUTS, ExportInfo
+from cascade_rcnn.runtime.network import INPUTS, METADATA, OUTPUTS, ExportInfo, check_weights, checksum
 from cascade_rcnn.structures import ImageBatch
 
 OPSET = 18  # the first with all operators that the network needs
@@ -133,8 +134,11 @@ def trace(model: CascadeRCNN, *, size: tuple[int, int] | None, batch: int | None
 
 
 def write_torch(program: Any, path: Path, info: ExportInfo) -> None:
-    """A ``.pt2`` file for ``torch.export.load``."""
-    torch.export.save(program, path, extra_files={METADATA: info.to_json()})
+    """A ``.pt2`` file for ``torch.export.load``. Raises OSError where it cannot be written."""
+    content = io.BytesIO()  # torch's own writer ends the process where the disk is full
+    torch.export.save(program, content, extra_files={METADATA: info.to_json()})
+    with path.open("wb") as file:
+        file.write(content.getbuffer())
 
 
 def write_onnx(program: Any, path: Path, info: ExportInfo) -> None:
@@ -192,9 +196,7 @@ def write_openvino(onnx_file: Path, path: Path, info: ExportInfo) -> None:
         import openvino
     except ImportError as error:
         raise UserError("the package openvino is missing: pip install 'cascade-rcnn[openvino]'") from error
-    model = openvino.convert_model(onnx_file)
-    model.set_rt_info(info.to_json(), [METADATA])
-    openvino.save_model(model, path, compress_to_fp16=False)
+    _save_openvino(openvino.convert_model(onnx_file), path, info)
 
 
 def mark_openvino(path: Path, info: ExportInfo) -> None:
@@ -202,12 +204,25 @@ def mark_openvino(path: Path, info: ExportInfo) -> None:
     import openvino
 
     model = openvino.Core().read_model(path)
-    model.set_rt_info(info.to_json(), [METADATA])
-    weights = path.with_suffix(".bin")
-    openvino.save_model(model, path.with_name("marked.xml"), compress_to_fp16=False)
+    marked = path.with_name("marked.xml")
+    _save_openvino(model, marked, info)
     del model
-    path.with_name("marked.xml").replace(path)
-    path.with_name("marked.bin").replace(weights)
+    marked.replace(path)
+    marked.with_suffix(".bin").replace(path.with_suffix(".bin"))
+
+
+def _save_openvino(model: Any, path: Path, info: ExportInfo) -> None:
+    """Both files of an IR; the first names the checksum of the second, which must be written to know it."""
+    import openvino
+
+    try:
+        openvino.save_model(model, path, compress_to_fp16=False)
+        info = replace(info, weights=checksum(path.with_suffix(".bin")))
+        model.set_rt_info(info.to_json(), [METADATA])
+        openvino.save_model(model, path, compress_to_fp16=False)
+    except RuntimeError as error:  # the disk is full, say
+        raise OSError(one_line(error)) from error
+    check_weights(path, info)
 
 
 def mark_onnx(path: Path, info: ExportInfo) -> None:

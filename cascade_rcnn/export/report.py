@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cascade_rcnn.config import Config
 from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.data.images import to_array
 from cascade_rcnn.data.orientation import refuse_undecided
+from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.data.split_levels import with_range
 from cascade_rcnn.data.synthetic_shapes import draw_scene
 from cascade_rcnn.errors import DataError
@@ -56,7 +58,7 @@ def pictures(data: Path | None, split: str, *, levels: str = "auto") -> tuple[li
             continue
     if not read:
         raise DataError(f"{data}: none of the pictures of {split!r} can be read; check the data set first")
-    return read[:IMAGES], f"{len(read[:IMAGES])} pictures of {data.name}, {split}"
+    return read[:IMAGES], f"{len(read[:IMAGES])} pictures of {data.resolve().name}, {split}"
 
 
 def compare(reference: Detector, exported: Detector, images: Sequence[Pixels]) -> dict[str, Any]:
@@ -137,14 +139,24 @@ def average_precision(checkpoint: Path, exported: Path, data: Path, split: str) 
     }
 
 
+def split_to_measure(
+    path: Path, config: Config, class_names: Sequence[str], data: Path, split: str
+) -> tuple[DataSplit, Config, list[int]]:
+    """A split of a data set, the configuration to look at it with, and its label of each class of the network.
+
+    Raises:
+        DataError: no such data, or other classes; orientation or levels of the pictures that have to be said.
+    """
+    opened = open_split(data, split, orientation=config.data.orientation)
+    refuse_undecided(opened, config.data.orientation)
+    settings, _ = with_range(replace(config.data, val=split), opened)
+    return opened, replace(config, data=settings), match_classes(class_names, opened, path, quiet=True)
+
+
 def metrics(path: Path, data: Path, split: str, *, precision: Precision = "auto") -> Metrics:
     """What ``evaluate`` measures of a checkpoint or an export on a split of a data set, on the CPU."""
     detector = load(path, device="cpu", precision=precision)
-    opened = open_split(data, split, orientation=detector.config.data.orientation)
-    refuse_undecided(opened, detector.config.data.orientation)
-    settings, _ = with_range(replace(detector.config.data, val=split), opened)
-    config = replace(detector.config, data=settings)
-    class_map = match_classes(detector.class_names, opened, path, quiet=True)
+    opened, config, class_map = split_to_measure(path, detector.config, detector.class_names, data, split)
     results, seen = detect_split(detector.model, config, opened, class_map=class_map, precision=precision)
     with contextlib.redirect_stdout(io.StringIO()):
         return evaluate_results(results, config, seen)

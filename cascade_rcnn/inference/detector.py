@@ -7,8 +7,6 @@ each side's own factor.
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,27 +38,12 @@ from cascade_rcnn.models.cascade_rcnn import CascadeRCNN, NoInitialValues
 from cascade_rcnn.models.ops.capabilities import has_bfloat16_units, triton_problem
 from cascade_rcnn.models.ops.winograd import WinogradConv2d
 from cascade_rcnn.runtime.network import exported_file, refuse_setting
+from cascade_rcnn.runtime.settings import check_model_settings, checked_number
 from cascade_rcnn.structures import ImageBatch
 from cascade_rcnn.zoo.store import resolve
 
 _PRECISIONS = {"fp32": "float32", "tf32": "float32 with products in TF32", "bf16": "bfloat16"}
 ImageLike = str | Path | bytes | IO[bytes] | Image.Image | NDArray[np.uint8] | Tensor
-
-
-def checked_number(name: str, value: object, *, low: float, high: float = math.inf, whole: bool = False) -> None:
-    """Refuse what is no number, or none from ``low`` to ``high``; None stands for "as it is".
-
-    Raises:
-        UserError: in one line, with the value.
-    """
-    kinds: tuple[Any, ...] = (numbers.Integral,) if whole else (numbers.Real,)
-    number: Any = value
-    if value is None or (type(value) is not bool and isinstance(number, kinds) and low <= number <= high):
-        return
-    limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
-    per_cent = high == 1 and type(value) in (int, float) and 1 < number <= 100
-    hint = f"; for {value} per cent write {number / 100:g}" if per_cent else ""
-    raise UserError(f"{name} {shown(value)}: give a {'whole ' if whole else ''}number {limits}{hint}")
 
 
 def _changed(config: Config, model: dict[str, Any], data: dict[str, Any]) -> Config:
@@ -128,15 +111,12 @@ def load(
         model, config = _compiled(model, config)
     detector = Detector(model, config, checkpoint.class_names, checkpoint.category_ids, precision=precision)
     if score_threshold is None:
-        detector.thresholds = _thresholds(checkpoint.metadata.get("thresholds", {}), path)
+        detector.thresholds = checked_thresholds(checkpoint.metadata.get("thresholds", {}), path)
     return detector
 
 
 def _check_settings(model: dict[str, Any], max_pixels: int | None, *, compile: bool) -> None:
-    checked_number("score_threshold", model["score_threshold"], low=0, high=1)
-    checked_number("max_detections", model["max_detections"], low=1, whole=True)
-    checked_number("stop_after_stage", model["stop_after_stage"], low=0, whole=True)
-    checked_number("max_pixels", max_pixels, low=1, whole=True)
+    check_model_settings(model, max_pixels)
     if not isinstance(compile, bool):
         raise UserError(f"compile {shown(compile)}: give True or False")
 
@@ -192,7 +172,7 @@ def _load_weights(model: CascadeRCNN, state: dict[str, Tensor], path: Path) -> N
         ) from error
 
 
-def _thresholds(written: Any, path: Path) -> dict[str, float]:
+def checked_thresholds(written: Any, path: Path) -> dict[str, float]:
     """The thresholds of classes in a checkpoint, checked."""
     if not isinstance(written, dict) or not all(
         type(one) in (int, float) and 0 <= one <= 1 for one in written.values()
@@ -292,6 +272,8 @@ class Detector:
         """
         chosen = choose_device(device)
         if isinstance(self.model, ExportedNetwork):
+            if chosen.type == "cpu" or str(device) == "auto":
+                return self
             raise UserError(f"an exported network stays on the CPU; load the checkpoint itself for {device}")
         if type(self.model) is not CascadeRCNN and isinstance(self.model, CascadeRCNN):
             raise UserError(f"a compiled network stays on its device: load(..., device={str(device)!r}, compile=True)")

@@ -6,12 +6,15 @@ Without torch, ``cascade_rcnn.runtime.detector`` does the same with arrays. B im
 from __future__ import annotations
 
 import inspect
+import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cascade_rcnn.errors import CheckpointError
+from cascade_rcnn.messages import printable
 from cascade_rcnn.runtime.network import INPUTS, METADATA, OUTPUTS, Arrays, Run, RuntimeNetwork, exported_file
 from cascade_rcnn.structures import ImageBatch, RawDetections
 
@@ -53,6 +56,8 @@ class ExportedNetwork(nn.Module):
 
 
 def _open_torch(path: Path, _: int) -> tuple[Run, str, str]:
+    if not zipfile.is_zipfile(path):  # torch would log its attempts
+        raise CheckpointError(f"{printable(path)}: is no whole file of torch.export; copy or export it once more")
     extra = {METADATA: ""}
     program = torch.export.load(path, extra_files=extra)
     unguarded = "check_guards" in inspect.signature(program.module).parameters

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from torch import Tensor, nn
 
+from cascade_rcnn.rounding import round_up
+
 
 class DetectionSwinBlock(SwinTransformerBlock):
     """timm's block, and its weights, with the order of the official detectors (arXiv 2103.14030)."""
@@ -18,8 +20,9 @@ class DetectionSwinBlock(SwinTransformerBlock):
         """[B, H, W, C], normed, to the attention's output of the same shape."""
         height, width = x.shape[1:3]
         rows, columns = self.window_size
-        x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
-        padded_height, padded_width = x.shape[1:3]
+        # as whole windows, not by remainders, of which an exporter for any size makes expressions that take minutes
+        padded_height, padded_width = round_up(height, rows), round_up(width, columns)
+        x = F.pad(x, (0, 0, 0, padded_width - width, 0, padded_height - height))
         down, right = self.shift_size
         mask = None
         if down or right:

@@ -22,6 +22,7 @@ from cascade_rcnn.errors import CheckpointError, UserError
 from cascade_rcnn.messages import printable
 from cascade_rcnn.runtime.detections import ArrayDetections
 from cascade_rcnn.runtime.network import ExportInfo, RuntimeNetwork, exported_file, refuse_setting
+from cascade_rcnn.runtime.settings import check_model_settings, checked_number
 
 Pixels = NDArray[np.uint8]
 _WITH_TORCH = "pip install cascade-rcnn"
@@ -52,6 +53,9 @@ def load(
             + _WITH_TORCH
         )
     stages = others.pop("stop_after_stage", None)
+    given = {"score_threshold": score_threshold, "max_detections": max_detections}
+    check_model_settings({**given, "stop_after_stage": None if stages == "auto" else stages}, max_pixels)
+    checked_number("threads", threads, low=0, whole=True)
     if stages == "auto":
         raise UserError(
             f"{printable(file)}: an exported network takes all proposals through its stages; drop --stages auto"
@@ -135,8 +139,9 @@ class ArrayDetector:
         """
         if tile is not None:
             raise UserError(f"tile {tile}: tiles need PyTorch, which is not installed: {_WITH_TORCH}")
-        if batch_size < 1:
-            raise UserError(f"batch_size {batch_size}: give a whole number of at least 1")
+        checked_number("batch_size", batch_size, low=1, whole=True)
+        checked_number("score_threshold", score_threshold, low=0, high=1)
+        checked_number("max_pixels", max_pixels, low=1, whole=True)
         one_image = not isinstance(image, list | tuple)
         images = [image] if one_image else image
         data = self.config.data

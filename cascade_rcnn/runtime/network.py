@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rcnn.config import Config
-from cascade_rcnn.errors import CheckpointError, UserError
-from cascade_rcnn.messages import one_line, printable
+from cascade_rcnn.errors import CheckpointError, ConfigError, UserError
+from cascade_rcnn.messages import few_names, one_line, printable
 from cascade_rcnn.recipes import config_from_dict
 
 METADATA = "cascade_rcnn"
+_ENDINGS = (".onnx", ".xml", ".pt2")
 NAMES = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2"}
 INPUTS = ("pixels", "sizes")  # uint8 [B, 3, H, W], RGB, zero where padded; int64 [B, 2], height and width within it
 OUTPUTS = ("boxes", "scores", "labels", "valid", "masks")  # [B, D, 4], [B, D] ..., [B, D, m, m] where there are masks
@@ -42,10 +46,12 @@ class ExportInfo:
     size: tuple[int, int] | None  # (height, width) of its only input size; None: any multiples of 32
     batch: int | None  # its only batch size; None: any
     int8: bool
+    weights: int | None = None  # CRC-32 of the weights, where they lie in a file of their own
 
     def to_json(self) -> str:
         """The text that the network's file carries."""
-        fields = {name: getattr(self, name) for name in ("class_names", "category_ids", "thresholds", "size", "batch")}
+        names = ("class_names", "category_ids", "thresholds", "size", "batch", "weights")
+        fields = {name: getattr(self, name) for name in names}
         return json.dumps({"version": 1, "config": self.config.to_dict(), "int8": self.int8, **fields})
 
     def kind(self) -> str:
@@ -66,23 +72,35 @@ def read_info(text: str, path: Path) -> ExportInfo:
             config=config_from_dict(fields["config"], source=printable(path)),
             class_names=tuple(fields["class_names"]),
             category_ids=tuple(fields["category_ids"]),
-            thresholds=dict(fields["thresholds"]),
+            thresholds={str(name): float(value) for name, value in fields["thresholds"].items()},
             size=None if size is None else (int(size[0]), int(size[1])),
-            batch=fields["batch"],
+            batch=None if fields["batch"] is None else int(fields["batch"]),
+            weights=fields.get("weights"),
             int8=bool(fields["int8"]),
         )
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except ConfigError as error:
+        raise CheckpointError(f"{error}; export the checkpoint again with this version of cascade-rcnn") from error
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(
             f"{printable(path)}: was not written by 'cascade-rcnn export' (no settings in it); export the checkpoint"
         ) from error
 
 
 def exported_file(path: str | Path) -> Path | None:
-    """The network's file that ``path`` means: itself, or the one in an export's folder; None for anything else."""
+    """The network's file that ``path`` means: itself, or the one in an export's folder; None for anything else.
+
+    In a folder without a checkpoint the file may have been renamed, where it is the only one.
+    """
     path = Path(path)
-    if path.suffix.lower() in (".onnx", ".pt2", ".xml"):
-        return path
+    if not path.is_dir():
+        return path if path.suffix.lower() in _ENDINGS else None
     found = [path / name for name in NAMES.values() if (path / name).is_file()]
+    if not found and not any(path.glob("*.safetensors")):
+        others = [file for file in path.iterdir() if file.suffix.lower() in _ENDINGS and file.is_file()]
+        others = [file for file in others if file.suffix.lower() != ".xml" or file.with_suffix(".bin").is_file()]
+        found = others if len(others) == 1 else []
     return found[0] if found else None
 
 
@@ -93,7 +111,12 @@ def refuse_setting(info: ExportInfo, path: Path, **wanted: float | None) -> None
         has = getattr(inside, name)
         if value is None:
             continue
-        possible = {"score_threshold": value >= has, "max_detections": value <= has, "stop_after_stage": value == has}
+        every = len(inside.stage_ious)  # what 0 stages mean
+        possible = {
+            "score_threshold": value >= has,
+            "max_detections": value <= has,
+            "stop_after_stage": (value or every) == (inside.stop_after_stage or every),
+        }
         if not possible[name]:
             raise UserError(
                 f"{name} {value}: {printable(path)} was exported with {has}; export the checkpoint again with "
@@ -122,18 +145,15 @@ class RuntimeNetwork:
             )
         try:
             self.run, self.runtime, text = opener(path, threads or _cores())
-        except (UserError, CheckpointError):
+        except UserError:
             raise
         except Exception as error:  # runtimes raise kinds of their own
-            if path.suffix.lower() == ".xml" and not path.with_suffix(".bin").is_file():
-                raise CheckpointError(
-                    f"{printable(path)}: its weights {printable(path.with_suffix('.bin').name)} are not beside it; "
-                    "copy both files of the export"
-                ) from error
             raise CheckpointError(
                 f"{printable(path)}: cannot be loaded ({one_line(error)[:200]}); copy or export it once more"
             ) from error
         self.info = read_info(text, path)
+        if path.suffix.lower() == ".xml":
+            check_weights(path, self.info)
 
     def detect(self, pixels: NDArray[np.uint8], sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """``OUTPUTS`` of a batch; a fixed batch is filled up with copies, a fixed size with padding.
@@ -171,6 +191,34 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 22):
+            value = zlib.crc32(part, value)
+    return value
+
+
+def check_weights(path: Path, info: ExportInfo) -> None:
+    """Raises CheckpointError where the weights beside ``path`` are not those that were written with it."""
+    weights = path.with_suffix(".bin")
+    if info.weights is not None and checksum(weights) != info.weights:
+        raise CheckpointError(
+            f"{printable(path)}: {printable(weights.name)} beside it is damaged or of another export; copy both files "
+            "of one export"
+        )
+
+
+def _check_names(path: Path, inputs: Sequence[str], outputs: Sequence[str], text: str) -> None:
+    """Raises CheckpointError for a network of ours that another program has given other inputs or outputs."""
+    if text and (set(inputs) != set(INPUTS) or not set(OUTPUTS[:4]) <= set(outputs)):
+        raise CheckpointError(
+            f"{printable(path)}: has the inputs {few_names(inputs)} and the outputs {few_names(outputs)}, where an "
+            f"export has {', '.join(INPUTS)}, and {', '.join(OUTPUTS[:4])}: another program changed it; export it anew"
+        )
+
+
 def _missing(name: str) -> UserError:
     extra = {"onnxruntime": "onnx", "openvino": "openvino"}[name]
     return UserError(f"the package {name} is missing: pip install {name}, or 'cascade-rcnn[{extra}]'")
@@ -183,9 +231,12 @@ def _open_onnx(path: Path, threads: int) -> tuple[Run, str, str]:
         raise _missing("onnxruntime") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    # a name that is no UTF-8 cannot be handed over
+    network = str(path) if str(path).isprintable() else path.read_bytes()
+    session = onnxruntime.InferenceSession(network, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     text = session.get_modelmeta().custom_metadata_map.get(METADATA, "")
+    _check_names(path, [one.name for one in session.get_inputs()], names, text)
 
     def run(feed: Arrays) -> Arrays:
         return dict(zip(names, session.run(names, dict(feed))))
@@ -198,15 +249,34 @@ def _open_openvino(path: Path, threads: int) -> tuple[Run, str, str]:
         import openvino
     except ImportError as error:
         raise _missing("openvino") from error
+    with path.open("rb") as file:
+        if b"<net" not in file.read(1000):  # the runtime would try all formats that it knows, and log each failure
+            raise CheckpointError(f"{printable(path)}: is no network of OpenVINO; give model.xml of an export")
+    weights = path.with_suffix(".bin")
+    if not weights.is_file():
+        raise CheckpointError(
+            f"{printable(path)}: its weights {printable(weights.name)} are not beside it; copy both files of the export"
+        )
     core = openvino.Core()
-    model = core.read_model(path)
+    try:
+        model = core.read_model(path)
+    except RuntimeError as error:
+        reason = re.sub(r"(Exception from|Check '.*?' failed at) \S+:\d+:\s*", "", one_line(error))[:200]
+        raise CheckpointError(
+            f"{printable(path)}: cannot be read with {printable(weights.name)} beside it ({reason}); copy both files "
+            "of one export"
+        ) from error
     text = model.get_rt_info([METADATA]).astype(str) if model.has_rt_info([METADATA]) else ""
+    inputs, names = ([one.get_any_name() for one in ports] for ports in (model.inputs, model.outputs))
+    _check_names(path, inputs, names, text)
     # bfloat16, which the runtime would take by itself where the processor has it, is not what was measured
     hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
     compiled = core.compile_model(model, "CPU", hints)
+    one_at_a_time = Lock()  # all calls share one request, whose outputs the next call overwrites
 
     def run(feed: Arrays) -> Arrays:
-        outputs = compiled(dict(feed))
-        return {output.get_any_name(): np.array(outputs[output]) for output in compiled.outputs}
+        with one_at_a_time:
+            outputs = compiled(dict(feed))
+            return {output.get_any_name(): np.array(outputs[output]) for output in compiled.outputs}
 
     return run, f"OpenVINO {openvino.__version__.partition('-')[0]}", text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -245,7 +246,7 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
         load(tmp_path / "other.onnx")
     with pytest.raises(CheckpointError, match="no such file"):
         load(tmp_path / "absent.pt2")
-    assert exported_file(tmp_path) is None and exported_file("runs/demo") is None
+    assert exported_file(tmp_path / "absent") is None and exported_file("runs/demo") is None
 
 
 def test_a_network_without_its_weights_says_so(tmp_path: Path) -> None:
@@ -264,6 +265,9 @@ def test_what_cannot_work_is_said_before_the_tracing(
     monkeypatch.setattr(command.network, "trace", trace)
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
+    other = shutil.copytree(data, tmp_path / "other")
+    for file in (other / "annotations").glob("*.json"):
+        file.write_text(file.read_text().replace(CLASSES[0], "cube"))
     for changes, words in (
         (
             {"out": tmp_path / "file" / "below"},
@@ -274,6 +278,7 @@ def test_what_cannot_work_is_said_before_the_tracing(
         ({"int8": tmp_path / "empty"}, "empty: no image or video found"),
         ({"data": tmp_path / "absent"}, "absent: no such folder"),
         ({"data": data, "split": "third"}, "no split 'third'"),
+        ({"data": other}, "classes do not fit .* which does not know cube"),
     ):
         with pytest.raises(UserError, match=words):
             run_export(checkpoint, **{"to": "onnx", "out": tmp_path / "new", **changes})

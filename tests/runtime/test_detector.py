@@ -118,6 +118,13 @@ def test_both_commands_write_the_same(network: Path, tmp_path: Path) -> None:
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
+def test_videos_alone_are_refused_before_the_network_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "street.mp4").write_bytes(b"frames")
+    with pytest.raises(UserError, match="only videos are given: they need PyTorch"):
+        run_predict_without_torch(tmp_path / "absent.onnx", [tmp_path], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 _BLOCKED = """
 import sys
 # what is not there after pip install --no-deps cascade-rcnn && pip install numpy pillow onnxruntime
