@@ -4,14 +4,15 @@ B images, N boxes per image (padded, ``valid`` marks the boxes), L levels, C cha
 Boxes are xyxy in pixels of the network input. Sources: He et al., arXiv 1703.06870 (RoIAlign); Lin et al.,
 arXiv 1612.03144, equation 1 (level by size).
 
-Three ways compute the same numbers:
+Four ways compute the same numbers:
 
 * **plain** (any device, the default on CPUs): the mean over a bin's bilinear samples is separable, so each bin is a
   weighted sum of T = (samples + 1)^2 pixels, about 13, instead of 4 x samples^2. In channels-last memory each pixel is
   one contiguous vector of C numbers, and ``embedding_bag`` sums such vectors at the speed of the memory. The gradient
   is the same sum with the roles exchanged (for each pixel, the bins that read it): no atomics, bit-equal runs.
 * **fused** (CUDA, ``roi_align_triton.py``): one Triton kernel; used unless deterministic algorithms are asked for.
-* **portable** (export, devices without either): torchvision's operator on every level, with static shapes.
+* **portable** (devices without either): torchvision's operator on every level, with static shapes;
+* **exported**: that operator once, on all levels side by side in one map.
 
 One bin, worked out (plain path, aligned): the box (10, 20, 66, 76) is 56 pixels wide, its level is the first, of
 stride 4. There it begins at x = 10 / 4 - 0.5 = 2.0 and is 56 / 4 = 14 pixels wide: with S = 7 a bin has 2 pixels and
@@ -37,6 +38,7 @@ from cascade_rcnn.models.ops.roi_sampling import Frame, Sampling
 
 CANONICAL_SIDE = 56.0  # a box of twice this side (in pixels) is the smallest that leaves the first level
 _MAX_TAPS = 4096  # per bin and side: boxes of 28,000 pixels of a level; bounds the memory of a diverged model
+_OUTSIDE = (-9.0, -9.0, -2.0, -2.0)  # a box in pixels of a map, where it reads zeros
 _CHUNK = 1 << 19  # entries of the index built at a time: 6 MB of index and weights, and results that stay in the cache
 
 
@@ -52,6 +54,8 @@ def roi_align(features: Sequence[Tensor], boxes: Tensor, sampling: Sampling, val
 
     Arguments as in :func:`roi_align_rows`, which a head should prefer: it needs no copy to be flattened.
     """
+    if _exported():
+        return _exported_grid(features, boxes.detach().to(torch.float32), valid, sampling)
     rows = roi_align_rows(features, boxes, sampling, valid)
     grid = rows.view(*boxes.shape[:2], sampling.size, sampling.size, features[0].shape[1])
     return grid.permute(0, 1, 4, 2, 3)  # [B, N, C, S, S]
@@ -70,6 +74,8 @@ def roi_align_rows(
     if len(features) != len(sampling.strides):
         raise ValueError(f"{len(features)} feature maps for {len(sampling.strides)} strides")
     boxes = boxes.detach().to(torch.float32)
+    if _exported():
+        return _exported_grid(features, boxes, valid, sampling).flatten(3).transpose(2, 3)
     if _needs_portable(features[0]):
         return _portable_rows(features, boxes, valid, sampling)
     rows: Tensor = _rows(list(features), boxes, valid, *_plain_numbers(sampling))
@@ -85,9 +91,7 @@ def rows_weight(weight: Tensor, bins: int) -> Tensor:
 
 
 def _needs_portable(feature: Tensor) -> bool:
-    """Whether to use torchvision's operator: the one that exporters know and other devices have."""
-    if torch._C._get_tracing_state() is not None or exporting():
-        return True
+    """Whether to use torchvision's operator, which other devices have."""
     return feature.device.type != "cpu" and not (feature.is_cuda and has_triton())
 
 
@@ -112,6 +116,56 @@ def _portable_rows(features: Sequence[Tensor], boxes: Tensor, valid: Tensor | No
         total = pooled if total is None else total + pooled
     assert total is not None
     return total.to(features[0].dtype).flatten(2).transpose(1, 2).reshape(batch, count, sampling.size**2, -1)
+
+
+# Exported
+
+
+def _exported() -> bool:
+    """Whether an exporter is tracing, which knows torchvision's operator."""
+    return torch._C._get_tracing_state() is not None or exporting()
+
+
+def _exported_grid(features: Sequence[Tensor], boxes: Tensor, valid: Tensor | None, sampling: Sampling) -> Tensor:
+    """``[B, N, C, S, S]``: each box is read once, where its level lies in a map that holds all of them.
+
+    The boxes must lie within their images: behind a level's border there is one more pixel, and then the next level.
+    """
+    batch, count = boxes.shape[:2]
+    joined, tops = _side_by_side(features)
+    wanted = boxes.isfinite().all(dim=2)
+    if valid is not None:
+        wanted = wanted & valid
+    boxes = torch.where(wanted[..., None], boxes, 0)
+    levels = assign_levels(boxes, len(features))
+    if sampling.frame is Frame.PLUS_ONE:
+        boxes = torch.cat((boxes[..., :2], boxes[..., 2:] - 1), dim=-1)
+    scale, top = torch.zeros_like(boxes[..., :1]), torch.zeros_like(boxes[..., :1])
+    for level, stride in enumerate(sampling.strides):
+        here = (levels == level)[..., None]
+        scale, top = torch.where(here, 1.0 / stride, scale), torch.where(here, tops[level] + 1.0, top)
+    across, down = torch.ones_like(top), top
+    boxes = boxes * scale + torch.cat((across, down, across, down), dim=-1)
+    boxes = torch.where(wanted[..., None], boxes, boxes.new_tensor(_OUTSIDE))
+    image = torch.arange(batch, device=boxes.device, dtype=boxes.dtype)[:, None, None].expand(batch, count, 1)
+    rois = torch.cat((image, boxes), dim=2).flatten(0, 1)  # [B*N, 5]
+    pooled = torchvision_roi_align(joined, rois, sampling.size, 1.0, sampling.ratio, sampling.frame is Frame.ALIGNED)
+    return pooled.view(batch, count, -1, sampling.size, sampling.size)
+
+
+def _side_by_side(features: Sequence[Tensor]) -> tuple[Tensor, list[Any]]:
+    """All levels in one map [B, C, H, W], one below the other, and the row in which each begins.
+
+    Each has its outermost pixels repeated once around it, which is how RoIAlign reads beyond a border.
+    """
+    width = features[0].shape[3]
+    parts, tops, below = [], [], 0
+    for feature in features:
+        part = F.pad(feature.float(), (1, 1, 1, 1), mode="replicate")
+        parts.append(F.pad(part, (0, width - feature.shape[3])))
+        tops.append(below)
+        below = below + feature.shape[2] + 2
+    return torch.cat(parts, dim=2), tops
 
 
 # Plain

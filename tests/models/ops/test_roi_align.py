@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
+from cascade_rcnn.models.boxes import clip_boxes
 from cascade_rcnn.models.ops import roi_align as module
 from cascade_rcnn.models.ops.capabilities import has_triton, triton_problem
 from cascade_rcnn.models.ops.roi_align import assign_levels, roi_align, roi_align_rows, rows_weight
@@ -176,21 +177,36 @@ def test_a_large_number_of_boxes_is_cut_into_chunks(monkeypatch: pytest.MonkeyPa
     assert torch.equal(roi_align_rows(features, boxes, SEVEN), whole)
 
 
+@pytest.mark.parametrize("frame", list(Frame))
+def test_devices_without_either_kernel_use_torchvision_level_by_level(
+    monkeypatch: pytest.MonkeyPatch, frame: Frame
+) -> None:
+    features, boxes, sampling = pyramid(), some_boxes(), Sampling(7, STRIDES, 0, frame)
+    valid = torch.rand(boxes.shape[:2], generator=torch.Generator().manual_seed(3)) > 0.3
+    wanted = roi_align(features, boxes, sampling, valid)
+    monkeypatch.setattr(module, "_needs_portable", lambda feature: True)
+    monkeypatch.setattr(module, "_rows", None)
+    torch.testing.assert_close(roi_align(features, boxes, sampling, valid), wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="before torch 2.7 nothing says who traces")
-def test_export_uses_torchvision_with_the_same_numbers() -> None:
+@pytest.mark.parametrize("sampling", [SEVEN, Sampling(7, STRIDES, 2, Frame.UNALIGNED)], ids=["aligned", "unaligned"])
+def test_export_uses_torchvision_once_with_the_same_numbers(sampling: Sampling) -> None:
     class Pool(torch.nn.Module):
         def forward(self, features: list[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
-            return roi_align(features, boxes, SEVEN, valid)
+            return roi_align(features, boxes, sampling, valid)
 
-    features, boxes = pyramid(), some_boxes()
+    features, boxes = pyramid(), clip_boxes(some_boxes(), torch.tensor([[96, 160], [90, 151]]))  # as the network does
+    boxes[:, 7] = float("nan")
     valid = torch.rand(boxes.shape[:2], generator=torch.Generator().manual_seed(3)) > 0.3
+    valid[:, [1, 5, 7]] = torch.tensor([True, True, False])
     program = torch.export.export(Pool(), (features, boxes, valid))
-    names = {str(node.target) for node in program.graph.nodes}
-    assert any("torchvision.roi_align" in name for name in names)
+    names = [str(node.target) for node in program.graph.nodes]
+    assert sum("torchvision.roi_align" in name for name in names) == 1
     assert not any("cascade_rcnn" in name for name in names)
     torch.testing.assert_close(
         program.module()(features, boxes, valid),
-        expected(features, boxes, SEVEN, valid),
+        expected(features, boxes, sampling, valid),
         rtol=1e-5,
         atol=1e-5,
     )
