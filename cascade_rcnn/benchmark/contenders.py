@@ -144,7 +144,8 @@ def our_contender(
 
 
 def runtime_contenders(setting: Setting, folder: Path) -> list[Contender]:
-    """Our network in ONNX Runtime and OpenVINO, those that are installed, exported for this one size; float and int8.
+    """Our network in ONNX Runtime and OpenVINO, those that are installed, exported for this one size: in float, in
+    bfloat16 (OpenVINO, on processors that have it) and int8.
 
     All layers become integers, calibrated on the images of the measurement: right for times, not for detections.
 
@@ -165,6 +166,8 @@ def runtime_contenders(setting: Setting, folder: Path) -> list[Contender]:
     if importlib.util.find_spec("openvino") is not None:
         network.write_openvino(onnx_file, openvino_file, info)
         found.append(_in_runtime(openvino_file, setting))
+        if has_bfloat16_units():
+            found.append(_in_runtime(openvino_file, setting, bfloat16=True))
         if importlib.util.find_spec("nncf") is not None:
             found.append(_in_integers(onnx_file, setting, info, to="openvino"))
     return found
@@ -181,10 +184,13 @@ def _in_integers(onnx_file: Path, setting: Setting, info: ExportInfo, *, to: Tar
     return contender
 
 
-def _in_runtime(path: Path, setting: Setting) -> Contender:
-    opened = RuntimeNetwork(path, threads=torch.get_num_threads())
+def _in_runtime(path: Path, setting: Setting, *, bfloat16: bool = False) -> Contender:
+    opened = RuntimeNetwork(path, threads=torch.get_num_threads(), bfloat16=bfloat16)
     pixels, sizes = _network_inputs(setting)
-    return Contender(f"the same in {opened.runtime}", lambda: opened.detect(pixels, sizes), setting.batch)
+    name = f"the same in {opened.runtime}{', bfloat16' if bfloat16 else ''}"
+    contender = Contender(name, lambda: opened.detect(pixels, sizes), setting.batch)
+    contender.dtype = torch.bfloat16 if bfloat16 else contender.dtype
+    return contender
 
 
 def _network_inputs(setting: Setting) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -51,9 +51,9 @@ def run_benchmark(
 ) -> dict[str, Any]:
     """Measure ``config`` on synthetic images of ``size`` (height, width); print a table, return (and write) numbers.
 
-    ``also``: our network compiled too, or in ONNX Runtime and OpenVINO, those that are installed, in float and int8.
-    ``rounds`` 0 takes 5 on a CPU and 20 on a GPU. ``data`` also measures how fast that data set can be read. Both
-    models' weights are made from a rule (:func:`cascade_rcnn.benchmark.stopwatch.seed_weights`).
+    ``also``: our network compiled too, or in ONNX Runtime and OpenVINO, those that are installed, in float, bfloat16
+    and int8. ``rounds`` 0 takes 5 on a CPU and 20 on a GPU. ``data`` also measures how fast that data set can be read.
+    Both models' weights are made from a rule (:func:`cascade_rcnn.benchmark.stopwatch.seed_weights`).
 
     Raises :class:`UserError` for a size or device that cannot be used.
     """

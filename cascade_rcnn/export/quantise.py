@@ -27,7 +27,7 @@ Target = Literal["openvino", "onnx"]
 
 CALIBRATION_IMAGES = 100
 _MEASURED_IMAGES = 8  # for the choice of the layers that stay in float
-_LARGEST_CHANGE = 0.03  # of a group that becomes integer, as `change` counts it
+_LARGEST_CHANGE = 0.06  # of a group that becomes integer, as `change` counts it
 _CONFIDENT = 0.3  # score of the detections that are compared
 # Parts of a network, by the names of their weights. The first convolution is a group of its own.
 _GROUPS = (

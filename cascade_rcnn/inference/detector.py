@@ -93,7 +93,8 @@ def load(
     _check_settings(model_settings, max_pixels, compile=compile)
     if (exported := exported_file(path)) is not None:
         _refuse_for_exported(exported, device=device, precision=precision, compile=compile, auto=stops_early)
-        return _load_exported(exported, model_settings, {"max_pixels": max_pixels, "range": range})
+        network = ExportedNetwork(exported, bfloat16=precision == "bf16")
+        return _load_exported(network, model_settings, {"max_pixels": max_pixels, "range": range})
     chosen = choose_device(device)
     precision = choose_precision(precision, chosen)
     path = resolve(path)
@@ -132,7 +133,7 @@ def _refuse_for_exported(
         raise UserError(
             f"{where}: an exported network runs on the CPU here, not on {device}; load the checkpoint itself"
         )
-    if precision not in ("auto", "fp32"):
+    if precision not in ("auto", "fp32", "bf16"):
         raise UserError(f"{where}: exported in float32 (or --int8); for {precision} load the checkpoint itself")
     if compile:
         raise UserError(f"{where}: an exported network is not compiled by torch; drop --compile")
@@ -148,10 +149,9 @@ def _refuse_to_stop_early(config: Config, path: Path, *, compile: bool) -> None:
         )
 
 
-def _load_exported(path: Path, model: dict[str, Any], data: dict[str, Any]) -> Detector:
-    network = ExportedNetwork(path)
+def _load_exported(network: ExportedNetwork, model: dict[str, Any], data: dict[str, Any]) -> Detector:
     info = network.info
-    refuse_setting(info, path, **model)
+    refuse_setting(info, network.network.path, **model)
     score, limit = model["score_threshold"], model["max_detections"]
     config = _changed(info.config, {**model, "stop_after_stage": None}, data)
     # it takes a network's place wherever batches are looked at
@@ -236,7 +236,7 @@ class Detector:
         """One line: the device, and what was chosen for it or forced."""
         own = f"; thresholds of its own for {len(self.thresholds)} classes" if self.thresholds else ""
         if isinstance(self.model, ExportedNetwork):
-            return f"cpu: {self.model.runtime}, {self.model.info.kind()}{own}"
+            return f"cpu: {self.model.network.kind()}{own}"
         model, data = self.model, self.config.data
         device = model.mean.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -38,10 +38,12 @@ class ExportedNetwork(nn.Module):
     score_threshold: float = 0.0
     max_detections: int | None = None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, bfloat16: bool = False) -> None:
         """Raises CheckpointError: no such file, a damaged one, or another program's; UserError: no runtime for it."""
         super().__init__()
-        self.network = RuntimeNetwork(path, threads=torch.get_num_threads(), others={".pt2": _open_torch})
+        self.network = RuntimeNetwork(
+            path, threads=torch.get_num_threads(), bfloat16=bfloat16, others={".pt2": _open_torch}
+        )
         self.runtime, self.info = self.network.runtime, self.network.info
         self.canvas = self.info.size
         self.eval()

@@ -60,11 +60,11 @@ def load(
         raise UserError(
             f"{printable(file)}: an exported network takes all proposals through its stages; drop --stages auto"
         )
-    usual = {"device": ("auto", "cpu"), "precision": ("auto", "fp32"), "compile": (False,)}
+    usual = {"device": ("auto", "cpu"), "precision": ("auto", "fp32", "bf16"), "compile": (False,)}
     for name, value in others.items():
         if value not in usual.get(name, ()):
             raise UserError(f"{name} {value}: an exported network without PyTorch has no such setting: {_WITH_TORCH}")
-    network = RuntimeNetwork(file, threads=threads)
+    network = RuntimeNetwork(file, threads=threads, bfloat16=others.get("precision") == "bf16")
     info = network.info
     refuse_setting(info, file, score_threshold=score_threshold, max_detections=max_detections, stop_after_stage=stages)
     changes: dict[str, Any] = {
@@ -101,7 +101,7 @@ class ArrayDetector:
     def choices(self) -> str:
         """One line: the runtime and its numbers."""
         own = f"; thresholds of its own for {len(self.thresholds)} classes" if self.thresholds else ""
-        return f"cpu: {self.network.runtime}, {self.network.info.kind()}, without PyTorch{own}"
+        return f"cpu: {self.network.kind()}, without PyTorch{own}"
 
     @overload  # a str is also a sequence of str, but is meant as one path
     def predict(  # type: ignore[overload-overlap]

@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -54,10 +55,12 @@ class ExportInfo:
         fields = {name: getattr(self, name) for name in names}
         return json.dumps({"version": 1, "config": self.config.to_dict(), "int8": self.int8, **fields})
 
-    def kind(self) -> str:
+    def kind(self, *, bfloat16: bool = False) -> str:
         """Its numbers and its input size, for a line."""
-        numbers = "8-bit integers" if self.int8 else "float32"
-        return f"{numbers}, {'any size' if self.size is None else f'input {self.size[0]} x {self.size[1]}'}"
+        numbers = ["8-bit integers"] if self.int8 else [] if bfloat16 else ["float32"]
+        numbers += ["bfloat16"] if bfloat16 else []
+        size = "any size" if self.size is None else f"input {self.size[0]} x {self.size[1]}"
+        return f"{' and '.join(numbers)}, {size}"
 
 
 def read_info(text: str, path: Path) -> ExportInfo:
@@ -124,20 +127,33 @@ def refuse_setting(info: ExportInfo, path: Path, **wanted: float | None) -> None
             )
 
 
+_OFFER = "; the processor's bfloat16 units unused (--precision bf16)"
+
+
 class RuntimeNetwork:
     """An exported network, opened."""
 
-    def __init__(self, path: Path, *, threads: int = 0, others: Mapping[str, Opener] | None = None) -> None:
-        """``threads`` 0: one for each core. ``others``: how files of other endings are opened.
+    def __init__(
+        self, path: Path, *, threads: int = 0, bfloat16: bool = False, others: Mapping[str, Opener] | None = None
+    ) -> None:
+        """``threads`` 0: one for each core. ``bfloat16``: what is not integer, by OpenVINO on processors that have it.
+        ``others``: how files of other endings are opened.
 
         Raises:
             CheckpointError: no such file, a damaged one, or another program's.
-            UserError: no runtime for it.
+            UserError: no runtime for it, or one without bfloat16.
         """
         self.path = path
         if not path.is_file():
             raise CheckpointError(f"{printable(path)}: no such file; export a checkpoint with 'cascade-rcnn export'")
-        openers: dict[str, Opener] = {".onnx": _open_onnx, ".xml": _open_openvino, **(others or {})}
+        if bfloat16 and path.suffix.lower() != ".xml":
+            raise UserError(
+                f"precision bf16: {printable(path)} runs in float32 (or --int8); load the checkpoint itself, or export "
+                "it with --to openvino"
+            )
+        self.bfloat16 = bfloat16
+        from_openvino = partial(_open_openvino, bfloat16=bfloat16)
+        openers: dict[str, Opener] = {".onnx": _open_onnx, ".xml": from_openvino, **(others or {})}
         opener = openers.get(path.suffix.lower())
         if opener is None:
             raise UserError(
@@ -154,6 +170,11 @@ class RuntimeNetwork:
         self.info = read_info(text, path)
         if path.suffix.lower() == ".xml":
             check_weights(path, self.info)
+
+    def kind(self) -> str:
+        """What computes, in which numbers and for which size, for a line."""
+        offer = "" if self.bfloat16 or self.path.suffix.lower() != ".xml" or not _has_bfloat16() else _OFFER
+        return f"{self.runtime}, {self.info.kind(bfloat16=self.bfloat16)}{offer}"
 
     def detect(self, pixels: NDArray[np.uint8], sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """``OUTPUTS`` of a batch; a fixed batch is filled up with copies, a fixed size with padding.
@@ -244,7 +265,14 @@ def _open_onnx(path: Path, threads: int) -> tuple[Run, str, str]:
     return run, f"ONNX Runtime {onnxruntime.__version__}", text
 
 
-def _open_openvino(path: Path, threads: int) -> tuple[Run, str, str]:
+def _has_bfloat16() -> bool:
+    """Whether OpenVINO knows units for it in this processor."""
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def _open_openvino(path: Path, threads: int, *, bfloat16: bool) -> tuple[Run, str, str]:
     try:
         import openvino
     except ImportError as error:
@@ -269,8 +297,10 @@ def _open_openvino(path: Path, threads: int) -> tuple[Run, str, str]:
     text = model.get_rt_info([METADATA]).astype(str) if model.has_rt_info([METADATA]) else ""
     inputs, names = ([one.get_any_name() for one in ports] for ports in (model.inputs, model.outputs))
     _check_names(path, inputs, names, text)
-    # bfloat16, which the runtime would take by itself where the processor has it, is not what was measured
-    hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    if bfloat16 and not _has_bfloat16():
+        raise UserError("precision bf16: this processor has no bfloat16 units; drop it")
+    # By itself the runtime takes bfloat16 where the processor has it; what sorts and selects boxes stays in float32
+    hints = {"INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32", "INFERENCE_NUM_THREADS": threads}
     compiled = core.compile_model(model, "CPU", hints)
     one_at_a_time = Lock()  # all calls share one request, whose outputs the next call overwrites
 

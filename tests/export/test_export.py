@@ -15,6 +15,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torchvision.ops import box_iou
 
 pytest.importorskip("onnxscript", reason="needs pip install 'cascade-rcnn[onnx]'")
 pytest.importorskip("onnxruntime", reason="needs pip install 'cascade-rcnn[onnx]'")
@@ -182,6 +183,29 @@ def test_settings_that_the_file_holds_are_refused_with_the_way_out(folder: Path)
             load(folder, **settings)
     with pytest.raises(UserError, match="is exported already"):
         run_export(folder, to="onnx")
+
+
+def test_openvino_takes_bfloat16_where_the_processor_has_it(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    from cascade_rcnn.runtime import network
+
+    made = run_export(checkpoint, to="openvino", size=(96, 96), out=tmp_path / "openvino")
+    picture = _pictures((96, 96))[0]
+    exact = load(made).predict(picture)
+    if network._has_bfloat16():
+        assert "float32" in load(made).choices() and "--precision bf16" in load(made).choices()
+        detector = load(made, precision="bf16")
+        assert "bfloat16, input 96 x 96" in detector.choices() and "--precision" not in detector.choices()
+        half = detector.predict(picture)
+        assert not torch.equal(half.boxes, exact.boxes)
+        matched = box_iou(half.boxes, exact.boxes).amax(dim=1) > 0.8
+        assert len(half) and matched.float().mean() > 0.7
+    monkeypatch.setattr(network, "_has_bfloat16", lambda: False)
+    assert "--precision bf16" not in load(made).choices()
+    with pytest.raises(UserError, match="precision bf16: this processor has no bfloat16 units; drop it"):
+        load(made, precision="bf16")
 
 
 def test_what_cannot_be_exported_is_refused(checkpoint: Path, tmp_path: Path) -> None:
