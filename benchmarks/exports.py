@@ -104,7 +104,9 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--split", default="val")
     parser.add_argument("--int8", type=Path, metavar="IMAGES")
-    parser.add_argument("--bf16", action="store_true", help="our path in bfloat16 too; slow without units")
+    parser.add_argument(
+        "--bf16", action="store_true", help="our path (slow without units) and OpenVINO in bfloat16 too"
+    )
     parser.add_argument("--out", type=Path, default=Path("exports"))
     parser.add_argument("--only", choices=("ap", "time"))
     parser.add_argument("--rounds", type=int, default=3)
@@ -119,6 +121,8 @@ def main() -> None:
     wanted: dict[str, tuple[Path, Any]] = {name: (path, "auto") for name, path in paths.items()}
     if options.bf16:
         wanted["our path, bfloat16"] = (options.checkpoint, "bf16")
+        also = [name for name in paths if name.startswith("OpenVINO")]
+        wanted |= {f"{name}, bfloat16": (paths[name], "bf16") for name in also}
     if options.only != "time":
         for name, (path, precision) in wanted.items():
             metrics = report.metrics(path, options.data, options.split, precision=precision)

@@ -149,7 +149,8 @@ def _exported_grid(features: Sequence[Tensor], boxes: Tensor, valid: Tensor | No
     boxes = torch.where(wanted[..., None], boxes, boxes.new_tensor(_OUTSIDE))
     image = torch.arange(batch, device=boxes.device, dtype=boxes.dtype)[:, None, None].expand(batch, count, 1)
     rois = torch.cat((image, boxes), dim=2).flatten(0, 1)  # [B*N, 5]
-    pooled = torchvision_roi_align(joined, rois, sampling.size, 1.0, sampling.ratio, sampling.frame is Frame.ALIGNED)
+    aligned = sampling.frame is Frame.ALIGNED
+    pooled: Tensor = torchvision_roi_align(joined, rois, sampling.size, 1.0, sampling.ratio, aligned)
     return pooled.view(batch, count, -1, sampling.size, sampling.size)
 
 
