@@ -25,7 +25,7 @@ from cascade_rcnn.errors import UserError
 from cascade_rcnn.messages import one_line
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN, NoInitialValues
-from cascade_rcnn.runtime.network import INPUTS, METADATA, OUTPUTS, ExportInfo, check_weights, checksum
+from cascade_rcnn.runtime.network import EXACT, INPUTS, METADATA, OUTPUTS, ExportInfo, check_weights, checksum
 from cascade_rcnn.structures import ImageBatch
 
 OPSET = 18  # the first with all operators that the network needs
@@ -161,7 +161,10 @@ def write_onnx(program: Any, path: Path, info: ExportInfo) -> None:
                 opset_version=OPSET,
                 input_names=list(INPUTS),
                 output_names=list(OUTPUTS[: len(program.graph_signature.user_outputs)]),
-                custom_translation_table={torch.ops.aten.sort.stable: _sort_stable},
+                custom_translation_table={
+                    torch.ops.aten.sort.stable: _sort_stable,
+                    torch.ops.torchvision.roi_align.default: _roi_align,
+                },
                 verbose=False,
             )
         except Exception as error:  # exporters raise kinds of their own
@@ -184,6 +187,44 @@ def _sort_stable(values: Any, *, stable: bool = True, dim: int = -1, descending:
     axis = dim % len(values.shape)
     count = op.Slice(op.Shape(values), [axis], [axis + 1], [0])
     return op.TopK(values, count, axis=axis, largest=int(descending), sorted=1)
+
+
+def _roi_align(
+    features: Any,
+    rois: Any,
+    spatial_scale: float,
+    pooled_height: int,
+    pooled_width: int,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Any:
+    """``torchvision.roi_align``; boxes are gathered, as OpenVINO would round slices of them to bfloat16."""
+    import onnxscript
+
+    op: Any = onnxscript.opset18
+
+    return op.RoiAlign(
+        features,
+        op.Gather(rois, [1, 2, 3, 4], axis=1),
+        op.Cast(op.Gather(rois, 0, axis=1), to=7),
+        coordinate_transformation_mode="half_pixel" if aligned else "output_half_pixel",
+        mode="avg",
+        output_height=pooled_height,
+        output_width=pooled_width,
+        sampling_ratio=max(sampling_ratio, 0),
+        spatial_scale=spatial_scale,
+    )
+
+
+def _keep_boxes_exact(model: Any) -> None:
+    """Make outputs of the boxes that RoIAlign reads: OpenVINO computes in float32 what outputs are made of, whatever the
+    network's layers run in, and bfloat16 knows no pixels above 256.
+    """
+    pools = [node for node in model.get_ordered_ops() if node.get_type_name() == "ROIAlign"]
+    for number, node in enumerate(pools):
+        boxes = node.input_value(1)
+        boxes.get_tensor().add_names({f"{EXACT}{number}"})
+        model.add_outputs(boxes)
 
 
 def write_openvino(onnx_file: Path, path: Path, info: ExportInfo) -> None:
@@ -215,6 +256,7 @@ def _save_openvino(model: Any, path: Path, info: ExportInfo) -> None:
     """Both files of an IR; the first names the checksum of the second, which must be written to know it."""
     import openvino
 
+    _keep_boxes_exact(model)
     try:
         openvino.save_model(model, path, compress_to_fp16=False)
         info = replace(info, weights=checksum(path.with_suffix(".bin")))

@@ -29,6 +29,7 @@ METADATA = "cascade_rcnn"
 _ENDINGS = (".onnx", ".xml", ".pt2")
 NAMES = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2"}
 INPUTS = ("pixels", "sizes")  # uint8 [B, 3, H, W], RGB, zero where padded; int64 [B, 2], height and width within it
+EXACT = "rois_"  # further outputs of OpenVINO's networks, so named and numbered: what must be float32, and nobody reads
 OUTPUTS = ("boxes", "scores", "labels", "valid", "masks")  # [B, D, 4], [B, D] ..., [B, D, m, m] where there are masks
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -299,6 +300,10 @@ def _open_openvino(path: Path, threads: int, *, bfloat16: bool) -> tuple[Run, st
     _check_names(path, inputs, names, text)
     if bfloat16 and not _has_bfloat16():
         raise UserError("precision bf16: this processor has no bfloat16 units; drop it")
+    if bfloat16 and not any(name.startswith(EXACT) for name in names):
+        raise UserError(
+            f"precision bf16: {printable(path)} would round its boxes to bfloat16 (an older export); export it anew"
+        )
     # By itself the runtime takes bfloat16 where the processor has it; what sorts and selects boxes stays in float32
     hints = {"INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32", "INFERENCE_NUM_THREADS": threads}
     compiled = core.compile_model(model, "CPU", hints)
@@ -307,6 +312,7 @@ def _open_openvino(path: Path, threads: int, *, bfloat16: bool) -> tuple[Run, st
     def run(feed: Arrays) -> Arrays:
         with one_at_a_time:
             outputs = compiled(dict(feed))
-            return {output.get_any_name(): np.array(outputs[output]) for output in compiled.outputs}
+            named = {output.get_any_name(): output for output in compiled.outputs}
+            return {name: np.array(outputs[named[name]]) for name in OUTPUTS if name in named}
 
     return run, f"OpenVINO {openvino.__version__.partition('-')[0]}", text

@@ -202,6 +202,10 @@ def test_openvino_takes_bfloat16_where_the_processor_has_it(
         assert not torch.equal(half.boxes, exact.boxes)
         matched = box_iou(half.boxes, exact.boxes).amax(dim=1) > 0.8
         assert len(half) and matched.float().mean() > 0.7
+        with monkeypatch.context() as older:
+            older.setattr(network, "EXACT", "no such output")
+            with pytest.raises(UserError, match=r"model\.xml would round its boxes to bfloat16 .*; export it anew"):
+                load(made, precision="bf16")
     monkeypatch.setattr(network, "_has_bfloat16", lambda: False)
     assert "--precision bf16" not in load(made).choices()
     with pytest.raises(UserError, match="precision bf16: this processor has no bfloat16 units; drop it"):
