@@ -217,8 +217,8 @@ def _roi_align(
 
 
 def _keep_boxes_exact(model: Any) -> None:
-    """Make outputs of the boxes that RoIAlign reads: OpenVINO computes in float32 what outputs are made of, whatever the
-    network's layers run in, and bfloat16 knows no pixels above 256.
+    """Make outputs of the boxes that RoIAlign reads: OpenVINO computes what outputs are made of in float32, up to the
+    layers with weights. bfloat16 has no odd numbers above 256, and so no such pixels.
     """
     pools = [node for node in model.get_ordered_ops() if node.get_type_name() == "ROIAlign"]
     for number, node in enumerate(pools):
