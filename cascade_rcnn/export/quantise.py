@@ -27,7 +27,7 @@ Target = Literal["openvino", "onnx"]
 
 CALIBRATION_IMAGES = 100
 _MEASURED_IMAGES = 8  # for the choice of the layers that stay in float
-_LARGEST_CHANGE = 0.06  # of a group that becomes integer, as `change` counts it
+_LARGEST_CHANGE = {"openvino": 0.06, "onnx": 0.03}  # of a group that becomes integer, as `change` counts it
 _CONFIDENT = 0.3  # score of the detections that are compared
 # Parts of a network, by the names of their weights. The first convolution is a group of its own.
 _GROUPS = (
@@ -98,7 +98,7 @@ def quantise(
     if unknown := set(keep or ()) - set(layers.groups):
         raise UserError(f"{sorted(unknown)[0]!r} is no group of layers: choose of {', '.join(layers.groups)}")
     changes = {} if keep is not None else measure_changes(backend, layers, feeds[:_MEASURED_IMAGES], say=say)
-    kept = list(keep) if keep is not None else [name for name, value in changes.items() if value > _LARGEST_CHANGE]
+    kept = list(keep) if keep is not None else [name for name, value in changes.items() if value > _LARGEST_CHANGE[to]]
     backend.write(out, feeds, layers.without(kept))
     say(f"int8: {len(feeds)} images of calibration; in float: {', '.join(kept) or 'no layer'}")
     return Quantised(changes, kept)

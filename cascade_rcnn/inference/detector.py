@@ -93,8 +93,7 @@ def load(
     _check_settings(model_settings, max_pixels, compile=compile)
     if (exported := exported_file(path)) is not None:
         _refuse_for_exported(exported, device=device, precision=precision, compile=compile, auto=stops_early)
-        network = ExportedNetwork(exported, bfloat16=precision == "bf16")
-        return _load_exported(network, model_settings, {"max_pixels": max_pixels, "range": range})
+        return _load_exported(exported, precision, model_settings, {"max_pixels": max_pixels, "range": range})
     chosen = choose_device(device)
     precision = choose_precision(precision, chosen)
     path = resolve(path)
@@ -149,9 +148,10 @@ def _refuse_to_stop_early(config: Config, path: Path, *, compile: bool) -> None:
         )
 
 
-def _load_exported(network: ExportedNetwork, model: dict[str, Any], data: dict[str, Any]) -> Detector:
+def _load_exported(path: Path, precision: Precision, model: dict[str, Any], data: dict[str, Any]) -> Detector:
+    network = ExportedNetwork(path, bfloat16=precision == "bf16")
     info = network.info
-    refuse_setting(info, network.network.path, **model)
+    refuse_setting(info, path, **model)
     score, limit = model["score_threshold"], model["max_detections"]
     config = _changed(info.config, {**model, "stop_after_stage": None}, data)
     # it takes a network's place wherever batches are looked at

@@ -100,6 +100,8 @@ def place(server: Server, converted: bytes, tmp_path: Path, monkeypatch: pytest.
 
 
 def _run(command: str, name: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    if command.startswith("analyze"):
+        pytest.importorskip("matplotlib", reason="needs pip install 'cascade-rcnn[plots]'")
     code = main([name if word == NAME else word for word in COMMANDS[command]])
     said = capsys.readouterr()
     return code, said.out, said.err
