@@ -222,9 +222,10 @@ def _keep_boxes_exact(model: Any) -> None:
     """
     pools = [node for node in model.get_ordered_ops() if node.get_type_name() == "ROIAlign"]
     for number, node in enumerate(pools):
-        boxes = node.input_value(1)
-        boxes.get_tensor().add_names({f"{EXACT}{number}"})
-        model.add_outputs(boxes)
+        for port in (1, 2):  # boxes, and the image of each, which would be rounded from 256 on
+            value = node.input_value(port)
+            value.get_tensor().add_names({f"{EXACT}{number}_{port}"})
+            model.add_outputs(value)
 
 
 def write_openvino(onnx_file: Path, path: Path, info: ExportInfo) -> None:
