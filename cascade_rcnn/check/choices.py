@@ -40,6 +40,7 @@ _SCALES = (8.0, 6.0, 4.0, 12.0, 3.0, 16.0, 2.0)
 _RATIOS = ((0.5, 1.0, 2.0), (0.33, 0.5, 1.0, 2.0, 3.0), (0.2, 0.33, 0.5, 1.0, 2.0, 3.0, 5.0))
 _REACHED = 0.98  # of the objects: no need for other anchors
 _WORTH, _WORTH_MORE = 0.01, 0.05  # of the objects: what other anchors must bring, and what more anchors must
+_LOST = 0.01  # of the largest objects: what other anchors may lose
 
 _UNEVEN = 10  # times as many images of one class as of another: worth balancing
 _MOST_REPEATS = 4  # of an image in an epoch
@@ -239,39 +240,65 @@ def _fitting_side(config: Config, longer: float, machine: Machine) -> int:
 # Anchors
 
 
-def _reach(config: Config, objects: _Objects, *, scales: tuple[float, ...], ratios: tuple[float, ...]) -> float:
-    """Share of the objects that an anchor meets with IoU 0.5, at the input's size."""
+@dataclass(frozen=True)
+class _Reach:
+    """The objects that some anchor meets with IoU 0.5, at the input's size."""
+
+    anchors: tuple[float, ...]  # scales or ratios
+    met: NDArray[np.bool_]  # [G]
+    largest: NDArray[np.int64]  # rows of the tenth with the longest sides: few, but often those that matter
+
+    @property
+    def share(self) -> float:
+        return float(self.met.mean())
+
+    def loses_the_largest_of(self, own: _Reach) -> bool:
+        lost = own.met[self.largest] & ~self.met[self.largest]
+        return bool(lost.mean() > _LOST)
+
+
+def _reach(
+    config: Config,
+    objects: _Objects,
+    *,
+    scales: tuple[float, ...] | None = None,
+    ratios: tuple[float, ...] | None = None,
+) -> _Reach:
+    """What the config's anchors reach with other ``scales`` or other ``ratios``."""
     short, long = config.data.test_short_side or max(config.data.short_side), config.data.long_side
     boxes = objects.boxes * objects.scale(short, long)[:, None]
-    sides = anchor_sides(ModelConfig(anchor_scales=scales))
-    return float((best_anchor_iou(boxes, sizes=sides, ratios=ratios) >= 0.5).mean())
+    sides = anchor_sides(ModelConfig(anchor_scales=scales or config.model.anchor_scales))
+    met = best_anchor_iou(boxes, sizes=sides, ratios=ratios or config.model.anchor_ratios) >= 0.5
+    by_area = np.argsort((boxes[:, 2:] - boxes[:, :2]).prod(axis=1), kind="stable")
+    return _Reach(scales or ratios or (), met, by_area[-math.ceil(len(boxes) / 10) :])
 
 
 def _anchor_scales(config: Config, objects: _Objects) -> list[Choice]:
-    """One scale, or two where one is not enough; the recipe's own unless another reaches clearly more objects."""
-    name, own, ratios = "model.anchor_scales", config.model.anchor_scales, config.model.anchor_ratios
+    """One scale, or more where one is not enough; the recipe's own unless others reach clearly more objects."""
+    name, own = "model.anchor_scales", config.model.anchor_scales
     if config.model.anchor_sizes is not None:
         return [_kept(config, "model.anchor_sizes")]
     if kept := _anchors_kept(config, name, objects):
         return [kept]
-    one = [own, *((scale,) for scale in _SCALES if (scale,) != own)]
-    two = [(scale, round(scale * math.sqrt(2), 1)) for scale in _SCALES]
-    value, share, before = _first_best(
-        [(scales, _reach(config, objects, scales=scales, ratios=ratios)) for scales in [*one, *two]], len(one)
-    )
-    return [Choice(name, value, _reached(share, before, own, changed=value != own))]
+    pairs = [(scale, round(scale * math.sqrt(2), 1)) for scale in _SCALES]
+    candidates = [
+        own,
+        *((scale,) for scale in _SCALES if (scale,) != own),
+        *pairs,
+        *((scale, *own) for scale in _SCALES if scale < min(own)),
+        *((*pair, *own) for pair in pairs if pair[1] < min(own)),
+    ]
+    return [_best_anchors(name, [_reach(config, objects, scales=scales) for scales in candidates])]
 
 
 def _anchor_ratios(config: Config, objects: _Objects) -> list[Choice]:
-    name, own, scales = "model.anchor_ratios", config.model.anchor_ratios, config.model.anchor_scales
+    name, own = "model.anchor_ratios", config.model.anchor_ratios
     if kept := _anchors_kept(config, name, objects):
         return [kept]
     if config.model.anchor_sizes is not None:
         return [_kept(config, name, "the recipe's: model.anchor_sizes is given")]
     candidates = [own, *(ratios for ratios in _RATIOS if ratios != own)]
-    reached = [(ratios, _reach(config, objects, scales=scales, ratios=ratios)) for ratios in candidates]
-    value, share, before = _first_best(reached, 1)
-    return [Choice(name, value, _reached(share, before, own, changed=value != own))]
+    return [_best_anchors(name, [_reach(config, objects, ratios=ratios) for ratios in candidates])]
 
 
 def _anchors_kept(config: Config, name: str, objects: _Objects) -> Choice | None:
@@ -284,30 +311,30 @@ def _anchors_kept(config: Config, name: str, objects: _Objects) -> Choice | None
     return None
 
 
-def _first_best(reached: list[tuple[tuple[float, ...], float]], cheap: int) -> tuple[tuple[float, ...], float, float]:
-    """The candidate to take, its share, and the share of the first (the recipe's own).
+def _best_anchors(name: str, candidates: list[_Reach]) -> Choice:
+    """The first candidate (the recipe's own), or one that reaches clearly more and does not lose the largest objects.
 
-    The first ``cheap`` cost no more than the own: the best of them, if it brings something. The others are more
-    anchors, which must bring more: each is compared with the best one before it.
+    As many anchors as the own cost nothing: the best of them, if it brings something. More of them must bring more,
+    and are compared with the best so far.
     """
-    (value, before) = reached[0]
-    share = before
-    if before < _REACHED:
-        best = max(reached[:cheap], key=lambda pair: pair[1])
-        if best[1] > before + _WORTH:
-            value, share = best
-        for candidate, more in reached[cheap:]:
-            needed = _WORTH if len(candidate) <= len(value) else _WORTH_MORE
-            if share < _REACHED and more > share + needed:
-                value, share = candidate, more
-    return value, share, before
+    own = best = candidates[0]
+    others = [other for other in candidates[1:] if not other.loses_the_largest_of(own)]
+    cheap = [other for other in others if len(other.anchors) <= len(own.anchors)]
+    first = max(cheap, key=lambda reach: reach.share, default=own)
+    if own.share < _REACHED and first.share > own.share + _WORTH:
+        best = first
+    for other in others:
+        needed = _WORTH if len(other.anchors) <= len(best.anchors) else _WORTH_MORE
+        if best.share < _REACHED and other.share > best.share + needed:
+            best = other
+    return Choice(name, best.anchors, _reached(best, own))
 
 
-def _reached(share: float, before: float, own: tuple[float, ...], *, changed: bool) -> str:
-    text = f"anchors reach {share:.1%} of the objects (IoU 0.5)"
-    if changed:
-        return f"{text}, {before:.1%} with the recipe's {' '.join(f'{item:g}' for item in own)}"
-    return text if share >= _REACHED else f"{text}; none of the others tried reaches clearly more"
+def _reached(best: _Reach, own: _Reach) -> str:
+    text = f"anchors reach {best.share:.1%} of the objects (IoU 0.5)"
+    if best is not own:
+        return f"{text}, {own.share:.1%} with the recipe's {' '.join(f'{item:g}' for item in own.anchors)}"
+    return text if own.share >= _REACHED else f"{text}; none of the others tried reaches clearly more"
 
 
 # The rest

@@ -10,6 +10,7 @@ import pytest
 
 from cascade_rcnn.check.choices import Choice, Machine, choose, keep_choices
 from cascade_rcnn.check.dataset import run_check
+from cascade_rcnn.check.objects import anchor_sides, best_anchor_iou
 from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
 from cascade_rcnn.data.records import DataSplit, ImageRecord
 from cascade_rcnn.data.synthetic_shapes import generate_shapes
@@ -128,6 +129,18 @@ def test_anchors_reach_the_objects() -> None:
     long, choices = chosen(split((300, 50)), "--data.short-side", "600", "--data.long-side", "1000")
     assert min(long.model.anchor_ratios) <= 0.33 < 0.5
     assert "anchor_scales 8: " in choices["model.anchor_scales"].line()
+
+
+def test_anchors_for_small_objects_still_reach_the_largest() -> None:
+    """Of 25 objects 24 are small and one needs the recipe's own anchors: both kinds must be met."""
+    mixed = split(*[(12, 12)] * 24, (440, 440), per_image=25)
+    config, choices = chosen(mixed, "--data.short-side", "600", "--data.long-side", "1000")
+    largest = np.array([[20.0, 20.0, 460.0, 460.0]])
+    assert best_anchor_iou(largest, sizes=anchor_sides(config.model), ratios=config.model.anchor_ratios)[0] >= 0.5
+    assert min(config.model.anchor_scales) <= 4, "and the small ones"
+    assert "anchors reach 100.0% of the objects" in choices["model.anchor_scales"].reason
+    alone = chosen(split((12, 12)), "--data.short-side", "600", "--data.long-side", "1000")[0]
+    assert best_anchor_iou(largest, sizes=anchor_sides(alone.model), ratios=alone.model.anchor_ratios)[0] < 0.5
 
 
 def test_a_network_that_is_brought_keeps_its_anchors() -> None:
