@@ -25,6 +25,9 @@ CASES = [
     ("mmdet_cascade_rcnn_r50_fpn", "onnx", (800, 1088)),
     ("mmdet_cascade_mask_rcnn_r50_fpn", "onnx", (800, 1088)),
     ("mmdet_cascade_rcnn_r50_fpn", "openvino", None),
+    ("mmdet_cascade_mask_rcnn_r50_fpn", "openvino", (800, 1088)),
+    ("mmdet_cascade_rcnn_r50_fpn", "torch", (800, 1088)),
+    ("mmdet_cascade_mask_rcnn_r50_fpn", "torch", (800, 1088)),
 ]
 
 
