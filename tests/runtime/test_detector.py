@@ -87,7 +87,7 @@ def test_settings(network: Path) -> None:
     assert "without PyTorch" in load(network, device="cpu", precision="auto").choices()
     for settings, words in (
         ({"max_detections": 1000}, "--model.max-detections 1000"),
-        ({"stop_after_stage": 1}, "--model.stop-after-stage 1"),
+        ({"stop_after_stage": 1}, "was exported with 3; export .* --model.stop-after-stage 1"),
         ({"device": "cuda"}, "device cuda: .* pip install cascade-rcnn"),
     ):
         with pytest.raises(UserError, match=words):
