@@ -55,6 +55,8 @@ def run_export(
         raise UserError(f"{printable(checkpoint)}: is exported already; give the checkpoint that it was made from")
     if int8 is not None and to == "torch":
         raise UserError("--int8 goes with --to openvino or --to onnx")
+    if split and data is None:
+        raise UserError(f"--split {split}: names a part of a data set; give that with --data DIR")
     _check_packages(to, int8=int8 is not None)
     path = find_checkpoint(resolve(checkpoint))
     saved = load_checkpoint(path)
@@ -121,6 +123,8 @@ def _info(
         if min(size) < 1:
             raise ConfigError(f"--size {size[0]} {size[1]}: height and width in pixels")
         size = (round_up(size[0], network.MULTIPLE), round_up(size[1], network.MULTIPLE))
+        if math.prod(size) > config.data.max_pixels:
+            raise ConfigError(f"--size {size[0]} {size[1]}: more than data.max_pixels {config.data.max_pixels}")
     return ExportInfo(
         config=replace(config, data=_limits(config.data, size)),
         class_names=saved.class_names,
@@ -218,12 +222,17 @@ def _write_whole(program: Any, target: Path, info: ExportInfo, feeds: list[Feed]
     return []
 
 
+_FEW_IMAGES = 20
+
+
 def calibration_inputs(path: Path, images: Path, info: ExportInfo) -> list[Feed]:
     """Network inputs of up to ``CALIBRATION_IMAGES`` images of a folder, spread evenly.
 
     Raises:
-        UserError: no image there, or none that can be read.
+        UserError: a file, no image there, or none that can be read.
     """
+    if images.is_file():
+        raise UserError(f"{printable(images)}: is a file; give a folder of about 100 images as --int8")
     detector = load(path, device="cpu")
     detector.config, detector.canvas = info.config, info.size
     files = [file.path for file in collect([images]) if not file.is_video]
@@ -241,6 +250,8 @@ def calibration_inputs(path: Path, images: Path, info: ExportInfo) -> list[Feed]
         )
     if not feeds:
         raise UserError(f"{printable(images)}: no images to calibrate with; give a folder of about 100")
+    if len(feeds) < _FEW_IMAGES:
+        print(f"int8: calibrated on {len(feeds)} of the {CALIBRATION_IMAGES} images that are usual: give more")
     return feeds
 
 

@@ -173,9 +173,20 @@ def write_onnx(program: Any, path: Path, info: ExportInfo) -> None:
     assert made is not None
     made.save(path, external_data=False)
     network = onnx.load(path)
+    _name_sides(network.graph)
     onnx.checker.check_model(network, full_check=True)
     onnx.helper.set_model_props(network, {METADATA: info.to_json()})
     onnx.save(network, path)
+
+
+def _name_sides(graph: Any) -> None:
+    """Who opens the file elsewhere reads [batch, 3, height, width]: the exporter writes expressions many lines long."""
+    sides = {"pixels": ("batch", "", "height", "width")}
+    for value in (*graph.input, *graph.output):
+        named = sides.get(value.name, ("batch", "detections"))
+        for side, name in zip(value.type.tensor_type.shape.dim, named):
+            if side.HasField("dim_param"):
+                side.dim_param = name
 
 
 def _sort_stable(values: Any, *, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:

@@ -110,6 +110,11 @@ def measure_changes(
     """How much integers in each group alone change the detections (``change``, the mean over ``feeds``)."""
     with tempfile.TemporaryDirectory() as folder:
         before = [as_found(one) for one in backend.run(backend.network, feeds)]
+        if not any((found.scores >= _CONFIDENT).any() for found in before):
+            say(
+                f"nothing with a score of {_CONFIDENT} or more in the first {len(feeds)} images of calibration: what "
+                "integers change there shows little; measure the AP with --data DIR"
+            )
         changes = {}
         for group in layers.groups:
             trial = Path(folder) / f"trial{backend.suffix}"

@@ -62,7 +62,7 @@ def pictures(data: Path | None, split: str, *, levels: str = "auto") -> tuple[li
 
 
 def compare(reference: Detector, exported: Detector, images: Sequence[Pixels]) -> dict[str, Any]:
-    """Detections that both give, of those that either gives; largest differences and masks of those."""
+    """Detections that both give, of as many as the one gives that gives more; their largest differences and masks."""
     total = matched = 0
     boxes, scores, masks = [0.0], [0.0], []
     for image in images:

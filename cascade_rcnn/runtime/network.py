@@ -112,14 +112,16 @@ def refuse_setting(info: ExportInfo, path: Path, **wanted: float | None) -> None
     """Raises UserError for a setting of ``load`` that the network does not hold; None is as exported."""
     inside = info.config.model
     for name, value in wanted.items():
-        has = getattr(inside, name)
         if value is None:
             continue
         every = len(inside.stage_ious)  # what 0 stages mean
+        has = getattr(inside, name)
+        if name == "stop_after_stage":
+            has = has or every
         possible = {
             "score_threshold": value >= has,
             "max_detections": value <= has,
-            "stop_after_stage": (value or every) == (inside.stop_after_stage or every),
+            "stop_after_stage": (value or every) == has,
         }
         if not possible[name]:
             raise UserError(
@@ -149,8 +151,8 @@ class RuntimeNetwork:
             raise CheckpointError(f"{printable(path)}: no such file; export a checkpoint with 'cascade-rcnn export'")
         if bfloat16 and path.suffix.lower() != ".xml":
             raise UserError(
-                f"precision bf16: {printable(path)} runs in float32 (or --int8); load the checkpoint itself, or export "
-                "it with --to openvino"
+                f"precision bf16: {printable(path)} has the numbers that it was written with; load the checkpoint "
+                "itself, or export it with --to openvino"
             )
         self.bfloat16 = bfloat16
         from_openvino = partial(_open_openvino, bfloat16=bfloat16)

@@ -94,6 +94,21 @@ def test_the_report_tells_equality_time_and_size(folder: Path) -> None:
     assert report["size"] == [160, 160] and report["batch"] == 2
 
 
+def test_sides_of_the_network_have_names() -> None:
+    exporters_own = ["s46", 3, "32*s30", "32*s18"]
+    onnx = pytest.importorskip("onnx")
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [], "net", [info("pixels", 2, exporters_own)], [info("boxes", 1, ["s46", "Min(100, 5*s30)", 4])]
+    )
+    command.network._name_sides(graph)
+    shapes = [
+        [side.dim_param or side.dim_value for side in one.type.tensor_type.shape.dim]
+        for one in (*graph.input, *graph.output)
+    ]
+    assert shapes == [["batch", 3, "height", "width"], ["batch", "detections", 4]]
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return generate_shapes(tmp_path_factory.mktemp("shapes") / "data", train_images=2, val_images=3, size=96)
@@ -258,6 +273,11 @@ def test_integers_are_calibrated_on_the_pictures_of_a_folder(
         and given[0]["sizes"].tolist() == [[96, 144]] * 2
     )
     assert "left out of the calibration" in capsys.readouterr().out
+    few = tmp_path / "few"
+    few.mkdir()
+    shutil.copy(photos / "1.png", few)
+    run_export(checkpoint, to="onnx", size=(96, 160), int8=few, out=tmp_path / "out")
+    assert "int8: calibrated on 1 of the 100 images that are usual: give more" in capsys.readouterr().out
     assert "8-bit integers" in load(folder).choices() and load(folder).class_names == CLASSES
     assert json.loads((folder / "report.json").read_text())["groups_in_float"] == ["box heads"]
 
@@ -305,7 +325,10 @@ def test_what_cannot_work_is_said_before_the_tracing(
         ({"int8": tmp_path / "absent"}, "absent: no such file or folder"),
         ({"int8": tmp_path / "empty"}, "empty: no image or video found"),
         ({"data": tmp_path / "absent"}, "absent: no such folder"),
+        ({"int8": tmp_path / "file"}, "file: is a file; give a folder of about 100 images as --int8"),
         ({"data": data, "split": "third"}, "no split 'third'"),
+        ({"split": "val"}, "--split val: names a part of a data set; give that with --data DIR"),
+        ({"size": (10_000, 10_001)}, "--size 10016 10016: more than data.max_pixels 100000000"),
         ({"data": other}, "classes do not fit .* which does not know cube"),
     ):
         with pytest.raises(UserError, match=words):

@@ -115,6 +115,16 @@ def test_the_network_in_integers_finds_the_same(
         assert 0 < np.abs(before["scores"] - after["scores"]).max() < 0.1
 
 
+def test_pictures_in_which_nothing_is_found_show_nothing(
+    network: Path, feeds: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime.quantization")
+    monkeypatch.setattr(module, "_CONFIDENT", 1.1)
+    said: list[str] = []
+    done = quantise(network, tmp_path / "int8.onnx", feeds, to="onnx", say=said.append)
+    assert not done.kept and said[0].startswith("nothing with a score of 1.1 or more in the first 4 images")
+
+
 def test_what_is_named_stays_in_float(network: Path, feeds: list[dict[str, Any]], tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime.quantization")
     done = quantise(network, tmp_path / "all.onnx", feeds, to="onnx", keep=["box head outputs"], say=lambda _: None)

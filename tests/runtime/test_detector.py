@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,11 +21,13 @@ pytest.importorskip("onnxruntime", reason="needs pip install 'cascade-rcnn[onnx]
 import cascade_rcnn
 from cascade_rcnn.cli import main
 from cascade_rcnn.config import ModelConfig
+from cascade_rcnn.data.exact_resize import opencv_resized
 from cascade_rcnn.errors import CheckpointError, UserError
 from cascade_rcnn.inference.detector import load as load_with_torch
 from cascade_rcnn.predict_without_torch import run_predict_without_torch
 from cascade_rcnn.runtime.detector import load
 from handmade_network import CLASSES, handmade_network
+from locations import REPOSITORY
 
 
 def _pictures(*sizes: tuple[int, int]) -> list[NDArray[np.uint8]]:
@@ -83,7 +87,7 @@ def test_settings(network: Path) -> None:
     assert "without PyTorch" in load(network, device="cpu", precision="auto").choices()
     for settings, words in (
         ({"max_detections": 1000}, "--model.max-detections 1000"),
-        ({"stop_after_stage": 1}, "--model.stop-after-stage 1"),
+        ({"stop_after_stage": 1}, "was exported with 3; export .* --model.stop-after-stage 1"),
         ({"device": "cuda"}, "device cuda: .* pip install cascade-rcnn"),
     ):
         with pytest.raises(UserError, match=words):
@@ -116,6 +120,35 @@ def test_both_commands_write_the_same(network: Path, tmp_path: Path) -> None:
     assert names[0] == names[1]
     for name in ("predictions.json", "drawings/more/b.png"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+@pytest.mark.parametrize("variant", [{}, {"size": (96, 128)}, {"size": (128, 96), "batch": 2}])
+@pytest.mark.parametrize("size", [(96, 150), (300, 200), (77, 400), (500, 40)])
+def test_the_lines_for_other_programs(
+    variant: dict[str, Any], size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of docs/export.md, as they stand there; OpenCV need not be installed."""
+
+    def resize(image: NDArray[np.uint8], to: tuple[int, int], *, interpolation: int) -> NDArray[np.uint8]:
+        return opencv_resized(image, (to[1], to[0]))
+
+    def imread(path: str) -> NDArray[np.uint8]:
+        return np.asarray(Image.open(path))[..., ::-1]
+
+    monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace(imread=imread, resize=resize, INTER_LINEAR=1))
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(_pictures(size)[0]).save("street.jpg")
+    found = load(handmade_network(tmp_path / "model.onnx", **variant)).predict("street.jpg")
+    text = (REPOSITORY / "docs" / "export.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "onnxruntime" in block]
+    said: dict[str, Any] = {}
+    exec(code, said)
+    assert said["labels"] == found.names
+    if "size" not in variant:  # where that is smaller, the picture may be a pixel larger or smaller in it
+        assert np.array_equal(said["scores"], found.scores)
+    np.testing.assert_allclose(said["scores"], found.scores, atol=1e-2)
+    inside = np.clip(said["boxes"], 0, (size[1], size[0], size[1], size[0]))  # some end outside
+    np.testing.assert_allclose(inside, found.boxes, atol=1e-3)
 
 
 def test_videos_alone_are_refused_before_the_network_is_opened(tmp_path: Path) -> None:

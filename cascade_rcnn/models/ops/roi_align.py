@@ -12,7 +12,7 @@ Four ways compute the same numbers:
   is the same sum with the roles exchanged (for each pixel, the bins that read it): no atomics, bit-equal runs.
 * **fused** (CUDA, ``roi_align_triton.py``): one Triton kernel; used unless deterministic algorithms are asked for.
 * **portable** (devices without either): torchvision's operator on every level, with static shapes;
-* **exported**: that operator once, on all levels side by side in one map.
+* **exported**: that operator once, on all levels side by side in one map; unaligned, as in the portable way.
 
 One bin, worked out (plain path, aligned): the box (10, 20, 66, 76) is 56 pixels wide, its level is the first, of
 stride 4. There it begins at x = 10 / 4 - 0.5 = 2.0 and is 56 / 4 = 14 pixels wide: with S = 7 a bin has 2 pixels and
@@ -54,7 +54,7 @@ def roi_align(features: Sequence[Tensor], boxes: Tensor, sampling: Sampling, val
 
     Arguments as in :func:`roi_align_rows`, which a head should prefer: it needs no copy to be flattened.
     """
-    if _exported():
+    if _exported() and sampling.frame is Frame.ALIGNED:
         return _exported_grid(features, boxes.detach().to(torch.float32), valid, sampling)
     rows = roi_align_rows(features, boxes, sampling, valid)
     grid = rows.view(*boxes.shape[:2], sampling.size, sampling.size, features[0].shape[1])
@@ -74,9 +74,9 @@ def roi_align_rows(
     if len(features) != len(sampling.strides):
         raise ValueError(f"{len(features)} feature maps for {len(sampling.strides)} strides")
     boxes = boxes.detach().to(torch.float32)
-    if _exported():
+    if _exported() and sampling.frame is Frame.ALIGNED:
         return _exported_grid(features, boxes, valid, sampling).flatten(3).transpose(2, 3)
-    if _needs_portable(features[0]):
+    if _exported() or _needs_portable(features[0]):
         return _portable_rows(features, boxes, valid, sampling)
     rows: Tensor = _rows(list(features), boxes, valid, *_plain_numbers(sampling))
     return rows
@@ -130,6 +130,7 @@ def _exported_grid(features: Sequence[Tensor], boxes: Tensor, valid: Tensor | No
     """``[B, N, C, S, S]``: each box is read once, where its level lies in a map that holds all of them.
 
     The boxes must lie within their images: behind a level's border there is one more pixel, and then the next level.
+    For aligned boxes alone: the operator makes others at least a pixel wide, beyond the border too.
     """
     batch, count = boxes.shape[:2]
     joined, tops = _side_by_side(features)
@@ -138,8 +139,6 @@ def _exported_grid(features: Sequence[Tensor], boxes: Tensor, valid: Tensor | No
         wanted = wanted & valid
     boxes = torch.where(wanted[..., None], boxes, 0)
     levels = assign_levels(boxes, len(features))
-    if sampling.frame is Frame.PLUS_ONE:
-        boxes = torch.cat((boxes[..., :2], boxes[..., 2:] - 1), dim=-1)
     scale, top = torch.zeros_like(boxes[..., :1]), torch.zeros_like(boxes[..., :1])
     for level, stride in enumerate(sampling.strides):
         here = (levels == level)[..., None]
@@ -149,8 +148,7 @@ def _exported_grid(features: Sequence[Tensor], boxes: Tensor, valid: Tensor | No
     boxes = torch.where(wanted[..., None], boxes, boxes.new_tensor(_OUTSIDE))
     image = torch.arange(batch, device=boxes.device, dtype=boxes.dtype)[:, None, None].expand(batch, count, 1)
     rois = torch.cat((image, boxes), dim=2).flatten(0, 1)  # [B*N, 5]
-    aligned = sampling.frame is Frame.ALIGNED
-    pooled: Tensor = torchvision_roi_align(joined, rois, sampling.size, 1.0, sampling.ratio, aligned)
+    pooled: Tensor = torchvision_roi_align(joined, rois, sampling.size, 1.0, sampling.ratio, aligned=True)
     return pooled.view(batch, count, -1, sampling.size, sampling.size)
 
 

@@ -191,18 +191,22 @@ def test_devices_without_either_kernel_use_torchvision_level_by_level(
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="before torch 2.7 nothing says who traces")
 @pytest.mark.parametrize("sampling", [SEVEN, Sampling(7, STRIDES, 2, Frame.UNALIGNED)], ids=["aligned", "unaligned"])
-def test_export_uses_torchvision_once_with_the_same_numbers(sampling: Sampling) -> None:
+def test_export_uses_torchvision_with_the_same_numbers(sampling: Sampling) -> None:
     class Pool(torch.nn.Module):
         def forward(self, features: list[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
             return roi_align(features, boxes, sampling, valid)
 
     features, boxes = pyramid(), clip_boxes(some_boxes(), torch.tensor([[96, 160], [90, 151]]))  # as the network does
     boxes[:, 7] = float("nan")
+    boxes[:, 8] = torch.tensor([62.0, 89.5, 70.0, 90.0])  # thinner than a pixel of its level, at the border
+    boxes[:, 9] = torch.tensor([150.5, 20.0, 151.0, 30.0])
+    boxes[0, 8, 1::2], boxes[0, 9, ::2] = torch.tensor([95.5, 96.0]), torch.tensor([159.5, 160.0])
     valid = torch.rand(boxes.shape[:2], generator=torch.Generator().manual_seed(3)) > 0.3
-    valid[:, [1, 5, 7]] = torch.tensor([True, True, False])
+    valid[:, [1, 5, 7, 8, 9]] = torch.tensor([True, True, False, True, True])
     program = torch.export.export(Pool(), (features, boxes, valid))
     names = [str(node.target) for node in program.graph.nodes]
-    assert sum("torchvision.roi_align" in name for name in names) == 1
+    calls = 1 if sampling.frame is Frame.ALIGNED else len(STRIDES)
+    assert sum("torchvision.roi_align" in name for name in names) == calls
     assert not any("cascade_rcnn" in name for name in names)
     torch.testing.assert_close(
         program.module()(features, boxes, valid),
