@@ -18,6 +18,7 @@ Orientation = Literal["auto", "stored", "upright"]
 AUTOMATIC = (
     "data.short_side",
     "data.long_side",
+    "train.batch_size",
     "model.anchor_scales",
     "model.anchor_ratios",
     "model.max_detections",
