@@ -18,6 +18,7 @@ Orientation = Literal["auto", "stored", "upright"]
 AUTOMATIC = (
     "data.short_side",
     "data.long_side",
+    "train.batch_size",
     "model.anchor_scales",
     "model.anchor_ratios",
     "model.max_detections",
@@ -65,6 +66,8 @@ class ModelConfig:
     """ResNet stride in the 3x3 (pytorch; RGB, mean and std) or in the 1x1 convolution (caffe; BGR, std 1)."""
     norm: Literal["frozen_statistics", "frozen", "batch", "sync", "group"] = "frozen_statistics"
     """Batch norm: statistics frozen and affine trained; all frozen; trained; trained over all GPUs; or group norm."""
+    fpn_and_mask_norms: bool = False
+    """Batch norm, as ``norm`` batch or sync has it, behind the convolutions of FPN and mask heads too."""
     output_norms: bool = False
     """A layer norm for each of the backbone's maps, as detectors with ConvNeXt or Swin have."""
     drop_path: float = 0.0
@@ -163,6 +166,10 @@ class ModelConfig:
         counted = ("max_detections", "test_proposals", "rpn_samples", "roi_samples", "fpn_channels", "mask_channels")
         for name in counted:
             _require(getattr(self, name) >= 1, f"model.{name} {getattr(self, name)}: at least 1")
+        _require(
+            not self.fpn_and_mask_norms or self.norm in ("batch", "sync"),
+            f"model.fpn_and_mask_norms with model.norm {self.norm}: give batch or sync; group puts its own norms there",
+        )
         grouped = {"fpn_channels": self.norm == "group" or self.box_head == "4conv1fc_gn"}
         grouped["mask_channels"] = self.norm == "group" and self.masks != "none"
         for name, has_groups in grouped.items():

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from cascade_rcnn import distributed
 from cascade_rcnn.atomic_files import write_json
-from cascade_rcnn.check.choices import Choice, Machine, choose, keep_choices
+from cascade_rcnn.check.choices import Choice, choose, keep_choices
 from cascade_rcnn.check.dataset import check_before_training
+from cascade_rcnn.check.memory import Machine
 from cascade_rcnn.config import Config, finetune_schedule
 from cascade_rcnn.data.dataset import DetectionDataset
 from cascade_rcnn.data.formats.open import open_split
@@ -44,6 +45,7 @@ from cascade_rcnn.training.interrupts import Interrupts, StopNow, TrainingInterr
 from cascade_rcnn.training.log import RunLog
 from cascade_rcnn.training.look_back import LookBack
 from cascade_rcnn.training.losses import LossWindow
+from cascade_rcnn.training.machine_memory import machine_memory
 from cascade_rcnn.training.optim import MovingAverage, Updater
 from cascade_rcnn.training.random_state import get_generators, reproducible, seed_generators
 from cascade_rcnn.training.run import Run
@@ -206,7 +208,7 @@ def _chosen(config: Config) -> tuple[Config, list[Choice], DataSplit]:
 
 def _machine(device: torch.device) -> Machine:
     if device.type != "cuda":
-        return Machine(bfloat16=device.type == "cpu" and has_bfloat16_units())
+        return Machine(memory=machine_memory(), bfloat16=device.type == "cpu" and has_bfloat16_units())
     return Machine(gpu_memory=torch.cuda.get_device_properties(device).total_memory / 1e9)
 
 

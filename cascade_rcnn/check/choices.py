@@ -12,13 +12,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cascade_rcnn.check.memory import Machine, step_memory
 from cascade_rcnn.check.objects import anchor_sides, best_anchor_iou, object_table
 from cascade_rcnn.config import AUTOMATIC, Config, ModelConfig
 from cascade_rcnn.data.records import DataSplit
@@ -30,11 +30,6 @@ _LOWEST, _HIGHEST = 0.6, 1.6  # times the recipe's own input size
 _SMALLEST_INPUT = 320
 _MOST_OBJECTS = 20_000  # measured; a regular sample of more
 _MOST_ASPECT = 3.0
-
-# GB per image and megapixel of a training step in bfloat16, and what does not depend on them, without and with masks.
-# Cascade R-CNN with ResNet-50 took 12.5 and 17.7 GB at 16 images of 0.87 megapixels on an H200 (benchmarks/NOTES.md).
-_GB_PER_MEGAPIXEL, _GB_PER_MEGAPIXEL_MASKS, _GB_FIXED = 0.85, 1.2, 1.0
-_GPU_SHARE = 0.8  # of a GPU's memory that may be planned with
 
 _SCALES = (8.0, 6.0, 4.0, 12.0, 3.0, 16.0, 2.0)
 _RATIOS = ((0.5, 1.0, 2.0), (0.33, 0.5, 1.0, 2.0, 3.0), (0.2, 0.33, 0.5, 1.0, 2.0, 3.0, 5.0))
@@ -63,14 +58,6 @@ _READ = frozenset(
         "numerals",
     ]
 )
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the choices need to know of the machine that trains."""
-
-    gpu_memory: float | None = None  # GB of each GPU; None: no GPU
-    bfloat16: bool = False  # a processor that multiplies bfloat16 itself
 
 
 @dataclass(frozen=True)
@@ -125,6 +112,7 @@ def choose(config: Config, split: DataSplit, *, machine: Machine) -> tuple[Confi
     objects = _objects(split)
     choosers: Mapping[str, Callable[[Config], list[Choice]]] = {
         "data.short_side": lambda c: _input_size(c, objects, machine),
+        "train.batch_size": lambda c: _batch_size(c, objects, machine),
         "model.anchor_scales": lambda c: _anchor_scales(c, objects),
         "model.anchor_ratios": lambda c: _anchor_ratios(c, objects),
         "model.max_detections": lambda c: _max_detections(c, split),
@@ -204,8 +192,11 @@ def _short_side(config: Config, objects: _Objects, longer: float, machine: Machi
     data, own = config.data, max(config.data.short_side)
     fixed = None if _free(config, "data.long_side") else data.long_side
 
+    def long(short: float) -> float:
+        return fixed or short * longer
+
     def side(short: float) -> float:
-        return objects.median_side(short, fixed or short * longer)
+        return objects.median_side(short, long(short))
 
     there = max(side(own), 1e-3)
     factor = _LEAST_SIDE / there if there < _LEAST_SIDE else min(1.0, _MOST_SIDE / there)
@@ -213,28 +204,49 @@ def _short_side(config: Config, objects: _Objects, longer: float, machine: Machi
     highest = min(_HIGHEST * own, enlarged, fixed or math.inf)
     lowest = min(own, max(_LOWEST * own, _SMALLEST_INPUT))
     short = max(32, round(min(max(factor * own, lowest), highest) / 32) * 32) if factor != 1 else own
-    fits = _fitting_side(config, longer, machine)
-    tight = fits < short
-    if tight:
-        short = max(int(fits), _SMALLEST_INPUT)
+    batch = _batch_sizes(config)[-1]
+    candidates = [*range(short, _SMALLEST_INPUT, -32), min(short, _SMALLEST_INPUT)]
+    needed = (step_memory(config, objects.images, side, long(side), batch, machine) for side in candidates)
+    fits = next((side for side, memory in zip(candidates, needed) if memory <= machine.planned), candidates[-1])
+    tight, short = fits < short, fits
     reason = f"the median object's side is {side(short):.0f} pixels there"
     if short != own:
         reason += f" ({there:.0f} at the recipe's {own})"
     if tight:
-        reason += f"; more would not fit into {machine.gpu_memory:.0f} GB with {config.train.batch_size} images a pass"
+        reason += f"; more would not fit into {machine.words} with {batch} image{'s' * (batch > 1)} a pass"
     elif side(short) < 0.9 * _LEAST_SIDE:
         reason += f", less than {_LEAST_SIDE:.0f}: tiles may help (docs/huge.md)"
     return short, reason
 
 
-def _fitting_side(config: Config, longer: float, machine: Machine) -> int:
-    """The largest shorter side, a multiple of 32, whose training step fits into the GPU's memory, by a rough count."""
-    if machine.gpu_memory is None:
-        return sys.maxsize
-    rate = _GB_PER_MEGAPIXEL if config.model.masks == "none" else _GB_PER_MEGAPIXEL_MASKS
-    rate *= 2 if config.train.precision == "fp32" else 1
-    megapixels = (_GPU_SHARE * machine.gpu_memory - _GB_FIXED) / rate / config.train.batch_size
-    return math.floor(math.sqrt(max(megapixels, 0.0) * 1e6 / longer) / 32) * 32
+# Memory
+
+
+def _batch_sizes(config: Config) -> list[int]:
+    """Images a pass from the recipe's own down to those of the most passes that leave a step what it is."""
+    train = config.train
+    if not _free(config, "train.batch_size") or train.accumulate or config.model.norm in ("batch", "sync"):
+        return [train.batch_size]  # batch norm learns from the images of a pass
+    smaller = (size for size in range(train.batch_size - 1, 0, -1) if train.images_per_step % size == 0)
+    return [train.batch_size, *smaller]
+
+
+def _batch_size(config: Config, objects: _Objects, machine: Machine) -> list[Choice]:
+    """Fewer images a pass where more would not fit into the memory: a step keeps its images, in more passes."""
+    name, own = "train.batch_size", config.train.batch_size
+    if not _free(config, name):
+        return [_kept(config, name)]
+    if math.isinf(machine.planned):
+        return []
+    short, long = max(config.data.short_side), config.data.long_side
+    needed = {size: step_memory(config, objects.images, short, long, size, machine) for size in _batch_sizes(config)}
+    fits = next((size for size, memory in needed.items() if memory <= machine.planned), list(needed)[-1])
+    reason = f"a pass takes about {needed[fits]:.0f} of {machine.words}"
+    if fits != own:
+        reason += f", with {own} images about {needed[own]:.0f}; a step keeps its {config.train.images_per_step} images"
+    if needed[fits] > machine.planned:
+        reason += f": more than the {machine.planned:.1f} that are planned with, and it may not fit"
+    return [Choice(name, fits, reason)]
 
 
 # Anchors

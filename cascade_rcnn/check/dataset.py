@@ -12,8 +12,9 @@ import os
 from pathlib import Path
 
 from cascade_rcnn.cache import cache_folder
-from cascade_rcnn.check.choices import Machine, choose
+from cascade_rcnn.check.choices import choose
 from cascade_rcnn.check.images import check_images, check_same_images
+from cascade_rcnn.check.memory import Machine
 from cascade_rcnn.check.objects import check_classes, check_objects
 from cascade_rcnn.check.report import Report, new_report
 from cascade_rcnn.config import Config, DataConfig, ModelConfig, Orientation

@@ -13,7 +13,11 @@ def models(parser: Parser, words: Sequence[str]) -> None:
     parser.add_argument("words", nargs="*", metavar="WORD", help="list only names with these words in them")
     parser.add_argument("--json", action="store_true", help="as JSON, with addresses, sources and what is missing")
     parser.add_argument(
-        "--cache", nargs="?", const="show", choices=("show", "clear"), help="the weights on this machine"
+        "--cache",
+        nargs="?",
+        const="show",
+        choices=("show", "clear"),
+        help="the weights on this machine, of all names or of those with WORDs",
     )
     args = parser.parse_all(words)
 

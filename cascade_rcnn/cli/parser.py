@@ -207,19 +207,35 @@ def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def load_recipe(name: str) -> Config:
-    """``load_config``; published weights without a recipe of that name get the way to start from them."""
-    from cascade_rcnn.recipes import load_config
+    """``load_config``; published weights, of this name or one like it, get the way to start from them."""
+    from cascade_rcnn.recipes import config_names, load_config
 
     try:
         return load_config(name)
-    except ConfigError:
-        from cascade_rcnn.zoo.catalog import find
+    except ConfigError as error:
+        from cascade_rcnn.zoo.catalog import cannot_load, find, nearest
 
-        entry = None if Path(name).exists() else find(name)
-        if entry is None:
+        if Path(name).exists():
             raise
-        way = entry.recipe or f"finetune --train.init {name}"
-        raise ConfigError(
-            f"{name}: published weights, not a recipe: 'cascade-rcnn train {way}'; 'cascade-rcnn config {name}' "
-            "prints the settings of their network"
-        ) from None
+        entry = find(name)
+        if entry is None:
+            near = [other for other in nearest(name) if other not in config_names()] if Path(name).name == name else []
+            if not near:
+                raise
+            hint = f"published weights are called {' or '.join(near)}; 'cascade-rcnn models' lists theirs"
+            raise ConfigError(f"{error}; {hint}") from None
+        if entry.missing:
+            raise ConfigError(f"{name}: published weights, not a recipe, and {cannot_load(entry)}") from None
+        raise ConfigError(f"{name}: published weights, not a recipe: {_way_to_train(name, entry.recipe)}") from None
+
+
+def _way_to_train(name: str, recipe: str) -> str:
+    if recipe:
+        return (
+            f"'cascade-rcnn train {recipe}' is the recipe of that training, with --train.init {name} it starts from "
+            f"them; 'cascade-rcnn config {name}' prints it"
+        )
+    return (
+        f"'cascade-rcnn config {name} > mine.py' writes the settings of their network, "
+        f"'cascade-rcnn train mine.py --data DIR --train.init {name}' starts from them"
+    )

@@ -162,7 +162,7 @@ def _recipe_or_published(name: str) -> Config:
 
     entry = find(name)
     if entry is None or name in config_names() or Path(name).exists():
-        return load_config(name)
+        return load_recipe(name)
     if entry.recipe:
         return load_config(entry.recipe)
 

@@ -129,7 +129,7 @@ def _model_settings(model: dict[str, Any], hints: Hints, found: Findings) -> dic
     settings["rpn_convs"] = rpn.get("num_convs", 1)
     settings |= _heads(roi, stages, settings, found)
     settings["norm"] = _head_norm(roi, settings, found)
-    _check_norms(model, settings, found)
+    settings["fpn_and_mask_norms"] = _norms_elsewhere(model, settings, found)
     _check_losses(model, stages, found)
     _check_border(as_dict(model["train_cfg"].get("rpn")), stages, found)
     _check_stages(as_list(model["train_cfg"].get("rcnn")), as_list(roi.get("bbox_head")), found)
@@ -225,17 +225,24 @@ def _head_norm(roi: Mapping[str, Any], settings: Mapping[str, Any], found: Findi
     return norm
 
 
-def _check_norms(model: Mapping[str, Any], settings: Mapping[str, Any], found: Findings) -> None:
-    """Norms outside the backbone: group norm everywhere, or nowhere."""
+def _norms_elsewhere(model: Mapping[str, Any], settings: Mapping[str, Any], found: Findings) -> bool:
+    """Whether FPN and mask heads have batch norm like the backbone; group norm is everywhere or nowhere."""
     roi = as_dict(model.get("roi_head"))
     parts = {"neck": as_dict(model.get("neck"))}
     if settings["masks"] != "none":
         parts["roi_head.mask_head"] = as_dict(as_list(roi.get("mask_head"))[0])
-    wanted = "GN" if settings["norm"] == "group" else None
-    for path, part in parts.items():
-        norm = as_dict(part.get("norm_cfg")).get("type")
-        if norm != wanted:
-            found.refuse(f"{path}.norm_cfg.type", norm, f"{wanted or 'none'}, as the backbone's norm has it")
+    norms = {path: as_dict(part.get("norm_cfg")) for path, part in parts.items()}
+    batch = {"batch": ("BN", "BN2d"), "sync": _SYNCED}.get(settings["norm"], ())
+    everywhere = any(word(norm.get("type")) in batch for norm in norms.values())
+    usual = batch if everywhere else ("GN",) if settings["norm"] == "group" else ("",)
+    for path, norm in norms.items():
+        kind = word(norm.get("type"))
+        if kind not in usual:
+            found.refuse(f"{path}.norm_cfg.type", kind or None, f"{usual[0] or 'none'}, as the backbone's norm has it")
+        found.expect(norm.get("requires_grad", True), f"{path}.norm_cfg.requires_grad", True)
+    if norms["neck"]:
+        found.expect(parts["neck"].get("no_norm_on_lateral", False), "neck.no_norm_on_lateral", False)
+    return everywhere
 
 
 def _check_losses(model: Mapping[str, Any], stages: int, found: Findings) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade_rcnn.models.ops.frozen_norm import fold_batch_norm
+from cascade_rcnn.models.ops.frozen_norm import fold_batch_norm, make_norm
 from cascade_rcnn.models.ops.roi_align import rows_weight
 
 
@@ -82,7 +82,7 @@ class ConvBoxHead(BoxHead):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
             norms: list[nn.Module] = []
             if norm != "none":
-                norms = [nn.GroupNorm(32, channels) if norm == "group" else nn.BatchNorm2d(channels)]
+                norms = [make_norm(norm, channels)]
             self.convs.append(nn.Sequential(conv, *norms, nn.ReLU()))
         self.fc1 = nn.Linear(channels * size * size, width)
         self._add_outputs(width, num_classes, class_agnostic)

@@ -194,8 +194,7 @@ def build_model(config: ModelConfig, num_classes: int, *, pretrained: bool = Fal
     backbone = _backbone(config, pretrained=wanted and not config.backbone_weights)
     if wanted and config.backbone_weights:
         load_backbone_weights(backbone, Path(config.backbone_weights))
-    group_norm = config.norm == "group"
-    fpn = FeaturePyramid(backbone.channels, config.fpn_channels, group_norm=group_norm)
+    fpn = FeaturePyramid(backbone.channels, config.fpn_channels, norm=_norm_elsewhere(config))
     model = CascadeRCNN(
         backbone,
         fpn,
@@ -206,6 +205,11 @@ def build_model(config: ModelConfig, num_classes: int, *, pretrained: bool = Fal
         bgr=bgr,
     )
     return model.train()
+
+
+def _norm_elsewhere(config: ModelConfig) -> str:
+    """Of FPN and mask heads."""
+    return "group" if config.norm == "group" else "batch" if config.fpn_and_mask_norms else "none"
 
 
 def _backbone(config: ModelConfig, *, pretrained: bool = False) -> Backbone:
@@ -298,7 +302,7 @@ def _build_cascade(config: ModelConfig, semantics: Rules, num_classes: int) -> C
     ]
     number = {"none": 0, "every": stages, "last": 1, "one": 1}[config.masks]
     mask_heads = [
-        MaskHead(config.fpn_channels, num_classes, width=config.mask_channels, group_norm=config.norm == "group")
+        MaskHead(config.fpn_channels, num_classes, width=config.mask_channels, norm=_norm_elsewhere(config))
         for _ in range(number)
     ]
     details = CascadeDetails(

@@ -389,8 +389,11 @@ class Cascade(nn.Module):
 
     def _mask_loss(self, head: MaskHead, pyramid: list[Tensor], samples: MaskSamples) -> Tensor:
         x = self._pool(pyramid, samples.boxes, samples.valid, size=14).flatten(0, 1)
-        logits = head.of_labels(x, samples.labels.flatten())
-        loss = mask_loss(logits, samples.targets.flatten(0, 1), samples.valid.flatten())
+        labels, targets, valid = samples.labels.flatten(), samples.targets.flatten(0, 1), samples.valid.flatten()
+        if head.training and head.counts_rows:
+            chosen = valid.nonzero()[:, 0]  # padding would shift the statistics; a GPU is waited for here
+            x, labels, targets, valid = (rows[chosen] for rows in (x, labels, targets, valid))
+        loss = mask_loss(head.of_labels(x, labels), targets, valid)
         return loss / normalizer(samples.valid.sum())
 
     def _masks(self, pyramid: list[Tensor], found: RawDetections) -> Tensor:

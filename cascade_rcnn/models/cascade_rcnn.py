@@ -106,7 +106,8 @@ class CascadeRCNN(nn.Module):
         digits.
         """
         self.eval().requires_grad_(False)
-        self.backbone.fold_batch_norm()
+        for part in (self.backbone, self.fpn, *self.cascade.mask_heads):
+            part.fold_batch_norm()  # type: ignore[operator]
         for head in self.cascade.box_heads:
             assert isinstance(head, BoxHead)
             head.take_rows()

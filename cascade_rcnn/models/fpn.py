@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade_rcnn.models.ops.capabilities import exporting, followed
+from cascade_rcnn.models.ops.frozen_norm import make_norm, without_batch_norms
 
 
 class FeaturePyramid(nn.Module):
@@ -16,22 +17,26 @@ class FeaturePyramid(nn.Module):
 
     Lateral 1x1 convolutions, a nearest-neighbour path from coarse to fine, 3x3 convolutions, and p6 by subsampling.
 
-    ``group_norm`` adds a group norm after every convolution (training from scratch, arXiv 1811.08883).
+    ``norm``: none, or a group or batch norm after every convolution (training from scratch, arXiv 1811.08883).
     """
 
-    def __init__(self, in_channels: Sequence[int], channels: int = 256, *, group_norm: bool = False) -> None:
+    def __init__(self, in_channels: Sequence[int], channels: int = 256, *, norm: str = "none") -> None:
         super().__init__()
         self.channels = channels
-        bias = not group_norm
+        bias = norm == "none"
         self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1, bias=bias) for c in in_channels)
         self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=bias) for _ in in_channels)
-        levels = len(in_channels) if group_norm else 0
-        self.lateral_norm = nn.ModuleList(nn.GroupNorm(32, channels) for _ in range(levels))
-        self.output_norm = nn.ModuleList(nn.GroupNorm(32, channels) for _ in range(levels))
+        levels = 0 if norm == "none" else len(in_channels)
+        self.lateral_norm = nn.ModuleList(make_norm(norm, channels) for _ in range(levels))
+        self.output_norm = nn.ModuleList(make_norm(norm, channels) for _ in range(levels))
         for conv in [*self.lateral, *self.output]:
             nn.init.xavier_uniform_(conv.weight)
             if conv.bias is not None:
                 nn.init.zeros_(conv.bias)
+
+    def fold_batch_norm(self) -> None:
+        self.lateral_norm = without_batch_norms(self.lateral, self.lateral_norm)
+        self.output_norm = without_batch_norms(self.output, self.output_norm)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """Features [B, C_l, H/s, W/s] of strides 4..32 become maps [B, channels, ...] of strides 4..64.

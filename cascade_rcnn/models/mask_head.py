@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cascade_rcnn.models.matching import host_sync_is_free
 from cascade_rcnn.models.ops.capabilities import has_triton
+from cascade_rcnn.models.ops.frozen_norm import make_norm, without_batch_norms
 from cascade_rcnn.rounding import ceil_div
 from cascade_rcnn.structures import MaskCrops
 
@@ -30,15 +31,17 @@ class MaskSamples:
 
 
 class MaskHead(nn.Module):
-    """RoI features [R, C, 14, 14] to one mask per class: logits [R, K, 28, 28]."""
+    """RoI features [R, C, 14, 14] to one mask per class: logits [R, K, 28, 28].
 
-    def __init__(
-        self, channels: int, num_classes: int, *, width: int, convs: int = 4, group_norm: bool = False
-    ) -> None:
+    ``norm``: none, group or batch, behind each convolution but the last two.
+    """
+
+    def __init__(self, channels: int, num_classes: int, *, width: int, convs: int = 4, norm: str = "none") -> None:
         super().__init__()
         inputs = [channels] + [width] * (convs - 1)
-        self.convs = nn.ModuleList(nn.Conv2d(c, width, 3, padding=1, bias=not group_norm) for c in inputs)
-        self.norms = nn.ModuleList(nn.GroupNorm(32, width) for _ in range(convs if group_norm else 0))
+        self.convs = nn.ModuleList(nn.Conv2d(c, width, 3, padding=1, bias=norm == "none") for c in inputs)
+        self.norms = nn.ModuleList(make_norm(norm, width) for _ in range(0 if norm == "none" else convs))
+        self.counts_rows = norm == "batch"  # in training, one RoI's masks depend on which others there are
         self.upsample = nn.ConvTranspose2d(width, width, 2, stride=2)
         self.logits = nn.Conv2d(width, num_classes, 1)
         for module in self.modules():
@@ -47,6 +50,9 @@ class MaskHead(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.logits.weight, std=0.001)  # first masks near one half, whatever the features' scale
+
+    def fold_batch_norm(self) -> None:
+        self.norms = without_batch_norms(self.convs, self.norms)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.logits(self.features(x))

@@ -11,11 +11,12 @@ import difflib
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cascade_rcnn.errors import CheckpointError
+from cascade_rcnn.recipes import config_names
 
 _LIST = Path(__file__).with_name("published.json")
 
@@ -96,24 +97,45 @@ def find(name: str) -> Published | None:
 
 
 def nearest(name: str) -> list[str]:
-    """Up to three names like this one that load."""
-    names = {normalised(entry.name): entry.name for entry in published() if not entry.missing}
-    return [names[match] for match in difflib.get_close_matches(normalised(name), names, n=3, cutoff=0.6)]
+    """Up to three names that load: those that have this one in them, else those spelt most like it."""
+    names = {spelling: entry.name for spelling, entry in _by_spelling().items() if not entry.missing}
+    word = normalised(name)
+    inside = [whole for spelling, whole in names.items() if len(word) > 3 and word in spelling]
+    like = [] if inside else difflib.get_close_matches(word, names, n=9, cutoff=0.6)
+    return list(dict.fromkeys(inside + [names[match] for match in like]))[:3]
+
+
+def nearest_words(words: Sequence[str]) -> list[str]:
+    """Up to three names, or parts of names, like these words."""
+    names = nearest("_".join(words))
+    parts = {part for spelling in _by_spelling() for part in spelling.split("_")}
+    like = [difflib.get_close_matches(normalised(word), parts - {normalised(word)}, n=1) for word in words]
+    return names or [match for matches in like for match in matches]
 
 
 def find_loadable(name: str) -> Published:
     """The entry of that name. Raises CheckpointError: an unknown name, or a network that has no counterpart here."""
     entry = find(name)
     if entry is None:
+        if name in config_names():
+            raise CheckpointError(
+                f"{name}: a recipe whose weights nobody has published; 'cascade-rcnn train {name} --data DIR' makes "
+                "some, and a run's folder is taken as a checkpoint"
+            )
         near = nearest(name)
         hint = f"did you mean {' or '.join(near)}?" if near else "'cascade-rcnn models' lists the names"
         raise CheckpointError(f"{name}: neither a file nor the name of published weights; {hint}")
     if entry.missing:
-        raise CheckpointError(
-            f"{entry.name}: cannot be loaded: weights of this kind are not converted ({entry.missing}); "
-            "'cascade-rcnn models' marks the ones that are"
-        )
+        raise CheckpointError(f"{entry.name}: {cannot_load(entry)}")
     return entry
+
+
+def cannot_load(entry: Published) -> str:
+    """Why, of an entry that does not load."""
+    return (
+        f"cannot be loaded: weights of this kind are not converted ({entry.missing}); "
+        "'cascade-rcnn models' marks the ones that are"
+    )
 
 
 def of_file(file: str, sha256: str) -> Published | None:

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from cascade_rcnn.messages import printable
-from cascade_rcnn.zoo.catalog import Published, normalised, published
+from cascade_rcnn.zoo.catalog import Published, find, nearest_words, normalised, published
 from cascade_rcnn.zoo.store import cached, clear, models_folder, unfinished
 
 
 def run_models(words: Sequence[str] = (), *, as_json: bool = False, cache: str = "") -> None:
-    """Print the weights whose names have all ``words``; ``cache``: "show" or "clear" the folder of fetched ones."""
-    if cache:
-        _show_cache(cache)
-        return
+    """Print the weights whose names have all ``words``; ``cache``: "show" or "clear" those of them that are here."""
     entries = [entry for entry in published() if all(normalised(word) in _searched(entry) for word in words)]
+    if cache and (entries or not words):
+        exact = find(words[0]) if len(words) == 1 else None  # a name that is a part of others means itself
+        names = {entry.name for entry in ([exact] if exact else entries)}
+        _show_cache(cache, names if words else None)
+        return
     have = cached()
     if as_json:
         print(json.dumps([_facts(entry, have) for entry in entries], indent=2))
         return
     if not entries:
-        print(f"no published weights have {' '.join(map(repr, words))} in their name")
+        near = nearest_words(words)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        print(f"no published weights have {' '.join(map(repr, words))} in their name{hint}")
         return
     _print_table(entries, have)
 
@@ -93,18 +97,18 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def _show_cache(what: str) -> None:
+def _show_cache(what: str, names: Collection[str] | None) -> None:
     if what == "clear":
-        freed, busy = clear()
+        freed, busy = clear(names)
         print(f"{printable(models_folder())}: {freed / 1e6:.0f} MB deleted")
         if busy:
             print(f"  kept, because another process is fetching them: {', '.join(map(printable, busy))}")
         return
-    have = cached()
+    have = {name: size for name, size in cached().items() if names is None or name in names}
     print(printable(models_folder()))
     for name, size in have.items():
         print(f"  {name}  {size / 1e6:.0f} MB")
-    if rest := unfinished():
+    if names is None and (rest := unfinished()):
         print(f"  parts of downloads that were interrupted, and what could not be converted: {rest / 1e6:.0f} MB")
     total = sum(have.values()) / 1e6
-    print(f"  {len(have)} checkpoints, {total:.0f} MB; 'cascade-rcnn models --cache clear' deletes them")
+    print(f"  {len(have)} checkpoints, {total:.0f} MB; 'cascade-rcnn models --cache clear [WORD]' deletes them")

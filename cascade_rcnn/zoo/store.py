@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -32,9 +32,18 @@ def models_folder() -> Path:
 def resolve(checkpoint: str | Path) -> Path:
     """The file of a checkpoint that is given as a path, or by the name of published weights (fetched when first used).
 
-    What lies on the disk wins over a name. Raises CheckpointError: neither; or the weights cannot be fetched or read.
+    What lies on the disk wins over a name; a path into the cache is the name of what lies there. Raises
+    CheckpointError: neither; or the weights cannot be fetched or read.
     """
-    return by_name(Path(checkpoint).as_posix()) if is_name(checkpoint) else Path(checkpoint)
+    path = Path(checkpoint)
+    if is_name(path) or (path.absolute().parent == models_folder().absolute() and _is_kept(path)):
+        return by_name(path.as_posix() if is_name(path) else path.stem)
+    return path
+
+
+def _is_kept(path: Path) -> bool:
+    entry = find(path.stem)
+    return entry is not None and _place(entry).name == path.name
 
 
 def is_name(checkpoint: str | Path) -> bool:
@@ -50,15 +59,33 @@ def is_name(checkpoint: str | Path) -> bool:
 
 
 def by_name(name: str) -> Path:
-    """The converted checkpoint of that name, from the cache or fetched now."""
+    """The converted checkpoint of that name, from the cache or fetched now; one that cannot be read is fetched anew.
+
+    To read it through costs about a second per GB.
+    """
     entry = find_loadable(name)
     kept = _place(entry)
-    if kept.is_file():
+    if _has(kept):
         return kept
     with _one_process(kept):
-        if not kept.is_file():  # another process may have made it while we waited
+        if not _has(kept, told=True):  # another process may have made it while we waited
             _make(entry, kept)
     return kept
+
+
+def _has(kept: Path, *, told: bool = False) -> bool:
+    """Whether the cache has this checkpoint, whole and of a version that this program reads; ``told``: say why not."""
+    from cascade_rcnn.checkpoint import load_checkpoint
+
+    if not kept.is_file():
+        return False
+    try:
+        load_checkpoint(kept)
+    except CheckpointError as error:
+        if told:
+            print(f"{printable(str(error).partition(';')[0])}: it is fetched anew", file=sys.stderr)
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -239,20 +266,27 @@ def _is_whole(path: Path) -> bool:
     return path.suffix == ".safetensors" and not path.name.startswith(".")
 
 
-def clear() -> tuple[int, list[str]]:
+def _belongs(path: Path, names: Collection[str]) -> bool:
+    return any(path.name.lstrip(".").startswith(f"{name}.") for name in names)
+
+
+def clear(names: Collection[str] | None = None) -> tuple[int, list[str]]:
     """Delete what is in the cache; returns the bytes that are free now, and names that another process is fetching.
 
-    Raises CheckpointError: a folder whose files cannot be deleted.
+    ``names``: only the weights of these names, whole or not. Raises CheckpointError: files that cannot be deleted.
     """
     freed, busy = 0, list[str]()
     for lock in models_folder().glob(".*.safetensors.lock"):
+        name = lock.name[1 : -len(".safetensors.lock")]
+        if names is not None and name not in names:
+            continue
         if (file := _open_locked(lock)) is None:
-            busy.append(lock.name[1 : -len(".safetensors.lock")])
+            busy.append(name)
         else:
             _unlock(file.fileno())
             file.close()
     for path in _files():
-        if any(path.name.lstrip(".").startswith(f"{name}.") for name in busy):
+        if _belongs(path, busy) or (names is not None and not _belongs(path, names)):
             continue
         try:
             size = path.stat().st_size

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cascade_rcnn.check.choices import Choice, Machine, choose, keep_choices
+from cascade_rcnn.check.choices import Choice, choose, keep_choices
 from cascade_rcnn.check.dataset import run_check
+from cascade_rcnn.check.memory import Machine, step_memory
 from cascade_rcnn.check.objects import anchor_sides, best_anchor_iou
 from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
 from cascade_rcnn.data.records import DataSplit, ImageRecord
@@ -107,11 +108,76 @@ def test_a_rare_class_is_repeated_up_to_four_times() -> None:
 def test_the_input_fits_into_the_memory() -> None:
     small = split((24, 24))
     free = max(chosen(small, gpu=80.0)[0].data.short_side)
-    config, choices = chosen(small, gpu=5.0)
+    config, choices = chosen(small, "--train.batch-size", "2", gpu=4.0)
     assert free == 1216 and 320 <= max(config.data.short_side) < 1216
-    assert "more would not fit into 5 GB with 2 images a pass" in choices["data.short_side"].reason
-    four = chosen(small, "--train.batch-size", "4", gpu=5.0)[0]
+    assert "more would not fit into the GPU's 4 GB with 2 images a pass" in choices["data.short_side"].reason
+    four = chosen(small, "--train.batch-size", "4", gpu=4.0)[0]
     assert max(four.data.short_side) < max(config.data.short_side)
+
+
+def test_fewer_images_a_pass_come_before_a_smaller_picture() -> None:
+    config, choices = chosen(split((24, 24)), gpu=4.0)
+    assert max(config.data.short_side) == 1216 and config.train.batch_size == 1
+    assert choices["train.batch_size"].line() == (
+        "train.batch_size 1: a pass takes about 3 of the GPU's 4 GB, with 2 images about 4; a step keeps its 16 images"
+    )
+    assert chosen(split((24, 24)), gpu=80.0)[0].train.batch_size == 2
+    assert "train.batch_size" not in chosen(split((24, 24)))[1]  # nothing is known of this machine
+    config, choices = chosen(split((24, 24)), gpu=2.0)  # both, and then it is said that it may not do
+    assert max(config.data.short_side) < 1216 and config.train.batch_size == 1
+    assert "with 1 image a pass" in choices["data.short_side"].reason
+
+
+@pytest.mark.parametrize("setting", [["--train.accumulate", "1"], ["--model.norm", "batch"]])
+def test_images_a_pass_stay_where_they_change_what_is_learnt(setting: list[str]) -> None:
+    config, _ = chosen(split((24, 24)), *setting, gpu=4.0)
+    assert config.train.batch_size == 2 and max(config.data.short_side) < 1216
+
+
+SMALL = load_config("finetune_small")
+
+
+def wide_and_high() -> DataSplit:
+    wide, high = split((90, 90), size=(683, 1024)), split((90, 90), size=(1024, 683))
+    return dataclasses.replace(wide, records=wide.records + high.records)
+
+
+@pytest.mark.parametrize(
+    ("images", "short", "long", "gigabytes"),
+    [  # (width, height) as in the trainings of docs/train.md, whose peaks these were
+        ([(640, 480)], 320, 544, 4.0),
+        ([(256, 256), (1272, 603), (696, 520)], 320, 544, 4.6),
+        ([(256, 256), (1272, 603), (696, 520)], 512, 896, 9.6),
+        ([(1024, 499), (683, 1024), (577, 1024)], 320, 544, 6.4),
+        ([(1024, 499), (683, 1024), (577, 1024)], 512, 928, 16.4),
+    ],
+)
+def test_memory_without_a_gpu_is_counted_as_it_was_measured(
+    images: list[tuple[int, int]], short: int, long: int, gigabytes: float
+) -> None:
+    sizes = np.array(images, dtype=np.float64)
+    assert step_memory(SMALL, sizes, short, long, 8, Machine()) == pytest.approx(gigabytes, rel=0.05)
+
+
+@pytest.mark.parametrize(("memory", "batch"), [(33.0, 8), (16.5, 4), (8.2, 2), (4.0, 1), (None, 8)])
+def test_a_laptop_takes_its_small_objects_in_more_passes(memory: float | None, batch: int) -> None:
+    data = wide_and_high()
+    for record in data.records:
+        record.boxes[:, 2:] = record.boxes[:, :2] + 40  # 20 pixels at 320
+    config, choices = choose(SMALL, data, machine=Machine(memory=memory))
+    assert config.train.batch_size == batch and config.train.accumulate == 0
+    if memory is not None and memory > 5:
+        assert max(config.data.short_side) == 512
+    if batch == 4:
+        (line,) = [choice.line() for choice in choices if choice.setting == "train.batch_size"]
+        assert line.endswith("of this machine's 16 GB, with 8 images about 12; a step keeps its 16 images"), line
+
+
+def test_a_machine_with_too_little_memory_is_told() -> None:
+    config, choices = choose(SMALL, wide_and_high(), machine=Machine(memory=2.5))
+    assert max(config.data.short_side) == 320 and config.train.batch_size == 1
+    (line,) = [choice.line() for choice in choices if choice.setting == "train.batch_size"]
+    assert line.endswith("more than the 1.5 that are planned with, and it may not fit")
 
 
 def test_long_images_keep_their_length() -> None:

@@ -158,6 +158,48 @@ def test_settings_that_are_taken_over(tmp_path: Path, text: str, setting: str, v
     assert getattr(getattr(config, section), name) == value
 
 
+# As in mmdetection's strong baselines.
+SYNCED = """
+n = dict(type='SyncBN', requires_grad=True)
+m = dict(type='FCNMaskHead', num_classes=80, norm_cfg=dict(type='MMSyncBN', requires_grad=True))
+model = dict(backbone=dict(_delete_=True, type='ResNet', depth=50, frozen_stages=-1, norm_cfg=n, norm_eval=False),
+    neck=dict(norm_cfg=n), roi_head=dict(mask_head=[m, m, m]))
+optim_wrapper = dict(constructor=None, paramwise_cfg=dict(_delete_=True))
+"""
+
+
+def test_batch_norm_in_fpn_and_mask_heads_is_taken_over(tmp_path: Path) -> None:
+    model = recipe_from_mmdetection(written(tmp_path, CONVNEXT + SYNCED)).config.model
+    assert (model.norm, model.fpn_and_mask_norms, model.box_head) == ("sync", True, "4conv1fc_bn")
+    assert not recipe_from_mmdetection(FIXTURES / "convnext.py").config.model.fpn_and_mask_norms
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes", "said"),
+    [
+        (
+            "norm_cfg=dict(type='MMSyncBN', requires_grad=True)",
+            "norm_cfg=None",
+            "roi_head.mask_head.norm_cfg.type = None (here SyncBN, as the backbone",
+        ),
+        ("MMSyncBN", "BN", "roi_head.mask_head.norm_cfg.type = 'BN' (here SyncBN"),
+        ("neck=dict(norm_cfg=n)", "neck=dict()", "neck.norm_cfg.type = None (here SyncBN"),
+        ("neck=dict(norm_cfg=n)", "neck=dict(norm_cfg=n, no_norm_on_lateral=True)", "neck.no_norm_on_lateral = True"),
+        (
+            "neck=dict(norm_cfg=n)",
+            "neck=dict(norm_cfg=dict(type='SyncBN', requires_grad=False))",
+            "neck.norm_cfg.requires_grad = False",
+        ),
+        ("norm_eval=False", "norm_eval=True", "neck.norm_cfg.type = 'SyncBN' (here none"),
+    ],
+)
+def test_batch_norm_in_some_places_only_is_refused(tmp_path: Path, was: str, becomes: str, said: str) -> None:
+    assert was in SYNCED
+    with pytest.raises(ConfigError) as caught:
+        recipe_from_mmdetection(written(tmp_path, CONVNEXT + SYNCED.replace(was, becomes)))
+    assert said in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from cascade_rcnn.config import ModelConfig
+from cascade_rcnn.errors import ConfigError
 from cascade_rcnn.models.cascade import Stage, StageDetails, deltas_of_labels, most_likely, scale_gradient
+from cascade_rcnn.models.mask_head import MaskSamples
 from cascade_rcnn.models.matching import Samples, rows_in_use
 from cascade_rcnn.structures import Proposals, Targets
 from tiny import squares, tiny_model
@@ -336,3 +340,53 @@ def test_batch_norm_of_a_box_head_does_not_count_padding() -> None:
     logits, deltas = model.cascade._run_stage(0, features, boxes, torch.zeros_like(valid))
     (logits.sum() + deltas.sum()).backward()  # no box at all: still a step
     assert all(p.grad is not None for p in head.parameters())
+
+
+BATCH_NORMS = {"norm": "batch", "fpn_and_mask_norms": True, "box_head": "4conv1fc_bn"}
+
+
+def test_batch_norm_of_a_mask_head_does_not_count_padding() -> None:
+    model = tiny_model(**BATCH_NORMS)
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(2, 32, 128 // s, 128 // s, generator=generator) for s in (4, 8, 16, 32)]
+    boxes = torch.rand(2, 3, 4, generator=generator) * 40 + torch.tensor([0.0, 0.0, 60.0, 60.0])
+    labels = torch.tensor([[0, 1, 2], [1, 0, 0]])
+    targets = (torch.rand(2, 3, 28, 28, generator=generator) > 0.5).float()
+    valid = torch.tensor([[True, False, True], [True, False, False]])
+    (head,) = model.cascade.mask_heads
+    alone, x = copy.deepcopy(head), model.cascade._pool(features, boxes, valid, size=14).flatten(0, 1)
+    logits = alone(x[valid.flatten()])[torch.arange(3), labels[valid]]
+    wanted = F.binary_cross_entropy_with_logits(logits, targets[valid])
+    found = model.cascade._mask_loss(head, features, MaskSamples(boxes, labels, valid, targets))
+    torch.testing.assert_close(found, wanted)
+    before = copy.deepcopy(head.state_dict())
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(before[name], value)
+    none = model.cascade._mask_loss(head, features, MaskSamples(boxes, labels, torch.zeros_like(valid), targets))
+    none.backward()  # no object at all: still a step, and nothing is learnt of masks
+    assert none == 0 and all(p.grad is not None and not p.grad.any() for p in head.parameters())
+    for name, value in head.state_dict().items():
+        assert name.endswith("num_batches_tracked") or torch.equal(value, before[name])
+
+
+@torch.no_grad()
+def test_batch_norms_of_fpn_and_mask_heads_are_folded_for_inference() -> None:
+    model = tiny_model(**BATCH_NORMS, masks="every", score_threshold=0.0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value in (module.weight, module.bias, module.running_mean):
+                nn.init.normal_(value, 0.5, 0.2)  # type: ignore[arg-type]
+            nn.init.uniform_(module.running_var, 0.5, 2)  # type: ignore[arg-type]
+    images, _ = squares()
+    plain = model.eval().detect(images)
+    folded = copy.deepcopy(model).optimize_for_inference()
+    assert not folded.fpn.lateral_norm and not folded.fpn.output_norm and not folded.cascade.mask_heads[0].norms  # type: ignore[union-attr]
+    found = folded.detect(images)
+    torch.testing.assert_close(found.scores, plain.scores, rtol=1e-3, atol=1e-4)
+    assert found.masks is not None and plain.masks is not None
+    torch.testing.assert_close(found.masks, plain.masks, rtol=1e-3, atol=1e-3)
+
+
+def test_fpn_and_mask_norms_ask_for_batch_norm() -> None:
+    with pytest.raises(ConfigError, match=r"fpn_and_mask_norms with model.norm frozen_statistics: give batch"):
+        ModelConfig(fpn_and_mask_norms=True)

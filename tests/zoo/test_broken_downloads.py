@@ -371,6 +371,75 @@ def test_a_file_system_without_locks_is_told(
     assert _is_whole() and "has no locks" in capsys.readouterr().err
 
 
+def _half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def _nothing(content: bytes) -> bytes:
+    return b""
+
+
+def _no_header(content: bytes) -> bytes:
+    return content[:8] + b"x" * 100 + content[108:]
+
+
+def _another_byte(content: bytes) -> bytes:
+    middle = len(content) * 3 // 4
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "by_path"),
+    [(_half, False), (_nothing, False), (_no_header, False), (_another_byte, False), (_half, True)],
+)
+def test_weights_that_are_damaged_in_the_cache_are_fetched_anew(
+    zoo: dict[str, Any],
+    server: Server,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[bytes], bytes],
+    by_path: bool,
+) -> None:
+    kept = store.by_name(NAME)
+    kept.write_bytes(damage(kept.read_bytes()))
+    capsys.readouterr()
+    assert cascade_rcnn.load(kept if by_path else NAME, device="cpu").class_names == ("cat", "dog", "eel")
+    assert load_checkpoint(kept).class_names == ("cat", "dog", "eel")
+    said = capsys.readouterr().err
+    assert said.count(": it is fetched anew\n") == 1 and str(kept) in said and len(server.requests) == 2
+
+
+def test_weights_that_are_damaged_stay_until_others_are_there(
+    zoo: dict[str, Any], server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = store.by_name(NAME)
+    kept.write_bytes(b"damaged")
+    server.status = 404
+    capsys.readouterr()
+    said = _refused()
+    assert zoo["url"] in said and "CASCADE_RCNN_MIRROR" in said and kept.read_bytes() == b"damaged"
+    assert f"{kept}: not a readable safetensors file" in capsys.readouterr().err
+
+
+def test_one_of_many_is_cleared_by_its_name(
+    zoo: dict[str, Any],
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = f"other_{NAME}"  # has the other's whole name in it
+    set_list(monkeypatch, tmp_path / "list.json", zoo, zoo | {"name": other, "also": []})
+    for name in (NAME, other):
+        (_models(tmp_path) / f"{name}.safetensors").write_bytes(b"kept")
+        (_models(tmp_path) / f"{name}.pth.part").write_bytes(b"began")
+    run_models(["other"], cache="show")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]] == [other]
+    run_models(["nobody"], cache="clear")
+    assert len(list(_models(tmp_path).iterdir())) == 4
+    run_models([NAME], cache="clear")
+    assert sorted(path.name for path in _models(tmp_path).iterdir()) == [f"{other}.pth.part", f"{other}.safetensors"]
+
+
 # Processes that die or come at once
 
 _PROCESS = """

@@ -116,7 +116,7 @@ def test_a_wrong_name_gets_the_nearest_in_one_line_and_nothing_is_written(
     code, _, said = _run(command, NAME.replace("small", "smal"), capsys)
     assert code == 2
     nearest = NAME if command != "config" else "cascade_mask_rcnn_r50_fpn_1x_coco"  # of the recipes
-    assert said.count("\n") == 1 and f"did you mean {nearest}" in said, said
+    assert said.count("\n") == 1 and f"did you mean {nearest}" in said and NAME in said, said
     assert sorted(place.rglob("*")) == before
 
 
@@ -178,6 +178,48 @@ def test_published_weights_are_no_recipe(command: str, place: Path, capsys: pyte
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith(f"error: {NAME}: published weights, not a recipe"), said
     assert f"--train.init {NAME}" in said and f"cascade-rcnn config {NAME}" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            "config faster_rcnn_r50_fpn_2x_cocoo",
+            ["did you mean faster_rcnn_r50_fpn_1x_coco", "published weights are called faster_rcnn_r50_fpn_2x_coco"],
+        ),
+        ("config swin_tiny", ["published weights are called swin_mask_rcnn_swin_tiny_patch4_window7"]),
+        ("train cascade_rcnn_r50_fpn_1x_coc", ["did you mean cascade_rcnn_r50_fpn_1x_coco", "lists all names\n"]),
+        ("train configs/cascade_rcnn_r50_dcn.py", ["no such config file", "lists all names\n"]),
+        (
+            "train cascade_rcnn_r50_fpn_1x_coco_20200316-3dc56deb",
+            ["'cascade-rcnn train cascade_rcnn_r50_fpn_1x_coco' is the recipe of that training"],
+        ),
+        (
+            "train mask_rcnn_r50_fpn_2x_coco",
+            ["cascade-rcnn config mask_rcnn_r50_fpn_2x_coco > mine.py", "--train.init mask_rcnn_r50_fpn_2x_coco'"],
+        ),
+        ("train mask_rcnn_r50_fpn_carafe_1x_coco", ["cannot be loaded", "(CARAFE upsampling)"]),
+        ("evaluate cascade_mask_rcnn_swin_s --data x", ["did you mean swin_cascade_mask_rcnn_swin_small_patch4_win"]),
+        ("evaluate finetune --data x", ["a recipe whose weights nobody has published; 'cascade-rcnn train finetune"]),
+    ],
+)
+def test_a_word_of_the_other_list_says_what_to_do_with_it(
+    words: str, told: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words.split()) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("error: ") and all(part in said for part in told), said
+    if "--train.init" not in "".join(told):
+        assert "--train.init mask" not in said
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [("swinn", "did you mean swin?"), ("faster_rcnn_r50_fpn_2x_cocoo", "did you mean faster_rcnn_r50_fpn_2x_coco or")],
+)
+def test_a_word_that_no_name_has_gets_the_nearest(word: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", word]) == 0
+    assert capsys.readouterr().out.startswith(f"no published weights have '{word}' in their name; {told}")
 
 
 def test_a_conversion_of_a_name_takes_what_one_of_a_file_takes(

@@ -58,6 +58,20 @@ def freeze_statistics(module: nn.Module) -> None:
             child.__class__ = FrozenStatisticsNorm
 
 
+def make_norm(kind: str, channels: int) -> nn.Module:
+    """``kind``: group (of 32 groups) or batch."""
+    return nn.GroupNorm(32, channels) if kind == "group" else nn.BatchNorm2d(channels)
+
+
+def without_batch_norms(convs: nn.ModuleList, norms: nn.ModuleList) -> nn.ModuleList:
+    """The norms behind ``convs`` that remain when batch norms are folded into them: all, or none."""
+    if not norms or isinstance(norms[0], nn.GroupNorm):
+        return norms
+    for conv, norm in zip(convs, norms):
+        fold_batch_norm(conv, norm)  # type: ignore[arg-type]
+    return nn.ModuleList()
+
+
 @torch.no_grad()
 def fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     """Put a norm with fixed statistics into the convolution before it.
