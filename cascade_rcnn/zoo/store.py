@@ -104,9 +104,12 @@ def _make(entry: Published, kept: Path) -> None:
             raise CheckpointError(f"{raw}: holds another network than its name says ({other})")
     except CheckpointError as error:
         if str(error).startswith(f"{unproven}: cannot be written"):
-            reason = one_line(error.__cause__ or error)
+            reason: BaseException = error
+            while reason.__cause__ is not None:
+                reason = reason.__cause__
             raise CheckpointError(
-                f"{printable(kept)}: cannot be written ({reason}); the file that was fetched is kept; {ANOTHER_FOLDER}"
+                f"{printable(kept)}: cannot be written ({one_line(reason)}); the file that was fetched is kept; "
+                f"{ANOTHER_FOLDER}"
             ) from error
         raise CheckpointError(f"{error}; {_way_out(entry)}") from error
     unproven.replace(kept)
