@@ -105,8 +105,8 @@ def _make(entry: Published, kept: Path) -> None:
     except CheckpointError as error:
         if str(error).startswith(f"{unproven}: cannot be written"):
             reason: BaseException = error
-            while reason.__cause__ is not None:
-                reason = reason.__cause__
+            while reason.__context__ is not None:  # down to the system's own words
+                reason = reason.__context__
             raise CheckpointError(
                 f"{printable(kept)}: cannot be written ({one_line(reason)}); the file that was fetched is kept; "
                 f"{ANOTHER_FOLDER}"
