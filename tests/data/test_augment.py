@@ -115,7 +115,7 @@ def test_a_missing_file_is_told_before_the_data_are_looked_at(tmp_path: Path, mo
 
     monkeypatch.setattr(train, "check_before_training", lambda _: pytest.fail("looked at the data first"))
     config = Config(data=DataConfig(root=str(tmp_path), augment="mine.py"))
-    with pytest.raises(ConfigError, match="data.augment 'mine.py': no such file"):
+    with pytest.raises(ConfigError, match=r"data.augment 'mine.py': no such file"):
         train.run_train(config, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
