@@ -16,6 +16,7 @@ import inspect
 import itertools
 import json
 import math
+import re
 import shutil
 import textwrap
 import traceback
@@ -411,6 +412,8 @@ def _split_options(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
         if word.startswith("--"):
             option, equals, value = word.partition("=")
             options.append((option, [value] if equals else []))
+        elif re.match("-[A-Za-z]{2}", word) and word.lower() not in ("-inf", "-nan"):
+            raise ConfigError(f"{word}: options begin with two dashes: -{word}")
         elif options:
             options[-1][1].append(word)
         else:

@@ -25,6 +25,7 @@ from cascade_rcnn.check.choices import Choice, choose, keep_choices
 from cascade_rcnn.check.dataset import check_before_training
 from cascade_rcnn.check.memory import Machine
 from cascade_rcnn.config import Config, finetune_schedule
+from cascade_rcnn.data.augment import Augmentation
 from cascade_rcnn.data.dataset import DetectionDataset
 from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.data.loader import Upload, train_loader
@@ -296,6 +297,8 @@ def run_train(
     if int(os.environ.get("RANK", 0)) == 0:  # the other processes wait for it in ``train``
         resume_here = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         resuming = find_resumable_state(out, resume=resume_here)
+        if config.data.augment:
+            Augmentation(config.data.augment)  # a mistake in the file is told before the data are looked at
         check_backbone(config.model)
         if config.train.init and not resuming:
             check_init(config.train.init)

@@ -256,6 +256,9 @@ def test_no_override_changes_nothing() -> None:
         ("--model.stage-stds 1 2 3", "--model.stage-stds got 3 numbers, expected rows of 4 numbers"),
         ("--data.large-scale-jitter 1", "--data.large-scale-jitter got 1 values, expected 2 numbers"),
         ("x", "unexpected 'x'"),
+        ("--data.root dir -train.init w", "-train.init: options begin with two dashes: --train.init"),
+        ("-train.lr 1", "-train.lr: options begin with two dashes: --train.lr"),
+        ("--train.lr -inf", "--train.lr is"),
     ],
 )
 def test_a_wrong_override_names_option_value_and_what_fits(words: str, said: str) -> None:

@@ -13,6 +13,7 @@ import difflib
 import errno
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -198,11 +199,20 @@ def _dispatch(words: Sequence[str]) -> int:
         matches = difflib.get_close_matches(words[0], COMMANDS, n=1)
         hint = f", did you mean {matches[0]}?" if matches else f"; there are {', '.join(COMMANDS)}"
         raise UsageError(f"no command {words[0]!r}{hint}")
+    _refuse_long_dashes(words)
     command = COMMANDS[words[0]]
     try:
         return command.run(command.parser(words[0]), words[1:]) or 0
     except SystemExit as stop:  # argparse ends --help this way; the engine a run that was stopped by a signal
         return stop.code if isinstance(stop.code, int) else 0
+
+
+def _refuse_long_dashes(words: Sequence[str]) -> None:
+    """Text programs and web pages turn two hyphens into one long dash, and copies of it are no options."""
+    for word in words:
+        if re.match(r"[\u2010-\u2015\u2212]+\w", word) and not os.path.lexists(word):
+            option = "--" + word.lstrip("-\u2010\u2011\u2012\u2013\u2014\u2015\u2212")
+            raise UsageError(f"{printable(word)} begins with a long dash instead of two hyphens: write {option}")
 
 
 def _overview() -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cascade_rcnn.cli.parser import Parser, add_orientation
+from cascade_rcnn.cli.parser import Parser, add_orientation, refuse_unknown_name
 
 
 def models(parser: Parser, words: Sequence[str]) -> None:
@@ -49,6 +49,7 @@ def convert(parser: Parser, words: Sequence[str]) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DEST where it holds something else")
     args = parser.parse_all(words)
+    refuse_unknown_name(args.source)
 
     from cascade_rcnn.convert.checkpoint import run_convert
     from cascade_rcnn.zoo.store import fetched, resolve

@@ -37,13 +37,17 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see '{self.prog} --help')")
 
     def parse_all(self, words: Sequence[str]) -> argparse.Namespace:
-        """Parse, and name the closest option where one is not known."""
+        """Parse, and name the closest option, or checkpoint, where one is not known."""
         namespace, unknown = self.parse_known_args(words)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
             matches = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
             hint = f", did you mean {matches[0]}?" if matches else ""
             self.error(f"unexpected argument {unknown[0]!r}{hint}")
+        given = vars(namespace)
+        for word in (given.get("checkpoint"), given.get("model"), *given.get("checkpoints", ())):
+            if word is not None:
+                refuse_unknown_name(word)
         return namespace
 
 
@@ -54,6 +58,15 @@ def add_checkpoint(parser: Parser) -> None:
         metavar="CHECKPOINT",
         help=".safetensors file, the folder of a run, or a name of 'cascade-rcnn models'",
     )
+
+
+def refuse_unknown_name(word: str | Path) -> None:
+    """What is no file and no name of the list is refused here, before torch is imported, which takes seconds."""
+    from cascade_rcnn.zoo.catalog import find_loadable
+    from cascade_rcnn.zoo.store import is_name
+
+    if is_name(word):
+        find_loadable(Path(word).as_posix())
 
 
 def add_device(parser: Parser) -> None:

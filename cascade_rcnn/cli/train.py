@@ -14,6 +14,7 @@ from cascade_rcnn.cli.parser import (
     add_orientation,
     load_recipe,
     range_of_levels,
+    refuse_unknown_name,
     split_settings,
     whole_number,
 )
@@ -109,6 +110,8 @@ def train(parser: Parser, words: Sequence[str]) -> None:
     config = apply_overrides(load_recipe(args.config), settings + unknown)
     if not config.data.root:
         raise ConfigError(f"{args.config} names no data: add --data DIR")
+    if config.train.init and not args.resume:
+        refuse_unknown_name(config.train.init)
     recipe = Path(args.config)
     out = args.out or (recipe if recipe.is_dir() else Path("runs") / recipe.stem.replace("-", "_"))
 

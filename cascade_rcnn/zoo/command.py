@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
+import sys
+import textwrap
 from collections.abc import Collection, Sequence
 
 from cascade_rcnn.messages import printable
 from cascade_rcnn.zoo.catalog import Published, find, nearest_words, normalised, published
 from cascade_rcnn.zoo.store import cached, clear, models_folder, unfinished
+
+_HEADINGS = ("name", "box AP", "mask AP", "size", "whose", "licence", "")
 
 
 def run_models(words: Sequence[str] = (), *, as_json: bool = False, cache: str = "") -> None:
@@ -52,45 +58,53 @@ def _size(entry: Published, have: dict[str, int]) -> str:
 
 
 def _print_table(entries: Sequence[Published], have: dict[str, int]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold")
-    for heading, justify in (
-        ("name", "left"),
-        ("box AP", "right"),
-        ("mask AP", "right"),
-        ("size", "right"),
-        ("whose", "left"),
-        ("licence", "left"),
-        ("", "left"),
-    ):
-        table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading == "name")  # type: ignore[arg-type]
-    for entry in entries:
-        state = f"no: {entry.missing}" if entry.missing else "here" if entry.name in have else ""
-        dataset = "" if entry.dataset == "COCO" else f" ({entry.dataset})"
-        style = "dim" if entry.missing else ""
-        table.add_row(
-            escape(entry.name) + dataset,
-            _percent(entry.box_ap),
-            _percent(entry.mask_ap),
-            _size(entry, have),
-            entry.library.partition(" (")[0],
-            entry.license.partition(" (")[0],
-            state,
-            style=style,
-        )
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(table)
+    """A line for each entry, or two where the terminal is narrower; a pipe or a file always gets one."""
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    rows = [_HEADINGS, *(_cells(entry, have) for entry in entries)]
+    widths = [max(map(len, column)) for column in zip(*rows)][:-1]
+    if sum(widths) + 2 * len(widths) <= columns:
+        lines = [_line(row, widths, columns) for row in rows]
+    else:
+        lines = [_paragraph(row, columns) for row in rows[1:]]
     loads = sum(not entry.missing for entry in entries)
-    console.print(
-        f"{len(entries)} checkpoints, {loads} of which load by name: cascade_rcnn.load(NAME), "
-        "cascade-rcnn predict NAME street.jpg. AP in per cent, as published by their authors. "
+    about = (
+        f"{len(entries)} checkpoint{'s' * (len(entries) != 1)}, {loads} load{'s' * (loads == 1)} by name: "
+        "cascade_rcnn.load(NAME), cascade-rcnn predict NAME street.jpg. AP in per cent, as published by their authors. "
         "Size: MB of a file that is here, else millions of parameters, where we have a recipe of the network."
     )
+    print("\n".join(lines))
+    print(textwrap.fill(about, min(columns, 100)))
+
+
+def _cells(entry: Published, have: dict[str, int]) -> tuple[str, ...]:
+    data = "" if entry.dataset == "COCO" else f" ({re.sub('[()]', '', entry.dataset)})"
+    return (
+        entry.name + data,
+        _percent(entry.box_ap),
+        _percent(entry.mask_ap),
+        _size(entry, have),
+        entry.library.partition(" (")[0],
+        re.split(r" \(|;", entry.license)[0],
+        f"no: {entry.missing}" if entry.missing else "here" if entry.name in have else "",
+    )
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], columns: int) -> str:
+    """The entry in the table; a note that has no room beside it stands below."""
+    numbers = range(1, 4)
+    line = "  ".join(
+        cell.rjust(width) if k in numbers else cell.ljust(width) for k, (cell, width) in enumerate(zip(cells, widths))
+    )
+    note = cells[-1]
+    return f"{line}  {note}".rstrip() if len(line) + 2 + len(note) <= columns else f"{line.rstrip()}\n    {note}"
+
+
+def _paragraph(cells: Sequence[str], columns: int) -> str:
+    name, box, mask, *others = cells
+    facts = [box and f"{box} box AP", mask and f"{mask} mask AP", *others]
+    indent = "    "
+    below = textwrap.fill(", ".join(filter(None, facts)), columns, initial_indent=indent, subsequent_indent=indent)
+    return f"{name}\n{below}"
 
 
 def _percent(value: float | None) -> str:
@@ -111,4 +125,5 @@ def _show_cache(what: str, names: Collection[str] | None) -> None:
     if names is None and (rest := unfinished()):
         print(f"  parts of downloads that were interrupted, and what could not be converted: {rest / 1e6:.0f} MB")
     total = sum(have.values()) / 1e6
-    print(f"  {len(have)} checkpoints, {total:.0f} MB; 'cascade-rcnn models --cache clear [WORD]' deletes them")
+    count = f"{len(have)} checkpoint{'s' * (len(have) != 1)}"
+    print(f"  {count}, {total:.0f} MB; 'cascade-rcnn models --cache clear [WORD]' deletes them")

@@ -69,7 +69,7 @@ def fetch(entry: Published, dest: Path) -> None:
             again = "they were deleted: try again" if "://" in address else "nothing was kept: replace that file"
             raise CheckpointError(
                 f"{entry.name}: {size} bytes came from {printable(address)} whose {differs}; {again}, or name another "
-                f"place in {MIRROR}"
+                f"place in {MIRROR}; if you trust the file all the same, 'cascade-rcnn convert FILE' reads it"
             )
         part.replace(dest)
     except OSError as error:

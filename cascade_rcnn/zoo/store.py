@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import IO
 
 from cascade_rcnn.cache import cache_folder
-from cascade_rcnn.checkpoint import find_checkpoint
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.messages import one_line, printable
 from cascade_rcnn.zoo.catalog import Published, config_of_detectron2, find, find_loadable, of_file
@@ -131,8 +130,15 @@ def _make(entry: Published, kept: Path) -> None:
             unproven.unlink()
             raise CheckpointError(f"{raw}: holds another network than its name says ({other})")
     except CheckpointError as error:
-        not_written = str(error).startswith(str(unproven))
-        raise CheckpointError(f"{error}; {_way_out(entry, not_written=not_written)}") from error
+        if str(error).startswith(f"{unproven}: cannot be written"):
+            reason: BaseException = error
+            while reason.__context__ is not None:  # down to the system's own words
+                reason = reason.__context__
+            raise CheckpointError(
+                f"{printable(kept)}: cannot be written ({one_line(reason)}); the file that was fetched is kept; "
+                f"{ANOTHER_FOLDER}"
+            ) from error
+        raise CheckpointError(f"{error}; {_way_out(entry)}") from error
     unproven.replace(kept)
     raw.unlink()
     text = report.getvalue().replace(str(unproven), str(kept))
@@ -140,9 +146,7 @@ def _make(entry: Published, kept: Path) -> None:
         kept.with_suffix(".txt").write_text(text, encoding="utf-8")
 
 
-def _way_out(entry: Published, *, not_written: bool) -> str:
-    if not_written:
-        return f"the file that was fetched is kept; {ANOTHER_FOLDER}"
+def _way_out(entry: Published) -> str:
     if not entry.hash and not entry.sha256:
         return "nothing is published to verify it by: delete it, to fetch it again"
     return "its digest is right, so fetching it again changes nothing: take other weights ('cascade-rcnn models')"
@@ -233,6 +237,8 @@ def published_for(checkpoint: Path) -> Published | None:
     """The entry whose weights a checkpoint holds unchanged: it was converted from them. None for any other."""
     from safetensors import SafetensorError, safe_open
 
+    from cascade_rcnn.checkpoint import find_checkpoint
+
     try:
         path = find_checkpoint(resolve(checkpoint))
         with safe_open(path, framework="np") as file:
@@ -249,7 +255,8 @@ def cached() -> dict[str, int]:
 
 def unfinished() -> int:
     """Bytes in the cache of what is no whole checkpoint: parts of downloads, files that could not be converted."""
-    return sum(path.stat().st_size for path in _files() if not _is_whole(path))
+    reports = {path.with_suffix(".txt") for path in _files() if _is_whole(path)}
+    return sum(path.stat().st_size for path in _files() if not _is_whole(path) and path not in reports)
 
 
 def _files() -> list[Path]:

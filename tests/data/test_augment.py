@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cascade_rcnn.config import DataConfig
+from cascade_rcnn.config import Config, DataConfig
 from cascade_rcnn.data.augment import Augmentation, AugmentError
 from cascade_rcnn.data.dataset import DetectionDataset, SampleKey
 from cascade_rcnn.data.formats.open import open_split
@@ -108,6 +108,16 @@ def test_what_a_transform_does_wrong_is_said_with_file_and_image(tmp_path: Path,
     with pytest.raises(AugmentError, match=said) as error:
         wrong(item(), np.random.default_rng(0))
     assert "mine.py" in str(error.value) and "one.png" in str(error.value)
+
+
+def test_a_missing_file_is_told_before_the_data_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cascade_rcnn import train
+
+    monkeypatch.setattr(train, "check_before_training", lambda _: pytest.fail("looked at the data first"))
+    config = Config(data=DataConfig(root=str(tmp_path), augment="mine.py"))
+    with pytest.raises(ConfigError, match=r"data.augment 'mine.py': no such file"):
+        train.run_train(config, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_stops_at_a_wrong_transform_instead_of_trying_other_images(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import locations
 from brought import NAMES, SPLITS, coco, write_json
 from cascade_rcnn.checkpoint import load_checkpoint
 from cascade_rcnn.cli import main
@@ -133,6 +137,19 @@ def test_offline_is_one_line_with_address_and_place(
     assert not (place / "run").exists() and not (place / "mine.safetensors").exists()
 
 
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("config", "convert --classes-from")])
+def test_a_wrong_name_is_refused_before_torch_is_imported(command: str, place: Path) -> None:
+    words = ["wrong_name_of_weights" if word == NAME else word for word in COMMANDS[command]]
+    program = (
+        "import sys; from cascade_rcnn.cli import main\n"
+        f"assert main({words!r}) == 2\nassert 'torch' not in sys.modules and 'torchvision' not in sys.modules"
+    )
+    environment = os.environ | {"PYTHONPATH": str(locations.REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("error: wrong_name_of_weights: neither a file nor the name of published weights")
+
+
 _SLOW = [pytest.param(word, marks=pytest.mark.slow if word in ("export", "analyze") else []) for word in COMMANDS]
 
 
@@ -234,3 +251,10 @@ def test_a_name_that_is_too_long_is_one_line(place: Path, capsys: pytest.Capture
     assert main(["predict", "a" * 300, "data/val/011.jpg"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "name too long" in said
+
+
+@pytest.mark.parametrize("dash", ["\u2013", "\u2014", "\u2212"])
+def test_a_long_dash_from_a_web_page_is_named(dash: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "cascade_rcnn_r50_fpn_1x_coco", "street.jpg", f"{dash}out", "found"]) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: {dash}out begins with a long dash instead of two hyphens: write --out\n"

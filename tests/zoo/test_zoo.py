@@ -242,6 +242,21 @@ def test_of_two_processes_one_downloads(zoo: dict[str, Any], server: Server, tmp
     assert _kept(tmp_path) == [f"{NAME}.safetensors", f"{NAME}.txt"]
 
 
+def test_a_disk_that_is_full_for_the_converted_weights_is_one_way_out(
+    zoo: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cascade_rcnn.checkpoint.save_file", full)
+    with pytest.raises(CheckpointError) as caught:
+        store.by_name(NAME)
+    said = str(caught.value)
+    assert f"{NAME}.safetensors: cannot be written (No space left on device); the file that was fetched is kept" in said
+    assert "CASCADE_RCNN_CACHE" in said and "resume" not in said and "unproven" not in said
+    assert _kept(tmp_path) == [f"{NAME}.pth"]
+
+
 def test_a_training_starts_from_a_name(zoo: dict[str, Any]) -> None:
     from cascade_rcnn.models.build import build_model
 
@@ -298,6 +313,9 @@ def test_a_network_without_counterpart_says_which_part() -> None:
         ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "detectron2_mask_rcnn_r_50_fpn_1x"),
         ("Misc/cascade_mask_rcnn_R_50_FPN_3x", "detectron2_cascade_mask_rcnn_r50_fpn_3x"),
         ("cascade_rcnn_r50_fpn_1x_coco_20200316-3dc56deb", "cascade_rcnn_r50_fpn_1x_coco"),
+        ("cascade_mask_rcnn_convnext_t_fpn_3x_coco", "convnext_cascade_mask_rcnn_convnext_tiny_1k_3x"),
+        ("cascade_mask_rcnn_convnext_b_in22k_fpn_3x_coco", "convnext_cascade_mask_rcnn_convnext_base_22k_3x"),
+        ("cascade-mask-rcnn_swin-b_fpn_3x_coco", "swin_cascade_mask_rcnn_swin_base_patch4_window7"),
         (
             "cascade_mask_rcnn_r50_fpn_mstrain_3x_coco_20210628_164719-5bdc3824.pth",
             "cascade_mask_rcnn_r50_fpn_ms_3x_coco",
@@ -331,7 +349,7 @@ def test_the_list_is_whole_and_consistent() -> None:
     assert all(entry.url.startswith("http") and entry.license and entry.source for entry in entries)
     assert all(entry.hash in entry.file for entry in entries)
     assert all(entry.recipe in config_names() for entry in entries if entry.recipe)
-    assert sum(bool(entry.recipe) and not entry.missing for entry in entries) == 35
+    assert sum(bool(entry.recipe) and not entry.missing for entry in entries) == 44
     assert nearest("cascade") == [] or all(not find(name).missing for name in nearest("cascade"))  # type: ignore[union-attr]
 
 
@@ -340,6 +358,52 @@ def test_models_lists_and_filters(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "detectron2_cascade_mask_rcnn_r50_fpn_3x" in said and "44.3" in said and "CC-BY-SA-3.0" in said
     assert "mmdetection" not in said and "2 checkpoints" in said
+
+
+def test_weights_of_a_recipe_of_ours_are_found_by_the_recipes_name() -> None:
+    for entry in published():
+        if entry.recipe and not entry.missing:
+            assert find(entry.recipe) is entry, entry.name
+            said = load_config(entry.recipe).published or f"{entry.box_ap} box AP"
+            assert f"{entry.box_ap} box AP" in said, entry.name
+
+
+def _lines_of_models(words: list[str], columns: int | None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    import io
+
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return columns is not None
+
+    screen = Screen()
+    monkeypatch.setenv("COLUMNS", str(columns or 80))
+    monkeypatch.setattr(sys, "stdout", screen)
+    run_models(words)
+    monkeypatch.undo()
+    return screen.getvalue().splitlines()
+
+
+def test_the_list_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["cascade", "r50", "1x", "coco"]
+    narrow = _lines_of_models(words, 80, monkeypatch)
+    assert max(map(len, narrow)) <= 80
+    row = narrow.index("cascade_mask_rcnn_r50_fpn_1x_coco")
+    assert narrow[row + 1] == "    41.2 box AP, 35.9 mask AP, 77.3 M, mmdetection, Apache-2.0"
+    wide = _lines_of_models(words, 120, monkeypatch)
+    assert max(map(len, wide)) <= 120
+    assert "    no: recursive feature pyramid or switchable atrous convolutions (DetectoRS)" in wide
+    piped = _lines_of_models(words, None, monkeypatch)
+    assert len(piped) == 1 + int(piped[-3].split()[0]) + 3  # a line for each checkpoint, also for grep
+    assert any(line.endswith("Apache-2.0    no: Cascade RPN") for line in piped)
+
+
+def test_the_list_needs_no_torch() -> None:
+    """It answers at once: torch takes seconds."""
+    program = (
+        "import sys; from cascade_rcnn.cli import main; main(['models', 'r50']); assert 'torch' not in sys.modules"
+    )
+    environment = os.environ | {"PYTHONPATH": str(locations.REPOSITORY)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
 def test_models_tells_the_size(capsys: pytest.CaptureFixture[str]) -> None:
@@ -389,6 +453,8 @@ def test_the_cache_is_shown_and_cleared(
 ) -> None:
     store.by_name(NAME)
     run_models(cache="show")
-    assert NAME in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert NAME in said and "  1 checkpoint, " in said
+    assert "interrupted" not in said  # the converter's report is none of what is left over
     run_models(cache="clear")
     assert _kept(tmp_path) == [] and "deleted" in capsys.readouterr().out
