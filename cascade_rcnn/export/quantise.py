@@ -5,14 +5,15 @@ out. Weights get one scale per output channel, activations one per tensor. Only 
 between those of backbone, FPN and RPN, become integers: everything about boxes stays in float32.
 
 Which layers bear it is measured: one group of layers at a time is made integer, and what the network then finds is
-compared with what it found before. Groups that change the detections too much stay in float.
+compared with what it found before. Groups that change the detections too much stay in float. Sums of residual blocks
+are such a group; ReLUs and what else lies between layers go with the layers whose outputs they read.
 """
 
 from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -42,6 +43,7 @@ _GROUPS = (
     ("mask heads", r"\bmask_heads\."),
 )
 _TRUNK = ("first convolution", "backbone", "FPN lateral", "FPN output", "RPN convolution", "RPN outputs")
+_SUMS = "sums"  # of residual blocks and of FPN: a group too, for their ranges are wide
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
@@ -51,6 +53,7 @@ class Found(NamedTuple):
     boxes: NDArray[np.float32]  # [N, 4] xyxy
     scores: NDArray[np.float32]  # [N]
     labels: NDArray[np.int64]  # [N]
+    masks: NDArray[np.float32] | None = None  # [N, 28, 28] probabilities within the boxes, if the network has masks
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,13 @@ class Layers:
     """What of a network can become integer: names of its nodes, by group."""
 
     groups: dict[str, list[str]]
-    between: list[str]  # nodes among those of the trunk: sums of residual blocks, ReLUs, poolings
+    between: dict[str, frozenset[str]]  # ReLUs, poolings, ... of the trunk, and the groups whose outputs each reads
 
     def without(self, kept: Iterable[str]) -> list[str]:
-        """The nodes to make integer when the groups ``kept`` stay in float."""
+        """The nodes to make integer when the groups ``kept`` stay in float: what lies behind those stays too."""
         kept = set(kept)
-        return [*(name for group, names in self.groups.items() if group not in kept for name in names), *self.between]
+        weighted = (name for group, names in self.groups.items() if group not in kept for name in names)
+        return [*weighted, *(name for name, reads in self.between.items() if not reads & kept)]
 
 
 @dataclass(frozen=True)
@@ -128,28 +132,32 @@ def measure_changes(
 def as_found(outputs: Mapping[str, NDArray[Any]]) -> Found:
     """Detections of the network's first image, without padding."""
     valid = outputs["valid"][0].astype(bool)
-    return Found(outputs["boxes"][0][valid], outputs["scores"][0][valid], outputs["labels"][0][valid])
+    masks = outputs["masks"][0][valid] if "masks" in outputs else None
+    return Found(outputs["boxes"][0][valid], outputs["scores"][0][valid], outputs["labels"][0][valid], masks)
 
 
 def change(before: Found, after: Found) -> float:
     """0 (equal) to 1 (nothing found again): the mean over the confident detections of both, each way.
 
-    A detection counts by the best partner of its class: 1 - IoU, plus the difference of the scores, at most 1.
+    A detection counts by the best partner of its class: 1 - IoU, of boxes or of masks, whichever is less, plus the
+    difference of the scores, at most 1.
     """
     losses = [*_losses(before, after), *_losses(after, before)]
     return float(np.mean(losses)) if losses else 0.0
 
 
 def _losses(ones: Found, others: Found) -> Iterator[float]:
-    for box, score, label in zip(*ones):
-        if score < _CONFIDENT:
-            continue
-        same = others.labels == label
-        if not same.any():
+    for row in np.flatnonzero(ones.scores >= _CONFIDENT):
+        same = np.flatnonzero(others.labels == ones.labels[row])
+        if not len(same):
             yield 1.0
             continue
-        loss = 1 - _iou(box, others.boxes[same]) + np.abs(others.scores[same] - score)
-        yield float(min(1.0, loss.min()))
+        iou = _iou(ones.boxes[row], others.boxes[same])
+        loss = 1 - iou + np.abs(others.scores[same] - ones.scores[row])
+        best = int(loss.argmin())
+        if ones.masks is not None and others.masks is not None:
+            loss[best] += max(0.0, iou[best] - _mask_iou(ones.masks[row], others.masks[same[best]]))
+        yield float(min(1.0, loss[best]))
 
 
 def _iou(box: NDArray[np.float32], boxes: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -158,6 +166,12 @@ def _iou(box: NDArray[np.float32], boxes: NDArray[np.float32]) -> NDArray[np.flo
     area, areas = (box[2:] - box[:2]).prod(), (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
     iou: NDArray[np.float32] = inside / np.maximum(area + areas - inside, 1e-9)
     return iou
+
+
+def _mask_iou(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    """Of two masks [28, 28], each in its own box: boxes are compared elsewhere."""
+    inside, union = np.count_nonzero((one >= 0.5) & (other >= 0.5)), np.count_nonzero((one >= 0.5) | (other >= 0.5))
+    return inside / union if union else 1.0
 
 
 # The graph
@@ -170,34 +184,43 @@ def find_layers(network: Path) -> Layers:
     graph = onnx.load(network, load_external_data=False).graph
     weights = {tensor.name for tensor in graph.initializer}
     producer = {output: node for node in graph.node for output in node.output}
-    groups: dict[str, list[str]] = {}
-    trunk, first = [], None
+    layers: dict[str, str] = {}  # group by node
+    trunk = []
     for node in graph.node:
         if node.op_type not in _WEIGHTED or len(node.input) < 2 or node.input[1] not in weights:
             continue
         group = next((group for group, pattern in _GROUPS if re.search(pattern, node.input[1])), None)
-        if first is None and node.op_type == "Conv":
-            group, first = "first convolution", node
-        if group is None:
-            continue
-        groups.setdefault(group, []).append(node.name)
+        if not trunk and node.op_type == "Conv":
+            group = "first convolution"
+        if group is not None:
+            layers[node.name] = group
         if group in _TRUNK:
             trunk.append(node)
-    if first is None:
+    if not trunk:
         raise UserError(f"{network}: no convolution with weights in it; quantise a network that 'export' has written")
-    inside = _before(trunk, producer) - _before([first], producer) - {node.name for node in trunk}
-    return Layers(groups, sorted(inside))
+    inside = _before(trunk, producer) - _before(trunk[:1], producer) - {node.name for node in trunk}
+    layers |= {node.name: _SUMS for node in graph.node if node.op_type == "Add" and node.name in inside}
+    groups: dict[str, list[str]] = {}
+    for name, group in layers.items():
+        groups.setdefault(group, []).append(name)
+    between = {
+        node.name: frozenset(layers[name] for name in _before([node], producer, until=layers) if name in layers)
+        for node in graph.node
+        if node.name in inside and node.name not in layers
+    }
+    return Layers(groups, between)
 
 
-def _before(nodes: Iterable[Any], producer: Mapping[str, Any]) -> set[str]:
-    """Names of all nodes that those read, directly or not."""
+def _before(nodes: Iterable[Any], producer: Mapping[str, Any], *, until: Container[str] = ()) -> set[str]:
+    """Names of all nodes that those read, directly or not, and not beyond the nodes ``until``."""
     seen: set[str] = set()
     waiting = [name for node in nodes for name in node.input]
     while waiting:
         node = producer.get(waiting.pop())
         if node is not None and node.name not in seen:
             seen.add(node.name)
-            waiting.extend(node.input)
+            if node.name not in until:
+                waiting.extend(node.input)
     return seen
 
 

@@ -21,6 +21,7 @@ GROUPS = {
     "FPN lateral": ["lateral"],
     "box heads": ["fc"],
     "box head outputs": ["classes", "moves"],
+    "sums": ["sum"],
 }
 
 
@@ -96,8 +97,15 @@ def _as_found(outputs: dict[str, Any]) -> Found:
 def test_layers_are_grouped_by_their_weights_and_boxes_stay_out(network: Path) -> None:
     layers = find_layers(network)
     assert layers.groups == GROUPS
-    assert layers.between == ["relu", "sum"]  # not what normalises pixels or decodes boxes
-    assert layers.without(["backbone", "box heads", "box head outputs"]) == ["stem", "lateral", "relu", "sum"]
+    assert layers.between == {"relu": {"first convolution"}}  # not what normalises pixels or decodes boxes
+    assert layers.without(["backbone", "box heads", "box head outputs"]) == ["stem", "lateral", "sum", "relu"]
+
+
+def test_a_group_alone_takes_nothing_else_with_it(network: Path) -> None:
+    """Sums in integers once changed the detections of every other group's trial by 8 %."""
+    layers = find_layers(network)
+    alone = {group: layers.without(set(layers.groups) - {group}) for group in layers.groups}
+    assert alone == GROUPS | {"first convolution": ["stem", "relu"]}
 
 
 @pytest.mark.parametrize(("to", "suffix"), [("onnx", ".onnx"), ("openvino", ".xml")])
@@ -112,7 +120,7 @@ def test_the_network_in_integers_finds_the_same(
     backend = module._backend(to, network)
     runs = zip(backend.run(network, feeds), backend.run(tmp_path / f"int8{suffix}", feeds))
     for before, after in runs:
-        assert 0 < np.abs(before["scores"] - after["scores"]).max() < 0.1
+        assert 0 < np.abs(before["scores"] - after["scores"]).max() < 0.2  # 0.12 without VNNI
 
 
 def test_pictures_in_which_nothing_is_found_show_nothing(
@@ -144,6 +152,10 @@ def test_change_counts_scores_boxes_and_what_is_lost() -> None:
     assert change(one, one._replace(scores=np.float32([0.8]))) == pytest.approx(0.1)
     assert change(one, one._replace(boxes=np.float32([[0, 0, 10, 5]]))) == pytest.approx(0.5)
     assert change(one, one._replace(labels=np.array([2]))) == 1
+    mask = np.zeros((1, 28, 28), np.float32)
+    mask[:, :14] = 0.9
+    masked, half = one._replace(masks=mask), one._replace(masks=np.where(np.arange(28) < 14, mask, 0.1))
+    assert change(masked, masked) == 0 and change(masked, half) == pytest.approx(0.5)
     nothing = Found(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
     assert change(one, nothing) == change(nothing, one) == 1
     assert change(nothing, nothing) == change(one._replace(scores=np.float32([0.1])), nothing) == 0
