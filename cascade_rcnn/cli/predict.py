@@ -177,6 +177,9 @@ def export(parser: Parser, words: Sequence[str]) -> None:
     parser.add_argument("--batch", type=whole_number, metavar="N", help="the only number of images at once")
     parser.add_argument("--int8", type=Path, metavar="IMAGES", help="8-bit integers, calibrated on a folder of images")
     parser.add_argument(
+        "--int8-images", type=whole_number, default=100, metavar="N", help="of that folder, at most (default: 100)"
+    )
+    parser.add_argument(
         "--data", type=Path, metavar="DIR", help="data set: compare on its images, and measure the AP of both"
     )
     parser.add_argument("--split", default="", metavar="NAME", help="of the data set; default: the one for validation")
@@ -192,6 +195,7 @@ def export(parser: Parser, words: Sequence[str]) -> None:
         size=None if args.size is None else (args.size[0], args.size[1]),
         batch=args.batch,
         int8=args.int8,
+        int8_images=args.int8_images,
         data=args.data,
         split=args.split,
         settings=settings,

@@ -35,6 +35,7 @@ def run_export(
     size: tuple[int, int] | None = None,
     batch: int | None = None,
     int8: Path | None = None,
+    int8_images: int = CALIBRATION_IMAGES,
     data: Path | None = None,
     split: str = "",
     settings: Sequence[str] = (),
@@ -44,7 +45,8 @@ def run_export(
     Args:
         size: the only input size (height, width), rounded up to multiples of 32; None: any size.
         batch: the only number of images at once; None: any, or 1 with a fixed size.
-        int8: folder of about 100 images to calibrate 8-bit integers with.
+        int8: folder of images to calibrate 8-bit integers with.
+        int8_images: of them [1..], at most and spread evenly.
         data: data set for the comparison on real pictures, and for the AP of both.
         settings: changes such as ``--model.max-detections 300``, which the network then holds.
 
@@ -65,7 +67,7 @@ def run_export(
     here = None if Path(checkpoint).exists() else Path()  # published weights lie in a cache
     folder = out or _default_folder(path, to, here, int8=int8 is not None)
     model = network.network_of(path, info.config, to=to)
-    feeds = None if int8 is None else calibration_inputs(path, int8, info)
+    feeds = None if int8 is None else calibration_inputs(path, int8, info, most=int8_images)
     split = split or info.config.data.val
     if data is not None:
         report.split_to_measure(path, info.config, info.class_names, data, split)  # refused now, not after minutes
@@ -225,8 +227,8 @@ def _write_whole(program: Any, target: Path, info: ExportInfo, feeds: list[Feed]
 _FEW_IMAGES = 20
 
 
-def calibration_inputs(path: Path, images: Path, info: ExportInfo) -> list[Feed]:
-    """Network inputs of up to ``CALIBRATION_IMAGES`` images of a folder, spread evenly.
+def calibration_inputs(path: Path, images: Path, info: ExportInfo, *, most: int = CALIBRATION_IMAGES) -> list[Feed]:
+    """Network inputs of at most ``most`` images [1..] of a folder, spread evenly.
 
     Raises:
         UserError: a file, no image there, or none that can be read.
@@ -236,7 +238,7 @@ def calibration_inputs(path: Path, images: Path, info: ExportInfo) -> list[Feed]
     detector = load(path, device="cpu")
     detector.config, detector.canvas = info.config, info.size
     files = [file.path for file in collect([images]) if not file.is_video]
-    count = min(len(files), CALIBRATION_IMAGES)
+    count = min(len(files), most)
     feeds: list[Feed] = []
     for file in (files[number * len(files) // count] for number in range(count)):
         try:

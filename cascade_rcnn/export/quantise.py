@@ -11,6 +11,7 @@ are such a group; ReLUs and what else lies between layers go with the layers who
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ Feed = Mapping[str, NDArray[Any]]  # the network's inputs by name, one image
 Target = Literal["openvino", "onnx"]
 
 CALIBRATION_IMAGES = 100
-_MEASURED_IMAGES = 8  # for the choice of the layers that stay in float
+_MEASURED_IMAGES = 8  # at most, for the choice of the layers that stay in float
 _LARGEST_CHANGE = {"openvino": 0.06, "onnx": 0.03}  # of a group that becomes integer, as `change` counts it
 _CONFIDENT = 0.3  # score of the detections that are compared
 # Parts of a network, by the names of their weights. The first convolution is a group of its own.
@@ -101,10 +102,12 @@ def quantise(
     layers = find_layers(network)
     if unknown := set(keep or ()) - set(layers.groups):
         raise UserError(f"{sorted(unknown)[0]!r} is no group of layers: choose of {', '.join(layers.groups)}")
-    changes = {} if keep is not None else measure_changes(backend, layers, feeds[:_MEASURED_IMAGES], say=say)
+    measured = feeds[:: math.ceil(len(feeds) / _MEASURED_IMAGES)]
+    changes = {} if keep is not None else measure_changes(backend, layers, measured, say=say)
     kept = list(keep) if keep is not None else [name for name, value in changes.items() if value > _LARGEST_CHANGE[to]]
     backend.write(out, feeds, layers.without(kept))
-    say(f"int8: {len(feeds)} images of calibration; in float: {', '.join(kept) or 'no layer'}")
+    left = "all of them, for each alone changes too much" if set(kept) == set(layers.groups) else ", ".join(kept)
+    say(f"int8: {len(feeds)} images of calibration; in float: {left or 'no layer'}")
     return Quantised(changes, kept)
 
 
@@ -116,7 +119,7 @@ def measure_changes(
         before = [as_found(one) for one in backend.run(backend.network, feeds)]
         if not any((found.scores >= _CONFIDENT).any() for found in before):
             say(
-                f"nothing with a score of {_CONFIDENT} or more in the first {len(feeds)} images of calibration: what "
+                f"nothing with a score of {_CONFIDENT} or more in {len(feeds)} images of calibration: what "
                 "integers change there shows little; measure the AP with --data DIR"
             )
         changes = {}

@@ -273,6 +273,9 @@ def test_integers_are_calibrated_on_the_pictures_of_a_folder(
         and given[0]["sizes"].tolist() == [[96, 144]] * 2
     )
     assert "left out of the calibration" in capsys.readouterr().out
+    given.clear()
+    run_export(checkpoint, to="onnx", size=(96, 160), int8=photos, int8_images=3, out=tmp_path / "out")
+    assert len(given) == 2, "and one that cannot be read"
     few = tmp_path / "few"
     few.mkdir()
     shutil.copy(photos / "1.png", few)

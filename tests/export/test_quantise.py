@@ -130,7 +130,23 @@ def test_pictures_in_which_nothing_is_found_show_nothing(
     monkeypatch.setattr(module, "_CONFIDENT", 1.1)
     said: list[str] = []
     done = quantise(network, tmp_path / "int8.onnx", feeds, to="onnx", say=said.append)
-    assert not done.kept and said[0].startswith("nothing with a score of 1.1 or more in the first 4 images")
+    assert not done.kept and said[0].startswith("nothing with a score of 1.1 or more in 4 images")
+
+
+def test_trials_run_on_images_spread_over_the_folder(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where nothing may become integer, that is said."""
+    pytest.importorskip("onnxruntime.quantization")
+    seen: list[int] = []
+    monkeypatch.setattr(
+        module,
+        "measure_changes",
+        lambda _, layers, feeds, **__: seen.extend(feeds) or dict.fromkeys(layers.groups, 1.0),
+    )
+    monkeypatch.setattr(module._OnnxRuntime, "write", lambda *_: None)
+    said: list[str] = []
+    quantise(network, network.with_name("int8.onnx"), range(100), to="onnx", say=said.append)  # type: ignore[arg-type]
+    assert seen == [0, 13, 26, 39, 52, 65, 78, 91]
+    assert said == ["int8: 100 images of calibration; in float: all of them, for each alone changes too much"]
 
 
 def test_what_is_named_stays_in_float(network: Path, feeds: list[dict[str, Any]], tmp_path: Path) -> None:
