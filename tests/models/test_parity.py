@@ -47,6 +47,11 @@ FAMILIES = (
     "convnext_cascade_mask_rcnn_tiny",
     "swin_cascade_mask_rcnn_tiny",
 )
+# One stage, with norms that conversion puts into the weights (tests/convert/test_parity_of_norms.py).
+FOLDED = {
+    "mmdet_faster_rcnn_r50_fpn_gn_ws_all": "faster_rcnn_r50_fpn_gn_ws-all_1x_coco.pth",
+    "detectron2_new_baselines_mask_rcnn_R_50_FPN_LSJ": "model_final_bb69de.pkl.pth",
+}
 
 
 @dataclasses.dataclass
@@ -64,9 +69,10 @@ def prepare(name: str, folder: Path) -> Case:
     """Write the library's checkpoint, convert it, and read the reference."""
     manifest = json.loads((DATA / f"{name}.manifest.json").read_text())
     state = {key: torch.from_numpy(value) for key, value in seeded_state_dict(manifest).items()}
-    torch.save({**manifest.get("wrapper", {}), manifest["state_key"]: state}, folder / "seeded.pth")
-    run_convert(folder / "seeded.pth", folder / "converted.safetensors")
-    (folder / "seeded.pth").unlink()
+    file = folder / FOLDED.get(name, "seeded.pth")
+    torch.save({**manifest.get("wrapper", {}), manifest["state_key"]: state}, file)
+    run_convert(file, folder / "converted.safetensors")
+    file.unlink()
     source = "detectron2" if name.startswith("detectron2") else "mmdetection"
     ours = {id(value): name for name, value in rename(state, source)[0].items()}
     foreign = {ours[id(value)]: key for key, value in state.items() if id(value) in ours}
@@ -184,9 +190,12 @@ def reference_losses(case: Case) -> dict[str, float]:
         names = {"rpn_cls": "loss_rpn_cls", "rpn_box": "loss_rpn_bbox"}
         for k in range(3):
             names |= {f"s{k}.cls": f"s{k}.loss_cls", f"s{k}.box": f"s{k}.loss_bbox", f"s{k}.mask": f"s{k}.loss_mask"}
+        names |= {"s0.cls": "loss_cls", "s0.box": "loss_bbox"} if "loss_cls" in given else {}  # one stage
         return {ours: given[theirs] for ours, theirs in names.items() if theirs in given}
     # The RPN's losses are given as sums over all anchors; training divides them by 256 per image.
     losses = {"rpn_cls": given["loss_rpn_cls"] / 256, "rpn_box": given["loss_rpn_loc"] / 256}
+    if "loss_cls" in given:
+        return losses | {"s0.cls": given["loss_cls"], "s0.box": given["loss_box_reg"], "s0.mask": given["loss_mask"]}
     for k in range(3):
         losses |= {f"s{k}.cls": given[f"loss_cls_stage{k}"], f"s{k}.box": given[f"loss_box_reg_stage{k}"]}
     return losses | {"s0.mask": given["loss_mask"]}
@@ -195,7 +204,8 @@ def reference_losses(case: Case) -> dict[str, float]:
 def training_step(case: Case, folder: Path) -> tuple[dict[str, torch.Tensor], CascadeRCNN]:
     """The losses of one step, and the model with its gradients."""
     everything = 10**6  # the reference samples every anchor and every RoI, so that nothing is random
-    model = loaded_model(case, rpn_samples=everything, roi_samples=everything).train()
+    thawed = {"frozen_stages": -1} if not case.train["no_grad"] else {}
+    model = loaded_model(case, rpn_samples=everything, roi_samples=everything, **thawed).train()
     if not case.train.get("running_mean_norm"):
         for head in model.cascade.box_heads:
             head.eval()  # the reference's batch norms are
@@ -239,6 +249,30 @@ def test_batch_norm_of_the_box_heads_trains_as_in_the_reference(case: Case, tmp_
             mean, norm = train["running_mean_norm"][case.foreign_key[ours]]
             assert value.mean().item() == pytest.approx(mean, rel=1e-3, abs=1e-5), ours
             assert value.norm().item() == pytest.approx(norm, rel=1e-3), ours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FOLDED, indirect=True)
+def test_losses_and_gradients_of_folded_weights_equal_the_reference(case: Case, tmp_path: Path) -> None:
+    """Gradients of the tensors that conversion leaves as they are: those of folded ones mean something else."""
+    losses, model = training_step(case, tmp_path)
+    wanted = reference_losses(case)
+    tied = {key: value / 256 for key, value in case.train.get("losses_with_tied_anchors", {}).items()}
+    upper = wanted | ({"rpn_cls": tied["loss_rpn_cls"], "rpn_box": tied["loss_rpn_loc"]} if tied else {})
+    assert losses.keys() == wanted.keys()
+    for key, value in losses.items():
+        assert 0.999 * wanted[key] <= value.item() <= 1.001 * upper[key], key
+    manifest = json.loads((DATA / f"{case.name}.manifest.json").read_text())
+    given = {key: torch.from_numpy(value) for key, value in seeded_state_dict(manifest).items()}
+    norms, compared = case.train["grad_norms"], 0
+    for ours, parameter in model.named_parameters():
+        theirs = case.foreign_key.get(ours, "")
+        same = theirs in norms and parameter.requires_grad and parameter.shape == given[theirs].shape
+        if same and torch.equal(parameter, given[theirs]):
+            assert parameter.grad is not None, ours
+            assert parameter.grad.norm().item() == pytest.approx(norms[theirs], rel=0.02 if tied else 0.01), ours
+            compared += 1
+    assert compared > 60, "those of RPN, linear layers, mask logits and norms"
 
 
 def check_training_step(case: Case, folder: Path) -> CascadeRCNN:
