@@ -78,9 +78,17 @@ def _nms_exported(boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, 
     across = cell - down * side
     apart = torch.stack((across, down, across, down), dim=-1) * (boxes.flatten().amax(dim=0) + 1)  # [B, M, 4]
     rows = valid.reshape(-1).nonzero().squeeze(1)
-    kept = nms((boxes + apart).reshape(-1, 4)[rows], scores.reshape(-1)[rows], iou)
-    keep = torch.zeros(batch * count, dtype=torch.bool, device=boxes.device)
-    return keep.index_fill(0, rows[kept], True).view(batch, count)
+    # torch.export takes it that NMS keeps two boxes at least: two more, of no interest, are always kept.
+    total, two = batch * count, torch.arange(2, device=boxes.device)
+    beyond = -1 - 2 * two.to(boxes.dtype)  # boxes themselves begin at 0
+    others = torch.stack((beyond - 1, beyond - 1, beyond, beyond), dim=1)
+    kept = nms(
+        torch.cat(((boxes + apart).reshape(-1, 4)[rows], others)),
+        torch.cat((scores.reshape(-1)[rows], scores.new_zeros(2) - 1)),
+        iou,
+    )
+    keep = torch.zeros(total + 2, dtype=torch.bool, device=boxes.device)
+    return keep.index_fill(0, torch.cat((rows, total + two))[kept], True)[:total].view(batch, count)
 
 
 def _nms_of_all(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Tensor:

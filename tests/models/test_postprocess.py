@@ -47,6 +47,23 @@ def test_groups_that_overlap_only_when_not_offset_stay_apart() -> None:
     assert offset.sum() > nms_keep(boxes, scores, groups * 0, everything, 0.5).sum()
 
 
+@pytest.mark.filterwarnings("ignore:`create_unbacked_symint`:FutureWarning")  # torchvision calls it
+@pytest.mark.parametrize("candidates", [0, 1, 2])
+def test_exported_nms_may_keep_nothing(candidates: int) -> None:
+    """A program of torch.export once stopped with an assertion where an image had fewer than two detections."""
+
+    class Nms(torch.nn.Module):
+        def forward(self, boxes: torch.Tensor, scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+            return _nms_exported(boxes, scores, torch.zeros_like(scores, dtype=torch.int64), valid, 0.5)
+
+    corner = 100.0 * torch.arange(5)[None, :, None]
+    boxes = torch.cat((corner, corner, corner + 10, corner + 10), dim=2)
+    scores, valid = torch.full((1, 5), 0.5), torch.ones(1, 5, dtype=torch.bool)
+    program = torch.export.export(Nms(), (boxes, scores, valid), strict=False).module()
+    valid[:, candidates:] = False
+    assert torch.equal(program(boxes, scores, valid), valid)
+
+
 def test_exported_nms_keeps_many_classes_and_images_apart() -> None:
     """1,203 classes and 8 images of 1,333 pixels: as exact as NMS of each group alone, but for ties at the limit."""
     dice = torch.Generator().manual_seed(0)
