@@ -188,7 +188,7 @@ def find_layers(network: Path) -> Layers:
     weights = {tensor.name for tensor in graph.initializer}
     producer = {output: node for node in graph.node for output in node.output}
     layers: dict[str, str] = {}  # group by node
-    trunk = []
+    trunk: list[Any] = []
     for node in graph.node:
         if node.op_type not in _WEIGHTED or len(node.input) < 2 or node.input[1] not in weights:
             continue
