@@ -25,7 +25,7 @@ from cascade_rcnn.atomic_files import write_json
 from cascade_rcnn.benchmark.stopwatch import describe_machine
 from cascade_rcnn.checkpoint import load_checkpoint
 from cascade_rcnn.export import network, report
-from cascade_rcnn.export.command import calibration_inputs
+from cascade_rcnn.export.command import Calibration, calibration_inputs
 from cascade_rcnn.export.quantise import quantise
 from cascade_rcnn.inference.detector import Detector, load
 from cascade_rcnn.models.ops.capabilities import has_bfloat16_units, has_int8_units
@@ -62,7 +62,7 @@ def exports(checkpoint: Path, out: Path, *, calibration: Path | None) -> dict[st
         if name.endswith("int8"):
             assert calibration is not None
             to: Any = FORMATS[name.removesuffix(", int8")]
-            quantise(files["ONNX Runtime"], file, calibration_inputs(checkpoint, calibration, info), to=to)
+            quantise(files["ONNX Runtime"], file, calibration_inputs(checkpoint, Calibration(calibration), info), to=to)
             (network.mark_onnx if to == "onnx" else network.mark_openvino)(file, replace(info, int8=True))
         elif name == "OpenVINO":
             network.write_openvino(files["ONNX Runtime"], file, info)

@@ -52,8 +52,12 @@ def convert(parser: Parser, words: Sequence[str]) -> None:
     refuse_unknown_name(args.source)
 
     from cascade_rcnn.convert.checkpoint import run_convert
+    from cascade_rcnn.errors import CheckpointError
+    from cascade_rcnn.runtime.network import exported_file
     from cascade_rcnn.zoo.store import fetched, resolve
 
+    if exported_file(args.source) is not None:
+        raise CheckpointError(f"{args.source}: is exported already; give the checkpoint that it was made from")
     with fetched(args.source) as source:
         run_convert(
             source,

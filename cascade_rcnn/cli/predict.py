@@ -186,7 +186,7 @@ def export(parser: Parser, words: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write; default: beside the checkpoint")
     args = parser.parse_all(words)
 
-    from cascade_rcnn.export.command import run_export
+    from cascade_rcnn.export.command import Calibration, run_export
 
     run_export(
         args.checkpoint,
@@ -194,8 +194,7 @@ def export(parser: Parser, words: Sequence[str]) -> None:
         out=args.out,
         size=None if args.size is None else (args.size[0], args.size[1]),
         batch=args.batch,
-        int8=args.int8,
-        int8_images=args.int8_images,
+        int8=args.int8 and Calibration(args.int8, args.int8_images),
         data=args.data,
         split=args.split,
         settings=settings,

@@ -7,7 +7,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,14 @@ from cascade_rcnn.runtime.network import NAMES, ExportInfo, exported_file
 from cascade_rcnn.zoo.store import resolve
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """Images that show what ranges of numbers a network sees."""
+
+    folder: Path
+    most: int = CALIBRATION_IMAGES  # of its images [1..]
+
+
 def run_export(
     checkpoint: str | Path,
     *,
@@ -34,8 +42,7 @@ def run_export(
     out: Path | None = None,
     size: tuple[int, int] | None = None,
     batch: int | None = None,
-    int8: Path | None = None,
-    int8_images: int = CALIBRATION_IMAGES,
+    int8: Calibration | None = None,
     data: Path | None = None,
     split: str = "",
     settings: Sequence[str] = (),
@@ -45,8 +52,7 @@ def run_export(
     Args:
         size: the only input size (height, width), rounded up to multiples of 32; None: any size.
         batch: the only number of images at once; None: any, or 1 with a fixed size.
-        int8: folder of images to calibrate 8-bit integers with.
-        int8_images: of them [1..], at most and spread evenly.
+        int8: 8-bit integers, and the images to calibrate them with.
         data: data set for the comparison on real pictures, and for the AP of both.
         settings: changes such as ``--model.max-detections 300``, which the network then holds.
 
@@ -67,7 +73,7 @@ def run_export(
     here = None if Path(checkpoint).exists() else Path()  # published weights lie in a cache
     folder = out or _default_folder(path, to, here, int8=int8 is not None)
     model = network.network_of(path, info.config, to=to)
-    feeds = None if int8 is None else calibration_inputs(path, int8, info, most=int8_images)
+    feeds = None if int8 is None else calibration_inputs(path, int8, info)
     split = split or info.config.data.val
     if data is not None:
         report.split_to_measure(path, info.config, info.class_names, data, split)  # refused now, not after minutes
@@ -227,18 +233,19 @@ def _write_whole(program: Any, target: Path, info: ExportInfo, feeds: list[Feed]
 _FEW_IMAGES = 20
 
 
-def calibration_inputs(path: Path, images: Path, info: ExportInfo, *, most: int = CALIBRATION_IMAGES) -> list[Feed]:
-    """Network inputs of at most ``most`` images [1..] of a folder, spread evenly.
+def calibration_inputs(path: Path, calibration: Calibration, info: ExportInfo) -> list[Feed]:
+    """Network inputs of images that are spread evenly over the folder.
 
     Raises:
         UserError: a file, no image there, or none that can be read.
     """
+    images = calibration.folder
     if images.is_file():
         raise UserError(f"{printable(images)}: is a file; give a folder of about 100 images as --int8")
     detector = load(path, device="cpu")
     detector.config, detector.canvas = info.config, info.size
     files = [file.path for file in collect([images]) if not file.is_video]
-    count = min(len(files), most)
+    count = min(len(files), calibration.most)
     feeds: list[Feed] = []
     for file in (files[number * len(files) // count] for number in range(count)):
         try:

@@ -30,7 +30,7 @@ from cascade_rcnn.data.synthetic_shapes import CLASS_NAMES, generate_shapes
 from cascade_rcnn.errors import CheckpointError, ConfigError, UserError
 from cascade_rcnn.evaluation.evaluate_model import detect_split
 from cascade_rcnn.export import command
-from cascade_rcnn.export.command import run_export
+from cascade_rcnn.export.command import Calibration, run_export
 from cascade_rcnn.export.quantise import Quantised
 from cascade_rcnn.export.report import match
 from cascade_rcnn.inference.detections import Detections
@@ -235,7 +235,7 @@ def test_what_cannot_be_exported_is_refused(checkpoint: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match="semantics paper"):
         run_export(_checkpoint(tmp_path / "p.safetensors", semantics="paper"), to="onnx", out=tmp_path / "a")
     with pytest.raises(UserError, match="--int8 goes with"):
-        run_export(checkpoint, to="torch", int8=tmp_path, out=tmp_path / "a")
+        run_export(checkpoint, to="torch", int8=Calibration(tmp_path), out=tmp_path / "a")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
     with pytest.raises(UserError, match=r"holds notes\.txt"):
@@ -266,7 +266,7 @@ def test_integers_are_calibrated_on_the_pictures_of_a_folder(
     monkeypatch.setattr(command.network, "write_onnx", write)
     monkeypatch.setattr(command, "quantise", quantise)
     monkeypatch.setattr(command.report, "IMAGES", 1)
-    folder = run_export(checkpoint, to="onnx", size=(96, 160), batch=2, int8=photos, out=tmp_path / "out")
+    folder = run_export(checkpoint, to="onnx", size=(96, 160), batch=2, int8=Calibration(photos), out=tmp_path / "out")
     assert (
         len(given) == 99
         and given[0]["pixels"].shape == (2, 3, 96, 160)
@@ -274,12 +274,12 @@ def test_integers_are_calibrated_on_the_pictures_of_a_folder(
     )
     assert "left out of the calibration" in capsys.readouterr().out
     given.clear()
-    run_export(checkpoint, to="onnx", size=(96, 160), int8=photos, int8_images=3, out=tmp_path / "out")
+    run_export(checkpoint, to="onnx", size=(96, 160), int8=Calibration(photos, 3), out=tmp_path / "out")
     assert len(given) == 2, "and one that cannot be read"
     few = tmp_path / "few"
     few.mkdir()
     shutil.copy(photos / "1.png", few)
-    run_export(checkpoint, to="onnx", size=(96, 160), int8=few, out=tmp_path / "out")
+    run_export(checkpoint, to="onnx", size=(96, 160), int8=Calibration(few), out=tmp_path / "out")
     assert "int8: calibrated on 1 of the 100 images that are usual: give more" in capsys.readouterr().out
     assert "8-bit integers" in load(folder).choices() and load(folder).class_names == CLASSES
     assert json.loads((folder / "report.json").read_text())["groups_in_float"] == ["box heads"]
@@ -325,10 +325,10 @@ def test_what_cannot_work_is_said_before_the_tracing(
             r"below: cannot be written \(Not a directory\); give another folder as --out",
         ),
         ({"out": tmp_path / "file"}, "is a file; give a folder as --out"),
-        ({"int8": tmp_path / "absent"}, "absent: no such file or folder"),
-        ({"int8": tmp_path / "empty"}, "empty: no image or video found"),
+        ({"int8": Calibration(tmp_path / "absent")}, "absent: no such file or folder"),
+        ({"int8": Calibration(tmp_path / "empty")}, "empty: no image or video found"),
         ({"data": tmp_path / "absent"}, "absent: no such folder"),
-        ({"int8": tmp_path / "file"}, "file: is a file; give a folder of about 100 images as --int8"),
+        ({"int8": Calibration(tmp_path / "file")}, "file: is a file; give a folder of about 100 images as --int8"),
         ({"data": data, "split": "third"}, "no split 'third'"),
         ({"split": "val"}, "--split val: names a part of a data set; give that with --data DIR"),
         ({"size": (10_000, 10_001)}, "--size 10016 10016: more than data.max_pixels 100000000"),
@@ -385,7 +385,7 @@ def test_integers_find_nearly_the_same(checkpoint: Path, tmp_path: Path, to: str
     pytest.importorskip("nncf")
     for number, pixels in enumerate(_pictures(*[(96, 128)] * 12)):
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
-    folder = run_export(checkpoint, to=to, int8=tmp_path, out=tmp_path / "out")
+    folder = run_export(checkpoint, to=to, int8=Calibration(tmp_path), out=tmp_path / "out")
     assert json.loads((folder / "report.json").read_text())["groups_in_float"] is not None
     exported = load(folder)
     assert isinstance(exported, Detector) and "8-bit" in exported.choices()
