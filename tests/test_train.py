@@ -75,7 +75,7 @@ def test_a_run_says_and_saves_what_it_chose_from_the_data(tmp_path: Path, capsys
     lines = explain(config)
     train(config, out=tmp_path)
     said = capsys.readouterr().out
-    assert len(lines) == 6 and all(line in said for line in lines)
+    assert len(lines) == 7 and all(line in said for line in lines)
     assert "data.short_side 64: as given" in lines
     saved = load_checkpoint(tmp_path).config
     assert saved.automatic is None and max(saved.model.anchor_scales) < 8, "objects are half of 64 pixels at most"

@@ -45,6 +45,8 @@ class Parser(argparse.ArgumentParser):
             hint = f", did you mean {matches[0]}?" if matches else ""
             self.error(f"unexpected argument {unknown[0]!r}{hint}")
         given = vars(namespace)
+        if given.get("inputs") == []:
+            return namespace  # the command says what is missing: the only word may be an image
         for word in (given.get("checkpoint"), given.get("model"), *given.get("checkpoints", ())):
             if word is not None:
                 refuse_unknown_name(word)

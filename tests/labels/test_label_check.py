@@ -305,7 +305,7 @@ def test_images_that_cannot_be_read_are_left_out_and_named(
         (["--folds", "1"], "no image would be left to learn from"),
         (["--folds", "100"], "16 images for 100 folds"),
         (["--model", "nowhere.safetensors"], "nowhere.safetensors"),
-        (["--model", "x", "--fix", "copy"], "--fix belongs to the check without --model"),
+        (["--model", ".", "--fix", "copy"], "--fix belongs to the check without --model"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(

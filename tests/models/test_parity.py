@@ -204,7 +204,7 @@ def reference_losses(case: Case) -> dict[str, float]:
 def training_step(case: Case, folder: Path) -> tuple[dict[str, torch.Tensor], CascadeRCNN]:
     """The losses of one step, and the model with its gradients."""
     everything = 10**6  # the reference samples every anchor and every RoI, so that nothing is random
-    thawed = {"frozen_stages": -1} if not case.train["no_grad"] else {}
+    thawed = {"frozen_stages": -1} if case.train.get("no_grad") == [] else {}
     model = loaded_model(case, rpn_samples=everything, roi_samples=everything, **thawed).train()
     if not case.train.get("running_mean_norm"):
         for head in model.cascade.box_heads:

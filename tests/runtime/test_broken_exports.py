@@ -166,7 +166,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"score_threshold": "high"}, "score_threshold 'high'"),
     ({"max_detections": 0}, "max_detections 0: give a whole number of at least 1"),
     ({"max_pixels": 0}, "max_pixels 0"),
-    ({"stop_after_stage": 2}, "was exported with 0; export the checkpoint again with --model.stop-after-stage 2"),
+    ({"stop_after_stage": 2}, "was exported with 3; export the checkpoint again with --model.stop-after-stage 2"),
 ]
 
 
