@@ -252,6 +252,8 @@ def test_config_alone_lists_the_names(capsys: pytest.CaptureFixture[str]) -> Non
         ("train finetune --data x --train.learning-rate 0.1", "did you mean --train.lr?"),
         ("train finetune --data x --data.num-workers 4", "did you mean --data.workers?"),
         ("train finetune --data x --work-dir here", "--work-dir: not known here; the run's folder is --out RUN"),
+        ("config --from_mmdet their_config.py", "unexpected argument '--from_mmdet', did you mean --from-mmdet?"),
+        ("train their_config.py --dta x", "unexpected argument '--dta', did you mean --data?"),
         ("check x --config finetun", "finetun: no such config name (did you mean finetune"),
         ("score --format coc --truth t --results r", "invalid choice: 'coc'"),
         ("config --train.epochs 3", "--train.epochs without a recipe to change"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,9 +41,8 @@ class Parser(argparse.ArgumentParser):
         """Parse, and name the closest option, or checkpoint, where one is not known."""
         namespace, unknown = self.parse_known_args(words)
         if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            matches = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
-            hint = f", did you mean {matches[0]}?" if matches else ""
+            closest = self._closest(unknown[0])
+            hint = f", did you mean {closest}?" if closest else ""
             self.error(f"unexpected argument {unknown[0]!r}{hint}")
         given = vars(namespace)
         if given.get("inputs") == []:
@@ -51,6 +51,26 @@ class Parser(argparse.ArgumentParser):
             if word is not None:
                 refuse_unknown_name(word)
         return namespace
+
+    def parse_with_settings(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Parse, with the words left over, which may be settings of a recipe.
+
+        An option that is misspelt is named here: its value would be taken for the recipe, which is then run.
+        """
+        namespace, unknown = self.parse_known_args(words)
+        settings = {field.name for field in dataclasses.fields(Config)}
+        for word in unknown:
+            name = word.partition("=")[0]
+            is_setting = not name.startswith("--") or name[2:] in settings
+            closest = "" if is_setting else self._closest(name, alike=0.8)
+            if closest:
+                self.error(f"unexpected argument {word!r}, did you mean {closest}?")
+        return namespace, unknown
+
+    def _closest(self, word: str, *, alike: float = 0.6) -> str:
+        """The option most like ``word``; empty where none is."""
+        known = [option for action in self._actions for option in action.option_strings]
+        return next(iter(difflib.get_close_matches(word.partition("=")[0], known, n=1, cutoff=alike)), "")
 
 
 def add_checkpoint(parser: Parser) -> None:

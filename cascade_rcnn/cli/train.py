@@ -104,7 +104,7 @@ def train(parser: Parser, words: Sequence[str]) -> None:
         print(parser.format_help())
         print(settings_help([word for word in words[:1] if not word.startswith("-")]))
         return
-    args, unknown = parser.parse_known_args(words)
+    args, unknown = parser.parse_with_settings(words)
     settings += ["--data.root", str(args.data)] if args.data is not None else []
     settings += ["--train.deterministic"] if args.deterministic else []
     config = apply_overrides(load_recipe(args.config), settings + unknown)
@@ -132,7 +132,7 @@ def config(parser: Parser, words: Sequence[str]) -> None:
     parser.add_argument(
         "--from-mmdet", metavar="FILE", help="a config of mmdetection (.py) as a recipe; nothing in it is run"
     )
-    args, unknown = parser.parse_known_args(words)
+    args, unknown = parser.parse_with_settings(words)
     if args.from_mmdet is not None:
         if args.name is not None:
             parser.error("--from-mmdet FILE stands for the recipe: give no other")

@@ -26,7 +26,8 @@ from cascade_rcnn.models.matching import (
     rows_in_use,
     take,
 )
-from cascade_rcnn.models.ops.roi_align import roi_align, roi_align_rows
+from cascade_rcnn.models.ops.capabilities import exporting
+from cascade_rcnn.models.ops.roi_align import roi_align, roi_align_listed, roi_align_rows
 from cascade_rcnn.models.ops.roi_sampling import Sampling
 from cascade_rcnn.models.postprocess import select_detections
 from cascade_rcnn.rounding import round_up
@@ -398,14 +399,31 @@ class Cascade(nn.Module):
 
     def _masks(self, pyramid: list[Tensor], found: RawDetections) -> Tensor:
         """Mask probabilities [B, D, 28, 28] of each detection's class: the mean of the heads in use."""
-        count = rows_in_use(found.valid)
+        if exporting():
+            return self._masks_exported(pyramid, found)
+        count, total = rows_in_use(found.valid), found.valid.shape[1]
+        x = self._pool(pyramid, found.boxes[:, :count], found.valid[:, :count], size=14)
+        masks = self._mask_probabilities(x.flatten(0, 1), found.labels[:, :count].flatten())
+        return F.pad(masks.unflatten(0, (-1, count)), (0, 0, 0, 0, 0, total - count))
+
+    def _masks_exported(self, pyramid: list[Tensor], found: RawDetections) -> Tensor:
+        """As ``_masks``, by operators that exporters know.
+
+        Lists are as long as the fullest picture asks for; the heads run on what is found alone.
+        """
         batch, total = found.valid.shape
-        x = self._pool(pyramid, found.boxes[:, :count], found.valid[:, :count], size=14).flatten(0, 1)
+        rows = found.valid.flatten().nonzero().squeeze(1)  # [R]
+        boxes, image = found.boxes.flatten(0, 1)[rows], torch.div(rows, total, rounding_mode="floor")
+        levels = pyramid[: len(self.sampling.strides)]
+        x = roi_align_listed(levels, boxes, image, replace(self.sampling, size=14))
+        masks = self._mask_probabilities(x, found.labels.flatten()[rows])
+        empty = masks.new_zeros(batch * total, *masks.shape[1:])
+        return empty.index_copy(0, rows, masks).view(batch, total, *masks.shape[1:])
+
+    def _mask_probabilities(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Of RoI features [R, C, 14, 14] and the box's class [R] each: [R, 28, 28]; garbage for padding."""
         heads = self.mask_heads[: self.stages_at_test] if self.details.masks == "every" else self.mask_heads
-        labels = found.labels[:, :count].flatten()
-        probabilities = _mean([head.of_labels(x, labels).float().sigmoid() for head in heads])  # type: ignore[operator]
-        side = probabilities.shape[-1]
-        return F.pad(probabilities.view(batch, count, side, side), (0, 0, 0, 0, 0, total - count))
+        return _mean([head.of_labels(x, labels).float().sigmoid() for head in heads])  # type: ignore[operator]
 
 
 def _mean(values: list[Tensor]) -> Tensor:

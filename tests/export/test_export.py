@@ -94,6 +94,20 @@ def test_the_report_tells_equality_time_and_size(folder: Path) -> None:
     assert report["size"] == [160, 160] and report["batch"] == 2
 
 
+def test_mask_heads_run_on_what_is_found_alone(folder: Path) -> None:
+    """A list for many objects is mostly empty, and masks cost more than all the rest."""
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    network = onnx.load(folder / "model.onnx")
+    head = next(node for node in network.graph.node if node.op_type == "ConvTranspose")
+    network.graph.output.append(onnx.helper.make_empty_tensor_value_info(head.output[0]))
+    session = runtime.InferenceSession(network.SerializeToString())
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 160, 160), dtype=np.uint8)
+    for sizes, least, most in (([[160, 160], [8, 8]], 3, 199), ([[0, 0], [0, 0]], 0, 0)):
+        *_, valid, masks, rows = session.run(None, {"pixels": pixels, "sizes": np.int64(sizes)})
+        assert least <= valid.sum() <= most
+        assert len(rows) == valid.sum() and not masks[~valid].any() and masks.shape[:2] == valid.shape
+
+
 def test_sides_of_the_network_have_names() -> None:
     exporters_own = ["s46", 3, "32*s30", "32*s18"]
     onnx = pytest.importorskip("onnx")

@@ -16,7 +16,7 @@ from cascade_rcnn.errors import ConfigError
 from cascade_rcnn.models.cascade import Stage, StageDetails, deltas_of_labels, most_likely, scale_gradient
 from cascade_rcnn.models.mask_head import MaskSamples
 from cascade_rcnn.models.matching import Samples, rows_in_use
-from cascade_rcnn.structures import Proposals, Targets
+from cascade_rcnn.structures import Proposals, RawDetections, Targets
 from tiny import squares, tiny_model
 
 SIZES = torch.tensor([[100, 200]])
@@ -390,3 +390,26 @@ def test_batch_norms_of_fpn_and_mask_heads_are_folded_for_inference() -> None:
 def test_fpn_and_mask_norms_ask_for_batch_norm() -> None:
     with pytest.raises(ConfigError, match=r"fpn_and_mask_norms with model.norm frozen_statistics: give batch"):
         ModelConfig(fpn_and_mask_norms=True)
+
+
+@pytest.mark.filterwarnings("ignore:`create_unbacked_symint`:FutureWarning")  # torchvision calls it
+def test_exported_masks_are_those_of_the_boxes_that_are_found() -> None:
+    """All of them, some, one, and none."""
+    cascade = tiny_model(masks="every").eval().cascade
+
+    class Masks(torch.nn.Module):
+        def forward(self, p2: Tensor, p3: Tensor, p4: Tensor, p5: Tensor, boxes: Tensor, valid: Tensor) -> Tensor:
+            labels = torch.ones_like(valid, dtype=torch.int64)
+            return cascade._masks([p2, p3, p4, p5], RawDetections(boxes, valid.float(), labels, valid))
+
+    pyramid = [torch.rand(2, 32, 48 // stride, 48 // stride) for stride in (1, 2, 4, 8)]
+    corner = 100 * torch.rand(2, 5, 2)
+    boxes, valid = torch.cat((corner, corner + 30 + 60 * torch.rand(2, 5, 2)), dim=2), torch.ones(2, 5).bool()
+    with torch.no_grad():
+        program = torch.export.export(Masks(), (*pyramid, boxes, valid), strict=False).module()
+        for found in ((5, 5), (1, 4), (1, 0), (0, 0)):
+            valid = torch.arange(5) < torch.tensor(found)[:, None]
+            mine, theirs = program(*pyramid, boxes, valid), Masks()(*pyramid, boxes, valid)
+            assert mine.shape == theirs.shape == (2, 5, 28, 28)
+            torch.testing.assert_close(mine[valid], theirs[valid], rtol=1e-4, atol=1e-5)
+            assert sum(found) == 0 or float(mine[valid].std()) > 0

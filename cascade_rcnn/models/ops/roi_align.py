@@ -55,7 +55,7 @@ def roi_align(features: Sequence[Tensor], boxes: Tensor, sampling: Sampling, val
     Arguments as in :func:`roi_align_rows`, which a head should prefer: it needs no copy to be flattened.
     """
     if _exported() and sampling.frame is Frame.ALIGNED:
-        return _exported_grid(features, boxes.detach().to(torch.float32), valid, sampling)
+        return _portable(features, boxes.detach().to(torch.float32), valid, sampling)
     rows = roi_align_rows(features, boxes, sampling, valid)
     grid = rows.view(*boxes.shape[:2], sampling.size, sampling.size, features[0].shape[1])
     return grid.permute(0, 1, 4, 2, 3)  # [B, N, C, S, S]
@@ -74,10 +74,8 @@ def roi_align_rows(
     if len(features) != len(sampling.strides):
         raise ValueError(f"{len(features)} feature maps for {len(sampling.strides)} strides")
     boxes = boxes.detach().to(torch.float32)
-    if _exported() and sampling.frame is Frame.ALIGNED:
-        return _exported_grid(features, boxes, valid, sampling).flatten(3).transpose(2, 3)
     if _exported() or _needs_portable(features[0]):
-        return _portable_rows(features, boxes, valid, sampling)
+        return _portable(features, boxes, valid, sampling).flatten(3).transpose(2, 3)
     rows: Tensor = _rows(list(features), boxes, valid, *_plain_numbers(sampling))
     return rows
 
@@ -95,27 +93,48 @@ def _needs_portable(feature: Tensor) -> bool:
     return feature.device.type != "cpu" and not (feature.is_cuda and has_triton())
 
 
-def _portable_rows(features: Sequence[Tensor], boxes: Tensor, valid: Tensor | None, sampling: Sampling) -> Tensor:
-    """Every box on every level, made empty on all but its own: no samples, no cost, static shapes."""
+def _portable(features: Sequence[Tensor], boxes: Tensor, valid: Tensor | None, sampling: Sampling) -> Tensor:
+    """``[B, N, C, S, S]``."""
     batch, count = boxes.shape[:2]
-    image = torch.arange(batch, device=boxes.device, dtype=boxes.dtype)[:, None, None].expand(batch, count, 1)
-    wanted = boxes.isfinite().all(dim=2)
+    image = torch.arange(batch, device=boxes.device)[:, None].expand(batch, count)
+    listed = roi_align_listed(
+        features, boxes.flatten(0, 1), image.flatten(), sampling, None if valid is None else valid.flatten()
+    )
+    return listed.view(batch, count, -1, sampling.size, sampling.size)
+
+
+def roi_align_listed(
+    features: Sequence[Tensor], boxes: Tensor, image: Tensor, sampling: Sampling, valid: Tensor | None = None
+) -> Tensor:
+    """Features ``[R, C, S, S]`` of boxes [R, 4], each of the image whose number stands in ``image`` int64 [R], by
+    torchvision's operator; R may be a number that an exporter does not know. Otherwise as :func:`roi_align_rows`.
+    """
+    wanted = boxes.isfinite().all(dim=1)
     if valid is not None:
         wanted = wanted & valid
-    boxes = torch.where(wanted[..., None], boxes, 0)
+    boxes = torch.where(wanted[:, None], boxes, 0)
+    one_map = _exported() and sampling.frame is Frame.ALIGNED
+    pool = _pool_one_map if one_map else _pool_every_level
+    return pool(features, boxes, image.to(boxes.dtype)[:, None], wanted, sampling)
+
+
+def _pool_every_level(
+    features: Sequence[Tensor], boxes: Tensor, image: Tensor, wanted: Tensor, sampling: Sampling
+) -> Tensor:
+    """Every box on every level, made empty on all but its own: no samples, no cost, static shapes."""
     levels = torch.where(wanted, assign_levels(boxes, len(features)), -1)
     if sampling.frame is Frame.PLUS_ONE:
-        boxes = torch.cat((boxes[..., :2], boxes[..., 2:] - 1), dim=-1)
+        boxes = torch.cat((boxes[:, :2], boxes[:, 2:] - 1), dim=1)
     total: Tensor | None = None
     for level, (feature, stride) in enumerate(zip(features, sampling.strides)):
-        here = (levels == level)[..., None]
-        rois = torch.cat((image, boxes * here), dim=2).flatten(0, 1)  # [B*N, 5]
+        here = (levels == level)[:, None]
+        rois = torch.cat((image, boxes * here), dim=1)  # [R, 5]
         aligned = sampling.frame is Frame.ALIGNED
         pooled = torchvision_roi_align(feature.float(), rois, sampling.size, 1.0 / stride, sampling.ratio, aligned)
-        pooled = torch.where(here.flatten()[:, None, None, None], pooled, 0)
+        pooled = torch.where(here[..., None, None], pooled, 0)
         total = pooled if total is None else total + pooled
     assert total is not None
-    return total.to(features[0].dtype).flatten(2).transpose(1, 2).reshape(batch, count, sampling.size**2, -1)
+    return total.to(features[0].dtype)
 
 
 # Exported
@@ -126,30 +145,26 @@ def _exported() -> bool:
     return torch._C._get_tracing_state() is not None or exporting()
 
 
-def _exported_grid(features: Sequence[Tensor], boxes: Tensor, valid: Tensor | None, sampling: Sampling) -> Tensor:
-    """``[B, N, C, S, S]``: each box is read once, where its level lies in a map that holds all of them.
+def _pool_one_map(
+    features: Sequence[Tensor], boxes: Tensor, image: Tensor, wanted: Tensor, sampling: Sampling
+) -> Tensor:
+    """Each box is read once, where its level lies in a map that holds all of them.
 
     The boxes must lie within their images: behind a level's border there is one more pixel, and then the next level.
     For aligned boxes alone: the operator makes others at least a pixel wide, beyond the border too.
     """
-    batch, count = boxes.shape[:2]
     joined, tops = _side_by_side(features)
-    wanted = boxes.isfinite().all(dim=2)
-    if valid is not None:
-        wanted = wanted & valid
-    boxes = torch.where(wanted[..., None], boxes, 0)
     levels = assign_levels(boxes, len(features))
-    scale, top = torch.zeros_like(boxes[..., :1]), torch.zeros_like(boxes[..., :1])
+    scale, top = torch.zeros_like(boxes[:, :1]), torch.zeros_like(boxes[:, :1])
     for level, stride in enumerate(sampling.strides):
-        here = (levels == level)[..., None]
+        here = (levels == level)[:, None]
         scale, top = torch.where(here, 1.0 / stride, scale), torch.where(here, tops[level] + 1.0, top)
     across, down = torch.ones_like(top), top
-    boxes = boxes * scale + torch.cat((across, down, across, down), dim=-1)
-    boxes = torch.where(wanted[..., None], boxes, boxes.new_tensor(_OUTSIDE))
-    image = torch.arange(batch, device=boxes.device, dtype=boxes.dtype)[:, None, None].expand(batch, count, 1)
-    rois = torch.cat((image, boxes), dim=2).flatten(0, 1)  # [B*N, 5]
+    boxes = boxes * scale + torch.cat((across, down, across, down), dim=1)
+    boxes = torch.where(wanted[:, None], boxes, boxes.new_tensor(_OUTSIDE))
+    rois = torch.cat((image, boxes), dim=1)  # [R, 5]
     pooled: Tensor = torchvision_roi_align(joined, rois, sampling.size, 1.0, sampling.ratio, aligned=True)
-    return pooled.view(batch, count, -1, sampling.size, sampling.size)
+    return pooled
 
 
 def _side_by_side(features: Sequence[Tensor]) -> tuple[Tensor, list[Any]]:
