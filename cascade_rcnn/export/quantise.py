@@ -11,8 +11,11 @@ are such a group; ReLUs and what else lies between layers go with the layers who
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -277,14 +280,15 @@ class _OpenVINO(Backend):
             if node.get_type_name() not in ("Constant", "Parameter", "Result")
             and node.get_friendly_name().partition("/")[0] not in wanted
         ]
-        made = nncf.quantize(
-            model,
-            nncf.Dataset([dict(feed) for feed in feeds]),
-            subset_size=len(feeds),
-            ignored_scope=nncf.IgnoredScope(names=ignored, validate=False),
-            # Processors without VNNI add two products in 16 bits: with half of the weights' range it is right there too
-            advanced_parameters=AdvancedQuantizationParameters(overflow_fix=OverflowFix.ENABLE),
-        )
+        with contextlib.nullcontext() if sys.stdout.isatty() else contextlib.redirect_stdout(io.StringIO()):
+            made = nncf.quantize(  # draws bars, which a file would keep
+                model,
+                nncf.Dataset([dict(feed) for feed in feeds]),
+                subset_size=len(feeds),
+                ignored_scope=nncf.IgnoredScope(names=ignored, validate=False),
+                # Processors without VNNI add two products in 16 bits: with half of the weights' range it is right there
+                advanced_parameters=AdvancedQuantizationParameters(overflow_fix=OverflowFix.ENABLE),
+            )
         openvino.save_model(made, out, compress_to_fp16=False)
 
     def run(self, network: Path, feeds: Sequence[Feed]) -> Iterator[dict[str, NDArray[Any]]]:

@@ -110,13 +110,19 @@ def test_a_group_alone_takes_nothing_else_with_it(network: Path) -> None:
 
 @pytest.mark.parametrize(("to", "suffix"), [("onnx", ".onnx"), ("openvino", ".xml")])
 def test_the_network_in_integers_finds_the_same(
-    to: module.Target, suffix: str, network: Path, feeds: list[dict[str, Any]], tmp_path: Path
+    to: module.Target,
+    suffix: str,
+    network: Path,
+    feeds: list[dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("onnxruntime.quantization" if to == "onnx" else "nncf")
     said: list[str] = []
     done = quantise(network, tmp_path / f"int8{suffix}", feeds, to=to, say=said.append)
     assert set(done.changes) == set(GROUPS) and 0 < max(done.changes.values()) < 0.1
     assert said[-1].startswith("int8: 4 images of calibration; in float:")
+    assert capsys.readouterr().out == ""  # bars are for terminals
     backend = module._backend(to, network)
     runs = zip(backend.run(network, feeds), backend.run(tmp_path / f"int8{suffix}", feeds))
     for before, after in runs:
