@@ -46,7 +46,9 @@ def parts_of_nodes(network: Path) -> dict[str, str]:
     found = {}
     for node in onnx.load(network).graph.node:
         scopes = next((one.value for one in node.metadata_props if one.key == "pkg.torch.onnx.name_scopes"), "[]")
-        modules = [part for scope in ast.literal_eval(scopes) for name, part in SCOPES.items() if scope.startswith(name)]
+        modules = [
+            part for scope in ast.literal_eval(scopes) for name, part in SCOPES.items() if scope.startswith(name)
+        ]
         part = OPERATORS.get(node.op_type) or next(iter(modules), REST)
         found |= dict.fromkeys((node.name, *node.output), part)
     return found
@@ -59,7 +61,7 @@ def part_of(names: Sequence[str], operator: str, parts: dict[str, str]) -> str:
     for name in names:
         if name in parts:
             return parts[name]
-        begun = [known for known in parts if name.startswith(f"{known}_") or name.startswith(f"{known}/")]
+        begun = [known for known in parts if name.startswith((f"{known}_", f"{known}/"))]
         if begun:  # what a quantiser puts beside a node is called after it
             return parts[max(begun, key=len)]
     return ADDED
