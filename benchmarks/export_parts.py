@@ -34,6 +34,7 @@ SCOPES = {
     "model.cascade.mask_heads": "mask heads",
 }
 OPERATORS = {"RoiAlign": "RoIAlign", "ROIAlign": "RoIAlign", "NonMaxSuppression": "NMS"}
+FOLLOWING = ("Relu", "Clip", "Einsum", "Sigmoid")
 REST = "selection"  # decoding, thresholds, top k, gathering
 ADDED = "conversions"
 PARTS = (*SCOPES.values(), "RoIAlign", "NMS", REST, ADDED)
@@ -43,12 +44,14 @@ def parts_of_nodes(network: Path) -> dict[str, str]:
     """The part of each node and of each value of an ONNX file, by name."""
     import onnx
 
-    found = {}
+    found: dict[str, str] = {}
     for node in onnx.load(network).graph.node:
         scopes = next((one.value for one in node.metadata_props if one.key == "pkg.torch.onnx.name_scopes"), "[]")
         modules = [
             part for scope in ast.literal_eval(scopes) for name, part in SCOPES.items() if scope.startswith(name)
         ]
+        if node.op_type in FOLLOWING:  # written as functions, which are no modules
+            modules += [found[value] for value in node.input if value in found]
         part = OPERATORS.get(node.op_type) or next(iter(modules), REST)
         found |= dict.fromkeys((node.name, *node.output), part)
     return found
