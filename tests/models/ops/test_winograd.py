@@ -50,7 +50,7 @@ def test_rounding_error_is_near_that_of_float32_and_half_of_the_usual_points(mon
     usual = error()
     monkeypatch.undo()
     winograd._bases.cache_clear()
-    assert ours < 1e-6
+    assert ours < 2e-6  # 9e-7 on AMD EPYC, 1.25e-6 on Intel Xeon with AVX-512
     assert usual > 1.5 * ours
 
 
