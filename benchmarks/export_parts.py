@@ -34,9 +34,10 @@ SCOPES = {
     "model.cascade.mask_heads": "mask heads",
 }
 OPERATORS = {"RoiAlign": "RoIAlign", "ROIAlign": "RoIAlign", "NonMaxSuppression": "NMS"}
-FOLLOWING = ("Relu", "Clip", "Einsum", "Sigmoid")
+FOLLOWING = ("Relu", "Clip", "MatMul", "Reshape", "Sigmoid")  # written as functions, which are no modules
 REST = "selection"  # decoding, thresholds, top k, gathering
 ADDED = "conversions"
+WARM = 2  # pictures that are run first, and not counted
 PARTS = (*SCOPES.values(), "RoIAlign", "NMS", REST, ADDED)
 
 
@@ -50,8 +51,8 @@ def parts_of_nodes(network: Path) -> dict[str, str]:
         modules = [
             part for scope in ast.literal_eval(scopes) for name, part in SCOPES.items() if scope.startswith(name)
         ]
-        if node.op_type in FOLLOWING:  # written as functions, which are no modules
-            modules += [found[value] for value in node.input if value in found]
+        if node.op_type in FOLLOWING:
+            modules += [found[value] for value in node.input if found.get(value, REST) != REST]
         part = OPERATORS.get(node.op_type) or next(iter(modules), REST)
         found |= dict.fromkeys((node.name, *node.output), part)
     return found
@@ -77,19 +78,18 @@ def measure_onnx(file: Path, feeds: Sequence[Any], parts: dict[str, str]) -> Cou
     with tempfile.TemporaryDirectory() as folder:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 2
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        for feed in feeds[:2]:
-            session.run(None, feed)  # warm, and not measured
         options.enable_profiling, options.profile_file_prefix = True, f"{folder}/profile"
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        for feed in feeds:
+        for feed in [*feeds[:WARM], *feeds]:
             session.run(None, feed)
         events = json.loads(Path(session.end_profiling()).read_text())
-    seconds: Counter[str] = Counter()
-    for event in events:
+    seconds, runs = Counter[str](), Counter[str]()
+    for event in sorted(events, key=lambda event: event.get("ts", 0)):
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             name, operator = event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]
-            seconds[part_of([name], operator, parts)] += event["dur"] / 1e6
+            runs[name] += 1  # each node runs once a picture
+            if runs[name] > len(feeds[:WARM]):
+                seconds[part_of([name], operator, parts)] += event["dur"] / 1e6
     return seconds
 
 
@@ -104,9 +104,9 @@ def measure_openvino(file: Path, feeds: Sequence[Any], parts: dict[str, str]) ->
         names = layer.get_rt_info()["originalLayersNames"].astype(str)
         made_of[layer.get_friendly_name()] = [name for name in names.split(",") if name]
     request, seconds = compiled.create_infer_request(), Counter[str]()
-    for number, feed in enumerate([*feeds[:2], *feeds]):
+    for number, feed in enumerate([*feeds[:WARM], *feeds]):
         request.infer(dict(feed))
-        if number < 2:
+        if number < len(feeds[:WARM]):
             continue
         for layer in request.profiling_info:
             names = [layer.node_name, *made_of.get(layer.node_name, [])]

@@ -70,7 +70,7 @@ class MaskHead(nn.Module):
         x = self.features(x)
         weight = self.logits.weight[labels].flatten(2).mT.to(x.dtype)  # [R, 1, width]
         assert self.logits.bias is not None
-        # of an einsum, runtimes make a broadcast, products and sums
+        # OpenVINO would make a broadcast, products and sums of an einsum
         logits = torch.bmm(weight, x.flatten(2)).view(x.shape[0], *x.shape[2:])
         return logits + self.logits.bias[labels].to(x.dtype)[:, None, None]
 

@@ -399,7 +399,7 @@ def test_exported_masks_are_those_of_the_boxes_that_are_found() -> None:
 
     class Masks(torch.nn.Module):
         def forward(self, p2: Tensor, p3: Tensor, p4: Tensor, p5: Tensor, boxes: Tensor, valid: Tensor) -> Tensor:
-            labels = torch.ones_like(valid, dtype=torch.int64)
+            labels = torch.arange(10).view_as(valid) % 3
             return cascade._masks([p2, p3, p4, p5], RawDetections(boxes, valid.float(), labels, valid))
 
     pyramid = [torch.rand(2, 32, 48 // stride, 48 // stride) for stride in (1, 2, 4, 8)]
