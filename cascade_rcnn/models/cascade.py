@@ -404,7 +404,7 @@ class Cascade(nn.Module):
         count, total = rows_in_use(found.valid), found.valid.shape[1]
         x = self._pool(pyramid, found.boxes[:, :count], found.valid[:, :count], size=14)
         masks = self._mask_probabilities(x.flatten(0, 1), found.labels[:, :count].flatten())
-        return F.pad(masks.unflatten(0, (-1, count)), (0, 0, 0, 0, 0, total - count))
+        return F.pad(masks.view(len(found.valid), count, *masks.shape[1:]), (0, 0, 0, 0, 0, total - count))
 
     def _masks_exported(self, pyramid: list[Tensor], found: RawDetections) -> Tensor:
         """As ``_masks``, by operators that exporters know.
