@@ -54,6 +54,7 @@ from cascade_rcnn.training.run_folder import claim_folder, find_resumable_state,
 from cascade_rcnn.training.schedule import Schedule, lr_factor, scaled_lr
 from cascade_rcnn.training.spare_cores import SpareCores, spare_cores
 from cascade_rcnn.training.validation_loss import ValidationLoss
+from cascade_rcnn.training.weight_gradient import use_matrix_products
 
 
 def train(
@@ -236,6 +237,7 @@ def build_network(
     if config.model.norm == "sync":
         model = distributed.with_synchronised_norm(model, world)
     model.set_activation_checkpointing(settings.activation_checkpointing)
+    use_matrix_products(model, world.device)
     return model
 
 

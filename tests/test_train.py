@@ -21,6 +21,7 @@ from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.recipes import load_config
 from cascade_rcnn.structures import ImageBatch, Targets
 from cascade_rcnn.train import explain, train
+from cascade_rcnn.training import weight_gradient
 from small_training import run_alone, run_ranks, small_config, small_data
 
 
@@ -84,6 +85,22 @@ def test_a_run_says_and_saves_what_it_chose_from_the_data(tmp_path: Path, capsys
     (tmp_path / "config.json").write_text(json.dumps(changed.to_dict()))
     train(config, out=tmp_path, resume=True)
     assert load_config(tmp_path).model.anchor_scales == other, "a resumed run keeps the network that it began with"
+
+
+def test_convolutions_of_large_maps_learn_by_matrix_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On processors with AVX2 alone; the training is the same but for rounding."""
+    monkeypatch.setattr(weight_gradient, "_LEAST_PIXELS", 1)
+    called = []
+    own = weight_gradient.weight_gradient
+    monkeypatch.setattr(weight_gradient, "weight_gradient", lambda *maps: (called.append(1), own(*maps))[1])
+    losses = {}
+    for units in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=units: found)
+        before = len(called)
+        train(small_config(epochs=1), out=tmp_path / units)
+        assert (len(called) > before) == (units == "AVX2")
+        losses[units] = [record["loss"] for record in _log(tmp_path / units)]
+    assert losses["AVX2"] == pytest.approx(losses["AVX512"], rel=1e-4)
 
 
 def _in_pieces(config: Config, out: Path, stops: tuple[int, ...]) -> None:

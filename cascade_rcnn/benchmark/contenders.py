@@ -24,6 +24,7 @@ from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.models.ops.capabilities import has_bfloat16_units
 from cascade_rcnn.runtime.network import NAMES, ExportInfo, RuntimeNetwork
 from cascade_rcnn.structures import ImageBatch, MaskCrops, Targets
+from cascade_rcnn.training.weight_gradient import use_matrix_products
 
 CLASSES = 80
 BACKWARD = "backward and optimizer"
@@ -112,6 +113,7 @@ def our_contender(
         title += ", masks"
     if setting.train:
         model.to(setting.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        use_matrix_products(model, setting.device)
         targets = _targets(setting)
         run = _training_step(model, setting, lambda: model.loss(images, targets))
     else:
