@@ -122,6 +122,16 @@ def _changed_settings(config: Config, words: Sequence[str]) -> Config:
     return changed
 
 
+def _without_places(config: Config) -> Config:
+    """An export is given away: it does not tell where files of the training lay."""
+    return replace(
+        config,
+        model=replace(config.model, backbone_weights=""),
+        data=replace(config.data, root="", augment=""),
+        train=replace(config.train, init=""),
+    )
+
+
 def _info(
     path: Path, saved: Checkpoint, config: Config, size: tuple[int, int] | None, batch: int | None, *, int8: bool
 ) -> ExportInfo:
@@ -134,7 +144,7 @@ def _info(
         if math.prod(size) > config.data.max_pixels:
             raise ConfigError(f"--size {size[0]} {size[1]}: more than data.max_pixels {config.data.max_pixels}")
     return ExportInfo(
-        config=replace(config, data=_limits(config.data, size)),
+        config=_without_places(replace(config, data=_limits(config.data, size))),
         class_names=saved.class_names,
         category_ids=saved.category_ids,
         thresholds=checked_thresholds(saved.metadata.get("thresholds", {}), path),

@@ -127,10 +127,15 @@ def trace(model: CascadeRCNN, *, size: tuple[int, int] | None, batch: int | None
     shapes = (of_pixels or None, None if batch else {0: count})
     with torch.no_grad(), _quiet():
         try:
-            return torch.export.export(Detect(model), (pixels, sizes), dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(Detect(model), (pixels, sizes), dynamic_shapes=shapes, strict=False)
         except Exception as error:
             hint = "; give its input a fixed --size H W" if size is None else ""
             raise UserError(f"the network cannot be traced ({' '.join(str(error).split())[:200]}){hint}") from error
+    for part in program.graph_module.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            for node in part.graph.nodes:
+                node.meta.pop("stack_trace", None)  # lines of source with the paths of this machine
+    return program
 
 
 def write_torch(program: Any, path: Path, info: ExportInfo) -> None:

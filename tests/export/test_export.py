@@ -94,6 +94,12 @@ def test_the_report_tells_equality_time_and_size(folder: Path) -> None:
     assert report["size"] == [160, 160] and report["batch"] == 2
 
 
+def test_no_path_of_this_machine_lies_in_it(folder: Path) -> None:
+    """Exporters note the line of source that each node comes from."""
+    places = [str(Path(module.__file__ or "").parent).encode() for module in (command, torch)]
+    assert not [place for place in places if place in (folder / "model.onnx").read_bytes()]
+
+
 def test_mask_heads_run_on_what_is_found_alone(folder: Path) -> None:
     """A list for many objects is mostly empty, and masks cost more than all the rest."""
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")

@@ -106,6 +106,16 @@ for write in (
 """
 
 
+def test_an_export_does_not_tell_where_the_training_lay(written: list[ExportInfo], tmp_path: Path) -> None:
+    """What is given away holds no path of the machine it was trained on."""
+    checkpoint = _checkpoint(
+        tmp_path / "tiny.safetensors", root="/home/someone/patients", augment="/home/someone/ours.py"
+    )
+    assert b"/home/someone" in checkpoint.read_bytes()
+    folder = run_export(checkpoint, to="onnx")
+    assert not [file for file in folder.iterdir() if b"someone" in file.read_bytes()]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="sets a limit of Unix")
 def test_a_full_disk_is_an_error_of_the_file(tmp_path: Path) -> None:
     """Torch's writer would end the process, OpenVINO's raises what a fault of the program raises."""
