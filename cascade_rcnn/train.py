@@ -233,7 +233,7 @@ def build_network(
     if fresh and config.model.pretrained and not config.model.backbone_weights:
         log.say(about_weights(config.model.backbone))
     if settings.init and not resuming:
-        log.say(start_from(model, Path(settings.init), class_names))
+        log.say(start_from(model, Path(settings.init), class_names, config.model))
     if config.model.norm == "sync":
         model = distributed.with_synchronised_norm(model, world)
     model.set_activation_checkpointing(settings.activation_checkpointing)

@@ -147,7 +147,7 @@ def our_contender(
 
 def runtime_contenders(setting: Setting, folder: Path) -> list[Contender]:
     """Our network in ONNX Runtime and OpenVINO, those that are installed, exported for this one size: in float, in
-    bfloat16 (OpenVINO, on processors that have it) and int8.
+    bfloat16 (OpenVINO, on processors that have it), int8, and both.
 
     All layers become integers, calibrated on the images of the measurement: right for times, not for detections.
 
@@ -172,6 +172,10 @@ def runtime_contenders(setting: Setting, folder: Path) -> list[Contender]:
             found.append(_in_runtime(openvino_file, setting, bfloat16=True))
         if importlib.util.find_spec("nncf") is not None:
             found.append(_in_integers(onnx_file, setting, info, to="openvino"))
+            if has_bfloat16_units():
+                integers = onnx_file.with_name(f"int8_{NAMES['openvino']}")
+                found.append(_in_runtime(integers, setting, bfloat16=True))
+                found[-1].name, found[-1].dtype = found[-1].name.replace("bfloat16", "int8 and bfloat16"), torch.int8
     return found
 
 

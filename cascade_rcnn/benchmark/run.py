@@ -103,9 +103,13 @@ def _measure(setting: Setting, contenders: list[Contender], rounds: int) -> dict
             stopwatch.reset_peak_memory(device)
             contender.run()
             contender.peak_memory = stopwatch.peak_memory(device)
-    limits = []
+    units = {torch.bfloat16: has_bfloat16_units(), torch.int8: has_int8_units()} if device.type == "cpu" else {}
+    limits: dict[torch.dtype, list[float]] = {
+        dtype: [] for dtype in (setting.dtype, *(dtype for dtype, there in units.items() if there))
+    }
     for _ in range(rounds):
-        limits.append(stopwatch.matmul_rate(device, setting.dtype, small=small))
+        for dtype, rates in limits.items():
+            rates.append(stopwatch.matmul_rate(device, dtype, small=small))
         for contender in contenders:
             watch, model = contender.stopwatch, contender.model
             with watched(model, watch) if model and watch else contextlib.nullcontext():
@@ -116,12 +120,10 @@ def _measure(setting: Setting, contenders: list[Contender], rounds: int) -> dict
                 contender.core_seconds.append(time.process_time() - cores)
             for name, seconds in (watch.parts() if watch else {}).items():
                 contender.parts.setdefault(name, []).append(seconds)
-    found = {"macs_per_second": statistics.median(limits), "bytes_per_second": stopwatch.copy_rate(device)}
-    if device.type == "cpu":
-        for dtype, has_units in ((torch.bfloat16, has_bfloat16_units()), (torch.int8, has_int8_units())):
-            if has_units:
-                name = str(dtype).removeprefix("torch.")
-                found[f"{name}_macs_per_second"] = stopwatch.matmul_rate(device, dtype, small=small)
+    rate = statistics.median(limits.pop(setting.dtype))
+    found = {"macs_per_second": rate, "bytes_per_second": stopwatch.copy_rate(device)}
+    for dtype, rates in limits.items():
+        found[f"{dtype}_macs_per_second".removeprefix("torch.")] = statistics.median(rates)
     return found
 
 
@@ -149,8 +151,10 @@ def _report(
             "peak_memory_bytes": contender.peak_memory,
         }
         if contender is not peer:
-            own = limits.get(f"{contender.dtype}_macs_per_second".removeprefix("torch."), rate)
-            entry |= {"macs": macs, "share_of_limit": macs / own / seconds, "limit": own}
+            units = contender.dtype and f"{contender.dtype}_macs_per_second".removeprefix("torch.")
+            entry["macs"] = macs
+            if (own := limits.get(units) if units else rate) is not None:  # no share where a product has no units
+                entry |= {"share_of_limit": macs / own / seconds, "limit": own}
         if contender.parts:
             parts = {name: statistics.median(values) for name, values in contender.parts.items()}
             parts[BACKWARD if setting.train else "the rest"] = seconds - sum(parts.values())

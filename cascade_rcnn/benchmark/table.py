@@ -46,7 +46,7 @@ def _table(report: dict[str, Any], rate: float) -> Table:
         memory = model["peak_memory_bytes"]
         table.add_row(
             model["name"],
-            *_time_cells(model["seconds"], model.get("macs", 0.0), model.get("limit", rate)),
+            *_time_cells(model["seconds"], model.get("macs", 0.0), model.get("limit")),
             f"{model['images_per_second']:.2f}",
             f"{memory / 1e6:.0f}" if memory else "",
             f"{model['ratio_to_peer']:.2f}",
@@ -56,9 +56,9 @@ def _table(report: dict[str, Any], rate: float) -> Table:
     return table
 
 
-def _time_cells(seconds: float, macs: float, rate: float) -> tuple[str, str, str]:
-    """Milliseconds, multiply-adds, and the share of the machine's limit that they reach."""
-    share = f"{macs / rate / seconds:.0%}" if macs > 1e6 and seconds > 0 else ""
+def _time_cells(seconds: float, macs: float, rate: float | None) -> tuple[str, str, str]:
+    """Milliseconds, multiply-adds, and the share of the machine's limit that they reach, if it has one."""
+    share = f"{macs / rate / seconds:.0%}" if rate and macs > 1e6 and seconds > 0 else ""
     return f"{seconds * 1e3:.1f}", f"{macs / 1e9:.1f}" if macs else "", share
 
 

@@ -317,7 +317,7 @@ def _anchors_kept(config: Config, name: str, objects: _Objects) -> Choice | None
     if not _free(config, name):
         return _kept(config, name)
     if config.train.init:
-        return _kept(config, name, f"the recipe's, which {config.train.init} has learnt")
+        return _kept(config, name, f"the recipe's, since training goes on with the RPN of {config.train.init}")
     if not len(objects.boxes):
         return _kept(config, name, "the recipe's: no object in an image of known size")
     return None

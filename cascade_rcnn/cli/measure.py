@@ -150,7 +150,7 @@ def benchmark(parser: Parser, words: Sequence[str]) -> None:
     parser.add_argument(
         "--runtimes",
         action="store_true",
-        help="also measure ONNX Runtime and OpenVINO, those installed, in float and int8",
+        help="also measure ONNX Runtime and OpenVINO, those installed, in float, bfloat16 and int8",
     )
     parser.add_argument("--rounds", type=whole_number, default=0, metavar="N", help="(5, on a GPU 20)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="also measure reading this data set")

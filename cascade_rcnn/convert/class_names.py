@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade_rcnn.errors import CheckpointError
-from cascade_rcnn.messages import one_line, shown
+from cascade_rcnn.messages import one_line, printable, shown
 
 # Names of COCO's category ids 1..90; "-" where an id was never used.
 _COCO_90_TEXT = (
@@ -24,6 +24,7 @@ _COCO_90_TEXT = (
 _COCO_90 = tuple(_COCO_90_TEXT.split(","))
 COCO_IDS = tuple(number for number, name in enumerate(_COCO_90, 1) if name != "-")
 COCO_NAMES = tuple(name for name in _COCO_90 if name != "-")
+_EXPORTED = (".onnx", ".xml", ".pt2")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def _read_file(path: Path) -> Classes:
 
         checkpoint = load_checkpoint(path)
         return Classes(tuple(checkpoint.class_names), tuple(checkpoint.category_ids))
+    if path.suffix in _EXPORTED:
+        raise CheckpointError(f"{printable(path)}: is an exported network; give the checkpoint that it was made from")
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":

@@ -77,7 +77,7 @@ def run_export(
     split = split or info.config.data.val
     if data is not None:
         report.split_to_measure(path, info.config, info.class_names, data, split)  # refused now, not after minutes
-    compared = report.pictures(data, split, levels=info.config.data.range)
+    compared = report.pictures(data, split, folder=None if int8 is None else int8.folder, levels=info.config.data.range)
     _make_folder(folder)
     if info.size is not None and info.config.model.norm == "group":
         print(
@@ -203,7 +203,7 @@ def _write(program: Any, target: Path, info: ExportInfo, feeds: list[Feed] | Non
     It is written beside its place: an export that is interrupted leaves the one before, or none.
 
     Raises:
-        UserError: the disk is full, say.
+        UserError: the disk is full, say, or a converter refuses the network.
     """
     work = target.with_name(_WORK)
     try:
@@ -219,6 +219,14 @@ def _write(program: Any, target: Path, info: ExportInfo, feeds: list[Feed] | Non
         raise UserError(
             f"{printable(target)}: cannot be written ({one_line(error)[:200]}); free some space, or give another "
             "folder as --out"
+        ) from error
+    except UserError:
+        raise
+    except Exception as error:  # OpenVINO, NNCF and the quantiser of ONNX Runtime raise kinds of their own
+        way_out = "export without --int8, or" if feeds else "update the packages, or"
+        raise UserError(
+            f"{printable(target)}: this network cannot be written ({type(error).__name__}: {one_line(error)[:200]}); "
+            f"{way_out} choose another format with --to"
         ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -320,6 +328,9 @@ def _report(
     elif not info.int8 and equality["matched"] < _EQUAL * equality["detections"]:
         share = 100 * equality["matched"] / equality["detections"]
         print(f"only {share:.0f} % are the same: measure the AP of both with --data DIR before you use it")
+    elif equality.get("mask_iou_mean", 1.0) < report.MASK_IOU:
+        alike = equality["mask_iou_mean"]
+        print(f"masks have an IoU of {alike:.3f} on average: measure the AP of both with --data DIR before you use it")
     print(f"use it as a checkpoint: cascade-rcnn predict {printable(target.parent)} photos")
 
 

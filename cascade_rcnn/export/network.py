@@ -285,10 +285,11 @@ def _save_openvino(model: Any, path: Path, info: ExportInfo) -> None:
 
 
 def mark_onnx(path: Path, info: ExportInfo) -> None:
-    """Write the settings into an ONNX file that a quantiser has made."""
+    """Check an ONNX file that a quantiser has made, and write the settings into it."""
     import onnx
 
     network = onnx.load(path)
+    onnx.checker.check_model(network, full_check=True)
     onnx.helper.set_model_props(network, {METADATA: info.to_json()})
     onnx.save(network, path)
 

@@ -43,8 +43,7 @@ _GROUPS = (
     ("RPN outputs", r"\brpn\.(objectness|deltas)\."),
     ("box head outputs", r"\bbox_heads\.\d+\.(classifier|deltas)\."),
     ("box heads", r"\bbox_heads\."),
-    ("mask logits", r"\bmask_heads\.\d+\.logits\."),
-    ("mask heads", r"\bmask_heads\."),
+    ("mask heads", r"\bmask_heads\."),  # but for their last layer: each RoI takes its own class's weights there
 )
 _TRUNK = ("first convolution", "backbone", "FPN lateral", "FPN output", "RPN convolution", "RPN outputs")
 _SUMS = "sums"  # of residual blocks and of FPN: a group too, for their ranges are wide

@@ -7,7 +7,6 @@ import io
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,38 +26,51 @@ from cascade_rcnn.evaluation.evaluate_model import detect_split, evaluate_result
 from cascade_rcnn.evaluation.metrics import Metrics
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.detector import Detector, load
+from cascade_rcnn.inference.media import collect
 from cascade_rcnn.inference.run_model import Precision
 from cascade_rcnn.models.boxes import pairwise_iou
 
 IMAGES = 8  # that are compared
 ROUNDS = 3
 IOU, SCORE = 0.99, 1e-3  # of two detections that are the same
+MASK_IOU = 0.99  # of their masks on average: below, they are called different
 
 Pixels = NDArray[np.uint8]
 
 
-def pictures(data: Path | None, split: str, *, levels: str = "auto") -> tuple[list[Pixels], str]:
-    """Up to ``IMAGES`` pictures to compare on, spread evenly over a split, and what they are.
+def pictures(
+    data: Path | None, split: str, *, folder: Path | None = None, levels: str = "auto"
+) -> tuple[list[Pixels], str]:
+    """Up to ``IMAGES`` pictures to compare on, spread evenly over a split or else a folder, and what they are.
 
     ``levels``: ``data.range``, for pictures of more than 8 bits.
 
     Raises:
-        DataError: none of the split's pictures can be read.
+        DataError: none of the split's can be read.
     """
+    if data is None and folder is not None:
+        paths = [file.path for file in collect([folder]) if not file.is_video]
+        if read := _spread(paths, levels):
+            return read, f"{len(read)} pictures of {folder.resolve().name}"
     if data is None:
         made = [draw_scene(np.random.default_rng(seed), size=480, objects=(3, 12))[0] for seed in range(IMAGES)]
         return made, f"{len(made)} generated pictures (--data DIR takes real ones)"
     opened = open_split(data, split, strict=False)
-    step = max(1, len(opened.records) // IMAGES)
-    read: list[Pixels] = []
-    for record in islice(opened.records, 0, None, step):
-        try:
-            read.append(to_array(record.path, range=levels))
-        except DataError:
-            continue
+    read = _spread([record.path for record in opened.records], levels)
     if not read:
         raise DataError(f"{data}: none of the pictures of {split!r} can be read; check the data set first")
-    return read[:IMAGES], f"{len(read[:IMAGES])} pictures of {data.resolve().name}, {split}"
+    return read, f"{len(read)} pictures of {data.resolve().name}, {split}"
+
+
+def _spread(paths: Sequence[Path], levels: str) -> list[Pixels]:
+    """Those that can be read of every so manieth, at most ``IMAGES``."""
+    read: list[Pixels] = []
+    for path in paths[:: max(1, len(paths) // IMAGES)]:
+        with contextlib.suppress(DataError):
+            read.append(to_array(path, range=levels))
+        if len(read) == IMAGES:
+            break
+    return read
 
 
 def compare(reference: Detector, exported: Detector, images: Sequence[Pixels]) -> dict[str, Any]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cascade_rcnn.checkpoint import find_checkpoint, load_checkpoint
+from cascade_rcnn.config import ModelConfig
 from cascade_rcnn.errors import CheckpointError
+from cascade_rcnn.models.build import stage_stds
 from cascade_rcnn.zoo.store import resolve
 
 
@@ -18,14 +21,29 @@ def check_init(path: str) -> None:
     find_checkpoint(resolve(path))
 
 
+# Settings that do not change any weight's shape, and what the weights have learnt with them.
+_LEARNT_WITH = ("semantics", "anchor_scales", "anchor_sizes", "anchor_ratios")
+
+
 @torch.no_grad()
-def start_from(model: nn.Module, path: Path, class_names: Sequence[str]) -> str:
+def start_from(model: nn.Module, path: Path, class_names: Sequence[str], config: ModelConfig) -> str:
     """Copy the weights of the checkpoint ``path`` into ``model``, which detects ``class_names``; returns a summary.
 
-    Layers with a row per class take the rows of classes with the same name; the other rows are left unchanged.
-    Raises :class:`CheckpointError` where anything else is missing or has another shape.
+    Layers with a row per class take the rows of classes with the same name; the other rows are left unchanged. Heads
+    that ``model`` does not have are left out. ``config`` is the model's: settings that the checkpoint has learnt
+    otherwise are told.
+
+    Raises:
+        CheckpointError: anything else is missing, left over or has another shape; or the backbone has another style,
+            in which weights of the same names and shapes mean something else.
     """
     source = load_checkpoint(resolve(path))
+    theirs = source.config.model
+    if theirs.style != config.style:
+        raise CheckpointError(
+            f"{path}: its backbone has model.style {theirs.style} (channels and strides of its images), this recipe's "
+            f"{config.style}; add --model.style {theirs.style}"
+        )
     known = {name: row for row, name in enumerate(source.class_names)}
     pairs = [(row, known[name]) for row, name in enumerate(class_names) if name in known]
     misfits = []
@@ -40,13 +58,38 @@ def start_from(model: nn.Module, path: Path, class_names: Sequence[str]) -> str:
             own.copy_(given)
         elif not key.endswith("num_batches_tracked"):
             misfits.append(key)
+    extra = [key for key in source.state if key not in model.state_dict() and not key.endswith("num_batches_tracked")]
+    misfits += [key for key in extra if not key.startswith("cascade.")]
     if misfits:
         raise CheckpointError(
-            f"{path}: another network than this recipe's ({len(misfits)} weights are missing or of another shape: "
-            f"{', '.join(misfits[:3])}); use the recipe that it was trained with (cascade-rcnn config {path} prints it)"
+            f"{path}: another network than this recipe's ({len(misfits)} weights are missing, left over or of another "
+            f"shape: {', '.join(misfits[:3])}); use the recipe that it was trained with (cascade-rcnn config {path} "
+            "prints it)"
         )
     shared = ", ".join(class_names[row] for row, _ in pairs) or "none"
-    return f"weights of {path}; classes that it knows already: {shared}"
+    lines = [f"weights of {path}; classes that it knows already: {shared}"]
+    if heads := sorted({".".join(key.split(".")[1:3]) for key in extra if ".counts" not in key}):
+        lines.append(f"not in this recipe, and left out: {', '.join(heads)}")
+    return "\n".join(lines + _learnt_otherwise(theirs, config))
+
+
+def _learnt_otherwise(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
+    """A line for each setting that differs: the network starts from what it knows, and has to learn that anew."""
+    lines = []
+    for name in _LEARNT_WITH:
+        learnt, wanted = getattr(theirs, name), getattr(ours, name)
+        if learnt != wanted:
+            line = f"it has learnt with model.{name} {_words(learnt)}, and this recipe has {_words(wanted)}"
+            option = f"--model.{name.replace('_', '-')} {_words(learnt)}"
+            lines.append(line if learnt is None else f"{line}; {option} keeps what it knows")
+    shared = min(len(theirs.stage_ious), len(ours.stage_ious))
+    if stage_stds(theirs)[:shared] != stage_stds(ours)[:shared]:
+        lines.append("it has learnt with other model.stage_stds: its box heads begin with boxes that are off")
+    return lines
+
+
+def _words(value: Any) -> str:
+    return " ".join(f"{one}" for one in value) if isinstance(value, tuple) else str(value).lower()
 
 
 def _rows_per_class(key: str, own: Tensor, classes: int, given: Tensor, given_classes: int) -> tuple[int, int] | None:

@@ -83,9 +83,51 @@ def test_runtimes_are_measured_in_the_same_rounds(
     names = [model["name"] for model in report["models"]]
     assert names[1].startswith("the same in ONNX Runtime") and names[-1].startswith("torchvision")
     assert names[2] == f"{names[1]}, int8" and len(names) == 4
+    assert "share_of_limit" in report["models"][1] and "share_of_limit" not in report["models"][2], "no int8 units"
     assert report["models"][1]["macs"] == report["models"][0]["macs"] and names[1] in capsys.readouterr().out
     with pytest.raises(UserError, match="in predicting, on a CPU"):
         run_benchmark(config=recipe, size=SIZE, device="cpu", train=True, also=["runtimes"])
+
+
+def test_integers_and_bfloat16_go_together_where_a_processor_has_both(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    def run(path: Path, setting: Any, *, bfloat16: bool = False) -> contenders_module.Contender:
+        opened.append((path.name, bfloat16))
+        return contenders_module.Contender("OpenVINO" + ", bfloat16" * bfloat16, lambda: None, 1)
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in ("openvino", "nncf") or None)
+    for module, names in (
+        (contenders_module, ("quantise",)),
+        (contenders_module.network, ("trace", "write_onnx", "write_openvino", "mark_openvino")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, lambda *_, **__: None)
+    monkeypatch.setattr(contenders_module, "_in_runtime", run)
+    setting = contenders_module.Setting(load_config(recipe), SIZE, 1, torch.device("cpu"), False)
+    for units, expected in ((False, [False, False]), (True, [False, True, False, True])):
+        monkeypatch.setattr(contenders_module, "has_bfloat16_units", lambda found=units: found)
+        opened.clear()
+        found = contenders_module.runtime_contenders(setting, tmp_path)
+        assert [half for _, half in opened] == expected and len({name for name, _ in opened}) == 2
+        assert found[-1].name.endswith("int8 and bfloat16" if units else "int8") and found[-1].dtype == torch.int8
+
+
+def test_products_are_measured_in_each_round(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "has_bfloat16_units", lambda: True)
+    measured = []
+    monkeypatch.setattr(
+        run_module.stopwatch,
+        "matmul_rate",
+        lambda device, dtype, **_: (measured.append(dtype), float(len(measured)))[1],
+    )
+    contender = contenders_module.Contender("a", lambda: None, 1)
+    setting = contenders_module.Setting(load_config(recipe), SIZE, 1, torch.device("cpu"), False)
+    found = run_module._measure(setting, [contender], 3)
+    assert measured == [torch.float32, torch.bfloat16] * 3
+    assert (found["macs_per_second"], found["bfloat16_macs_per_second"]) == (3, 4)
 
 
 def parts_of(model: dict[str, Any]) -> dict[str, float]:

@@ -212,7 +212,9 @@ def test_anchors_for_small_objects_still_reach_the_largest() -> None:
 def test_a_network_that_is_brought_keeps_its_anchors() -> None:
     config, choices = chosen(split((12, 12)), "--data.short-side", "600", "--train.init", "mine.safetensors")
     assert config.model.anchor_scales == (8.0,)
-    assert choices["model.anchor_scales"].reason == "the recipe's, which mine.safetensors has learnt"
+    assert (
+        choices["model.anchor_scales"].reason == "the recipe's, since training goes on with the RPN of mine.safetensors"
+    )
 
 
 def test_twice_the_objects_of_the_fullest_image_are_kept() -> None:

@@ -607,6 +607,13 @@ def test_files_without_names_are_refused(tmp_path: Path, content: str) -> None:
             convert(tmp_path, {"state_dict": small_state()}, classes_from=tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "model.xml", "model.pt2"])
+def test_class_names_are_not_read_from_an_export(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("<?xml version='1.0'?>\n<net name='a'>\n</net>\n")
+    with pytest.raises(CheckpointError, match=rf"{name}: is an exported network; give the checkpoint"):
+        convert(tmp_path, {"state_dict": small_state()}, classes_from=tmp_path / name)
+
+
 # Nestings
 
 

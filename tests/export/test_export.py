@@ -29,9 +29,9 @@ from cascade_rcnn.data.sizes import fitted_size, fitting
 from cascade_rcnn.data.synthetic_shapes import CLASS_NAMES, generate_shapes
 from cascade_rcnn.errors import CheckpointError, ConfigError, UserError
 from cascade_rcnn.evaluation.evaluate_model import detect_split
-from cascade_rcnn.export import command
+from cascade_rcnn.export import command, quantise
 from cascade_rcnn.export.command import Calibration, run_export
-from cascade_rcnn.export.quantise import Quantised
+from cascade_rcnn.export.quantise import Quantised, find_layers
 from cascade_rcnn.export.report import match
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.detector import Detector, load
@@ -98,6 +98,15 @@ def test_no_path_of_this_machine_lies_in_it(folder: Path) -> None:
     """Exporters note the line of source that each node comes from."""
     places = [str(Path(module.__file__ or "").parent).encode() for module in (command, torch)]
     assert not [place for place in places if place in (folder / "model.onnx").read_bytes()]
+
+
+def test_it_has_standard_operators_alone_and_all_groups_of_layers(folder: Path) -> None:
+    """Groups go by the names of weights: a part that is renamed would stay in float."""
+    onnx = pytest.importorskip("onnx")
+    network = onnx.load(folder / "model.onnx")
+    assert {node.domain for node in network.graph.node} == {""} and not network.functions
+    groups = find_layers(folder / "model.onnx").groups
+    assert {"first convolution", "sums", *(name for name, _ in quantise._GROUPS)} == set(groups)
 
 
 def test_mask_heads_run_on_what_is_found_alone(folder: Path) -> None:

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("onnx", reason="needs pip install 'cascade-rcnn[onnx]'")
 pytest.importorskip("onnxruntime", reason="needs pip install 'cascade-rcnn[onnx]'")
 
 import cascade_rcnn
+from brought import write_json
 from cascade_rcnn.checkpoint import save_checkpoint
 from cascade_rcnn.config import Config, DataConfig
 from cascade_rcnn.data.sizes import fitted_size, fitting
@@ -114,6 +116,76 @@ def test_an_export_does_not_tell_where_the_training_lay(written: list[ExportInfo
     assert b"/home/someone" in checkpoint.read_bytes()
     folder = run_export(checkpoint, to="onnx")
     assert not [file for file in folder.iterdir() if b"someone" in file.read_bytes()]
+
+
+def test_the_ap_of_both_stands_in_the_report(written: list[ExportInfo], tmp_path: Path) -> None:
+    """The truth is what the exported network finds, which is not the checkpoint's."""
+    checkpoint = _checkpoint(tmp_path / "tiny.safetensors")
+    found = load_without_torch(run_export(checkpoint, to="onnx")).predict(np.zeros((96, 128, 3), np.uint8))
+    annotations = [
+        {"id": row + 1, "image_id": 1, "category_id": label + 1, "bbox": [x, y, x2 - x, y2 - y], "iscrowd": 0}
+        | {"area": (x2 - x) * (y2 - y)}
+        for row, ((x, y, x2, y2), label) in enumerate(zip(found.boxes.tolist(), found.labels.tolist()))
+    ]
+    data = tmp_path / "data"
+    (data / "val").mkdir(parents=True)
+    Image.new("RGB", (128, 96)).save(data / "val" / "a.png")
+    images = [{"id": 1, "file_name": "a.png", "width": 128, "height": 96}]
+    categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    write_json(data / "annotations" / "instances_val.json", content)
+    folder = run_export(checkpoint, to="onnx", data=data)
+    both = json.loads((folder / "report.json").read_text())["metrics"]
+    assert both["exported"]["bbox/AP"] > 0.5 > both["pytorch"]["bbox/AP"]
+
+
+def test_integers_are_compared_on_the_pictures_they_are_calibrated_with(tmp_path: Path) -> None:
+    for level in range(20):
+        Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(tmp_path / f"{level:02}.png")
+    (tmp_path / "02.png").write_bytes(b"broken")
+    pictures, told = command.report.pictures(None, "", folder=tmp_path)
+    assert [int(one[0, 0, 0]) for one in pictures] == [0, 4, 6, 8, 10, 12, 14, 16]
+    assert told == f"8 pictures of {tmp_path.name}"
+
+
+def test_what_a_converter_refuses_is_one_line(
+    written: list[ExportInfo], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = _checkpoint(tmp_path / "tiny.safetensors")
+    Image.new("RGB", (96, 96)).save(tmp_path / "a.png")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such\noperator")
+
+    monkeypatch.setattr(command, "quantise", refuse)
+    with pytest.raises(UserError, match=r"model\.onnx: .*RuntimeError: no such operator\); export without --int8, or"):
+        run_export(checkpoint, to="onnx", int8=command.Calibration(tmp_path), out=tmp_path / "out")
+    monkeypatch.setattr(command.network, "write_onnx", refuse)
+    with pytest.raises(UserError, match=r"operator\); update the packages, or choose another format"):
+        run_export(checkpoint, to="onnx", out=tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_integers_are_checked(tmp_path: Path) -> None:
+    import onnx
+
+    network = onnx.load(handmade_network(tmp_path / "model.onnx"))
+    info = ExportInfo(Config(), CLASSES, (), {}, None, None, int8=True)
+    network.graph.node[0].input[0] = "nothing"
+    onnx.save(network, tmp_path / "model.onnx")
+    with pytest.raises(onnx.checker.ValidationError, match="nothing"):
+        command.network.mark_onnx(tmp_path / "model.onnx", info)
+
+
+def test_masks_that_differ_are_told(
+    written: list[ExportInfo], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = _checkpoint(tmp_path / "tiny.safetensors")
+    for alike, told in ((0.9, True), (0.999, False)):
+        equality = {"detections": 10, "matched": 10, "mask_iou_mean": alike}
+        monkeypatch.setattr(command.report, "compare", lambda *_, found=equality: found)
+        run_export(checkpoint, to="onnx", out=tmp_path / "out")
+        assert ("masks have an IoU of 0.900 on average: measure" in capsys.readouterr().out) == told
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sets a limit of Unix")

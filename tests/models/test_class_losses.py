@@ -117,5 +117,5 @@ def test_a_network_learns_is_saved_and_goes_on_elsewhere(kind: Any, tmp_path: Pa
     names = ("a", "b", "c")
     save_checkpoint(path, model.state_dict(), config=config, class_names=names, category_ids=(1, 2, 3))
     assert counts_of(load(path, device="cpu").model) == counts_of(model)
-    assert start_from(tiny_model(classes=2, class_loss="seesaw"), path, ("c", "d")).endswith("knows already: c")
-    assert start_from(tiny_model(), path, names).endswith("a, b, c")
+    assert start_from(tiny_model(classes=2, class_loss="seesaw"), path, ("c", "d"), TINY).endswith("knows already: c")
+    assert start_from(tiny_model(), path, names, TINY).endswith("a, b, c")

@@ -94,6 +94,10 @@ def test_settings(network: Path) -> None:
             load(network, **settings)
     with pytest.raises(UserError, match="tile 96: tiles need PyTorch"):
         load(network).predict(pictures[0], tile=96)  # type: ignore[call-overload]
+    whole = load(network).predict(pictures[0], overlap=0.1, whole=False)  # type: ignore[call-overload]
+    assert np.array_equal(whole.boxes, load(network).predict(pictures[0]).boxes), "those go with tiles"
+    with pytest.raises(TypeError, match="'overlapp'"):
+        load(network).predict(pictures[0], overlapp=0.1)  # type: ignore[call-overload]
 
 
 def test_what_needs_torch_is_refused(tmp_path: Path) -> None:

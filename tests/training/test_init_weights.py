@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ def test_known_classes_keep_their_rows_and_new_ones_begin_anew(tmp_path: Path, a
     save_checkpoint(path, source.state_dict(), config=Config(model=TINY), class_names=("cat", "dog", "cow"))
     model = tiny_model(4, class_agnostic_boxes=agnostic)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    said = start_from(model, path, ("cow", "bird", "cat", "fish"))
+    said = start_from(model, path, ("cow", "bird", "cat", "fish"), TINY)
     assert "cow, cat" in said
     ours, theirs = model.cascade.box_heads[1], source.cascade.box_heads[1]
     assert torch.equal(ours.fc1.weight, theirs.fc1.weight)
@@ -46,15 +48,56 @@ def test_how_often_other_classes_were_seen_is_not_taken_over(tmp_path: Path) -> 
         source.state_dict()[key].copy_(torch.tensor([1000, 50, 7]))
     path = tmp_path / "source.safetensors"
     save_checkpoint(path, source.state_dict(), config=Config(model=TINY), class_names=("cat", "dog", "cow"))
-    start_from(model, path, ("fish", "bird", "cat"))
+    start_from(model, path, ("fish", "bird", "cat"), TINY)
     assert not any(model.state_dict()[key].any() for key in counts)
-    start_from(tiny_model(3), path, ("fish", "bird", "cat"))  # a network without such counts
+    start_from(tiny_model(3), path, ("fish", "bird", "cat"), TINY)  # a network without such counts
 
 
 def test_another_network_is_refused_with_the_way_out(tmp_path: Path) -> None:
     path = tmp_path / "source.safetensors"
     save_checkpoint(path, tiny_model(3).state_dict(), config=Config(model=TINY), class_names=("a", "b", "c"))
     with pytest.raises(CheckpointError, match=r"source.safetensors: another network.*cascade-rcnn config"):
-        start_from(tiny_model(3, fpn_channels=64), path, ("a", "b", "c"))
+        start_from(tiny_model(3, fpn_channels=64), path, ("a", "b", "c"), TINY)
     with pytest.raises(CheckpointError, match=r"source.safetensors: another network"):  # in layers with rows per class
-        start_from(tiny_model(2, head_channels=8), path, ("a", "b"))
+        start_from(tiny_model(2, head_channels=8), path, ("a", "b"), TINY)
+
+
+def _source(path: Path, **changes: Any) -> Path:
+    model = dataclasses.replace(TINY, **changes)
+    state = tiny_model(3, **changes).state_dict()
+    save_checkpoint(path, state, config=Config(model=model), class_names=("a", "b", "c"))
+    return path
+
+
+def test_weights_that_mean_something_else_are_refused(tmp_path: Path) -> None:
+    """Caffe's ResNets have the keys and shapes of others, but BGR images and strides elsewhere."""
+    names = ("a", "b", "c")
+    path = tmp_path / "caffe.safetensors"
+    other = Config(model=dataclasses.replace(TINY, style="caffe"))
+    save_checkpoint(path, tiny_model(3).state_dict(), config=other, class_names=names)
+    with pytest.raises(CheckpointError, match=r"caffe.safetensors: .* add --model\.style caffe$"):
+        start_from(tiny_model(3), path, names, TINY)
+    start_from(tiny_model(3), path, names, other.model)
+    offsets = {"backbone.body.layer3.0.conv2.offset.weight": torch.zeros(18, 4, 3, 3)}
+    save_checkpoint(path, tiny_model(3).state_dict() | offsets, config=Config(model=TINY), class_names=names)
+    with pytest.raises(CheckpointError, match=r"1 weights are missing, left over .*conv2\.offset\.weight\)"):
+        start_from(tiny_model(3), path, names, TINY)
+
+
+def test_what_is_left_out_and_learnt_otherwise_is_told(tmp_path: Path) -> None:
+    path = _source(tmp_path / "source.safetensors", anchor_scales=(2.0,), semantics="detectron2", masks="every")
+    changes: dict[str, Any] = {"stage_ious": (0.5,), "stage_stds": None, "masks": "none"}
+    said = start_from(
+        tiny_model(3, **changes), path, ("a", "b", "c"), dataclasses.replace(TINY, **changes)
+    ).splitlines()
+    assert said[1] == (
+        "not in this recipe, and left out: box_heads.1, box_heads.2, mask_heads.0, mask_heads.1, mask_heads.2"
+    )
+    assert said[2:] == [
+        "it has learnt with model.semantics detectron2, and this recipe has mmdetection; --model.semantics detectron2 "
+        "keeps what it knows",
+        "it has learnt with model.anchor_scales 2.0, and this recipe has 4.0; --model.anchor-scales 2.0 keeps what it "
+        "knows",
+    ]
+    same = _source(tmp_path / "same.safetensors")
+    assert "\n" not in start_from(tiny_model(3), same, ("a", "b", "c"), TINY)

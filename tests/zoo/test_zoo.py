@@ -260,8 +260,10 @@ def test_a_disk_that_is_full_for_the_converted_weights_is_one_way_out(
 def test_a_training_starts_from_a_name(zoo: dict[str, Any]) -> None:
     from cascade_rcnn.models.build import build_model
 
-    model = build_model(load_checkpoint(store.by_name(NAME)).config.model, 2)
-    assert "classes that it knows already: eel" in start_from(model, Path(NAME), ["eel", "fox"])
+    config = load_checkpoint(store.by_name(NAME)).config.model
+    assert "classes that it knows already: eel" in start_from(
+        build_model(config, 2), Path(NAME), ["eel", "fox"], config
+    )
 
 
 def test_evaluation_prints_the_published_ap_beside(zoo: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
