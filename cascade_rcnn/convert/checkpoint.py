@@ -79,6 +79,11 @@ def _convert(found: FoundWeights, dest: Path, asked: Asked, origin: dict[str, st
     if kind == "backbone":
         _write_backbone(dest, state, renamed, left_over, origin, found.notes)
         return
+    if kind == "detectron2":
+        found.notes.append(
+            "licence: detectron2's published weights are CC-BY-SA-3.0 (share alike, with attribution), and what is "
+            "trained from them too; the file does not say whether it is one of them"
+        )
     seen = structure_of(state, kind)
     hints = read_config_text(found.config) if found.config else Hints()
     made = Decisions(state, kind, seen, hints, origin["file"], asked, found.notes)

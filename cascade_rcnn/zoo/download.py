@@ -132,8 +132,8 @@ def _downloaded(address: str, part: Path, name: str) -> bool:
     reason = " ".join(str(getattr(problem, "reason", "") or problem).split()) + _via_proxy(address)
     kept = f"; {_size(part)} bytes are kept and the next attempt continues there" if _size(part) else ""
     raise CheckpointError(
-        f"{name}: cannot fetch {address} ({reason}){kept}; offline? fetch the file elsewhere and name its folder in "
-        f"{MIRROR}, or convert it with 'cascade-rcnn convert'"
+        f"{name}: cannot fetch {address} ({reason}){kept}; offline? fetch the file elsewhere and put it at "
+        f"{part.with_suffix('')}, or name its folder in {MIRROR}"
     ) from problem
 
 

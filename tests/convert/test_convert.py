@@ -309,7 +309,7 @@ def test_a_recipe_can_be_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pkl"])
-def test_detectron2(tmp_path: Path, suffix: str) -> None:
+def test_detectron2(tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
     state = foreign_state(D2)
     source, dest = tmp_path / f"model_final.{suffix}", tmp_path / "dest.safetensors"
     if suffix == "pth":
@@ -323,6 +323,7 @@ def test_detectron2(tmp_path: Path, suffix: str) -> None:
         arrays = {key: value.numpy() for key, value in state.items()}
         source.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}))
     run_convert(source, dest)
+    assert "licence: detectron2's published weights are CC-BY-SA-3.0" in capsys.readouterr().out
     made = load_checkpoint(dest)
     for theirs, ours in D2_PAIRS.items():
         assert torch.equal(made.state[ours], state[theirs]), theirs

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -134,6 +136,10 @@ def test_offline_is_one_line_with_address_and_place(
     assert code == 2
     lines = [line for line in said.splitlines() if not line.startswith(("downloading", f"{NAME}: weights by"))]
     assert len(lines) == 1 and server.address in lines[0] and "CASCADE_RCNN_MIRROR" in lines[0], said
+    (file,) = re.findall(r"put it at (\S+),", lines[0])
+    if command == "config":
+        shutil.copy(place / "small.pth", file)
+        assert _run(command, NAME, capsys)[0] == 0, "the place that the line names is the right one"
     assert not (place / "run").exists() and not (place / "mine.safetensors").exists()
 
 
