@@ -84,6 +84,19 @@ def test_onnx_says_what_the_checkpoint_says(checkpoint: Path, folder: Path) -> N
             assert int((mine.masks ^ theirs.masks).sum()) <= 0.01 * int(theirs.masks.sum()) + 2
 
 
+@pytest.mark.parametrize("to", ["openvino", "torch"])
+def test_the_other_formats_say_it_too(to: str, checkpoint: Path, tmp_path: Path) -> None:
+    if to == "openvino":
+        pytest.importorskip("openvino")
+    exported = load(run_export(checkpoint, to=to, size=(96, 160), out=tmp_path / to))
+    reference = load(checkpoint, device="cpu")
+    reference.config, reference.canvas = exported.config, exported.canvas
+    for picture in _pictures((96, 150), (300, 90)):
+        one, other = exported.predict(picture), reference.predict(picture)
+        assert _same(one, other) == 1
+        assert (one[0].masks != other[0].masks).float().mean() < 0.01  # type: ignore[union-attr]
+
+
 def test_the_report_tells_equality_time_and_size(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
     assert report["equality"]["matched"] / report["equality"]["detections"] > 0.95
