@@ -97,6 +97,16 @@ def test_a_recipe_has_the_published_settings(name: str) -> None:
         assert [[data.long_side, short] for short in data.short_side] == steps["RandomResize"]["scale"]
 
 
+def test_large_scale_jitter_from_nothing_has_the_settings_of_detectron2s_new_baselines() -> None:
+    config = load_config("cascade_mask_rcnn_r50_fpn_lsj_100e_coco")
+    model, data, train = config.model, config.data, config.train
+    assert (model.norm, model.fpn_and_mask_norms, model.pretrained, model.frozen_stages) == ("sync", True, False, -1)
+    assert (model.rpn_convs, model.box_head, model.class_agnostic_boxes) == (2, "4conv1fc_bn", False)
+    assert (train.lr, train.weight_decay, train.images_per_step) == (0.1, 4e-5, 64)
+    assert (train.warmup_steps, train.warmup_factor, train.epochs) == (500, 0.067, 100)
+    assert (data.large_scale_jitter, data.short_side, data.long_side) == ((0.1, 2.0), (1024,), 1024)
+
+
 # What the authors of ConvNeXt and Swin say of each size: weights, drop path, rate, its decay, box and mask AP.
 FAMILIES = {
     "convnext_t": ("convnext_tiny.fb_in1k", 0.4, 2e-4, 0.7, 50.4, 43.7),
