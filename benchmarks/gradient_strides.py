@@ -26,6 +26,7 @@ from cascade_rcnn.benchmark.stopwatch import seed_weights, synthetic_image
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.recipes import load_config
 from cascade_rcnn.structures import ImageBatch, Targets
+from cascade_rcnn.training.weight_gradient import use_matrix_products
 
 OURS, PLAIN = "gradients laid out as their buckets", "as torch gives them"
 
@@ -34,7 +35,7 @@ def network(config_name: str, world: distributed.World, *, laid_out: bool) -> nn
     """A seeded network, so that both compute the same."""
     model = build_model(load_config(config_name).model, 80)
     seed_weights(model)
-    model.train()
+    use_matrix_products(model.train(), world.device)
     if laid_out:
         return distributed.wrap(model, world)
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
