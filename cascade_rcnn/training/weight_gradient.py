@@ -55,7 +55,7 @@ def weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
         for across in range(3):
             first = down * row + across
             torch.mm(gradients.t(), inputs[first : first + pixels], out=found[down, across])
-    return found.permute(2, 3, 0, 1)
+    return found.permute(2, 3, 0, 1).contiguous()  # as the weight lies: DDP compares strides
 
 
 class MatrixGradientConv2d(nn.Conv2d):
