@@ -265,6 +265,8 @@ class _OpenVINO(Backend):
     def write(self, out: Path, feeds: Sequence[Feed], integer: Sequence[str]) -> None:
         import logging
 
+        # NNCF imports the part of torch that builds extensions, which tells where CUDA is missing
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         import nncf
         import openvino
         from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
