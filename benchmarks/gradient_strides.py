@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 benchmarks/gradient_strides.py [--size 256 352] [--rounds 10]
 
-Both networks take their steps in turn on an image of their own process; a ratio is the median of each round's own pair.
+Both networks take their steps in turn on the same image; a ratio is the median of each round's own pair.
 Without that layout torch warns, once, that gradients and DDP's buckets have different strides. On CPUs (gloo).
 """
 
@@ -22,20 +22,24 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cascade_rcnn import distributed
-from cascade_rcnn.benchmark.stopwatch import seed_weights, synthetic_image
+from cascade_rcnn.benchmark.contenders import CLASSES, Setting, images_of, targets_of
+from cascade_rcnn.benchmark.stopwatch import seed_weights
+from cascade_rcnn.config import ModelConfig
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.recipes import load_config
 from cascade_rcnn.structures import ImageBatch, Targets
-from cascade_rcnn.training.weight_gradient import use_matrix_products
+from cascade_rcnn.training.weight_gradient import matrix_products_pay, use_matrix_products
 
 OURS, PLAIN = "gradients laid out as their buckets", "as torch gives them"
 
 
-def network(config_name: str, world: distributed.World, *, laid_out: bool) -> nn.Module:
+def network(config: ModelConfig, world: distributed.World, *, laid_out: bool) -> nn.Module:
     """A seeded network, so that both compute the same."""
-    model = build_model(load_config(config_name).model, 80)
+    model = build_model(config, CLASSES)
     seed_weights(model)
-    use_matrix_products(model.train(), world.device)
+    if matrix_products_pay(world.device):
+        use_matrix_products(model)
+    model.train()
     if laid_out:
         return distributed.wrap(model, world)
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -59,16 +63,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(256, 352), metavar=("H", "W"))
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
-    height, width = options.size
     with distributed.start("cpu") as world:
         torch.set_num_threads(1)
-        pixels = synthetic_image((height, width), seed=world.rank)[None]
-        sizes = torch.tensor([[height, width]])
-        images = ImageBatch(pixels, sizes, sizes)
-        corners = torch.rand(1, 8, 2) * torch.tensor([width, height]) / 2
-        yes = torch.ones(1, 8, dtype=torch.bool)
-        targets = Targets(torch.cat([corners, corners * 1.8 + 16], dim=2), torch.arange(8)[None], yes, ~yes)
-        models = {name: network(options.config, world, laid_out=name == OURS) for name in (PLAIN, OURS)}
+        setting = Setting(load_config(options.config), tuple(options.size), 1, world.device, train=True)
+        images, targets = images_of(setting), targets_of(setting)
+        models = {name: network(setting.config.model, world, laid_out=name == OURS) for name in (PLAIN, OURS)}
         seconds: dict[str, list[float]] = {name: [] for name in models}
         for number in range(options.rounds + 1):
             for name, model in models.items():

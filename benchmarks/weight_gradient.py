@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 
-from cascade_rcnn.benchmark.stopwatch import describe_machine, seed_weights, synthetic_image
+from cascade_rcnn.benchmark.contenders import CLASSES, Setting, images_of, targets_of
+from cascade_rcnn.benchmark.stopwatch import describe_machine, seed_weights
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.recipes import load_config
-from cascade_rcnn.structures import ImageBatch, Targets
-from cascade_rcnn.training.weight_gradient import MatrixGradientConv2d, weight_gradient
+from cascade_rcnn.training.weight_gradient import use_matrix_products, weight_gradient
 
 LITE0: dict[str, Any] = {"backbone": "tf_efficientnet_lite0.in1k", "frozen_stages": -1}
 # recipe, images, height, width, settings
@@ -49,27 +49,18 @@ LAYERS = [
 ]
 
 
-def batch_of(images: int, height: int, width: int) -> tuple[ImageBatch, Targets]:
-    torch.manual_seed(1)
-    pixels = torch.stack([synthetic_image((height, width), seed=seed) for seed in range(images)])
-    sizes = torch.tensor([[height, width]] * images)
-    corners = torch.rand(images, 12, 2) * torch.tensor([width, height]) / 2
-    yes = torch.ones(images, 12, dtype=torch.bool)
-    boxes = torch.cat([corners, corners * 1.6 + 30], dim=2)
-    laid_out = pixels.contiguous(memory_format=torch.channels_last)
-    return ImageBatch(laid_out, sizes, sizes), Targets(boxes, torch.zeros(images, 12, dtype=torch.int64), yes, ~yes)
-
-
 def measure_step(recipe: str, images: int, height: int, width: int, settings: dict[str, Any], *, rounds: int) -> None:
+    config = load_config(recipe)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **settings))
+    setting = Setting(config, (height, width), images, torch.device("cpu"), train=True)
     models = []
     for by_products in (False, True):
-        model = build_model(dataclasses.replace(load_config(recipe).model, **settings), 3)
+        model = build_model(config.model, CLASSES)
         seed_weights(model)
-        for layer in model.modules():
-            if by_products and MatrixGradientConv2d.fits(layer):
-                layer.__class__ = MatrixGradientConv2d
+        if by_products:
+            use_matrix_products(model)
         models.append(model.train())
-    batch = batch_of(images, height, width)
+    batch = images_of(setting), targets_of(setting)
     seconds: list[list[float]] = [[], []]
     gradients = []
     for number in range(rounds + 1):

@@ -54,7 +54,7 @@ from cascade_rcnn.training.run_folder import claim_folder, find_resumable_state,
 from cascade_rcnn.training.schedule import Schedule, lr_factor, scaled_lr
 from cascade_rcnn.training.spare_cores import SpareCores, spare_cores
 from cascade_rcnn.training.validation_loss import ValidationLoss
-from cascade_rcnn.training.weight_gradient import use_matrix_products
+from cascade_rcnn.training.weight_gradient import matrix_products_pay, use_matrix_products
 
 
 def train(
@@ -237,7 +237,8 @@ def build_network(
     if config.model.norm == "sync":
         model = distributed.with_synchronised_norm(model, world)
     model.set_activation_checkpointing(settings.activation_checkpointing)
-    use_matrix_products(model, world.device)
+    if matrix_products_pay(world.device):
+        use_matrix_products(model)
     return model
 
 

@@ -24,7 +24,7 @@ from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 from cascade_rcnn.models.ops.capabilities import has_bfloat16_units
 from cascade_rcnn.runtime.network import NAMES, ExportInfo, RuntimeNetwork
 from cascade_rcnn.structures import ImageBatch, MaskCrops, Targets
-from cascade_rcnn.training.weight_gradient import use_matrix_products
+from cascade_rcnn.training.weight_gradient import matrix_products_pay, use_matrix_products
 
 CLASSES = 80
 BACKWARD = "backward and optimizer"
@@ -113,8 +113,9 @@ def our_contender(
         title += ", masks"
     if setting.train:
         model.to(setting.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        use_matrix_products(model, setting.device)
-        targets = _targets(setting)
+        if matrix_products_pay(setting.device):
+            use_matrix_products(model)
+        targets = targets_of(setting)
         run = _training_step(model, setting, lambda: model.loss(images, targets))
     else:
         model.eval().to(setting.device)
@@ -169,33 +170,36 @@ def runtime_contenders(setting: Setting, folder: Path) -> list[Contender]:
         network.write_openvino(onnx_file, openvino_file, info)
         found.append(_in_runtime(openvino_file, setting))
         if has_bfloat16_units():
-            found.append(_in_runtime(openvino_file, setting, bfloat16=True))
+            found.append(_in_runtime(openvino_file, setting, "bfloat16"))
         if importlib.util.find_spec("nncf") is not None:
             found.append(_in_integers(onnx_file, setting, info, to="openvino"))
             if has_bfloat16_units():
-                integers = onnx_file.with_name(f"int8_{NAMES['openvino']}")
-                found.append(_in_runtime(integers, setting, bfloat16=True))
-                found[-1].name, found[-1].dtype = found[-1].name.replace("bfloat16", "int8 and bfloat16"), torch.int8
+                found.append(_in_runtime(_integers_file(onnx_file, "openvino"), setting, "int8 and bfloat16"))
     return found
 
 
 def _in_integers(onnx_file: Path, setting: Setting, info: ExportInfo, *, to: Target) -> Contender:
-    target = onnx_file.with_name(f"int8_{NAMES[to]}")
+    target = _integers_file(onnx_file, to)
     pixels, sizes = _network_inputs(setting)
     quantise(onnx_file, target, [{"pixels": pixels, "sizes": sizes}], to=to, keep=(), say=lambda line: None)
     (network.mark_onnx if to == "onnx" else network.mark_openvino)(target, replace(info, int8=True))
-    contender = _in_runtime(target, setting)
-    contender.name += ", int8"
-    contender.dtype = torch.int8
-    return contender
+    return _in_runtime(target, setting, "int8")
 
 
-def _in_runtime(path: Path, setting: Setting, *, bfloat16: bool = False) -> Contender:
-    opened = RuntimeNetwork(path, threads=torch.get_num_threads(), bfloat16=bfloat16)
+def _integers_file(onnx_file: Path, to: Target) -> Path:
+    return onnx_file.with_name(f"int8_{NAMES[to]}")
+
+
+_PRODUCTS = {"": None, "bfloat16": torch.bfloat16, "int8": torch.int8, "int8 and bfloat16": torch.int8}
+
+
+def _in_runtime(path: Path, setting: Setting, numbers: str = "") -> Contender:
+    """An exported network; ``numbers``: what it computes in, where that is not float32 (a key of ``_PRODUCTS``)."""
+    opened = RuntimeNetwork(path, threads=torch.get_num_threads(), bfloat16="bfloat16" in numbers)
     pixels, sizes = _network_inputs(setting)
-    name = f"the same in {opened.runtime}{', bfloat16' if bfloat16 else ''}"
+    name = ", ".join(filter(None, (f"the same in {opened.runtime}", numbers)))
     contender = Contender(name, lambda: opened.detect(pixels, sizes), setting.batch)
-    contender.dtype = torch.bfloat16 if bfloat16 else contender.dtype
+    contender.dtype = _PRODUCTS[numbers]
     return contender
 
 
@@ -210,7 +214,8 @@ def contender(setting: Setting, who: str) -> Contender:
     return our_contender(setting) if who == "ours" else peer_contender(setting)
 
 
-def _targets(setting: Setting) -> Targets:
+def targets_of(setting: Setting) -> Targets:
+    """Objects of the images of a training step, eight in each."""
     boxes = _boxes(setting)
     valid = torch.ones(setting.batch, OBJECTS, dtype=torch.bool)
     labels = torch.arange(OBJECTS).expand(setting.batch, OBJECTS) % CLASSES
@@ -325,7 +330,7 @@ def count_multiply_adds(
     """Multiply-adds of each part of a forward pass. Backward has twice as many, fewer in frozen layers (left out)."""
     with FlopCounterMode(display=False) as counter, torch.no_grad(), watched(model, watch):
         watch.counter = counter
-        model.loss(images, _targets(setting)) if setting.train else model.detect(images)
+        model.loss(images, targets_of(setting)) if setting.train else model.detect(images)
     watch.counter = None
     watch.parts()
     if setting.train:

@@ -26,7 +26,6 @@ from cascade_rcnn.runtime.settings import check_model_settings, checked_number
 
 Pixels = NDArray[np.uint8]
 _WITH_TORCH = "pip install cascade-rcnn"
-_OF_TILES = {"overlap", "whole", "max_merged"}
 
 
 def load(
@@ -132,7 +131,9 @@ class ArrayDetector:
         score_threshold: float | None = None,
         max_pixels: int | None = None,
         tile: int | None = None,
-        **of_tiles: Any,
+        overlap: float = 0.2,  # this and the following go with a tile, and change nothing without
+        whole: bool = True,
+        max_merged: int | None = None,
     ) -> ArrayDetections | list[ArrayDetections]:
         """As ``Detector.predict``, for everything but tensors and tiles.
 
@@ -141,8 +142,6 @@ class ArrayDetector:
         """
         if tile is not None:
             raise UserError(f"tile {tile}: tiles need PyTorch, which is not installed: {_WITH_TORCH}")
-        if unknown := set(of_tiles) - _OF_TILES:  # those go with a tile, and change nothing without
-            raise TypeError(f"predict() got an unexpected keyword argument {sorted(unknown)[0]!r}")
         checked_number("batch_size", batch_size, low=1, whole=True)
         checked_number("score_threshold", score_threshold, low=0, high=1)
         checked_number("max_pixels", max_pixels, low=1, whole=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ def check_init(path: str) -> None:
 
 # Settings that do not change any weight's shape, and what the weights have learnt with them.
 _LEARNT_WITH = ("semantics", "anchor_scales", "anchor_sizes", "anchor_ratios")
+_CLASS_COUNTS, _BATCH_COUNT = "class_loss.counts", "num_batches_tracked"  # what losses and norms have seen
 
 
 @torch.no_grad()
@@ -47,19 +49,21 @@ def start_from(model: nn.Module, path: Path, class_names: Sequence[str], config:
     known = {name: row for row, name in enumerate(source.class_names)}
     pairs = [(row, known[name]) for row, name in enumerate(class_names) if name in known]
     misfits = []
-    for key, own in model.state_dict().items():
-        if key.endswith("class_loss.counts"):
-            continue  # how often each class was seen: of the other data set's classes
+    state = model.state_dict()
+    for key, own in state.items():
+        if key.endswith(_CLASS_COUNTS):
+            continue  # of the other data set's classes
         given = source.state.get(key)
         per_class = None if given is None else _rows_per_class(key, own, len(class_names), given, len(known))
         if per_class is not None and given is not None and given.shape[1:] == own.shape[1:]:
             _copy_rows(own, given, pairs, per_class)
         elif given is not None and given.shape == own.shape:
             own.copy_(given)
-        elif not key.endswith("num_batches_tracked"):
+        elif not key.endswith(_BATCH_COUNT):
             misfits.append(key)
-    extra = [key for key in source.state if key not in model.state_dict() and not key.endswith("num_batches_tracked")]
-    misfits += [key for key in extra if not key.startswith("cascade.")]
+    heads = {_head(key) for key in state}
+    extra = [key for key in source.state if key not in state and not key.endswith((_CLASS_COUNTS, _BATCH_COUNT))]
+    misfits += [key for key in extra if not _head(key) or _head(key) in heads]
     if misfits:
         raise CheckpointError(
             f"{path}: another network than this recipe's ({len(misfits)} weights are missing, left over or of another "
@@ -68,9 +72,15 @@ def start_from(model: nn.Module, path: Path, class_names: Sequence[str], config:
         )
     shared = ", ".join(class_names[row] for row, _ in pairs) or "none"
     lines = [f"weights of {path}; classes that it knows already: {shared}"]
-    if heads := sorted({".".join(key.split(".")[1:3]) for key in extra if ".counts" not in key}):
-        lines.append(f"not in this recipe, and left out: {', '.join(heads)}")
+    if extra:
+        lines.append(f"not in this recipe, and left out: {', '.join(sorted({_head(key) for key in extra}))}")
     return "\n".join(lines + _learnt_otherwise(theirs, config))
+
+
+def _head(key: str) -> str:
+    """``box_heads.1`` of a weight of the second stage's box head, ``mask_heads.0``; empty for weights of no head."""
+    found = re.match(r"cascade\.((box|mask)_heads\.\d+)\.", key)
+    return found[1] if found else ""
 
 
 def _learnt_otherwise(theirs: ModelConfig, ours: ModelConfig) -> list[str]:

@@ -1,8 +1,8 @@
 """The weight gradient of 3x3 convolutions on large maps, as nine matrix products: for processors without AVX-512.
 
-What torch takes there (oneDNN's weight gradient for AVX2, of maps that lie channels-last) is 4 to 7 times as slow as
-the forward pass, which multiplies as often: on the finest map of an FPN that was half of a training step. Each of the
-nine taps is one product of all pixels of the gradient with all pixels of the input, moved by the tap's offset. Both lie
+What torch takes there (oneDNN's weight gradient for AVX2, of maps that lie channels-last) is 2 to 10 times as slow as
+the forward pass, which multiplies as often: more than half of a training step (benchmarks/NOTES.md). Each of the nine
+taps is one product of all pixels of the gradient with all pixels of the input, moved by the tap's offset. Both lie
 on one grid with a column of zeros behind each row and a row of zeros below each map, so that a move is an offset in
 memory and what leaves the map meets zeros.
 """
@@ -55,7 +55,7 @@ def weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
         for across in range(3):
             first = down * row + across
             torch.mm(gradients.t(), inputs[first : first + pixels], out=found[down, across])
-    return found.permute(2, 3, 0, 1).contiguous()  # as the weight lies: DDP compares strides
+    return found.permute(2, 3, 0, 1)
 
 
 class MatrixGradientConv2d(nn.Conv2d):
@@ -80,10 +80,13 @@ class MatrixGradientConv2d(nn.Conv2d):
         return cast(Tensor, _Convolution.apply(x, self.weight, self.bias))  # type: ignore[no-untyped-call]
 
 
-def use_matrix_products(model: nn.Module, device: torch.device) -> None:
-    """Let the convolutions of a network in training learn so, where that is faster; parameters keep their names."""
-    if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX2":
-        return
+def matrix_products_pay(device: torch.device) -> bool:
+    """Whether torch's own way is the slow one."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def use_matrix_products(model: nn.Module) -> None:
+    """Let the convolutions of a network in training learn so; parameters keep their names."""
     for layer in model.modules():
         if MatrixGradientConv2d.fits(layer):
             layer.__class__ = MatrixGradientConv2d

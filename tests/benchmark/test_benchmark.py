@@ -94,9 +94,11 @@ def test_integers_and_bfloat16_go_together_where_a_processor_has_both(
 ) -> None:
     opened = []
 
-    def run(path: Path, setting: Any, *, bfloat16: bool = False) -> contenders_module.Contender:
-        opened.append((path.name, bfloat16))
-        return contenders_module.Contender("OpenVINO" + ", bfloat16" * bfloat16, lambda: None, 1)
+    class Opened:
+        runtime = "OpenVINO"
+
+        def __init__(self, path: Path, *, threads: int, bfloat16: bool) -> None:
+            opened.append((path.name, bfloat16))
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name in ("openvino", "nncf") or None)
     for module, names in (
@@ -105,14 +107,17 @@ def test_integers_and_bfloat16_go_together_where_a_processor_has_both(
     ):
         for name in names:
             monkeypatch.setattr(module, name, lambda *_, **__: None)
-    monkeypatch.setattr(contenders_module, "_in_runtime", run)
+    monkeypatch.setattr(contenders_module, "RuntimeNetwork", Opened)
     setting = contenders_module.Setting(load_config(recipe), SIZE, 1, torch.device("cpu"), False)
     for units, expected in ((False, [False, False]), (True, [False, True, False, True])):
         monkeypatch.setattr(contenders_module, "has_bfloat16_units", lambda found=units: found)
         opened.clear()
         found = contenders_module.runtime_contenders(setting, tmp_path)
         assert [half for _, half in opened] == expected and len({name for name, _ in opened}) == 2
-        assert found[-1].name.endswith("int8 and bfloat16" if units else "int8") and found[-1].dtype == torch.int8
+        named = [(one.name.removeprefix("the same in OpenVINO"), one.dtype) for one in found]
+        plain: list[tuple[str, torch.dtype | None]] = [("", None), (", int8", torch.int8)]
+        halves = [(", bfloat16", torch.bfloat16), (", int8 and bfloat16", torch.int8)]
+        assert named == ([plain[0], halves[0], plain[1], halves[1]] if units else plain)
 
 
 def test_products_are_measured_in_each_round(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:

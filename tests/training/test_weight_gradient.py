@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from cascade_rcnn.training import weight_gradient as module
-from cascade_rcnn.training.weight_gradient import MatrixGradientConv2d, use_matrix_products, weight_gradient
+from cascade_rcnn.training.weight_gradient import (
+    MatrixGradientConv2d,
+    matrix_products_pay,
+    use_matrix_products,
+    weight_gradient,
+)
 
 
 def _gradients(layer: nn.Conv2d, x: Tensor) -> list[Tensor]:
@@ -66,6 +71,12 @@ def test_large_maps_learn_so_and_small_ones_as_ever(bias: bool, calls: list[tupl
 
 
 def test_the_processor_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, device, expected in (("AVX2", "cpu", True), ("AVX512", "cpu", False), ("AVX2", "cuda", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
+        assert matrix_products_pay(torch.device(device)) == expected
+
+
+def test_plain_convolutions_of_three_by_three_learn_so() -> None:
     def network() -> nn.Sequential:
         return nn.Sequential(
             nn.Conv2d(3, 4, 3, padding=1),
@@ -75,9 +86,7 @@ def test_the_processor_decides(monkeypatch: pytest.MonkeyPatch) -> None:
             nn.Conv2d(4, 4, 3, padding=2, dilation=2),
         )
 
-    for capability, device, expected in (("AVX2", "cpu", [0]), ("AVX512", "cpu", []), ("AVX2", "cuda", [])):
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
-        model = network()
-        use_matrix_products(model, torch.device(device))
-        assert [at for at, layer in enumerate(model) if isinstance(layer, MatrixGradientConv2d)] == expected
-        assert list(model.state_dict()) == list(network().state_dict())
+    model = network()
+    use_matrix_products(model)
+    assert [at for at, layer in enumerate(model) if isinstance(layer, MatrixGradientConv2d)] == [0]
+    assert list(model.state_dict()) == list(network().state_dict())
