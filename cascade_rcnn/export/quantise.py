@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rcnn.errors import UserError
+from cascade_rcnn.runtime.signal_stack import signal_stack_kept
 
 Feed = Mapping[str, NDArray[Any]]  # the network's inputs by name, one image
 Target = Literal["openvino", "onnx"]
@@ -281,7 +282,8 @@ class _OpenVINO(Backend):
             if node.get_type_name() not in ("Constant", "Parameter", "Result")
             and node.get_friendly_name().partition("/")[0] not in wanted
         ]
-        with contextlib.nullcontext() if sys.stdout.isatty() else contextlib.redirect_stdout(io.StringIO()):
+        bars = contextlib.nullcontext() if sys.stdout.isatty() else contextlib.redirect_stdout(io.StringIO())
+        with signal_stack_kept(), bars:
             made = nncf.quantize(  # draws bars, which a file would keep
                 model,
                 nncf.Dataset([dict(feed) for feed in feeds]),
@@ -295,7 +297,8 @@ class _OpenVINO(Backend):
     def run(self, network: Path, feeds: Sequence[Feed]) -> Iterator[dict[str, NDArray[Any]]]:
         import openvino
 
-        compiled = openvino.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        with signal_stack_kept():
+            compiled = openvino.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         for feed in feeds:
             outputs = compiled(dict(feed))
             yield {output.get_any_name(): np.array(outputs[output]) for output in compiled.outputs}

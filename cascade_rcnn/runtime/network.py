@@ -24,6 +24,7 @@ from cascade_rcnn.config import Config
 from cascade_rcnn.errors import CheckpointError, ConfigError, UserError
 from cascade_rcnn.messages import few_names, one_line, printable
 from cascade_rcnn.recipes import config_from_dict
+from cascade_rcnn.runtime.signal_stack import signal_stack_kept
 
 METADATA = "cascade_rcnn"
 _ENDINGS = (".onnx", ".xml", ".pt2")
@@ -272,7 +273,8 @@ def _has_bfloat16() -> bool:
     """Whether OpenVINO knows units for it in this processor."""
     import openvino
 
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    with signal_stack_kept():
+        return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _open_openvino(path: Path, threads: int, *, bfloat16: bool) -> tuple[Run, str, str]:
@@ -308,7 +310,8 @@ def _open_openvino(path: Path, threads: int, *, bfloat16: bool) -> tuple[Run, st
         )
     # By itself the runtime takes bfloat16 where the processor has it; what sorts and selects boxes stays in float32
     hints = {"INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32", "INFERENCE_NUM_THREADS": threads}
-    compiled = core.compile_model(model, "CPU", hints)
+    with signal_stack_kept():
+        compiled = core.compile_model(model, "CPU", hints)
     one_at_a_time = Lock()  # all calls share one request, whose outputs the next call overwrites
 
     def run(feed: Arrays) -> Arrays:
