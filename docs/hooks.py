@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.structure.files import File, Files
+if TYPE_CHECKING:
+    from mkdocs.structure.files import Files
 
 CONFIG = Path(__file__).resolve().parents[1] / "cascade_rcnn" / "config.py"
 PUBLISHED = CONFIG.with_name("zoo") / "published.json"
@@ -50,6 +51,8 @@ def _meaning(statement: ast.stmt | None) -> str:
 
 def on_files(files: Files, config: Any) -> Files:
     """mkdocs calls this once the pages on disk are known."""
+    from mkdocs.structure.files import File  # tests read the tables without mkdocs
+
     files.append(File.generated(config, "settings.md", content=settings_page(CONFIG.read_text(encoding="utf-8"))))
     return files
 

@@ -1,8 +1,8 @@
 """The list of published weights: 379 checkpoints of other libraries, found by name.
 
 ``published.json`` has one entry per checkpoint: its name, address, the hash that its file name carries, published AP,
-whose it is, its licence, its size where we have a recipe of the same network, and, where weights of its kind are not
-converted, the part of the network that stands in the way.
+whose it is, its licence and its size, or, where weights of its kind are not converted, the part of the network that
+stands in the way.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Published:
     backbone: str = ""
     license: str = ""
     recipe: str = ""  # ours of the same training, where there is one
-    parameters: int = 0  # of that recipe's network for COCO's classes; 0: not known
+    parameters: int = 0  # of the converted network; 0: it does not load
     missing: str = ""  # the part of the network whose weights are not converted; empty: it loads
 
     @property

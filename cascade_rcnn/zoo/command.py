@@ -51,7 +51,7 @@ def _facts(entry: Published, have: dict[str, int]) -> dict[str, object]:
 
 
 def _size(entry: Published, have: dict[str, int]) -> str:
-    """Megabytes of the file that is here; before it was fetched, millions of parameters, where known."""
+    """Megabytes of the file that is here; before it was fetched, millions of parameters."""
     if entry.name in have:
         return f"{have[entry.name] / 1e6:.0f} MB"
     return f"{entry.parameters / 1e6:.1f} M" if entry.parameters else ""
@@ -70,7 +70,7 @@ def _print_table(entries: Sequence[Published], have: dict[str, int]) -> None:
     about = (
         f"{len(entries)} checkpoint{'s' * (len(entries) != 1)}, {loads} load{'s' * (loads == 1)} by name: "
         "cascade_rcnn.load(NAME), cascade-rcnn predict NAME street.jpg. AP in per cent, as published by their authors. "
-        "Size: MB of a file that is here, else millions of parameters, where we have a recipe of the network."
+        "Size: MB of a file that is here, else millions of parameters."
     )
     print("\n".join(lines))
     print(textwrap.fill(about, min(columns, 100)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ MANIFESTS = locations.FIXTURES / "parity"
 MASK = "mmdet_cascade_mask_rcnn_r50_fpn"
 D2 = "detectron2_cascade_mask_rcnn_R_50_FPN"
 CLASSES = 3
+T = TypeVar("T")
 _SMALLER = {256: 32, 1024: 16, 12544: 32 * 49, 80: CLASSES, 81: CLASSES + 1}
 
 
@@ -43,6 +45,7 @@ def mmdetection_name(key: str, norm: str = "bn") -> str:
     """mmdetection's name of one of our keys."""
     for ours, theirs in (
         (r"backbone\.body\.(.*)\bbn(\d)\.", rf"backbone.\1{norm}\2."),
+        (r"backbone\.body\.(.*)\bconv2\.offset\.", r"backbone.\1conv2.conv_offset."),
         (r"backbone\.body\.", "backbone."),
         (r"fpn\.lateral\.(\d)", r"neck.lateral_convs.\1.conv"),
         (r"fpn\.output\.(\d)", r"neck.fpn_convs.\1.conv"),
@@ -68,6 +71,12 @@ def mmdetection_name(key: str, norm: str = "bn") -> str:
         if count:
             return renamed
     raise AssertionError(key)
+
+
+def one_stage(state: Mapping[str, T]) -> dict[str, T]:
+    """The first stage's head alone, named as Faster and Mask R-CNN name theirs."""
+    kept = {key: value for key, value in state.items() if not re.search(r"_(head|predictor)\.[12]\.", key)}
+    return {re.sub(r"_(head|predictor)\.0\.", r"_\1.", key): value for key, value in kept.items()}
 
 
 def detectron_blobs(state: dict[str, Tensor], stage: str) -> dict[str, np.ndarray[Any, Any]]:

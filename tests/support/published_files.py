@@ -16,7 +16,7 @@ from torch import Tensor
 from cascade_rcnn.config import ModelConfig
 from cascade_rcnn.models.backbone import Backbone
 from cascade_rcnn.models.build import build_model
-from foreign_checkpoints import CLASSES, D2, MASK, detectron_blobs, mmdetection_name
+from foreign_checkpoints import CLASSES, D2, MASK, detectron_blobs, mmdetection_name, one_stage
 from official_backbones import Shapes, detector, manifest
 
 LSJ = "detectron2_new_baselines_mask_rcnn_R_50_FPN_LSJ"
@@ -81,14 +81,9 @@ def _of_mmdetection(config: ModelConfig) -> Callable[[], Shapes]:
             state = build_model(config, CLASSES).state_dict()
         norm = "gn" if config.norm == "group" else "bn"
         found = {mmdetection_name(key, norm): tuple(value.shape) for key, value in state.items()}
-        return found if len(config.stage_ious) > 1 else _one_stage(found)
+        return found if len(config.stage_ious) > 1 else one_stage(found)
 
     return shapes
-
-
-def _one_stage(shapes: Shapes) -> Shapes:
-    kept = {key: shape for key, shape in shapes.items() if not re.search(r"_(head|predictor)\.[12]\.", key)}
-    return {re.sub(r"_(head|predictor)\.0\.", r"_\1.", key): shape for key, shape in kept.items()}
 
 
 def _regnet_of_detectron2(name: str) -> Shapes:
@@ -121,7 +116,7 @@ def _torchvision(function: str) -> Shapes:
 
 
 def _deformable_of_detectron2() -> Shapes:
-    shapes = _one_stage(narrowed(manifest(D2)))
+    shapes = one_stage(narrowed(manifest(D2)))
     shapes["roi_heads.box_predictor.bbox_pred.weight"] = (4 * CLASSES, 16)
     shapes["roi_heads.box_predictor.bbox_pred.bias"] = (4 * CLASSES,)
     for key in [key for key in shapes if re.search(r"res[345]\.\d+\.conv2\.weight", key)]:

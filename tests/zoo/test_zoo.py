@@ -25,6 +25,7 @@ from cascade_rcnn.training.init_weights import start_from
 from cascade_rcnn.zoo import store
 from cascade_rcnn.zoo.catalog import find, nearest, published
 from cascade_rcnn.zoo.command import run_models
+from listed_networks import listed_network
 from loopback import NAME, Server, set_list
 
 checkpoint, server, zoo = zoo_fixtures.checkpoint, zoo_fixtures.server, zoo_fixtures.zoo
@@ -414,7 +415,7 @@ def test_models_tells_the_size(capsys: pytest.CaptureFixture[str]) -> None:
     run_models(["cascade_mask_rcnn_r50_fpn_ms_3x_coco"], as_json=True)
     (entry,) = json.loads(capsys.readouterr().out)
     assert entry["parameters"] == 77_324_606 and "cached_bytes" not in entry
-    run_models(["hrnet"], as_json=True)  # no recipe of ours: not known, and not 0
+    run_models(["hrnet"], as_json=True)  # does not load: not known, and not 0
     assert not any("parameters" in entry for entry in json.loads(capsys.readouterr().out))
 
 
@@ -428,20 +429,26 @@ def test_models_tells_the_size_of_a_file_that_is_here(zoo: dict[str, Any], capsy
     assert entry["cached"] and entry["cached_bytes"] == size
 
 
-def test_the_lists_parameters_are_those_of_the_recipes() -> None:
-    from cascade_rcnn.models.build import build_model
+def test_the_recipe_of_an_entry_is_its_network() -> None:
+    for entry in published():
+        if entry.recipe and not entry.missing:
+            recipe, listed = load_config(entry.recipe).model, listed_network(entry).model
+            names = ("stage_ious", "masks", "class_agnostic_boxes", "box_head", "rpn_convs", "deformable")
+            assert [getattr(recipe, name) for name in names] == [getattr(listed, name) for name in names], entry.name
+            assert recipe.backbone.partition(".")[0] == listed.backbone.partition(".")[0], entry.name
 
-    entries = [entry for entry in published() if entry.recipe and not entry.missing]
-    assert all(entry.parameters for entry in entries)
-    assert not any(entry.parameters for entry in published() if entry not in entries)
-    networks = {load_config(entry.recipe).model for entry in entries}
-    counts = {}
-    for network in networks:
-        with torch.device("meta"):
-            counts[network] = sum(weight.numel() for weight in build_model(network, 80).parameters())
-    assert {entry.name: entry.parameters for entry in entries} == {
-        entry.name: counts[load_config(entry.recipe).model] for entry in entries
-    }
+
+def test_the_page_of_models_has_them_all() -> None:
+    path = locations.REPOSITORY / "docs" / "hooks.py"
+    hooks: dict[str, Any] = {"__file__": str(path)}
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), hooks)
+    page = (path.parent / "models.md").read_text(encoding="utf-8")
+    shown = hooks["on_page_markdown"](page, page=None)
+    rows = [line for line in shown.splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows if row.count(" | ") == 6] == [entry.name for entry in published()]
+    row = next(row for row in rows if "`cascade_rcnn_r50_fpn_1x_coco`" in row)
+    assert row == "| `cascade_rcnn_r50_fpn_1x_coco` | 40.3 |  | 69.4 M | COCO | Apache-2.0 |  |"
+    assert "CARAFE upsampling" in shown and hooks["on_page_markdown"]("# Other", page=None) == "# Other"
 
 
 def test_models_as_json(capsys: pytest.CaptureFixture[str]) -> None:
