@@ -416,5 +416,4 @@ def test_every_two_stage_config_of_the_wheel_becomes_a_recipe_or_is_refused() ->
             assert recipe == config, name
             equal.append(name)
     print(f"{made} recipes, {len(equal)} of them equal to ours, {refused} refused")
-    assert len(equal) >= 38
-    assert made >= 159
+    assert (made, len(equal), refused) == (167, 38, 174), "docs/migrate.md tells these numbers"
