@@ -27,7 +27,6 @@ from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
 
 SIZE = (96, 160)
-SPREAD = 20.0
 BOTH = ("onnx", "openvino")
 NARROW: dict[str, Any] = {"backbone": "test_resnet", "fpn_channels": 64, "head_channels": 128, "mask_channels": 32}
 ONE_STAGE: dict[str, Any] = {"stage_ious": (0.5,), "class_agnostic_boxes": False}
@@ -43,6 +42,7 @@ class Row:
     size: tuple[int, int] | None = SIZE
     batch: int | None = None
     classes: int = 8
+    spread: float = 20.0  # of outputs; less where many scores would be 0 or 1, and rounding break their ties
 
 
 ROWS = [
@@ -69,13 +69,19 @@ ROWS = [
         "semantics detectron2, focal loss, two of three stages, masks at every stage, 300 detections",
         {"semantics": "detectron2", "class_loss": "focal", "stop_after_stage": 2, "masks": "every"}
         | {"max_detections": 300},
+        spread=1.5,
     ),
     Row(
         "ResNet-26 with deformable convolutions (modulated)",
         {"backbone": "resnet26", "deformable": "modulated"},
         formats=("torch",),
     ),
-    Row("semantics detectron2, focal loss", {"semantics": "detectron2", "class_loss": "focal"}, formats=("torch",)),
+    Row(
+        "semantics detectron2, focal loss",
+        {"semantics": "detectron2", "class_loss": "focal"},
+        formats=("torch",),
+        spread=1.5,
+    ),
     Row(
         "ResNet-26, style caffe, one mask head, two at once",
         {"backbone": "resnet26", "style": "caffe", "masks": "one"},
@@ -113,7 +119,7 @@ def measure(row: Row, folder: Path) -> None:
     """Export to each format, and print what of PyTorch's detections comes back."""
     model = ModelConfig(**NARROW | {"pretrained": False} | row.model)
     config = Config(model=model, data=DataConfig(short_side=(96,), long_side=160))
-    network = _random(model, row.classes)
+    network = _random(model, row.classes, row.spread)
     checkpoint = folder / "network.safetensors"
     names = [f"class {number}" for number in range(row.classes)]
     save_checkpoint(checkpoint, network.state_dict(), config=config, class_names=names)
@@ -130,14 +136,14 @@ def measure(row: Row, folder: Path) -> None:
         print(f"| {row.name} | {size} | {to} | {said} |", flush=True)
 
 
-def _random(model: ModelConfig, classes: int) -> CascadeRCNN:
+def _random(model: ModelConfig, classes: int, spread: float) -> CascadeRCNN:
     """Initial weights, with outputs that tell boxes apart: scores spread, boxes move."""
     torch.manual_seed(0)
     network = build_model(model, classes).eval()
     with torch.no_grad():
         for name, weight in network.named_parameters():
             if name.endswith(("classifier.weight", "deltas.weight", "objectness.weight", "logits.weight")):
-                weight.mul_(SPREAD)
+                weight.mul_(spread)
     return network
 
 
