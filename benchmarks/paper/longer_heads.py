@@ -1,15 +1,17 @@
-"""Whether more steps change the paper's table 3 (rising IoU and statistics): heads alone, trained for longer.
+"""Whether more steps change the paper's table 3 (rising IoU and statistics) and figure 4: heads alone, for longer.
 
     python3 benchmarks/paper/longer_heads.py WORK [STEPS ...]
 
 The features and proposals of some images are computed once, by the cascade of seed 0 that run.py has trained in WORK;
-only the three heads are trained on them, from nothing, for each number of steps (100 and 400) and each setting (neither
-and both). Small enough for a laptop; what it shows is the difference between settings, not how good a detector gets.
+only the three heads are trained on them, from nothing, for each number of steps (100 and 400), each setting (neither,
+one of both, both) and each seed of config.yaml. Small enough for a laptop; what it shows is the difference between
+settings, not how good a detector gets. Started again, it goes on where it was.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from explore import _batches
+from explore import Hypotheses, _batches
 from jobs import Job, all_jobs, job_config, read_settings
 from product import (
     LAST,
@@ -32,6 +34,7 @@ from product import (
 )
 
 BATCH, TRAIN_BATCHES, EVALUATED, RATE, WARMUP = 8, 16, 66, 1e-3, 30
+ROWS = ("none", "iou", "statistics", "cascade")
 
 
 @torch.no_grad()
@@ -74,6 +77,21 @@ def evaluate(cascade: Any, batches: list[tuple[Any, ...]], split: Any) -> dict[s
     }
 
 
+@torch.no_grad()
+def shares(cascade: Any, batches: list[tuple[Any, ...]]) -> dict[str, dict[str, float]]:
+    """Per cent of the boxes that enter each stage in training, by the IoU that they reach (figure 4)."""
+    hypotheses = Hypotheses(cascade)
+    cascade.train()
+    torch.manual_seed(0)
+    for pyramid, proposals, images, targets in batches:
+        cascade.loss([one.float() for one in pyramid], proposals, images, targets)
+    cascade.eval()
+    for stage in cascade.stages:
+        del stage.sample
+    found = hypotheses.summary()["share"]
+    return {name: {iou: round(100 * share, 1) for iou, share in own.items()} for name, own in found.items()}
+
+
 def main(work: Path, numbers: list[int]) -> None:
     settings = read_settings()
     jobs = all_jobs(settings)
@@ -88,17 +106,21 @@ def main(work: Path, numbers: list[int]) -> None:
     split = dataclasses.replace(split, records=split.records[:: max(1, len(split) // EVALUATED)])
     held_out = [features(model, *pair, training=False) for pair in _batches(split, config, 4)]
     print(f"features of {BATCH * len(batches)} and {len(split)} images", flush=True)
-    found = []
-    for steps in numbers:
-        for row in ("none", "cascade"):
-            job: Job = jobs[f"{row}-s0"]
-            own = job_config(job, settings, work=work, weights=work, images=532, loaders=0)
-            torch.manual_seed(0)
-            cascade = build(own.model, len(names)).cascade
-            train_heads(cascade, batches, steps)
-            found.append({"row": row, "steps": steps, **evaluate(cascade, held_out, split)})
-            print(json.dumps(found[-1]), flush=True)
-    (work / "longer_heads.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    out = work / "longer_heads.json"
+    found = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else []
+    done = {(one["row"], one["steps"], one["seed"]) for one in found}
+    for seed, steps, row in itertools.product(settings["seeds"], numbers, ROWS):
+        if (row, steps, seed) in done:
+            continue
+        job: Job = jobs[f"{row}-s{seed}"]
+        own = job_config(job, settings, work=work, weights=work, images=532, loaders=0)
+        torch.manual_seed(seed)
+        cascade = build(own.model, len(names)).cascade
+        train_heads(cascade, batches, steps, seed)
+        one = {"row": row, "steps": steps, "seed": seed, **evaluate(cascade, held_out, split)}
+        found.append(one | {"shares": shares(cascade, batches)})
+        print(json.dumps(found[-1]), flush=True)
+        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

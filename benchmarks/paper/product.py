@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import cascade_rcnn.training.run as training_run
+import cascade_rcnn.training.log as training_log
 from cascade_rcnn.checkpoint import LAST, load_checkpoint
 from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
 from cascade_rcnn.data.dataset import DetectionDataset
@@ -27,7 +28,7 @@ from cascade_rcnn.data.formats.open import open_split
 from cascade_rcnn.data.loader import eval_loader, train_loader
 from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.data.synthetic_shapes import generate_shapes
-from cascade_rcnn.evaluation.coco import IOUS, coco_truth, evaluate_coco
+from cascade_rcnn.evaluation.coco import IOUS, coco_table, coco_truth, evaluate_coco
 from cascade_rcnn.inference.detections import Detections
 from cascade_rcnn.inference.run_model import to_detections
 from cascade_rcnn.models.box_head import BoxHead
@@ -53,6 +54,7 @@ __all__ = [
     "Targets",
     "TrainConfig",
     "build",
+    "coco_table",
     "coco_truth",
     "encode_boxes",
     "eval_loader",
@@ -124,15 +126,16 @@ def build(config: ModelConfig, num_classes: int, *, pretrained: bool = False, in
 @contextlib.contextmanager
 def _our_networks(integral: Sequence[float]) -> Iterator[None]:
     """The product's training builds its network with :func:`build`, and draws no pictures of its first batches."""
-    before = training_run.build_model, training_run._DRAWN_BATCHES
-    training_run.build_model = lambda config, classes, *, pretrained=False: build(
+    run: Any = importlib.import_module("cascade_rcnn.train")  # the package's own `train` is the function
+    before = run.build_model, training_log._DRAWN_BATCHES
+    run.build_model = lambda config, classes, *, pretrained=False: build(
         config, classes, pretrained=pretrained, integral=integral
     )
-    training_run._DRAWN_BATCHES = 0
+    training_log._DRAWN_BATCHES = 0
     try:
         yield
     finally:
-        training_run.build_model, training_run._DRAWN_BATCHES = before
+        run.build_model, training_log._DRAWN_BATCHES = before
 
 
 def train_network(config: Config, out: Path, *, device: str, integral: Sequence[float] = ()) -> Path:

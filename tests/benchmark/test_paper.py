@@ -183,6 +183,17 @@ def test_an_integral_loss_of_one_iou_is_the_plain_loss(monkeypatch: pytest.Monke
     loader.close()
 
 
+def test_a_training_builds_the_network_of_the_experiment(tmp_path: Path) -> None:
+    from product import LAST, build, load_network, train_network
+
+    config = small_config(model={"stage_ious": (0.5,)}, max_steps=1, evaluate_every=0)
+    train_network(config, tmp_path / "run", device="cpu", integral=(0.5, 0.6))
+    model, _, names = load_network(tmp_path / "run" / LAST, device="cpu", integral=(0.5, 0.6))
+    assert len(model.cascade.box_heads[0].classifier.weight) == 2 * (len(names) + 1)
+    assert model.cascade.stages[0].details.box_beta == build(config.model, 1).cascade.stages[0].details.box_beta == 1
+    assert not list((tmp_path / "run").glob("images/train_batch*")), "pictures of batches take time"
+
+
 def test_hypotheses_leave_the_truth_out_and_see_each_stage() -> None:
     from explore import look_at_training
     from product import open_split
