@@ -127,7 +127,10 @@ def find_checkpoint(path: Path) -> Path:
             f"{path}: neither {BEST} nor {LAST} in this folder; give a run's folder or a .safetensors file"
         )
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file; give a .safetensors checkpoint or the folder of a run")
+        raise CheckpointError(
+            f"{path}: no such file; give a .safetensors checkpoint, the folder of a run, or a name that "
+            "'cascade-rcnn models' lists"
+        )
     if path.suffix.lower() in _FOREIGN:
         raise CheckpointError(
             f"{path}: a checkpoint of another library; convert it first: "

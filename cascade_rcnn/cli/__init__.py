@@ -153,8 +153,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except ImportError as error:
         if importlib.util.find_spec("torch") is not None:
             raise
-        what = f"{words[0]!r} needs PyTorch and the packages beside it ({error.name} is missing)"
-        _print_error(UserError(f"{what}: pip install cascade-rcnn; without it, 'predict' runs exported networks"))
+        _print_error(_missing_package(words[0], str(error.name)))
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -172,6 +171,15 @@ def main(words: Sequence[str] | None = None) -> int:
         _print_error(UserError(f"{where}the disk that this is written to is full; free some of it, or choose another"))
         return EXIT_USER_ERROR
     return code
+
+
+def _missing_package(command: str, module: str) -> UserError:
+    """What to install where PyTorch is not: all that predicting from an exported network needs, or PyTorch too."""
+    module = module.partition(".")[0]
+    if package := {"PIL": "pillow", "numpy": "numpy"}.get(module):
+        return UserError(f"the package {package} is missing: pip install {package}")
+    what = f"{command!r} needs PyTorch and the packages beside it ({module} is missing)"
+    return UserError(f"{what}: pip install cascade-rcnn; without it, 'predict' runs exported networks")
 
 
 def _let_waiting_threads_sleep() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import shutil
+import signal
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,15 +81,16 @@ def run_export(
     if data is not None:
         report.split_to_measure(path, info.config, info.class_names, data, split)  # refused now, not after minutes
     compared = report.pictures(data, split, folder=None if int8 is None else int8.folder, levels=info.config.data.range)
-    _make_folder(folder)
-    if info.size is not None and info.config.model.norm == "group":
-        print(
-            "group norm sees the padding of a fixed size: detections differ from the checkpoint's; --dynamic keeps them"
-        )
-    print(f"tracing the network ({'any size' if info.size is None else f'{info.size[0]} x {info.size[1]}'}) ...")
-    program = network.trace(model, size=info.size, batch=info.batch)
     target = folder / NAMES[to]
-    kept = _write(program, target, info, feeds)
+    with _made_folder(folder):
+        if info.size is not None and info.config.model.norm == "group":
+            print(
+                "group norm sees the padding of a fixed size: detections differ from the checkpoint's; --dynamic keeps "
+                "them"
+            )
+        print(f"tracing the network ({'any size' if info.size is None else f'{info.size[0]} x {info.size[1]}'}) ...")
+        program = network.trace(model, size=info.size, batch=info.batch)
+        kept = _write(program, target, info, feeds)
     del program, model
     _report(path, target, info, compared=compared, data=data, split=split, kept=kept)
     return folder
@@ -140,7 +144,9 @@ def _info(
     if size is not None:
         if min(size) < 1:
             raise ConfigError(f"--size {size[0]} {size[1]}: height and width in pixels")
-        size = (round_up(size[0], network.MULTIPLE), round_up(size[1], network.MULTIPLE))
+        given, size = size, (round_up(size[0], network.MULTIPLE), round_up(size[1], network.MULTIPLE))
+        if size != given:
+            print(f"--size {given[0]} {given[1]}: rounded up to {size[0]} x {size[1]}, multiples of {network.MULTIPLE}")
         if math.prod(size) > config.data.max_pixels:
             raise ConfigError(f"--size {size[0]} {size[1]}: more than data.max_pixels {config.data.max_pixels}")
     return ExportInfo(
@@ -197,6 +203,36 @@ def _make_folder(folder: Path) -> None:
         raise UserError(f"{printable(folder)}: cannot be written ({reason}); give another folder as --out") from error
 
 
+@contextlib.contextmanager
+def _made_folder(folder: Path) -> Iterator[None]:
+    """The folder, to write into; one that is new and stays empty is taken away again, after a SIGTERM too."""
+    new = not folder.exists()
+    _make_folder(folder)
+    try:
+        with _sigterm_unwinds():
+            yield
+    finally:
+        if new and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Within, SIGTERM leaves by way of the ``finally`` clauses, with its usual exit code."""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 def _write(program: Any, target: Path, info: ExportInfo, feeds: list[Feed] | None) -> list[str]:
     """Write the network's file; the groups of layers that stay in float, where integers were asked for.
 
@@ -238,8 +274,10 @@ def _write_whole(program: Any, target: Path, info: ExportInfo, feeds: list[Feed]
         network.write_torch(program, target, info)
         return []
     plain = target.with_name("plain.onnx")
+    print("writing it as ONNX ...")
     network.write_onnx(program, plain if feeds or target.suffix == ".xml" else target, info)
     if feeds:
+        print("finding the layers that bear 8-bit integers ...")
         done = quantise(plain, target, feeds, to="openvino" if target.suffix == ".xml" else "onnx")
         (network.mark_openvino if target.suffix == ".xml" else network.mark_onnx)(target, info)
         return done.kept
@@ -269,7 +307,7 @@ def calibration_inputs(path: Path, calibration: Calibration, info: ExportInfo) -
         try:
             batch = detector.prepare([to_array(file, range=info.config.data.range)])
         except DataError as error:
-            print(f"left out of the calibration: {error}")
+            print(f"left out of the calibration: {str(error).partition(';')[0]}")
             continue
         rows = info.batch or 1
         feeds.append(
@@ -278,7 +316,9 @@ def calibration_inputs(path: Path, calibration: Calibration, info: ExportInfo) -
     if not feeds:
         raise UserError(f"{printable(images)}: no images to calibrate with; give a folder of about 100")
     if len(feeds) < _FEW_IMAGES:
-        print(f"int8: calibrated on {len(feeds)} of the {CALIBRATION_IMAGES} images that are usual: give more")
+        print(
+            f"int8: calibrating on {len(feeds)} image{'s' * (len(feeds) != 1)}; about {CALIBRATION_IMAGES} are better"
+        )
     return feeds
 
 
@@ -292,11 +332,12 @@ def _report(
     split: str,
     kept: list[str],
 ) -> None:
+    images, what = compared
+    print(f"comparing with PyTorch on {what} ...")
     exported = load(target.parent)
     reference = load(path, device="cpu")
     reference.config, reference.canvas = info.config, info.size
     _take_settings(reference, info.config)
-    images, what = compared
     content: dict[str, Any] = {
         "network": target.name,
         "runtime": exported.model.runtime,  # type: ignore[union-attr]
@@ -313,15 +354,18 @@ def _report(
     if info.int8:
         content["groups_in_float"] = kept
     if data is not None:
+        print(f"measuring the AP of both on {split} ...")
         content["metrics"] = report.average_precision(path, target, data, split)
         for key in content["metrics"]["pytorch"]:
             both = (100 * content["metrics"][name][key] for name in ("pytorch", "exported"))
             print("{}: {:.2f} with PyTorch, {:.2f} exported".format(key, *both))
     write_json(target.with_name("report.json"), content)
     equality, seconds = content["equality"], content["time"]
+    filled = f" (one picture, filled up to {info.batch})" if (info.batch or 1) > 1 else ""
     print(
         f"{printable(target)}: {content['megabytes']:.1f} MB; {equality['matched']} of {equality['detections']} "
-        f"detections as PyTorch's on {what}; {seconds['exported_ms']:.0f} ms, PyTorch {seconds['pytorch_ms']:.0f} ms"
+        f"detections as PyTorch's on {what}; {seconds['exported_ms']:.0f} ms{filled}, "
+        f"PyTorch {seconds['pytorch_ms']:.0f} ms"
     )
     if not equality["detections"]:
         print("nothing was found on these pictures, which therefore show nothing: give --data DIR")

@@ -26,6 +26,7 @@ from cascade_rcnn.messages import one_line
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN, NoInitialValues
 from cascade_rcnn.runtime.network import EXACT, INPUTS, METADATA, OUTPUTS, ExportInfo, check_weights, checksum
+from cascade_rcnn.runtime.seal import SEAL, UNSEALED, seal
 from cascade_rcnn.structures import ImageBatch
 
 OPSET = 18  # the first with all operators that the network needs
@@ -179,9 +180,16 @@ def write_onnx(program: Any, path: Path, info: ExportInfo) -> None:
     made.save(path, external_data=False)
     network = onnx.load(path)
     _name_sides(network.graph)
+    _save_onnx(network, path, info)
+
+
+def _save_onnx(network: Any, path: Path, info: ExportInfo) -> None:
+    import onnx
+
     onnx.checker.check_model(network, full_check=True)
-    onnx.helper.set_model_props(network, {METADATA: info.to_json()})
+    onnx.helper.set_model_props(network, {METADATA: info.to_json(), SEAL: UNSEALED})
     onnx.save(network, path)
+    seal(path)
 
 
 def _name_sides(graph: Any) -> None:
@@ -278,7 +286,9 @@ def _save_openvino(model: Any, path: Path, info: ExportInfo) -> None:
         openvino.save_model(model, path, compress_to_fp16=False)
         info = replace(info, weights=checksum(path.with_suffix(".bin")))
         model.set_rt_info(info.to_json(), [METADATA])
+        model.set_rt_info(UNSEALED, [SEAL])
         openvino.save_model(model, path, compress_to_fp16=False)
+        seal(path)
     except RuntimeError as error:  # the disk is full, say
         raise OSError(one_line(error)) from error
     check_weights(path, info)
@@ -288,10 +298,7 @@ def mark_onnx(path: Path, info: ExportInfo) -> None:
     """Check an ONNX file that a quantiser has made, and write the settings into it."""
     import onnx
 
-    network = onnx.load(path)
-    onnx.checker.check_model(network, full_check=True)
-    onnx.helper.set_model_props(network, {METADATA: info.to_json()})
-    onnx.save(network, path)
+    _save_onnx(onnx.load(path), path, info)
 
 
 @contextlib.contextmanager

@@ -57,8 +57,17 @@ class ExportedNetwork(nn.Module):
         return RawDetections(**fields)
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether it is an archive whose checksums are right: torch does not look, and would log its attempts."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, NotImplementedError):  # the latter: methods of compression that no byte of ours names
+        return False
+
+
 def _open_torch(path: Path, _: int) -> tuple[Run, str, str]:
-    if not zipfile.is_zipfile(path):  # torch would log its attempts
+    if not _is_whole(path):
         raise CheckpointError(f"{printable(path)}: is no whole file of torch.export; copy or export it once more")
     extra = {METADATA: ""}
     program = torch.export.load(path, extra_files=extra)

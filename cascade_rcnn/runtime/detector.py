@@ -44,14 +44,12 @@ def load(
 
     Raises:
         CheckpointError: no such file, a damaged one, or a checkpoint, which needs torch.
+        TypeError: a setting that ``cascade_rcnn.load`` does not have either.
         UserError: a setting that the network does not hold, or that needs torch.
     """
     file = exported_file(path)
     if file is None:
-        raise CheckpointError(
-            f"{printable(path)}: is no exported network, and checkpoints need PyTorch, which is not installed: "
-            + _WITH_TORCH
-        )
+        raise _no_network(Path(path))
     stages = others.pop("stop_after_stage", None)
     given = {"score_threshold": score_threshold, "max_detections": max_detections}
     check_model_settings({**given, "stop_after_stage": None if stages == "auto" else stages}, max_pixels)
@@ -62,8 +60,10 @@ def load(
         )
     usual = {"device": ("auto", "cpu"), "precision": ("auto", "fp32", "bf16"), "compile": (False,)}
     for name, value in others.items():
-        if value not in usual.get(name, ()):
-            raise UserError(f"{name} {value}: an exported network without PyTorch has no such setting: {_WITH_TORCH}")
+        if name not in usual:
+            raise TypeError(f"load() got an unexpected keyword argument {name!r}")
+        if value not in usual[name]:
+            raise UserError(f"{name} {value}: exported networks run on the CPU as they were written; drop it")
     network = RuntimeNetwork(file, threads=threads, bfloat16=others.get("precision") == "bf16")
     info = network.info
     refuse_setting(info, file, score_threshold=score_threshold, max_detections=max_detections, stop_after_stage=stages)
@@ -81,6 +81,22 @@ def load(
     if score_threshold is not None:
         detector.thresholds = {}
     return detector
+
+
+def _no_network(path: Path) -> CheckpointError:
+    """Why this is none, and what to give in its place."""
+    weights_of = path.with_suffix(".xml")
+    if path.suffix.lower() == ".bin" and weights_of.is_file():
+        return CheckpointError(f"{printable(path)}: holds the weights of {printable(weights_of.name)}; give that file")
+    if path.is_dir():
+        return CheckpointError(
+            f"{printable(path)}: no exported network in this folder (model.onnx, or model.xml with model.bin); "
+            f"a checkpoint needs PyTorch, which is not installed: {_WITH_TORCH}"
+        )
+    return CheckpointError(
+        f"{printable(path)}: is no exported network (model.onnx, model.xml); checkpoints need PyTorch, which is not "
+        f"installed: {_WITH_TORCH}"
+    )
 
 
 class ArrayDetector:

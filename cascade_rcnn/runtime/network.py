@@ -24,6 +24,7 @@ from cascade_rcnn.config import Config
 from cascade_rcnn.errors import CheckpointError, ConfigError, UserError
 from cascade_rcnn.messages import few_names, one_line, printable
 from cascade_rcnn.recipes import config_from_dict
+from cascade_rcnn.runtime.seal import check_seal
 from cascade_rcnn.runtime.signal_stack import signal_stack_kept
 
 METADATA = "cascade_rcnn"
@@ -96,7 +97,8 @@ def read_info(text: str, path: Path) -> ExportInfo:
 def exported_file(path: str | Path) -> Path | None:
     """The network's file that ``path`` means: itself, or the one in an export's folder; None for anything else.
 
-    In a folder without a checkpoint the file may have been renamed, where it is the only one.
+    In a folder without a checkpoint the file may have been renamed, where it is the only one. Raises UserError where
+    there are several.
     """
     path = Path(path)
     if not path.is_dir():
@@ -105,7 +107,10 @@ def exported_file(path: str | Path) -> Path | None:
     if not found and not any(path.glob("*.safetensors")):
         others = [file for file in path.iterdir() if file.suffix.lower() in _ENDINGS and file.is_file()]
         others = [file for file in others if file.suffix.lower() != ".xml" or file.with_suffix(".bin").is_file()]
-        found = others if len(others) == 1 else []
+        if len(others) > 1:
+            names = few_names(sorted(file.name for file in others))
+            raise UserError(f"{printable(path)}: holds several networks ({names}); give the file of one of them")
+        found = others
     return found[0] if found else None
 
 
@@ -163,6 +168,7 @@ class RuntimeNetwork:
             raise UserError(
                 f"{printable(path)}: needs PyTorch, which is not installed; export with --to onnx or openvino"
             )
+        check_seal(path)
         try:
             self.run, self.runtime, text = opener(path, threads or _cores())
         except UserError:

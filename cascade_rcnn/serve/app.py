@@ -67,7 +67,8 @@ class _Service:
     def __init__(self, detector: Detector, settings: ServeSettings) -> None:
         self.detector, self.settings = detector, settings
         self.exported = isinstance(detector.model, ExportedNetwork)
-        self.stages = 1 if self.exported else len(detector.config.model.stage_ious)  # to choose from
+        model = detector.config.model
+        self.stages = (self.exported and model.stop_after_stage) or len(model.stage_ious)
         self.batcher: Batcher | None = None
         self.ready = False
         self.memory = Memory(settings.max_held)
@@ -270,6 +271,7 @@ def describe(service: _Service) -> dict[str, Any]:
         "version": __version__,
         "classes": list(service.detector.class_names),
         "stages": service.stages,
+        "choose_stages": not service.exported and service.stages > 1,
         "masks": config.model.masks != "none",
         "score_threshold": config.model.score_threshold,
         "max_detections": config.model.max_detections,

@@ -101,16 +101,21 @@ def nearest(name: str) -> list[str]:
     names = {spelling: entry.name for spelling, entry in _by_spelling().items() if not entry.missing}
     word = normalised(name)
     inside = [whole for spelling, whole in names.items() if len(word) > 3 and word in spelling]
-    like = [] if inside else difflib.get_close_matches(word, names, n=9, cutoff=0.6)
+    like = [] if inside else difflib.get_close_matches(word, names, n=9, cutoff=0.65)
     return list(dict.fromkeys(inside + [names[match] for match in like]))[:3]
 
 
 def nearest_words(words: Sequence[str]) -> list[str]:
-    """Up to three names, or parts of names, like these words."""
-    names = nearest("_".join(words))
-    parts = {part for spelling in _by_spelling() for part in spelling.split("_")}
-    like = [difflib.get_close_matches(normalised(word), parts - {normalised(word)}, n=1) for word in words]
-    return names or [match for matches in like for match in matches]
+    """The words, those that no name has as the parts of names most like them; else up to three names."""
+    spellings = list(_by_spelling())
+    parts = {part for spelling in spellings for part in spelling.split("_") if len(part) > 3}
+    right = []
+    for word in map(normalised, words):
+        known = any(word in spelling for spelling in spellings)
+        right += [word] if known else difflib.get_close_matches(word, parts, n=1, cutoff=0.7)
+    if len(right) == len(words) and any(all(word in spelling for word in right) for spelling in spellings):
+        return [" ".join(right)]
+    return nearest("_".join(words))
 
 
 def find_loadable(name: str) -> Published:

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Collection, Sequence
 
+from cascade_rcnn.errors import UserError
 from cascade_rcnn.messages import printable
 from cascade_rcnn.zoo.catalog import Published, find, nearest_words, normalised, published
 from cascade_rcnn.zoo.store import cached, clear, models_folder, unfinished
@@ -18,7 +19,10 @@ _HEADINGS = ("name", "box AP", "mask AP", "size", "whose", "licence", "")
 
 
 def run_models(words: Sequence[str] = (), *, as_json: bool = False, cache: str = "") -> None:
-    """Print the weights whose names have all ``words``; ``cache``: "show" or "clear" those of them that are here."""
+    """Print the weights whose names have all ``words``; ``cache``: "show" or "clear" those of them that are here.
+
+    Raises UserError: no name has them.
+    """
     entries = [entry for entry in published() if all(normalised(word) in _searched(entry) for word in words)]
     if cache and (entries or not words):
         exact = find(words[0]) if len(words) == 1 else None  # a name that is a part of others means itself
@@ -31,9 +35,8 @@ def run_models(words: Sequence[str] = (), *, as_json: bool = False, cache: str =
         return
     if not entries:
         near = nearest_words(words)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        print(f"no published weights have {' '.join(map(repr, words))} in their name{hint}")
-        return
+        hint = f"did you mean {' or '.join(near)}?" if near else "'cascade-rcnn models' lists all of them"
+        raise UserError(f"no published weights have {' '.join(map(repr, words))} in their name; {hint}")
     _print_table(entries, have)
 
 
@@ -123,7 +126,7 @@ def _show_cache(what: str, names: Collection[str] | None) -> None:
     for name, size in have.items():
         print(f"  {name}  {size / 1e6:.0f} MB")
     if names is None and (rest := unfinished()):
-        print(f"  parts of downloads that were interrupted, and what could not be converted: {rest / 1e6:.0f} MB")
+        print(f"  other files (parts of interrupted downloads, files that were not converted): {rest / 1e6:.0f} MB")
     total = sum(have.values()) / 1e6
     count = f"{len(have)} checkpoint{'s' * (len(have) != 1)}"
     print(f"  {count}, {total:.0f} MB; 'cascade-rcnn models --cache clear [WORD]' deletes them")

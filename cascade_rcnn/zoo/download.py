@@ -55,7 +55,8 @@ def fetch(entry: Published, dest: Path) -> None:
         if dest.is_file():  # put there by hand, or left by a process that ended before it was converted
             if differs := _difference(entry, dest):
                 raise CheckpointError(
-                    f"{entry.name}: {printable(dest)} is another file: its {differs}; take it away, to download it"
+                    f"{entry.name}: {printable(dest)} is another file: its {differs}; delete it, and the right one is "
+                    f"downloaded; if you trust it all the same, 'cascade-rcnn convert FILE' reads it"
                 )
             return
         for address in addresses(entry):
@@ -82,8 +83,8 @@ def fetch(entry: Published, dest: Path) -> None:
 def _nowhere(entry: Published) -> str:
     mirror = os.environ.get(MIRROR, "")
     is_place = "://" in mirror or Path(mirror).expanduser().is_dir()
-    hint = "" if is_place else " (it is no folder; an address begins with https://)"
-    return f"not at {printable(' and '.join(addresses(entry)))}; check {MIRROR}{hint}"
+    hint = "" if is_place else " (no such folder; an address begins with https://)"
+    return f"not at any of {printable(', '.join(addresses(entry)))}; check {MIRROR}{hint}"
 
 
 def _copied(address: str, part: Path, name: str) -> bool:

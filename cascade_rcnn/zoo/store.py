@@ -20,6 +20,7 @@ from cascade_rcnn.zoo.catalog import Published, config_of_detectron2, find, find
 from cascade_rcnn.zoo.download import fetch
 from cascade_rcnn.zoo.identity import another_network
 
+_FILES = (".safetensors", ".pth", ".pkl", ".pt", ".pt2", ".onnx", ".xml")
 ANOTHER_FOLDER = "free some space there, or name another folder in CASCADE_RCNN_CACHE"
 
 
@@ -54,7 +55,7 @@ def is_name(checkpoint: str | Path) -> bool:
         entry = find(path.as_posix())
         config = path.with_suffix("") if path.suffix in (".yaml", ".py") else path
         return entry is not None and config.as_posix() == config_of_detectron2(entry)
-    return path.suffix.lower() not in (".safetensors", ".pth", ".pkl", ".pt", ".onnx") or find(str(path)) is not None
+    return path.suffix.lower() not in _FILES or find(str(path)) is not None
 
 
 def by_name(name: str) -> Path:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import operator
+import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -163,7 +165,20 @@ def test_what_a_converter_refuses_is_one_line(
     monkeypatch.setattr(command.network, "write_onnx", refuse)
     with pytest.raises(UserError, match=r"operator\); update the packages, or choose another format"):
         run_export(checkpoint, to="onnx", out=tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_is_told_to_end_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = _checkpoint(tmp_path / "tiny.safetensors")
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(command.network, "trace", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as end:
+        run_export(checkpoint, to="onnx", out=tmp_path / "out")
+    assert end.value.code == 143 and not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(SystemExit):
+        run_export(checkpoint, to="onnx", out=tmp_path / "mine")
+    assert (tmp_path / "mine").is_dir() and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_integers_are_checked(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from cascade_rcnn.export.network import write_openvino
 from cascade_rcnn.inference.detector import load as load_with_torch
 from cascade_rcnn.runtime.detector import load
 from cascade_rcnn.runtime.network import METADATA, RuntimeNetwork, exported_file
+from cascade_rcnn.runtime.seal import SEAL, UNSEALED, seal
 from handmade_network import handmade_network
 
 Load = Callable[..., Any]
@@ -100,7 +101,9 @@ def test_files_are_renamed_and_moved(network: Path, tmp_path: Path) -> None:
         assert exported_file(tmp_path / folder) == tmp_path / folder / name
         assert load(tmp_path / folder).class_names == load_with_torch(tmp_path / folder).class_names
     (tmp_path / "a" / "other.onnx").touch()
-    assert exported_file(tmp_path / "a") is None  # which of them?
+    for either in (load, load_with_torch):
+        with pytest.raises(UserError, match=r"a: holds several networks \(other\.onnx, street\.onnx\)"):
+            either(tmp_path / "a")
     (tmp_path / "a" / "other.onnx").rename(tmp_path / "a" / "best.safetensors")
     assert exported_file(tmp_path / "a") is None  # a run's folder
     (tmp_path / "labels").mkdir()
@@ -134,6 +137,80 @@ def test_weights_of_another_export_are_refused(openvino: Path) -> None:
     (openvino / "model.xml").write_text("<annotation></annotation>")
     with pytest.raises(CheckpointError, match=r"model\.xml: is no network of OpenVINO"):
         load(openvino)
+
+
+def seal_as_export(path: Path) -> None:
+    import onnx
+
+    content = onnx.load(path)
+    onnx.helper.set_model_props(content, {METADATA: content.metadata_props[0].value, SEAL: UNSEALED})
+    onnx.save(content, path)
+    seal(path)
+
+
+def test_a_damaged_byte_is_found_wherever_it_lies(network: Path) -> None:
+    seal_as_export(network)
+    whole = network.read_bytes()
+    assert load(network).class_names
+    weight = whole.index(np.float32(1e-4).tobytes())  # of the constant "small": still a network, and a wrong one
+    for place in (weight, whole.index(SEAL.encode()) + len(SEAL) + 3):  # and the checksum itself
+        network.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        for either in (load, load_with_torch):
+            with pytest.raises(
+                CheckpointError, match=r"model\.onnx: is damaged, or was changed after its export; copy"
+            ):
+                either(network)
+
+
+def test_what_a_program_changed_on_purpose_is_used_without_the_checksum(network: Path) -> None:
+    import onnx
+
+    seal_as_export(network)
+    content = onnx.load(network)
+    content.doc_string = "changed"
+    onnx.save(content, network)
+    with pytest.raises(CheckpointError, match=f"remove {SEAL} from its metadata"):
+        load(network)
+    onnx.helper.set_model_props(content, {METADATA: content.metadata_props[0].value})
+    onnx.save(content, network)
+    assert load(network).class_names
+
+
+def test_a_damaged_structure_of_openvino_is_found(openvino: Path) -> None:
+    xml, whole = openvino / "model.xml", (openvino / "model.xml").read_text()
+    assert whole.count(f"<{SEAL} ") >= 1
+    xml.write_text(whole.replace('"scores"', '"scorez"'))
+    with pytest.raises(CheckpointError, match=r"model\.xml: is damaged, or was changed after its export"):
+        load(openvino)
+
+
+def test_damaged_weights_of_torch_are_found(tmp_path: Path) -> None:
+    program = torch.export.export(torch.nn.Linear(64, 64), (torch.zeros(64),))
+    torch.export.save(program, tmp_path / "model.pt2")
+    content = bytearray((tmp_path / "model.pt2").read_bytes())
+    content[content.index(program.state_dict["weight"].detach().numpy().tobytes())] ^= 1
+    (tmp_path / "model.pt2").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.pt2: is no whole file of torch\.export"):
+        load_with_torch(tmp_path)
+
+
+def test_what_is_no_network_is_told_with_what_to_give(network: Path, tmp_path: Path) -> None:
+    (tmp_path / "net.xml").touch()
+    (tmp_path / "net.bin").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "report.json").write_text("{}")
+    for name, said in (
+        ("net.bin", r"net\.bin: holds the weights of net\.xml; give that file"),
+        ("empty", r"empty: no exported network in this folder \(model\.onnx, or model\.xml with model\.bin\)"),
+        ("report.json", r"report\.json: is no exported network \(model\.onnx, model\.xml\); checkpoints need PyTorch"),
+        ("nothing.xml", r"nothing\.xml: no such file; export a checkpoint"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            load(tmp_path / name)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bogus'"):
+        load(network, bogus=1)
+    with pytest.raises(UserError, match="compile True: exported networks run on the CPU as they were written; drop it"):
+        load(network, compile=True)
 
 
 def test_half_a_file_of_torch_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -238,11 +238,15 @@ def test_a_word_of_the_other_list_says_what_to_do_with_it(
 
 @pytest.mark.parametrize(
     ("word", "told"),
-    [("swinn", "did you mean swin?"), ("faster_rcnn_r50_fpn_2x_cocoo", "did you mean faster_rcnn_r50_fpn_2x_coco or")],
+    [
+        ("swinn", "did you mean swin?"),
+        ("detr", "'cascade-rcnn models' lists all of them"),
+        ("faster_rcnn_r50_fpn_2x_cocoo", "did you mean faster_rcnn_r50_fpn_2x_coco or"),
+    ],
 )
 def test_a_word_that_no_name_has_gets_the_nearest(word: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["models", word]) == 0
-    assert capsys.readouterr().out.startswith(f"no published weights have '{word}' in their name; {told}")
+    assert main(["models", word]) == 2
+    assert capsys.readouterr().err.startswith(f"error: no published weights have '{word}' in their name; {told}")
 
 
 def test_a_conversion_of_a_name_takes_what_one_of_a_file_takes(
