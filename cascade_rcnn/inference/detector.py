@@ -38,7 +38,7 @@ from cascade_rcnn.models.cascade_rcnn import CascadeRCNN, NoInitialValues
 from cascade_rcnn.models.ops.capabilities import has_bfloat16_units, triton_problem
 from cascade_rcnn.models.ops.winograd import WinogradConv2d
 from cascade_rcnn.runtime.network import exported_file, refuse_setting
-from cascade_rcnn.runtime.settings import check_model_settings, checked_number
+from cascade_rcnn.runtime.settings import check_model_settings, check_path, checked_number
 from cascade_rcnn.structures import ImageBatch
 from cascade_rcnn.zoo.store import resolve
 
@@ -87,6 +87,7 @@ def load(
         ConfigError: more stages than there are, a ``range`` that is none.
         UserError: a setting out of its range, a device or precision that is not there, or no compiler.
     """
+    check_path(path)
     stops_early = stop_after_stage == "auto"
     model_settings: dict[str, Any] = {"score_threshold": score_threshold, "max_detections": max_detections}
     model_settings["stop_after_stage"] = None if stops_early else stop_after_stage

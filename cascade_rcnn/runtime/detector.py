@@ -22,7 +22,7 @@ from cascade_rcnn.errors import CheckpointError, UserError
 from cascade_rcnn.messages import printable
 from cascade_rcnn.runtime.detections import ArrayDetections
 from cascade_rcnn.runtime.network import ExportInfo, RuntimeNetwork, exported_file, refuse_setting
-from cascade_rcnn.runtime.settings import check_model_settings, checked_number
+from cascade_rcnn.runtime.settings import check_model_settings, check_path, checked_number
 
 Pixels = NDArray[np.uint8]
 _WITH_TORCH = "pip install cascade-rcnn"
@@ -47,6 +47,7 @@ def load(
         TypeError: a setting that ``cascade_rcnn.load`` does not have either.
         UserError: a setting that the network does not hold, or that needs torch.
     """
+    check_path(path)
     file = exported_file(path)
     if file is None:
         raise _no_network(Path(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 from typing import Any
 
 from cascade_rcnn.errors import UserError
@@ -24,6 +25,12 @@ def checked_number(name: str, value: object, *, low: float, high: float = math.i
     per_cent = high == 1 and type(value) in (int, float) and 1 < number <= 100
     hint = f"; for {value} per cent write {number / 100:g}" if per_cent else ""
     raise UserError(f"{name} {shown(value)}: give a {'whole ' if whole else ''}number {limits}{hint}")
+
+
+def check_path(path: object) -> None:
+    """The first argument of ``load``. Raises UserError: neither a path nor a name."""
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"path {shown(path)}: give the path of a checkpoint or an export, or a name")
 
 
 def check_model_settings(model: dict[str, Any], max_pixels: int | None) -> None:

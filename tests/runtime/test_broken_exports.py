@@ -207,6 +207,9 @@ def test_what_is_no_network_is_told_with_what_to_give(network: Path, tmp_path: P
     ):
         with pytest.raises(CheckpointError, match=said):
             load(tmp_path / name)
+    for either in (load, load_with_torch):
+        with pytest.raises(UserError, match="path 3: give the path of a checkpoint or an export, or a name"):
+            either(3)
     with pytest.raises(TypeError, match="unexpected keyword argument 'bogus'"):
         load(network, bogus=1)
     with pytest.raises(UserError, match="compile True: exported networks run on the CPU as they were written; drop it"):

@@ -205,3 +205,44 @@ def test_all_of_it_without_the_packages(network: Path, tmp_path: Path) -> None:
     assert [one["score"] for one in written] == with_torch.scores.tolist()
     assert [one["segmentation"] for one in written] == [one["segmentation"] for one in with_torch.to_coco()]
     assert [one["category"] for one in written] == [CLASSES[label] for label in with_torch.labels.tolist()]
+
+
+def _code_of_the_page(about: str) -> list[str]:
+    """The blocks of Python under a heading of docs/export.md, about street.png."""
+    section = (
+        (REPOSITORY / "docs" / "export.md").read_text(encoding="utf-8").split(f"\n## {about}\n")[1].split("\n## ")[0]
+    )
+    return [
+        block.replace("street.jpg", "street.png") for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    ]
+
+
+@pytest.mark.parametrize("variant", [{}, {"size": (128, 96), "batch": 2}])
+def test_the_lines_for_another_program_find_the_same(
+    variant: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cv2", reason="the page resizes with it")
+    monkeypatch.chdir(tmp_path)
+    path = handmade_network(tmp_path / "model.onnx", **variant)
+    (pixels,) = _pictures((75, 120))
+    Image.fromarray(pixels).save("street.png")
+    ours = load(path).predict("street.png")
+    onnx_code, mask_code, openvino_code = _code_of_the_page("In another program")
+    names: dict[str, Any] = {}
+    exec(onnx_code + mask_code, names)
+    assert np.allclose(names["boxes"].clip(0, (120, 75) * 2), ours.boxes, atol=1e-3)
+    assert np.array_equal(names["scores"], ours.scores) and names["labels"] == [CLASSES[label] for label in ours.labels]
+    inside = (names["boxes"] == names["boxes"].clip(0, (120, 75) * 2)).all(axis=1)
+    assert inside.sum() > 1
+    for row in np.flatnonzero(inside):
+        assert (names["masks"][row] == ours.masks[row]).mean() > 0.999
+
+    pytest.importorskip("openvino")
+    from cascade_rcnn.export.network import write_openvino
+    from cascade_rcnn.runtime.network import RuntimeNetwork
+
+    write_openvino(path, tmp_path / "model.xml", RuntimeNetwork(path).info)
+    found = names["found"]
+    exec(openvino_code, names)
+    assert names["about"]["class_names"] == list(CLASSES)
+    assert np.allclose(names["found"]["boxes"], found["boxes"], atol=1e-4)

@@ -249,6 +249,11 @@ def test_a_word_that_no_name_has_gets_the_nearest(word: str, told: str, capsys: 
     assert capsys.readouterr().err.startswith(f"error: no published weights have '{word}' in their name; {told}")
 
 
+def test_only_the_word_that_no_name_has_is_corrected(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "r50", "casacde"]) == 2
+    assert "did you mean r50 cascade?" in capsys.readouterr().err
+
+
 def test_a_conversion_of_a_name_takes_what_one_of_a_file_takes(
     place: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
