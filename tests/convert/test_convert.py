@@ -534,7 +534,7 @@ def test_a_file_that_lacks_or_reshapes_any_weight_is_refused_by_name(
         "a backbone": lambda: {key: value for key, value in small_state().items() if key.startswith("backbone")},
     }[library]()
     of_each_kind = {re.sub(r"\d", "0", key): key for key in whole if not key.endswith("num_batches_tracked")}
-    assert len(of_each_kind) > 15
+    assert len(of_each_kind) > 10
     for key in of_each_kind.values():
         for strange in STRANGE.values():
             state = {name: value for name, value in whole.items() if name != key}
