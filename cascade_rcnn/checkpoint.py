@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cascade_rcnn.atomic_files import clear_failure, replace_file, umask
-from cascade_rcnn.config import Config
+from cascade_rcnn.config import Config, within_bounds
 from cascade_rcnn.errors import CheckpointError, ConfigError
 from cascade_rcnn.messages import one_line
 
@@ -85,7 +85,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         class_names = tuple(str(name) for name in json.loads(metadata["class_names"]))
         category_ids = tuple(int(number) for number in json.loads(metadata["category_ids"]))
-        config = config_from_dict(json.loads(metadata["config"]), source=f"{file}, config")
+        values = json.loads(metadata["config"])
+        values |= {"train": within_bounds(values["train"])} if isinstance(values.get("train"), dict) else {}
+        config = config_from_dict(values, source=f"{file}, config")
         extra = json.loads(metadata.get("extra", "{}"))
     except ConfigError as error:
         raise CheckpointError(f"{error}; the checkpoint was written by another version of this program") from error

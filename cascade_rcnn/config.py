@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,6 +32,117 @@ AUTOMATIC = (
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(message)
+
+
+# Bounds of numbers, both included, and what is said of a number below them; of a tuple, each number's.
+_Bounds = tuple[float, float, str]
+_ABOVE_0, _BELOW_1 = math.ulp(0.0), math.nextafter(1.0, 0.0)
+_MOST = 2**31 - 1  # of whole numbers, unless they have a bound of their own
+_POSITIVE: _Bounds = (_ABOVE_0, math.inf, "above 0")
+_POSITIVES: _Bounds = (_ABOVE_0, math.inf, "numbers above 0, at least one")
+_PROBABILITY: _Bounds = (0.0, 1.0, "a probability, from 0 to 1")
+_COUNTED: _Bounds = (1, _MOST, "at least 1")
+_OR_NONE: _Bounds = (0, math.inf, "0 (none) or more")
+_STEPS_OR_NEVER: _Bounds = (0, _MOST, "0 (never) or more")
+_SIDES: _Bounds = (32, _MOST, "at least one size of at least 32 pixels")
+_BOUNDS: dict[str, _Bounds] = {
+    "model.drop_path": (0.0, _BELOW_1, "from 0 to below 1"),
+    "model.frozen_stages": (-1, 4, "between -1 and 4"),
+    "model.deformable_stages": (1, 4, "stages 1 to 4"),
+    "model.deformable_groups": _COUNTED,
+    "model.fpn_channels": _COUNTED,
+    "model.anchor_scales": _POSITIVES,
+    "model.anchor_sizes": _POSITIVES,
+    "model.anchor_ratios": _POSITIVES,
+    "model.rpn_convs": _COUNTED,
+    "model.rpn_samples": _COUNTED,
+    "model.stage_ious": (_ABOVE_0, _BELOW_1, "each in (0, 1)"),
+    "model.stage_loss_weights": (0.0, math.inf, "each 0 or more"),
+    "model.stage_stds": (_ABOVE_0, math.inf, "each above 0"),
+    "model.roi_samples": _COUNTED,
+    "model.head_channels": _COUNTED,
+    "model.box_loss_weight": _POSITIVE,
+    "model.mask_channels": _COUNTED,
+    "model.stop_after_stage": (0, _MOST, "0 (all) or more"),
+    "model.score_threshold": (0.0, _BELOW_1, "from 0 to below 1"),
+    "model.nms_iou": (_ABOVE_0, 1.0, "above 0, at most 1"),
+    "model.max_detections": _COUNTED,
+    "model.train_proposals": (0, _MOST, "0 (as model.semantics has it) or more"),
+    "model.test_proposals": _COUNTED,
+    "data.short_side": _SIDES,
+    "data.long_side": (32, _MOST, "at least 32 pixels"),
+    "data.test_short_side": (0, _MOST, "0 (the largest of data.short_side) or a size in pixels"),
+    "data.large_scale_jitter": (_ABOVE_0, 100.0, "two factors, the smaller first, above 0 and at most 100"),
+    "data.crop": _PROBABILITY,
+    "data.crop_short_side": _SIDES,
+    "data.crop_range": (16, _MOST, "the smaller first, at least 16 pixels"),
+    "data.copy_paste": _PROBABILITY,
+    "data.mosaic": _PROBABILITY,
+    "data.flip": _PROBABILITY,
+    "data.vertical_flip": _PROBABILITY,
+    "data.repeat": _COUNTED,
+    "data.repeat_threshold": (0.0, _BELOW_1, "a share of the images, below 1; 0 repeats none"),
+    "data.workers": (0, _MOST, "0 (loads in the main process) or more"),
+    "data.pad_multiple": _COUNTED,
+    "data.max_pixels": (1, 2**53, "at least 1"),
+    "train.epochs": (0, _MOST, "0 (chosen from the number of images) or more"),
+    "train.milestones": (1, _MOST, "epochs, each at least 1"),
+    "train.lr": _POSITIVE,
+    "train.images_per_step": _COUNTED,
+    "train.batch_size": _COUNTED,
+    "train.accumulate": (0, _MOST, "0 (as train.images_per_step wants) or more"),
+    "train.momentum": (0.0, _BELOW_1, "0 (none) or more, below 1"),
+    "train.weight_decay": _OR_NONE,
+    "train.layer_decay": (_ABOVE_0, 1.0, "above 0, at most 1 (none)"),
+    "train.warmup_steps": (0, _MOST, "0 (none) or more"),
+    "train.warmup_factor": (0.0, 1.0, "from 0 to 1"),
+    "train.clip_grad_norm": _OR_NONE,
+    "train.ema": (0.0, _BELOW_1, "0 (off) or a decay below 1"),
+    "train.evaluate_every": _STEPS_OR_NEVER,
+    "train.val_loss_images": (0, _MOST, "0 (none) or more"),
+    "train.save_every": (0, _MOST, "0 (at the end of each epoch only) or more"),
+    "train.patience": _STEPS_OR_NEVER,
+    "train.log_every": _COUNTED,
+    "train.max_steps": (0, _MOST, "0 (the whole schedule) or more"),
+    "train.max_bad_losses": _COUNTED,
+    "train.max_bad_images": (0, _MOST, "0 or more"),
+    "train.stall_minutes": _OR_NONE,
+    "train.seed": (0, 2**63 - 1, "0 or more"),
+}
+_NOT_EMPTY = (_POSITIVES, _SIDES)
+
+
+def _check_bounds(section: str, settings: object) -> None:
+    """Every number of a section within its bounds, and finite."""
+    for name, value in vars(settings).items():
+        key = f"{section}.{name}"
+        if key not in _BOUNDS or value is None:
+            continue
+        low, high, words = _BOUNDS[key]
+        numbers = _numbers(value)
+        _require(bool(numbers) or (low, high, words) not in _NOT_EMPTY, f"{key} {value}: {words}")
+        for number in numbers:
+            _require(low <= number < math.inf, f"{key} {value}: {words}")
+            _require(number <= high, f"{key} {value}: {f'at most {high}' if high >= _MOST else words}")
+
+
+def _numbers(value: object) -> list[float]:
+    if isinstance(value, tuple):
+        return [number for item in value for number in _numbers(item)]
+    return [value]  # type: ignore[list-item]
+
+
+def within_bounds(train: Mapping[str, object]) -> dict[str, object]:
+    """The training settings of a checkpoint, single numbers moved to the nearest bound.
+
+    Older versions let any number through; how a network was trained must not keep it from being used.
+    """
+    moved = dict(train)
+    for name, value in train.items():
+        low, high, _ = _BOUNDS.get(f"train.{name}", (-math.inf, math.inf, ""))
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not low <= value <= high:
+            moved[name] = low if value < low else high
+    return moved
 
 
 def pixel_range(text: str) -> Literal["auto", "dtype", "percentile"] | tuple[float, float]:
@@ -133,7 +245,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         stages = len(self.stage_ious)
         _require(stages >= 1, "model.stage_ious is empty: give one IoU per stage, e.g. 0.5 0.6 0.7")
-        _require(all(0 < iou < 1 for iou in self.stage_ious), f"model.stage_ious {self.stage_ious}: each in (0, 1)")
+        _check_bounds("model", self)
         for name in ("stage_loss_weights", "stage_stds"):
             value = getattr(self, name)
             _require(
@@ -146,26 +258,13 @@ class ModelConfig:
         )
         sizes = self.anchor_sizes
         _require(
-            sizes is None or (len(sizes) >= 5 and len(sizes) % 5 == 0 and min(sizes) > 0),
+            sizes is None or len(sizes) % 5 == 0,
             f"model.anchor_sizes {sizes}: sides in pixels for each of five levels, as many for each",
         )
-        _require(
-            set(self.deformable_stages) <= {1, 2, 3, 4} and self.deformable_groups >= 1,
-            f"model.deformable_stages {self.deformable_stages}, deformable_groups {self.deformable_groups}: stages 1 "
-            "to 4, at least one group",
-        )
-        _require(0 <= self.drop_path < 1, f"model.drop_path {self.drop_path}: from 0 to below 1")
-        _require(self.box_loss_weight > 0, f"model.box_loss_weight {self.box_loss_weight}: above 0")
         _require(
             self.box_loss == "smooth_l1" or self.semantics != "paper",
             f"model.box_loss {self.box_loss}: model.semantics paper has smooth_l1 only",
         )
-        _require(-1 <= self.frozen_stages <= 4, f"model.frozen_stages {self.frozen_stages}: between -1 and 4")
-        _require(0 <= self.score_threshold < 1, f"model.score_threshold {self.score_threshold}: from 0 to below 1")
-        _require(0 < self.nms_iou <= 1, f"model.nms_iou {self.nms_iou}: between 0 and 1")
-        counted = ("max_detections", "test_proposals", "rpn_samples", "roi_samples", "fpn_channels", "mask_channels")
-        for name in counted:
-            _require(getattr(self, name) >= 1, f"model.{name} {getattr(self, name)}: at least 1")
         _require(
             not self.fpn_and_mask_norms or self.norm in ("batch", "sync"),
             f"model.fpn_and_mask_norms with model.norm {self.norm}: give batch or sync; group puts its own norms there",
@@ -238,10 +337,7 @@ class DataConfig:
     """Levels of 16-bit and float pictures that become black and white: auto, dtype, percentile, or two numbers."""
 
     def __post_init__(self) -> None:
-        _require(
-            len(self.short_side) >= 1 and min(self.short_side) >= 32,
-            f"data.short_side {self.short_side}: at least one size of at least 32 pixels",
-        )
+        _check_bounds("data", self)
         _require(
             self.short_side_mode == "choice" or len(self.short_side) <= 2,
             f"data.short_side {self.short_side}: with short_side_mode range give the two ends, or one size",
@@ -250,20 +346,11 @@ class DataConfig:
             self.long_side >= max(self.short_side),
             f"data.long_side {self.long_side} is below the shorter side {max(self.short_side)}: raise it",
         )
-        _require(0 <= self.flip <= 1, f"data.flip {self.flip}: a probability")
-        _require(0 <= self.copy_paste <= 1, f"data.copy_paste {self.copy_paste}: a probability")
-        _require(0 <= self.mosaic <= 1, f"data.mosaic {self.mosaic}: a probability")
         _require(
             not self.mosaic or self.large_scale_jitter is None,
             "data.mosaic and data.large_scale_jitter both make the picture: use one of them",
         )
         self._check_crop()
-        _require(self.repeat >= 1, f"data.repeat {self.repeat}: at least 1")
-        _require(
-            0 <= self.repeat_threshold < 1,
-            f"data.repeat_threshold {self.repeat_threshold}: a share of the images, below 1; 0 repeats none",
-        )
-        _require(self.workers >= 0, f"data.workers {self.workers}: 0 loads in the main process")
         _require(
             self.orientation in ("auto", "stored", "upright"),
             f"data.orientation {self.orientation!r}: auto, stored or upright",
@@ -271,17 +358,13 @@ class DataConfig:
         pixel_range(self.range)
 
     def _check_crop(self) -> None:
-        _require(0 <= self.crop <= 1, f"data.crop {self.crop}: a probability")
         _require(
             not self.crop or self.large_scale_jitter is None,
             "data.crop and data.large_scale_jitter both crop: use one of them",
         )
-        _require(
-            bool(self.crop_short_side) and min(self.crop_short_side) >= 32,
-            f"data.crop_short_side {self.crop_short_side}: at least one size of at least 32 pixels",
-        )
-        low, high = self.crop_range
-        _require(16 <= low <= high, f"data.crop_range {self.crop_range}: the smaller first, at least 16 pixels")
+        for name in ("crop_range", "large_scale_jitter"):
+            low, high = getattr(self, name) or (0, 0)
+            _require(low <= high, f"data.{name} {getattr(self, name)}: {_BOUNDS[f'data.{name}'][2]}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,14 +431,7 @@ class TrainConfig:
     """Bit-equal runs, slower."""
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 0, f"train.epochs {self.epochs}: 0 (chosen from the number of images) or more")
-        _require(self.lr > 0, f"train.lr {self.lr}: above 0")
-        _require(self.batch_size >= 1, f"train.batch_size {self.batch_size}: at least 1")
-        _require(self.images_per_step >= 1, f"train.images_per_step {self.images_per_step}: at least 1")
-        _require(self.accumulate >= 0, f"train.accumulate {self.accumulate}: 0 or more")
-        _require(self.val_loss_images >= 0, f"train.val_loss_images {self.val_loss_images}: 0 (none) or more")
-        _require(0 < self.layer_decay <= 1, f"train.layer_decay {self.layer_decay}: above 0, at most 1 (none)")
-        _require(0 <= self.ema < 1, f"train.ema {self.ema}: 0 (off) or a decay below 1")
+        _check_bounds("train", self)
         _require(list(self.milestones) == sorted(set(self.milestones)), f"train.milestones {self.milestones}: rising")
 
 

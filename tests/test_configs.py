@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import locations
-from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
+from cascade_rcnn.config import _BOUNDS, Config, DataConfig, ModelConfig, TrainConfig, within_bounds
 from cascade_rcnn.errors import ConfigError
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.recipes import config_names, load_config
@@ -223,3 +223,56 @@ def test_nonsense_about_what_is_shown_is_refused(settings: dict[str, Any], words
 def test_the_papers_semantics_have_no_crop_before_the_resize() -> None:
     with pytest.raises(ConfigError, match="paper resizes once only"):
         Config(model=ModelConfig(semantics="paper"), data=DataConfig(crop=0.5))
+
+
+def test_every_number_of_a_config_has_bounds() -> None:
+    for section, settings in vars(Config()).items():
+        for field in dataclasses.fields(settings) if dataclasses.is_dataclass(settings) else ():
+            if re.search(r"\b(int|float)\b", str(field.type)):
+                assert f"{section}.{field.name}" in _BOUNDS
+
+
+NONSENSE = [
+    (ModelConfig, {"anchor_ratios": (-1.0,)}, "model.anchor_ratios (-1.0,): numbers above 0, at least one"),
+    (ModelConfig, {"anchor_ratios": ()}, "model.anchor_ratios (): numbers above 0, at least one"),
+    (ModelConfig, {"anchor_scales": (0.0,)}, "model.anchor_scales (0.0,): numbers above 0, at least one"),
+    (ModelConfig, {"rpn_convs": -1}, "model.rpn_convs -1: at least 1"),
+    (ModelConfig, {"head_channels": 0}, "model.head_channels 0: at least 1"),
+    (ModelConfig, {"head_channels": 10**400}, "model.head_channels 1"),
+    (ModelConfig, {"stage_stds": ((0.0,) * 4,) * 3}, "model.stage_stds ((0.0, 0.0, 0.0, 0.0),"),
+    (
+        ModelConfig,
+        {"stage_loss_weights": (-1.0, 0.0, 0.0)},
+        "model.stage_loss_weights (-1.0, 0.0, 0.0): each 0 or more",
+    ),
+    (ModelConfig, {"box_loss_weight": float("inf")}, "model.box_loss_weight inf: above 0"),
+    (ModelConfig, {"nms_iou": float("nan")}, "model.nms_iou nan: above 0, at most 1"),
+    (DataConfig, {"pad_multiple": 0}, "data.pad_multiple 0: at least 1"),
+    (
+        DataConfig,
+        {"large_scale_jitter": (-2.0, -1.0)},
+        "data.large_scale_jitter (-2.0, -1.0): two factors, the smaller",
+    ),
+    (DataConfig, {"large_scale_jitter": (2.0, 1.0)}, "data.large_scale_jitter (2.0, 1.0): two factors, the smaller"),
+    (DataConfig, {"vertical_flip": 7.0}, "data.vertical_flip 7.0: a probability, from 0 to 1"),
+    (TrainConfig, {"momentum": 7.0}, "train.momentum 7.0: 0 (none) or more, below 1"),
+    (TrainConfig, {"weight_decay": -1.0}, "train.weight_decay -1.0: 0 (none) or more"),
+    (TrainConfig, {"warmup_steps": -5}, "train.warmup_steps -5: 0 (none) or more"),
+    (TrainConfig, {"warmup_factor": -3.0}, "train.warmup_factor -3.0: from 0 to 1"),
+    (TrainConfig, {"clip_grad_norm": -1.0}, "train.clip_grad_norm -1.0: 0 (none) or more"),
+    (TrainConfig, {"log_every": 0}, "train.log_every 0: at least 1"),
+    (TrainConfig, {"max_steps": -1}, "train.max_steps -1: 0 (the whole schedule) or more"),
+    (TrainConfig, {"batch_size": 2**31}, "train.batch_size 2147483648: at most 2147483647"),
+]
+
+
+@pytest.mark.parametrize(("section", "settings", "said"), NONSENSE, ids=lambda value: str(value)[:40])
+def test_numbers_out_of_their_bounds_are_refused(section: Any, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        section(**settings)
+
+
+def test_a_checkpoint_trained_with_numbers_of_no_use_still_loads() -> None:
+    moved = within_bounds({"patience": -1, "clip_grad_norm": -1.0, "log_every": 0, "epochs": 3, "ema": 2.0, "init": ""})
+    assert TrainConfig(**moved).patience == 0 and (moved["clip_grad_norm"], moved["log_every"]) == (0.0, 1)
+    assert moved["epochs"] == 3 and 0.99 < moved["ema"] < 1

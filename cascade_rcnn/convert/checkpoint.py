@@ -20,15 +20,17 @@ from cascade_rcnn.checkpoint import save_checkpoint, write_tensors
 from cascade_rcnn.config import ModelConfig
 from cascade_rcnn.convert.class_names import choose_classes, read_classes
 from cascade_rcnn.convert.config_text import Hints, read_config_text
-from cascade_rcnn.convert.decide import Asked, Decisions, decide, report_left_out
+from cascade_rcnn.convert.decide import Asked, Decisions, change_values, decide, report_left_out
 from cascade_rcnn.convert.find_weights import FoundWeights, find_weights
 from cascade_rcnn.convert.infer_config import backbone_of, structure_of
-from cascade_rcnn.convert.key_tables import recognise, rename
+from cascade_rcnn.convert.key_tables import BODY, recognise, rename
 from cascade_rcnn.convert.no_counterpart import missing_counterpart
-from cascade_rcnn.convert.values import adapt_values
+from cascade_rcnn.convert.values import adapt_values, lacks_statistics, refuse_impossible
 from cascade_rcnn.errors import CheckpointError
+from cascade_rcnn.messages import printable
 
 _LISTED = 20  # keys named in an error
+_COUNTER = "num_batches_tracked"  # of a batch norm; only training from scratch uses it
 
 
 def run_convert(
@@ -62,9 +64,9 @@ def run_convert(
     try:
         _convert(found, dest, asked, origin)
     except CheckpointError as error:
-        text = str(error)
+        text = printable(error)
         raise CheckpointError(text if text.startswith(str(dest)) else f"{source}: {text}") from None
-    print("\n".join([f"{source}:", *(f"  {note}" for note in found.notes), f"written: {dest}"]))
+    print("\n".join([f"{source}:", *(f"  {printable(note)}" for note in found.notes), f"written: {dest}"]))
 
 
 def _convert(found: FoundWeights, dest: Path, asked: Asked, origin: dict[str, str]) -> None:
@@ -73,11 +75,17 @@ def _convert(found: FoundWeights, dest: Path, asked: Asked, origin: dict[str, st
     if part and (kind != "backbone" or "one-stage" in part):
         raise CheckpointError(f"no counterpart here for {part}: it cannot be converted")
     renamed, left_over = rename(found.state, kind)
+    refuse_impossible(renamed)
     state = adapt_values(renamed, kind)
     if any(key.endswith(".bn.running_var") for key in renamed):
         found.notes.append("batch norm of FPN and heads: folded into their convolutions")
+    if kind in ("backbone", "detectron2") and f"{BODY}bn1.weight" in renamed and lacks_statistics(renamed):
+        found.notes.append(
+            "norms: without statistics; taken for batch norms merged into scale and bias, as Caffe's files have them "
+            "(a group norm's look the same)"
+        )
     if kind == "backbone":
-        _write_backbone(dest, state, renamed, left_over, origin, found.notes)
+        _write_backbone(dest, state, left_over, origin, found.notes)
         return
     if kind == "detectron2":
         found.notes.append(
@@ -87,13 +95,15 @@ def _convert(found: FoundWeights, dest: Path, asked: Asked, origin: dict[str, st
     seen = structure_of(state, kind)
     hints = read_config_text(found.config) if found.config else Hints()
     made = Decisions(state, kind, seen, hints, origin["file"], asked, found.notes)
-    settings = decide(made, found)
+    settings, theirs = decide(made, found)
+    wanted = _shapes(settings.model, seen.classes)
+    _check_keys(state, wanted, left_over, network=settings.model.backbone)
+    change_values(made, settings.model, theirs, found)
     names = choose_classes(asked.classes, found.class_names, seen.classes, found.notes)
     report_left_out(made)
-    fitted = _fitted(state, settings.model, len(names.names), left_over)
     save_checkpoint(
         dest,
-        fitted,
+        _fitted(state, wanted),
         config=settings,
         class_names=names.names,
         category_ids=names.ids,
@@ -129,33 +139,27 @@ def _check_destination(dest: Path, origin: Mapping[str, str], overwrite: bool) -
 # Fitting
 
 
-def _fitted(state: dict[str, Tensor], model: ModelConfig, classes: int, left_over: list[str]) -> dict[str, Tensor]:
-    """The weights in the network's own order, or an error that lists every key which does not fit."""
+def _shapes(model: ModelConfig, classes: int) -> dict[str, torch.Size]:
+    """Of all weights of the network, in its own order."""
     from cascade_rcnn.models.build import build_model
     from cascade_rcnn.models.cascade_rcnn import NoInitialValues
 
     with torch.device("meta"), NoInitialValues():
         wanted = build_model(model, classes).state_dict()
-    shapes = {key: value.shape for key, value in wanted.items()}
-    return _compare(state, shapes, left_over, network=model.backbone)
+    return {key: value.shape for key, value in wanted.items()}
 
 
-def _compare(
-    state: dict[str, Tensor], wanted: Mapping[str, torch.Size], left_over: list[str], *, network: str
-) -> dict[str, Tensor]:
-    fitted = dict(state)
-    for key in set(wanted) | set(state):
-        if key.endswith("num_batches_tracked"):  # a counter that only training from scratch uses
-            fitted.pop(key, None)
-            if key in wanted:
-                fitted[key] = torch.tensor(0)
+def _check_keys(
+    state: Mapping[str, Tensor], wanted: Mapping[str, torch.Size], left_over: list[str], *, network: str
+) -> None:
+    """CheckpointError that lists every key which does not fit; counters, which ``_fitted`` sets, aside."""
     problems = {
-        "missing": [key for key in wanted if key not in fitted],
-        "left over": [*left_over, *(key for key in fitted if key not in wanted)],
+        "missing": [key for key in wanted if key not in state and not key.endswith(_COUNTER)],
+        "left over": [*left_over, *(key for key in state if key not in wanted and not key.endswith(_COUNTER))],
         "of another shape": [
-            f"{key} {tuple(fitted[key].shape)} instead of {tuple(wanted[key])}"
-            for key in wanted
-            if key in fitted and fitted[key].shape != wanted[key]
+            f"{key} {tuple(state[key].shape)} instead of {tuple(shape)}"
+            for key, shape in wanted.items()
+            if key in state and state[key].shape != shape and not key.endswith(_COUNTER)
         ],
     }
     listed = [
@@ -165,7 +169,12 @@ def _compare(
     ]
     if listed:
         raise CheckpointError(f"its keys do not fit the network ({network}); {'; '.join(listed)}")
-    whole = [key for key, value in fitted.items() if not value.is_floating_point() and key[-7:] != "tracked"]
+
+
+def _fitted(state: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """The weights in the network's own order. Raises CheckpointError for whole numbers, infinite ones and NaN."""
+    fitted = {key: torch.tensor(0) if key.endswith(_COUNTER) else state[key] for key in wanted}
+    whole = [key for key, value in fitted.items() if not value.is_floating_point() and not key.endswith(_COUNTER)]
     if whole:
         raise CheckpointError(
             f"{len(whole)} of its weights are whole numbers ({whole[0]}: {fitted[whole[0]].dtype}), as in a quantised "
@@ -176,23 +185,17 @@ def _compare(
         raise CheckpointError(
             f"{len(broken)} of its weights are not finite ({', '.join(broken[:3])}): take an earlier checkpoint"
         )
-    return {key: fitted[key] for key in wanted}
+    return fitted
 
 
 def _write_backbone(
     dest: Path,
     state: dict[str, Tensor],
-    renamed: Mapping[str, Tensor],
     left_over: list[str],
     origin: Mapping[str, str],
     notes: list[str],
 ) -> None:
     """Save a backbone under timm's keys, as ``--model.backbone-weights`` reads it."""
-    if not any(key.endswith("running_var") for key in renamed) and "backbone.body.bn1.weight" in renamed:
-        notes.append(
-            "norms: without statistics; taken for batch norms merged into scale and bias, as Caffe's files have them "
-            "(a group norm's look the same)"
-        )
     body = {key.removeprefix("backbone.body."): value for key, value in state.items()}
     name = "vgg16"
     if "features.0.weight" not in body:
@@ -200,8 +203,10 @@ def _write_backbone(
 
         name = backbone_of(body)[0]
         with torch.device("meta"):
-            wanted = timm.create_model(name, pretrained=False, features_only=True).state_dict()
-        body = _compare(body, {key: value.shape for key, value in wanted.items()}, left_over, network=name)
+            network = timm.create_model(name, pretrained=False, features_only=True)
+        wanted = {key: value.shape for key, value in network.state_dict().items()}
+        _check_keys(body, wanted, left_over, network=name)
+        body = _fitted(body, wanted)
     notes.append(f"format: a backbone alone, {name} (its keys)")
     style = "; with --model.style caffe if it was trained in Caffe or comes from detectron2 (BGR, stride in the 1x1)"
     notes.append(

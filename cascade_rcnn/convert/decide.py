@@ -71,8 +71,8 @@ class Decisions:
     notes: list[str] = field(default_factory=list)
 
 
-def decide(made: Decisions, found: FoundWeights) -> Config:
-    """The configuration; changes the weights where the owner's anchors, norms or preprocessing are not ours."""
+def decide(made: Decisions, found: FoundWeights) -> tuple[Config, anchors.Anchors | None]:
+    """The configuration, and the owner's anchors where they are known. The weights stay as they are."""
     seen, notes, hints = made.seen, made.notes, made.hints
     notes.append(f"format: {made.kind} (its keys)")
     stages = f"{seen.stages} stage{'s' if seen.stages > 1 else ''}"
@@ -95,10 +95,19 @@ def decide(made: Decisions, found: FoundWeights) -> Config:
         config = _config_without_recipe(made)
         if theirs is not None:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, **theirs.settings()))
-    _match_anchors(made, config.model, theirs)
+    _check_anchors(made, config.model, theirs)
+    return config, theirs
+
+
+def change_values(made: Decisions, model: ModelConfig, theirs: anchors.Anchors | None, found: FoundWeights) -> None:
+    """Move into the weights what of the owner's anchors, norms or preprocessing is not ours.
+
+    All keys are there and have their shapes.
+    """
+    if theirs is not None:
+        reorder_anchors(made.state, theirs.order)
     _match_norms(made)
-    match_preprocessing(made, config.model, found)
-    return config
+    match_preprocessing(made, model, found)
 
 
 def _refuse_what_differs(made: Decisions) -> None:
@@ -189,7 +198,7 @@ def _say_what_the_text_wanted(made: Decisions) -> None:
         made.notes.append(f"its config text says otherwise: {', '.join(others)}")
 
 
-def _match_anchors(made: Decisions, model: ModelConfig, theirs: anchors.Anchors | None) -> None:
+def _check_anchors(made: Decisions, model: ModelConfig, theirs: anchors.Anchors | None) -> None:
     from cascade_rcnn.models.build import anchor_sizes
 
     sizes = anchor_sizes(model)
@@ -211,7 +220,6 @@ def _match_anchors(made: Decisions, model: ModelConfig, theirs: anchors.Anchors 
             f"its anchors are {theirs} ({theirs.seen_in}), those of the recipe {made.asked.recipe_name} {ours}: "
             "drop --config, or name a recipe with these model.anchor_sizes"
         )
-    reorder_anchors(made.state, theirs.order)
     made.notes.append(f"anchors: {ours} ({theirs.seen_in})")
 
 

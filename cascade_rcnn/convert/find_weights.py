@@ -57,7 +57,7 @@ def find_weights(path: Path) -> FoundWeights:
                 f"{path}: holds the network as an object ({printable(objects[0])[:40]}), not as a state_dict: save "
                 "model.state_dict() where it was made"
             )
-        keys = ", ".join(str(key)[:40] for key in list(content)[:5])
+        keys = ", ".join(printable(key)[:40] for key in list(content)[:5])
         raise CheckpointError(f"{path}: no weights found (it holds {keys or 'nothing'}); give one with a state_dict")
     place, found.state = min(candidates, key=lambda candidate: _rank(candidate[0]))
     others = [other for other, state in candidates if other != place and len(state) >= 0.5 * len(found.state)]
@@ -119,7 +119,8 @@ def _strip_prefix(found: FoundWeights, path: Path) -> None:
     chosen = averaged or prefixes
     if len(chosen) > 1:
         raise CheckpointError(
-            f"{path}: holds {len(chosen)} networks, with the prefixes {', '.join(chosen)}: save the state_dict of one"
+            f"{path}: holds {len(chosen)} networks, with the prefixes {printable(', '.join(chosen))}: save the "
+            "state_dict of one"
         )
     prefix = chosen[0]
     total = len(found.state)

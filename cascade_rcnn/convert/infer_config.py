@@ -124,6 +124,8 @@ def backbone_of(state: Mapping[str, Tensor]) -> tuple[str, int, int, int]:
             f"its backbone has {counts} {kind} blocks, which is no ResNet or ResNeXt known here; "
             "only those can be converted"
         )
+    if conv.dim() != 4:
+        raise CheckpointError(f"its layer1.0.conv2.weight has the shape {tuple(conv.shape)}, as no convolution has")
     per_group = int(conv.shape[1])
     groups = int(conv.shape[0]) // per_group
     is_deep, is_pooled = "conv1.0.weight" in keys, "layer2.0.downsample.2.weight" in keys
@@ -147,19 +149,21 @@ def backbone_of(state: Mapping[str, Tensor]) -> tuple[str, int, int, int]:
 def structure_of(state: Mapping[str, Tensor], source: Format) -> Structure:
     """Depth, stages, classes, masks and widths from our keys. Raises CheckpointError for parts without counterpart."""
     name, depth, groups, per_group = backbone_of(state)
-    stages = _count_keys(state, BOX + r"(\d)\.classifier\.weight")
-    mask_heads = _count_keys(state, MASK + r"(\d)\.logits\.weight")
-    required = (
+    stages, mask_heads = _heads(state, BOX), _heads(state, MASK)
+    required = [
         "fpn.lateral.0.weight",
         "rpn.objectness.weight",
         "rpn.deltas.weight",
         "cascade.box_heads.0.classifier.weight",
         "cascade.box_heads.0.fc1.weight",
         "cascade.box_heads.0.deltas.weight",
-    )
+        *(["cascade.mask_heads.0.convs.0.weight"] if mask_heads else []),
+    ]
     for key in required:
         if key not in state:
-            raise CheckpointError(f"it has nothing for {key}: not a two-stage detector with an FPN and linear heads")
+            raise CheckpointError(
+                f"it has nothing for {key}: not a two-stage detector with an FPN and linear heads, or not all of one"
+            )
     _check_class_rows(state, stages)
     _check_anchor_rows(state)
     classes = int(state["cascade.box_heads.0.classifier.weight"].shape[0]) - 1
@@ -199,9 +203,12 @@ def _check_anchor_rows(state: Mapping[str, Tensor]) -> None:
 
 def _check_class_rows(state: Mapping[str, Tensor], stages: int) -> None:
     """Outputs beyond one for each class and one for background belong to heads with another meaning."""
-    rows = [int(state[f"{BOX}{k}.classifier.weight"].shape[0]) for k in range(stages)]
+    weights = [state.get(f"{BOX}{k}.classifier.weight") for k in range(stages)]  # one that is missing is told later
+    rows = [int(weight.shape[0]) for weight in weights if weight is not None]
     if len(set(rows)) > 1:
         raise CheckpointError(f"its stages have {rows} class outputs: all stages must know the same classes")
+    if rows[0] < 2:
+        raise CheckpointError("it has 1 class output, for background only: no class to detect")
     masks = state.get(f"{MASK}0.logits.weight")
     deltas = int(state[f"{BOX}0.deltas.weight"].shape[0])
     by_masks = int(masks.shape[0]) if masks is not None else rows[0] - 1
@@ -247,6 +254,12 @@ def _box_head(state: Mapping[str, Tensor]) -> str:
 def anchors_per_cell(state: Mapping[str, Tensor]) -> int:
     """Anchors at each position of a level."""
     return int(state["rpn.objectness.weight"].shape[0])
+
+
+def _heads(state: Mapping[str, Tensor], prefix: str) -> int:
+    """The number of heads, by the last one of which there is anything."""
+    found = [int(match[1]) for key in state if (match := re.match(rf"{re.escape(prefix)}(\d)\.", key))]
+    return max(found, default=-1) + 1
 
 
 def _count_keys(state: Mapping[str, Tensor], pattern: str) -> int:

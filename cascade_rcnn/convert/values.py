@@ -18,6 +18,7 @@ BN_EPS = 1e-5
 _WS_EPS = 1e-5  # mmdetection's ConvWS adds it to the standard deviation
 _TORCHVISION_OUTPUTS = 91  # background, and COCO's ids 1 to 90
 _BACKGROUND_FIRST = ("torchvision", "detectron")
+_WITH_STATISTICS = ("mmdetection", "torchvision")  # whose files always have those of their batch norms
 
 
 def adapt_values(state: dict[str, Tensor], source: Format) -> dict[str, Tensor]:
@@ -30,9 +31,25 @@ def adapt_values(state: dict[str, Tensor], source: Format) -> dict[str, Tensor]:
     if "rpn.conv.2.weight" not in result:  # a single convolution stands in no sequence
         result = {re.sub(r"^rpn\.conv\.0\.", "rpn.conv.", key): value for key, value in result.items()}
     result = _fold_batch_norms(_merging_in_swins_order(result))
-    if not has_group_norm(state):
+    if source not in _WITH_STATISTICS and lacks_statistics(state):
         _add_statistics(result)
     return result
+
+
+def refuse_impossible(state: Mapping[str, Tensor]) -> None:
+    """CheckpointError for what no network holds: single numbers, empty tensors, negative variances."""
+    values = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    empty = [f"{key} {tuple(value.shape)}" for key, value in values.items() if value.dim() == 0 or not value.numel()]
+    if empty:
+        raise CheckpointError(
+            f"{len(empty)} of its weights are empty or a single number ({', '.join(empty[:3])}): fetch the file again"
+        )
+    negative = [key for key, value in values.items() if key.endswith("running_var") and bool((value < 0).any())]
+    if negative:
+        raise CheckpointError(
+            f"{len(negative)} of its norms have a negative variance ({', '.join(negative[:3])}), of which no root can "
+            "be taken: take an earlier checkpoint"
+        )
 
 
 def _merging_in_swins_order(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -40,7 +57,7 @@ def _merging_in_swins_order(state: dict[str, Tensor]) -> dict[str, Tensor]:
     patch, column by column."""
     result = {}
     for key, value in state.items():
-        if ".unfolded." in key:
+        if ".unfolded." in key and value.shape[-1] % 4 == 0:  # else its shape will not fit, which is told later
             by_patch = value.unflatten(-1, (-1, 4)).transpose(-1, -2)  # [..., 4, C]
             value = by_patch[..., [0, 2, 1, 3], :].flatten(-2).contiguous()
         result[key.replace(".unfolded.", ".")] = value
@@ -50,6 +67,15 @@ def _merging_in_swins_order(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def has_group_norm(state: Mapping[str, Tensor]) -> bool:
     """Whether the norms of the FPN, and so of the backbone, are group norms."""
     return any(key.startswith("fpn.lateral_norm.") for key in state)
+
+
+def lacks_statistics(state: Mapping[str, Tensor]) -> bool:
+    """Whether no norm of the backbone has statistics and they are batch norms (a group norm has none either).
+
+    A file with statistics for some norms has lost the others: they are missing.
+    """
+    statistics = (key.startswith(BODY) and key.endswith(("running_mean", "running_var")) for key in state)
+    return not has_group_norm(state) and not any(statistics)
 
 
 def _add_statistics(state: dict[str, Tensor]) -> None:
@@ -68,7 +94,7 @@ def _fold_batch_norms(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for conv in sorted({key.rpartition(".bn.")[0] for key in folded}):
         names = [f"{conv}.{name}" for name in ("weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")]
         missing = [name for name in names if name not in state]
-        if missing or len({state[name].shape[:1] for name in names}) > 1:
+        if missing or {state[name].shape for name in names[1:]} != {state[names[0]].shape[:1]}:
             raise CheckpointError(
                 f"the batch norm behind {conv} is not whole ({', '.join(missing) or 'its sizes'} "
                 f"{'missing' if missing else 'differ'}): fetch the file again"
@@ -138,7 +164,8 @@ def _background_last(key: str, value: Tensor, state: Mapping[str, Tensor]) -> Te
     if head.endswith(".classifier"):
         return torch.cat([value[1:], value[:1]])
     if head.endswith(".deltas") and head.startswith(BOX):
-        classes = len(state[f"{head.removesuffix('deltas')}classifier.{parameter}"])  # with background
+        scores = state.get(f"{head.removesuffix('deltas')}classifier.{parameter}", value)
+        classes = len(scores)  # with background
         if len(value) == 8 or len(value) == 4 * classes:  # Detectron's class-agnostic boxes: background, object
             return value[4:].clone()
     if head.startswith(MASK) and head.endswith(".logits") and len(value) > 1:

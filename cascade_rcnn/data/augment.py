@@ -58,9 +58,12 @@ class Augmentation:
         pixels = made.get("image") if isinstance(made, Mapping) else None
         if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
             raise self._error(f"gives {_described(pixels)} as image, not uint8 [H, W, 3]{_HINT}", item)
+        if not pixels.size:
+            raise self._error(f"gives a picture without pixels, {list(pixels.shape)}", item)
         try:
             boxes = np.asarray(made["bboxes"], np.float32).reshape(-1, 4)
-            rows = np.asarray(made["rows"], np.int64).reshape(-1)
+            numbers = np.asarray(made["rows"]).reshape(-1)
+            rows = numbers.astype(np.int64)
             masks = dict(zip(drawn, made["masks"], strict=True)) if drawn else {}
         except (KeyError, TypeError, ValueError) as error:
             raise self._error(
@@ -68,10 +71,12 @@ class Augmentation:
             ) from error
         if len(rows) != len(boxes) or not set(rows.tolist()) <= set(range(len(item.boxes))):
             raise self._error(f"gives {len(boxes)} bboxes and {len(rows)} rows, which must belong together", item)
-        if not np.isfinite(boxes).all():
-            raise self._error("gives bboxes that are not finite", item)
+        if (rows != numbers).any() or len(set(rows.tolist())) < len(rows):
+            raise self._error("gives rows that come twice or are no whole numbers: one row for each box", item)
         if any(np.shape(mask) != pixels.shape[:2] for mask in masks.values()):
             raise self._error("gives masks of another size than its image", item)
+        if reason := _wrong_boxes(boxes, pixels.shape[0], pixels.shape[1]):
+            raise self._error(reason, item)
         return _taken_over(item, pixels, boxes, rows, masks)
 
     def __reduce__(self) -> tuple[type[Augmentation], tuple[str]]:
@@ -84,6 +89,23 @@ class Augmentation:
 
 _INSTALL = "; pip install -U 'cascade-rcnn[albumentations]'"
 _HINT = "; leave out Normalize and ToTensorV2, the network does both"
+
+
+def _wrong_boxes(boxes: NDArray[np.float32], height: int, width: int) -> str:
+    """What is wrong with boxes that a transform gives back; "" where nothing is."""
+    if not np.isfinite(boxes).all():
+        return "gives bboxes that are not finite"
+    if len(boxes) and (np.abs(boxes) <= 1).all() and (boxes[:, 2:] - boxes[:, :2] < 1).any():  # no pixel wide
+        return f"gives bboxes within 0 and 1 in a picture of {width} x {height}: give pixels (x1, y1, x2, y2)"
+    outside = (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
+    outside |= (boxes[:, 2:] <= 0).any(axis=1) | (boxes[:, :2] >= (width, height)).any(axis=1)
+    if outside.any():
+        shown_box = np.round(boxes[outside.argmax()], 1).tolist()
+        return (
+            f"gives the box {shown_box}, of which nothing is in its picture of {width} x {height}: give x1, y1, x2, y2 "
+            "in pixels, and leave out objects that are gone, with their rows"
+        )
+    return ""
 
 
 def _described(value: Any) -> str:

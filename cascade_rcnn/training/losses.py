@@ -12,6 +12,11 @@ from torch import Tensor
 from cascade_rcnn import distributed
 from cascade_rcnn.errors import UserError
 
+_REMEDY = (
+    "look at these images with 'cascade-rcnn check', or lower train.lr, raise train.warmup_steps, set "
+    "train.clip_grad_norm to 10, or train.precision to fp32"
+)
+
 
 @dataclass
 class _Step:
@@ -38,6 +43,7 @@ class LossWindow:
         self._counted = 0  # of ``_steps``, the first ones: those that ``_bad_in_a_row`` knows
         self._bad_in_a_row = 0
         self._last_bad = ""
+        self._good = self._bad = 0  # steps that were counted
 
     def add_pass(self, losses: Mapping[str, Tensor], paths: tuple[str, ...]) -> None:
         """Note the losses of one pass."""
@@ -94,6 +100,12 @@ class LossWindow:
         """Continue counting from a saved ``bad_in_a_row``."""
         self._bad_in_a_row = bad_in_a_row
 
+    def refuse_if_all_were_skipped(self) -> None:
+        """UserError where no step since the start (or --resume) has changed the weights: that is no training."""
+        if self._bad and not self._good:
+            steps = "the only step was" if self._bad == 1 else f"all {self._bad} steps were"
+            raise UserError(f"{steps} skipped ({self._last_bad or 'not finite'}): nothing was learnt; {_REMEDY}")
+
     def _count_bad_steps(self, rows: Tensor) -> list[str]:
         """Count the steps that are not counted yet; ``rows`` [steps, losses + 3] are theirs, on the host."""
         messages = []
@@ -102,8 +114,10 @@ class LossWindow:
             self._counted += 1
             if not bad:
                 self._bad_in_a_row = 0
+                self._good += 1
                 continue
             self._bad_in_a_row += 1
+            self._bad += 1
             not_finite = [f"{name} {value:g}" for name, value in zip(self._names, values) if not math.isfinite(value)]
             names = ", ".join(not_finite) or f"gradient norm {norm:g}"
             if bad_here or distributed.world_size() == 1:
@@ -112,7 +126,6 @@ class LossWindow:
             if self._bad_in_a_row >= self._max_bad:
                 raise UserError(
                     f"the losses of {self._bad_in_a_row} steps in a row were not finite ({self._last_bad or names}); "
-                    "look at these images with 'cascade-rcnn check', or lower train.lr, raise train.warmup_steps, set "
-                    "train.clip_grad_norm to 10, or train.precision to fp32; --resume goes on from the last save"
+                    f"{_REMEDY}; --resume goes on from the last save"
                 )
         return messages

@@ -261,7 +261,11 @@ class Run:
         self.generators = get_generators(device)
 
     def finish(self) -> Path:
-        """The run's result: the best checkpoint, or the last where nothing was evaluated."""
+        """The run's result: the best checkpoint, or the last where nothing was evaluated.
+
+        Raises UserError where every step was skipped.
+        """
+        self.losses.refuse_if_all_were_skipped()
         progress = self.progress
         if self.world.is_main and not (self.saved == progress and (self.out / LAST).is_file()):
             self._save_weights(LAST)

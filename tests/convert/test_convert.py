@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from conftest import RunCommand
 from faster_coco_eval.core import mask as coco_mask
 from PIL import Image
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from cascade_rcnn.checkpoint import load_checkpoint
 from cascade_rcnn.config import ModelConfig
+from cascade_rcnn.convert import checkpoint
 from cascade_rcnn.convert.checkpoint import run_convert
 from cascade_rcnn.convert.class_names import COCO_IDS, COCO_NAMES
 from cascade_rcnn.convert.config_text import Hints, read_config_text
@@ -44,6 +47,21 @@ from foreign_checkpoints import (
     mmdetection_name,
     small_state,
 )
+
+
+def torchvision_state() -> dict[str, Tensor]:
+    detection = torchvision.models.detection
+    body = detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None)
+    head = detection.faster_rcnn.TwoMLPHead(256 * 49, 16)
+    predictor = detection.faster_rcnn.FastRCNNPredictor(16, CLASSES + 1)
+    return dict(
+        detection.MaskRCNN(
+            body,
+            box_head=head,
+            box_predictor=predictor,
+            mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(256, 256, CLASSES + 1),
+        ).state_dict()
+    )
 
 
 def convert(tmp_path: Path, content: object, *, name: str = "source.pth", config: str | None = None) -> Any:
@@ -491,6 +509,91 @@ def test_every_key_that_does_not_fit_is_listed(tmp_path: Path) -> None:
     assert "1 missing: fpn.output.2.bias" in text and "rpn.conv.weight (32, 32, 1, 1) instead of (32, 32, 3, 3)" in text
     assert "roi_head.extra.weight" in text and "layer2.0.conv9.weight" in text
     assert not (tmp_path / "dest.safetensors").exists()
+
+
+STRANGE = {
+    "missing": None,
+    "a single number": torch.zeros(()),
+    "empty": torch.zeros(3, 0),
+    "flat": torch.ones(5),
+    "deeper": torch.ones(7, 1, 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("library", ["mmdetection", "detectron2", "torchvision", "a backbone"])
+def test_a_file_that_lacks_or_reshapes_any_weight_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    monkeypatch.setattr(checkpoint, "_shapes", functools.cache(checkpoint._shapes))
+    monkeypatch.setattr(checkpoint, "save_checkpoint", lambda *args, **kwargs: pytest.fail("written"))
+    monkeypatch.setattr(checkpoint, "write_tensors", lambda *args, **kwargs: pytest.fail("written"))
+    whole = {
+        "mmdetection": small_state,
+        "detectron2": lambda: foreign_state(D2),
+        "torchvision": torchvision_state,
+        "a backbone": lambda: {key: value for key, value in small_state().items() if key.startswith("backbone")},
+    }[library]()
+    of_each_kind = {re.sub(r"\d", "0", key): key for key in whole if not key.endswith("num_batches_tracked")}
+    assert len(of_each_kind) > 10
+    for key in of_each_kind.values():
+        for strange in STRANGE.values():
+            state = {name: value for name, value in whole.items() if name != key}
+            state |= {} if strange is None else {key: strange}
+            with pytest.raises(CheckpointError) as caught:
+                checkpoint._convert(FoundWeights(state), Path("x.safetensors"), Asked(), {"file": "x.pth"})
+            assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("backbone.layer1.0.bn1.running_var", "1 missing: backbone.body.layer1.0.bn1.running_var"),
+        ("backbone.bn1.running_mean", "1 missing: backbone.body.bn1.running_mean"),
+        ("backbone.conv1.weight", "1 missing: backbone.body.conv1.weight"),
+        ("roi_head.bbox_head.1.fc_cls.weight", "1 missing: cascade.box_heads.1.classifier.weight"),
+        ("roi_head.mask_head.1.conv_logits.weight", "1 missing: cascade.mask_heads.1.logits.weight"),
+    ],
+)
+def test_a_single_weight_that_is_missing_is_listed(tmp_path: Path, key: str, said: str) -> None:
+    state = small_state()
+    del state[key]
+    with pytest.raises(CheckpointError, match=rf"do not fit the network \(resnet18.tv_in1k\); {re.escape(said)}$"):
+        convert(tmp_path, {"state_dict": state})
+    assert not (tmp_path / "dest.safetensors").exists()
+
+
+def test_statistics_are_made_up_only_where_a_file_has_none_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stem = "backbone.bottom_up.stem.conv1.norm.running_"
+    state = foreign_state(D2)
+    del state[stem + "var"], state[stem + "mean"]
+    with pytest.raises(CheckpointError, match=r"2 missing: backbone\.body\.bn1\.running_mean, "):
+        convert(tmp_path, {"model": state})
+    merged = {key: value for key, value in state.items() if "running" not in key}
+    made = convert(tmp_path, {"model": merged})
+    assert torch.equal(made.state["backbone.body.layer1.0.bn1.running_mean"], torch.zeros(64))
+    assert "norms: without statistics; taken for batch norms merged into scale and bias" in capsys.readouterr().out
+    parameters = {key: value for key, value in small_state().items() if "running" not in key}  # no state_dict
+    (tmp_path / "dest.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"40 missing: backbone\.body\.\S+running_mean, "):
+        convert(tmp_path, {"state_dict": parameters})
+
+
+def test_a_negative_variance_is_refused(tmp_path: Path) -> None:
+    state = small_state()
+    state["backbone.bn1.running_var"].fill_(-1.0)
+    with pytest.raises(
+        CheckpointError, match=r"1 of its norms have a negative variance \(backbone.body.bn1.running_var"
+    ):
+        convert(tmp_path, {"state_dict": state})
+
+
+def test_names_of_classes_are_printed_on_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("a\nb", "\x1b[31mc", "d")
+    made = convert(tmp_path, {"state_dict": small_state(), "meta": {"CLASSES": names}})
+    assert made.class_names == names
+    assert "  class names: its metadata (a\\nb, \\x1b[31mc, d)\n" in capsys.readouterr().out
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:

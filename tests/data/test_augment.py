@@ -101,10 +101,37 @@ def test_a_file_that_cannot_be_used_is_refused_before_training(tmp_path: Path, t
         ("return {'image': image, 'bboxes': bboxes * float('nan'), 'rows': rows, 'masks': masks}", "not finite"),
         ("return {'image': image[:20, :30], 'bboxes': bboxes, 'rows': rows, 'masks': masks}", "masks of another size"),
         ("raise SystemExit('bye')", "SystemExit: bye"),
+        (
+            "return {'image': np.zeros((0, 0, 3), np.uint8), 'bboxes': [], 'rows': [], 'masks': []}",
+            r"a picture without pixels, \[0, 0, 3\]",
+        ),
+        (
+            "return {'image': image, 'bboxes': bboxes / 60, 'rows': rows, 'masks': masks}",
+            "bboxes within 0 and 1 in a p",
+        ),
+        ("bboxes[:] = 0; return {'image': image, 'bboxes': bboxes, 'rows': rows, 'masks': masks}", "within 0 and 1 in"),
+        (
+            "return {'image': image, 'bboxes': bboxes + 60, 'rows': rows, 'masks': masks}",
+            r"the box \[62.0, 62.0, 70.0, 72.0\], of which nothing is in its picture of 60 x 40",
+        ),
+        (
+            "return {'image': image, 'bboxes': bboxes[:, [2, 3, 0, 1]], 'rows': rows, 'masks': masks}",
+            "of which nothing",
+        ),
+        (
+            "return {'image': image, 'bboxes': bboxes, 'rows': rows * 0, 'masks': masks}",
+            "rows that come twice or are no",
+        ),
+        (
+            "return {'image': image, 'bboxes': bboxes, 'rows': rows * 0.9, 'masks': masks}",
+            "rows that come twice or are n",
+        ),
     ],
 )
 def test_what_a_transform_does_wrong_is_said_with_file_and_image(tmp_path: Path, body: str, said: str) -> None:
-    wrong = Augmentation(written(tmp_path, f"def transform(image, bboxes, rows, masks=()):\n    {body}\n"))
+    wrong = Augmentation(
+        written(tmp_path, f"import numpy as np\ndef transform(image, bboxes, rows, masks=()):\n    {body}\n")
+    )
     with pytest.raises(AugmentError, match=said) as error:
         wrong(item(), np.random.default_rng(0))
     assert "mine.py" in str(error.value) and "one.png" in str(error.value)

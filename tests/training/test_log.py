@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,18 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         (tmp_path / "metrics.jsonl").mkdir()
         with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written \(Is a directory\)"):
             log.metrics(1, 1, {"bbox/AP": 0.5})
+
+
+def test_a_training_whose_steps_were_all_skipped_is_no_success() -> None:
+    window = LossWindow(max_bad=5)
+    window.refuse_if_all_were_skipped()  # nothing to do: a run that was resumed at its end
+    for step in range(2):
+        window.add_pass({"a": torch.tensor(math.nan)}, ("x.png",))
+        window.end_step(step, torch.tensor(math.nan))
+    with pytest.raises(
+        UserError, match=r"all 2 steps were skipped \(step 1: a nan; images x\.png\): nothing was learnt; "
+    ):
+        window.refuse_if_all_were_skipped()
+    window.add_pass({"a": torch.tensor(1.0)}, ("x.png",))
+    window.end_step(2, torch.tensor(1.0))
+    window.refuse_if_all_were_skipped()
