@@ -13,7 +13,7 @@ from cascade_rcnn.convert.config_values import as_dict, flag, word
 
 # Path of the part, the setting, its value.
 _DEFAULTS: list[tuple[str, str, Any]] = [
-    ("rpn_head", "anchor_generator", {"type": "AnchorGenerator", "scales": [8, 16, 32], "ratios": [0.5, 1.0, 2.0]}),
+    ("rpn_head", "anchor_generator", {"scales": [8, 16, 32], "ratios": [0.5, 1.0, 2.0]}),
     ("rpn_head.loss_cls", "use_sigmoid", False),
     ("roi_head.mask_head.loss_mask", "use_mask", False),
     ("train_cfg.rpn.assigner", "min_pos_iou", 0.0),
