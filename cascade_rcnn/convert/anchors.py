@@ -11,7 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from cascade_rcnn.convert.config_syntax import UNREAD
+from cascade_rcnn.convert.config_values import flag, number, whole
 from cascade_rcnn.errors import CheckpointError
+from cascade_rcnn.messages import shown
 
 STRIDES = (4, 8, 16, 32, 64)
 
@@ -48,26 +51,24 @@ def describe(sizes: Sequence[Sequence[float]], ratios: Sequence[float]) -> str:
 def from_settings(generator: Mapping[str, Any]) -> Anchors | None:
     """Anchors of mmdetection's ``anchor_generator`` settings; None without sizes in them.
 
-    Raises CheckpointError (the setting, and what is wrong with it) for strides or numbers of levels unlike ours.
+    Raises CheckpointError (the setting, and what is wrong with it) for strides or numbers of levels unlike ours, and
+    for values that are no lists of numbers above 0.
     """
-    strides = _flat(generator.get("strides"))
+    strides = _flat(generator, "strides")
     if strides and strides != tuple(map(float, STRIDES)):
         raise CheckpointError(
             f"anchor_generator.strides = {_words(strides)}: five levels of strides {_words(STRIDES)} are supported"
         )
-    base = _flat(generator.get("base_sizes")) or tuple(map(float, STRIDES))
+    base = _flat(generator, "base_sizes") or tuple(map(float, STRIDES))
     if len(base) != len(STRIDES):
         raise CheckpointError(f"anchor_generator.base_sizes = {_words(base)}: one for each of five levels is supported")
-    scales = _flat(generator.get("scales"))
-    octave, per_octave = generator.get("octave_base_scale"), generator.get("scales_per_octave", 1)
-    if not scales and isinstance(octave, (int, float)) and isinstance(per_octave, int) and per_octave >= 1:
-        scales = tuple(octave * 2 ** (i / per_octave) for i in range(per_octave))
-    ratios = _flat(generator.get("ratios"))
+    scales = _flat(generator, "scales") or _octave(generator)
+    ratios = _flat(generator, "ratios")
     if not scales and not ratios and "base_sizes" not in generator:
         return None
     scales, ratios = scales or (8.0,), ratios or (0.5, 1.0, 2.0)
     order = list(range(len(scales) * len(ratios)))  # ratios outside, scales inside: ours too
-    if generator.get("scale_major") is False:
+    if flag(generator.get("scale_major")) is False:
         order = [s * len(ratios) + r for r, s in itertools.product(range(len(ratios)), range(len(scales)))]
     sizes = tuple(tuple(side * scale for scale in scales) for side in base)
     return Anchors(sizes, ratios, tuple(order), "its config text")
@@ -124,13 +125,31 @@ def _rounded(value: Tensor) -> float:
     return float(f"{float(value):.5g}")
 
 
-def _flat(value: object) -> tuple[float, ...]:
-    """Numbers of a list; of pairs (strides may be given as (4, 4)) the first, if both are equal."""
-    items = value if isinstance(value, (list, tuple)) else ()
-    flat = [item[0] if isinstance(item, (list, tuple)) and len(set(item)) == 1 else item for item in items]
-    if any(isinstance(item, bool) or not isinstance(item, (int, float)) for item in flat):
+def _octave(generator: Mapping[str, Any]) -> tuple[float, ...]:
+    """Scales of ``octave_base_scale`` and ``scales_per_octave``; () without the first."""
+    octave, per_octave = generator.get("octave_base_scale"), generator.get("scales_per_octave", 1)
+    if octave is None or octave is UNREAD or per_octave is UNREAD:
         return ()
-    return tuple(map(float, flat))
+    base, count = number(octave), whole(per_octave)
+    if base is None or count is None or base <= 0 or count < 1:
+        raise CheckpointError(
+            f"anchor_generator.octave_base_scale = {shown(octave)}, scales_per_octave = {shown(per_octave)}: numbers "
+            "above 0 are supported"
+        )
+    return tuple(base * 2 ** (i / count) for i in range(count))
+
+
+def _flat(generator: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    """Numbers of a list; of pairs (strides may be given as (4, 4)) the first, if both are equal; () without any."""
+    value = generator.get(name)
+    items = value if isinstance(value, (list, tuple)) else [value]
+    if value is None or value is UNREAD or UNREAD in items:
+        return ()
+    flat = [item[0] if isinstance(item, (list, tuple)) and len(set(map(repr, item))) == 1 else item for item in items]
+    read = tuple(found for item in flat if (found := number(item)) is not None and found > 0)
+    if not isinstance(value, (list, tuple)) or len(read) != len(flat):
+        raise CheckpointError(f"anchor_generator.{name} = {shown(value)}: a list of numbers above 0 is supported")
+    return read
 
 
 def _words(values: Sequence[float]) -> str:

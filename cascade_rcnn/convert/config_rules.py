@@ -37,7 +37,7 @@ def _norm_rules(path: str) -> list[_Rule]:
         (f"{path}.norm_cfg.num_groups", IMPOSSIBLE, (32,)),
         (f"{path}.norm_cfg.eps", IMPOSSIBLE, (1e-5,)),
         (f"{path}.norm_cfg.requires_grad", TAKEN, ()),
-        (f"{path}.norm_cfg.*", TAKEN, ()),
+        (f"{path}.norm_cfg.momentum", TAKEN, ()),
         (f"{path}.conv_cfg.type", IMPOSSIBLE, ("Conv", "Conv2d", "ConvWS", "ConvWS2d")),
     ]
 
@@ -46,13 +46,20 @@ _BACKBONES = ("ResNet", "ResNeXt", "ResNetV1c", "ResNetV1d", "TIMMBackbone", "Re
 RULES: list[_Rule] = [
     ("*.init_cfg.*", TAKEN, ()),
     ("*.init_cfg", TAKEN, ()),
-    ("*pretrained", TAKEN, ()),
+    ("pretrained", TAKEN, ()),
+    ("backbone.pretrained", TAKEN, ()),
     ("init_cfg*", TAKEN, ()),
     ("type", IMPOSSIBLE, (*DETECTORS, "TwoStageDetector")),
     ("data_preprocessor.pad_size_divisor", TRAINING, (32, 1)),
     ("data_preprocessor.pad_value", TRAINING, (0,)),
     ("data_preprocessor.batch_augments*", TRAINING, (None,)),
-    ("data_preprocessor.*", TAKEN, ()),
+    *[
+        (f"data_preprocessor.{name}", TAKEN, ())
+        for name in (
+            *("type", "mean", "std", "bgr_to_rgb", "rgb_to_bgr", "pad_mask", "mask_pad_value", "pad_seg"),
+            *("seg_pad_value", "boxtype2tensor", "non_blocking"),
+        )
+    ],
     # Backbone
     ("backbone.type", IMPOSSIBLE, _BACKBONES),
     ("backbone.norm_cfg.eps", TAKEN, ()),
@@ -64,7 +71,11 @@ RULES: list[_Rule] = [
     *_norm_rules("backbone"),
     ("backbone.strides", IMPOSSIBLE, ([1, 2, 2, 2], [4, 2, 2, 2])),  # the second: Swin's
     ("backbone.dilations", IMPOSSIBLE, ([1, 1, 1, 1],)),
-    ("backbone.out_indices", IMPOSSIBLE, ([0, 1, 2, 3],)),
+    (
+        "backbone.out_indices",
+        IMPOSSIBLE,
+        ([0, 1, 2, 3], [1, 2, 3, 4]),
+    ),  # the second: timm's, whose first map has stride 2
     ("backbone.num_stages", IMPOSSIBLE, (4,)),
     ("backbone.dcn.type", IMPOSSIBLE, ("DCN", "DCNv2")),
     ("backbone.dcn.fallback_on_stride", IMPOSSIBLE, (False,)),
@@ -97,7 +108,7 @@ RULES: list[_Rule] = [
                 "avg_down",
             ),
             *("style", "frozen_stages", "norm_eval", "with_cp", "zero_init_residual", "stage_with_dcn"),
-            *("model_name", "features_only"),
+            *("model_name", "features_only", "checkpoint_path"),
             # of ConvNeXt and Swin, in mmdetection and mmpretrain and by their authors
             *("depths", "dims", "channels", "in_chans", "stem_patch_size", "layer_scale_init_value", "linear_pw_conv"),
             *("embed_dims", "embed_dim", "num_heads", "window_size", "patch_size", "patch_norm", "mlp_ratio"),
@@ -232,7 +243,13 @@ RULES: list[_Rule] = [
     ("test_cfg.rcnn.score_thr", TAKEN, ()),
     ("test_cfg.rcnn.max_per_img", TAKEN, ()),
     ("test_cfg.rcnn.nms.type", UNLIKE, ("nms", "soft_nms")),
-    ("test_cfg.rcnn.nms.*", TAKEN, ()),  # see _test_settings
+    *[
+        (f"test_cfg.rcnn.nms.{name}", TAKEN, ())  # see _test_settings
+        for name in ("iou_thr", "iou_threshold", "class_agnostic", "split_thr", "method", "sigma", "min_score")
+    ],
+    ("test_cfg.rcnn.nms.max_num", UNLIKE, (-1,)),
+    ("test_cfg.rcnn.nms.score_threshold", UNLIKE, (0,)),
+    ("test_cfg.rcnn.nms.offset", UNLIKE, (0,)),
     ("test_cfg.rcnn.mask_thr_binary", UNLIKE, (0.5,)),
     # Training
     ("train_cfg.rcnn.assigner.pos_iou_thr", TAKEN, ()),

@@ -32,6 +32,8 @@ class Unread:
 
 
 UNREAD = Unread()
+# Names of a file whose values nobody needs here (test-time augmentation): UNREAD if they are no plain values.
+_NEEDLESS = ("tta_model", "tta_pipeline")
 
 
 class _NotPlainError(Exception):
@@ -80,7 +82,8 @@ def parse(text: str, *, where: str) -> ast.Module:
     try:
         return ast.parse(text)
     except SyntaxError as error:
-        raise ConfigError(f"{where}, line {error.lineno}: not valid Python ({error.msg})") from error
+        line = f", line {error.lineno}" if error.lineno else ""  # none for a NUL byte
+        raise ConfigError(f"{where}{line}: not valid Python ({error.msg})") from error
     except (ValueError, RecursionError, MemoryError) as error:
         raise ConfigError(f"{where}: nested too deeply, or no text: not a config") from error
 
@@ -99,8 +102,15 @@ def evaluate(tree: ast.Module, base: dict[str, Any], *, where: str) -> dict[str,
             if not isinstance(node, ast.Assign):
                 inner = node.value if isinstance(node, ast.Expr) else node
                 raise _NotPlainError(node, _refusal(inner, _dotted(inner.func) if isinstance(inner, ast.Call) else ""))
-            if not _assigns_base(node):
+            if _assigns_base(node):
+                continue
+            try:
                 evaluator.assign(node)
+            except _NotPlainError:
+                names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+                if len(names) < len(node.targets) or not set(names) <= set(_NEEDLESS):
+                    raise
+                evaluator.names |= dict.fromkeys(names, UNREAD)
     except _NotPlainError as error:
         raise ConfigError(f"{where}, line {error.line}: {error}") from error
     except RecursionError as error:
@@ -215,7 +225,10 @@ class _Evaluator:
         try:
             if handler is None:
                 raise _NotPlainError(node, _refusal(node))
-            return handler(self, node)
+            found = handler(self, node)
+            if found is UNREAD and self._strict:  # one of _NEEDLESS
+                raise _NotPlainError(node, "the value of a name that was not read, since nothing in a config is run")
+            return found
         except _NotPlainError:
             if self._strict:
                 raise
@@ -300,6 +313,10 @@ class _Evaluator:
         result: dict[Any, Any] = {}
         if len(node.args) > 1:
             raise _NotPlainError(node, "dict() of several values")
+        given = [word.arg for word in node.keywords if word.arg is not None]
+        if len(set(given)) < len(given):
+            twice = next(name for name in given if given.count(name) > 1)
+            raise _NotPlainError(node, f"dict() with {twice} twice, which Python refuses too")
         for item in (*node.args, *(word.value for word in node.keywords if word.arg is None)):
             found = self.value(item)
             if isinstance(found, dict):

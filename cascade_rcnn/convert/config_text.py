@@ -9,7 +9,7 @@ unknown names),
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,18 @@ from cascade_rcnn.convert import anchors
 from cascade_rcnn.convert.anchors import Anchors
 from cascade_rcnn.convert.config_rules import IMPOSSIBLE, RULES, TAKEN, TEST_STEPS, TRAINING, UNLIKE
 from cascade_rcnn.convert.config_syntax import UNREAD, assignments
+from cascade_rcnn.convert.config_values import (
+    SYNCED,
+    as_dict,
+    as_list,
+    flag,
+    leaves,
+    number,
+    numbers,
+    same,
+    whole,
+    word,
+)
 from cascade_rcnn.convert.key_tables import BODY, BOX, MASK
 from cascade_rcnn.errors import CheckpointError
 from cascade_rcnn.messages import shown
@@ -48,6 +60,14 @@ class Hints:
     impossible: list[str] = field(default_factory=list)
     found: bool = False
 
+    def misread(self, path: str, value: object, here: str) -> None:
+        """Say a value that is not understood; an expression that was not read is said by the rules."""
+        if value is UNREAD or (isinstance(value, list) and UNREAD in value):
+            return
+        said = f"{path} = {shown(value)} (here {here})"
+        if said not in self.unlike:
+            self.unlike.append(said)
+
 
 def read_config_text(text: str | Mapping[str, Any]) -> Hints:
     """Hints from mmdetection's config, 2.x or 3.x (as text, or as dictionaries)."""
@@ -61,18 +81,18 @@ def read_config_text(text: str | Mapping[str, Any]) -> Hints:
     hints = Hints(found=True)
     _apply_rules(model, hints)
     backbone, roi, rpn = (as_dict(model.get(part)) for part in ("backbone", "roi_head", "rpn_head"))
-    hints.model |= _backbone_settings(backbone)
+    hints.model |= _backbone_settings(backbone, hints)
     norm = as_dict(backbone.get("norm_cfg"))
-    if not str(norm.get("type")).rpartition(".")[2].startswith("LN"):
+    if not word(norm.get("type")).startswith("LN"):
         hints.backbone_eps = next(iter(numbers([norm.get("eps")])), None)
     hints.standardized = _standardized(model)
-    steps = _test_steps(names)
+    steps = test_steps(names)
     hints.preprocessing = _preprocessing(model, names, steps)
-    hints.model |= _stage_settings(roi, model["train_cfg"])
+    hints.model |= _stage_settings(roi, model["train_cfg"], hints)
     if "box_loss" in hints.model:
         hints.left_out = [item for item in hints.left_out if "reg_decoded_bbox" not in item]
         hints.training = [item for item in hints.training if "bbox_head.reg_decoded_bbox" not in item]
-    hints.model |= _sampling(model["train_cfg"], one_stage=not isinstance(roi.get("bbox_head"), list))
+    hints.model |= _sampling(model["train_cfg"], hints, one_stage=not isinstance(roi.get("bbox_head"), list))
     hints.model |= _test_settings(as_dict(model["test_cfg"]), hints)
     try:
         older = {key.removeprefix("anchor_"): value for key, value in rpn.items() if key.startswith("anchor_")}
@@ -101,7 +121,7 @@ def _apply_rules(model: Mapping[str, Any], hints: Hints) -> None:
             hints.left_out += [f"{path} (an expression, not read)"] if verdict != TAKEN else []
             continue
         if path.endswith("type") and isinstance(value, str):
-            value = value.rpartition(".")[2]  # "mmdet.FPN", "torch.nn.Linear"
+            value = word(value)
         if path == "roi_head.bbox_head.loss_cls.type" and value == "SeesawLoss":
             verdict = IMPOSSIBLE
         if verdict == TAKEN or any(same(value, item) for item in expected) or value is None:
@@ -116,54 +136,40 @@ def _apply_rules(model: Mapping[str, Any], hints: Hints) -> None:
             hints.training.append(said)
 
 
-def leaves(value: object, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, value) of every setting; the stages of a list share their path."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from leaves(item, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
-        for item in value:
-            yield from leaves(item, path)
-    else:
-        yield path, value
-
-
-def same(value: object, expected: object) -> bool:
-    if isinstance(value, (list, tuple)) and isinstance(expected, list):
-        return len(value) == len(expected) and all(same(a, b) for a, b in zip(value, expected))
-    if isinstance(value, bool) or isinstance(expected, bool):
-        return value is expected
-    if isinstance(value, (int, float)) and isinstance(expected, (int, float)):
-        return abs(value - expected) <= 1e-6 * max(1e-3, abs(expected))
-    return value == expected
-
-
-def _backbone_settings(backbone: dict[str, Any]) -> dict[str, Any]:
+def _backbone_settings(backbone: dict[str, Any], hints: Hints) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if backbone.get("style") in ("pytorch", "caffe"):
         settings["style"] = backbone["style"]
-    kind, frozen = str(backbone.get("type")).rpartition(".")[2], backbone.get("frozen_stages")
-    if isinstance(frozen, int) and -1 <= frozen <= 4:
+    kind, frozen = word(backbone.get("type")), whole(backbone.get("frozen_stages"))
+    if frozen is not None and -1 <= frozen <= 4:
         settings["frozen_stages"] = frozen if frozen or kind != "ConvNeXt" else -1  # mmpretrain: 0 freezes nothing
     rate = backbone.get("drop_path_rate")
     if kind in ("ConvNeXt", "SwinTransformer") and isinstance(rate, (int, float)) and 0 <= rate < 1:
         settings["drop_path"] = float(rate)
     deformable = as_dict(backbone.get("dcn"))
     if deformable:
-        settings["deformable"] = "modulated" if deformable.get("type") == "DCNv2" else "plain"
+        settings["deformable"] = "modulated" if word(deformable.get("type")) == "DCNv2" else "plain"
         groups = deformable.get("deform_groups", deformable.get("deformable_groups", 1))
-        settings["deformable_groups"] = groups if isinstance(groups, int) else 1
+        settings["deformable_groups"] = whole(groups) or 1
+        if whole(groups) is None:
+            hints.misread("backbone.dcn.deform_groups", groups, "a whole number")
     norm = as_dict(backbone.get("norm_cfg"))
+    if not norm and "norm_eval" in backbone and kind.startswith("Res"):
+        norm = {"type": "BN"}  # mmdetection's default
     if norm:
-        settings["norm"] = _norm(norm, frozen_statistics=backbone.get("norm_eval") is not False)
+        is_fixed = flag(backbone.get("norm_eval", True))
+        if is_fixed is None:
+            hints.misread("backbone.norm_eval", backbone["norm_eval"], "True or False")
+        settings["norm"] = _norm(norm, frozen_statistics=is_fixed is not False)
     return settings
 
 
 def _norm(norm: dict[str, Any], *, frozen_statistics: bool) -> str:
-    if norm.get("type") == "GN":
+    kind = word(norm.get("type"))
+    if kind == "GN":
         return "group"
     if not frozen_statistics:
-        return "sync" if norm.get("type") == "SyncBN" else "batch"
+        return "sync" if kind in SYNCED else "batch"
     return "frozen_statistics" if norm.get("requires_grad", True) else "frozen"
 
 
@@ -175,7 +181,7 @@ def _standardized(model: Mapping[str, Any]) -> tuple[str, ...]:
     found = []
     for prefix, settings in places.items():
         kinds = {as_dict(as_dict(part).get("conv_cfg")).get("type") for part in as_list(settings)}
-        if {"ConvWS", "ConvWS2d"} & {str(kind).rpartition(".")[2] for kind in kinds}:
+        if {"ConvWS", "ConvWS2d"} & set(map(word, kinds)):
             found.append(prefix)
     return tuple(found)
 
@@ -184,7 +190,7 @@ def _preprocessing(model: dict[str, Any], names: dict[str, Any], steps: list[dic
     new = as_dict(model.get("data_preprocessor"))
     old = next((step for step in steps if step.get("type") == "Normalize"), {}) or as_dict(names.get("img_norm_cfg"))
     for found, rgb in (
-        (new, bool(new.get("bgr_to_rgb", False)) or bool(new.get("rgb_to_bgr", False))),
+        (new, bool(new.get("bgr_to_rgb", False)) or bool(new.get("rgb_to_bgr", False))),  # both turn BGR round
         (old, old.get("to_rgb", True)),
     ):
         mean, std = numbers(found.get("mean")), numbers(found.get("std"))
@@ -193,74 +199,125 @@ def _preprocessing(model: dict[str, Any], names: dict[str, Any], steps: list[dic
     return None
 
 
-def _stage_settings(roi: dict[str, Any], train: object) -> dict[str, Any]:
+def _stage_settings(roi: dict[str, Any], train: object, hints: Hints) -> dict[str, Any]:
     heads = as_list(roi.get("bbox_head"))
-    stages = roi.get("num_stages")
-    if len(heads) == 1 and isinstance(stages, int) and 1 < stages < 10:
+    stages = whole(roi.get("num_stages"))
+    if len(heads) == 1 and stages is not None and 1 < stages < 10:
         heads *= stages  # one description for all
     rcnn = as_list(as_dict(train).get("rcnn"))
     settings: dict[str, Any] = {}
     ious = [as_dict(as_dict(stage).get("assigner")).get("pos_iou_thr") for stage in rcnn]
     if ious and all(isinstance(iou, float) and 0 < iou < 1 for iou in ious):
         settings["stage_ious"] = tuple(ious)
-    coders = [as_dict(as_dict(head).get("bbox_coder")) or as_dict(head) for head in heads]  # early 2.x has no coder
-    stds = [numbers(coder.get("target_stds")) for coder in coders]
-    if stds and all(len(values) == 4 for values in stds):
-        settings["stage_stds"] = tuple(stds)
+    elif any(iou is not None for iou in ious):
+        hints.misread("train_cfg.rcnn.assigner.pos_iou_thr", ious, "a number between 0 and 1 for each stage")
+    if heads:
+        settings |= _stds(list(map(as_dict, heads)), hints)
     losses = [as_dict(as_dict(head).get("loss_bbox")) for head in heads]
-    kinds = {str(loss.get("type")).removesuffix("Loss").lower() for loss in losses}
-    if len(kinds) == 1 and kinds <= {"giou", "diou", "ciou"} and as_dict(heads[0]).get("reg_decoded_bbox") is True:
+    kinds = {word(loss.get("type")).removesuffix("Loss").lower() for loss in losses}
+    if len(kinds) == 1 and kinds <= {"giou", "diou", "ciou"} and flag(as_dict(heads[0]).get("reg_decoded_bbox")):
         settings["box_loss"] = kinds.pop()
-    amounts = set(numbers([loss.get("loss_weight", 1.0) for loss in losses]))
-    if len(amounts) == 1 and amounts != {1.0}:
-        settings["box_loss_weight"] = amounts.pop()
+    amounts = [loss.get("loss_weight", 1.0) for loss in losses]
+    if any(number(amount) is None for amount in amounts):
+        hints.misread("roi_head.bbox_head.loss_bbox.loss_weight", amounts, "a number")
+    elif len(set(amounts)) == 1 and amounts[0] != 1.0:
+        settings["box_loss_weight"] = float(amounts[0])
     weights = numbers(roi.get("stage_loss_weights"))
     if weights:
         settings["stage_loss_weights"] = weights
+    elif roi.get("stage_loss_weights") is not None:
+        hints.misread("roi_head.stage_loss_weights", roi["stage_loss_weights"], "a list of numbers, one for each stage")
     return settings
 
 
-def _sampling(train: object, *, one_stage: bool) -> dict[str, Any]:
+def _stds(heads: list[dict[str, Any]], hints: Hints) -> dict[str, Any]:
+    """Those of each stage's coder; absent, mmdetection's: 1 in a coder, (.1, .1, .2, .2) in a head without one."""
+    found = []
+    for head in heads:
+        path, part, usual = "roi_head.bbox_head.bbox_coder", as_dict(head.get("bbox_coder")), [1.0, 1.0, 1.0, 1.0]
+        if not part:
+            path, part, usual = "roi_head.bbox_head", head, [0.1, 0.1, 0.2, 0.2]  # early 2.x has no coder
+        stds = part.get("target_stds", usual)
+        if len(numbers(stds)) != 4 or min(numbers(stds)) <= 0:
+            hints.misread(f"{path}.target_stds", stds, "four numbers above 0")
+        found.append(numbers(stds))
+    return {"stage_stds": tuple(found)} if all(len(stds) == 4 for stds in found) else {}
+
+
+def _sampling(train: object, hints: Hints, *, one_stage: bool) -> dict[str, Any]:
     """Sizes of training samples, where they are not the usual ones."""
     train = as_dict(train)
     rcnn = as_list(train.get("rcnn"))
     proposal = as_dict(train.get("rpn_proposal"))
+    rpn, first = as_dict(train.get("rpn")), as_dict(rcnn[0] if rcnn else None)
     found = {
-        "rpn_samples": (as_dict(as_dict(train.get("rpn")).get("sampler")).get("num"), 256),
-        "roi_samples": (as_dict(as_dict(rcnn[0] if rcnn else None).get("sampler")).get("num"), 512),
-        "train_proposals": (proposal.get("max_per_img", proposal.get("max_num")), 1000 if one_stage else 2000),
+        "rpn_samples": ("rpn.sampler.num", as_dict(rpn.get("sampler")).get("num"), 256),
+        "roi_samples": ("rcnn.sampler.num", as_dict(first.get("sampler")).get("num"), 512),
+        "train_proposals": (
+            "rpn_proposal.max_per_img",
+            proposal.get("max_per_img", proposal.get("max_num")),
+            1000 if one_stage else 2000,
+        ),
     }
-    return {
-        name: value for name, (value, usual) in found.items() if type(value) is int and value >= 1 and value != usual
-    }
+    settings = {}
+    for name, (path, value, usual) in found.items():
+        count = whole(value)
+        if value is not None and (count is None or count < 1):
+            hints.misread(f"train_cfg.{path}", value, "a whole number of at least 1")
+        elif count is not None and count != usual:
+            settings[name] = count
+    return settings
 
 
 def _test_settings(test: dict[str, Any], hints: Hints) -> dict[str, Any]:
     rcnn, rpn = as_dict(test.get("rcnn")), as_dict(test.get("rpn"))
     nms = as_dict(rcnn.get("nms"))
     settings: dict[str, Any] = {}
-    found = {
-        "score_threshold": rcnn.get("score_thr"),
-        "nms_iou": nms.get("iou_threshold", nms.get("iou_thr")),
-        "max_detections": rcnn.get("max_per_img"),
-        "test_proposals": rpn.get("max_per_img", rpn.get("max_num")),
-    }
-    for name, value in found.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
-            settings[name] = float(value) if name in ("score_threshold", "nms_iou") else int(value)
-    if str(nms.get("type")).rpartition(".")[2] == "soft_nms":
-        settings["nms"] = "soft"
-        if nms.get("method", "linear") != "gaussian" or nms.get("sigma", 0.5) != 0.5:
-            hints.left_out.append("test_cfg.rcnn.nms: soft NMS is Gaussian with sigma 0.5 here, other settings of it")
-    elif nms.get("class_agnostic") is True:
-        settings["nms"] = "agnostic"
+    rows: list[tuple[str, str, Mapping[str, Any], tuple[str, ...]]] = [
+        ("score_threshold", "rcnn", rcnn, ("score_thr",)),
+        ("nms_iou", "rcnn.nms", nms, ("iou_threshold", "iou_thr")),
+        ("max_detections", "rcnn", rcnn, ("max_per_img",)),
+        ("test_proposals", "rpn", rpn, ("max_per_img", "max_num")),
+    ]
+    for name, place, part, keys in rows:
+        key = next((key for key in keys if key in part), None)
+        if key is None:
+            continue
+        is_count = name in ("max_detections", "test_proposals")
+        read = whole(part[key]) if is_count else number(part[key])
+        if read is not None and read >= (1 if is_count else 0):
+            settings[name] = read
+        else:
+            here = "a whole number of at least 1" if is_count else "a number from 0 to 1"
+            hints.misread(f"test_cfg.{place}.{key}", part[key], here)
+    settings |= _nms(nms, hints)
     pre_nms, ours = rpn.get("nms_pre"), max(1000, settings.get("test_proposals", 1000))
-    if isinstance(pre_nms, int) and pre_nms != ours:
-        hints.unlike.append(f"test_cfg.rpn.nms_pre = {pre_nms} (here {ours})")
+    if pre_nms is not None and whole(pre_nms) != ours:
+        hints.unlike.append(f"test_cfg.rpn.nms_pre = {shown(pre_nms)} (here {ours})")
     return settings
 
 
-def _test_steps(names: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _nms(nms: Mapping[str, Any], hints: Hints) -> dict[str, Any]:
+    """Which NMS of the detections; its threshold is read with the others."""
+    agnostic = flag(nms.get("class_agnostic", False))
+    if agnostic is None:
+        hints.misread("test_cfg.rcnn.nms.class_agnostic", nms["class_agnostic"], "True or False")
+    if word(nms.get("type")) != "soft_nms":
+        return {"nms": "agnostic"} if agnostic else {}
+    if agnostic:
+        hints.unlike.append("test_cfg.rcnn.nms.class_agnostic = True (here False in soft NMS)")
+    usual = {"method": "linear", "sigma": 0.5, "min_score": 1e-3}
+    theirs = {name: nms.get(name, value) for name, value in usual.items()}
+    if theirs["method"] != "gaussian" or not same(theirs["sigma"], 0.5):
+        hints.left_out.append("test_cfg.rcnn.nms: soft NMS is Gaussian with sigma 0.5 here, other settings of it")
+    if not same(theirs["min_score"], 1e-3):
+        hints.left_out.append(
+            f"test_cfg.rcnn.nms.min_score = {shown(theirs['min_score'])}: here detections above score_thr are kept"
+        )
+    return {"nms": "soft"}
+
+
+def test_steps(names: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The steps of the test pipeline, those inside of MultiScaleFlipAug behind it."""
     loader = as_dict(as_dict(names.get("test_dataloader")).get("dataset")).get("pipeline")
     steps = loader or as_dict(as_dict(names.get("data")).get("test")).get("pipeline") or names.get("test_pipeline")
@@ -296,25 +353,13 @@ def _scale(steps: list[dict[str, Any]], hints: Hints) -> dict[str, Any]:
         sides = (float(size),) * 2 if isinstance(size, int) else numbers(size)
         if kind == "Resize" and "keep_ratio" in step and len(sides) != 2 and not found:
             hints.left_out.append(f"test_pipeline: {shown(step)}: no (longer, shorter) scale in it")
-        if kind == "Resize" and step.get("keep_ratio", False) is not True:
-            hints.unlike.append("test_pipeline: Resize with keep_ratio = False (here True)")
+        if kind in ("Resize", "FixScaleResize") and flag(step.get("keep_ratio", False)) is not True:
+            hints.unlike.append(
+                f"test_pipeline: {kind} with keep_ratio = {shown(step.get('keep_ratio', False))} (here True)"
+            )
+        if kind == "Pad" and (step.get("size") is not None or not same(step.get("pad_val", 0), 0)):
+            said = shown({key: step[key] for key in ("size", "pad_val") if key in step})
+            hints.unlike.append(f"test_pipeline: Pad with {said} (here by 0 to a multiple of data.pad_multiple)")
         if not found and len(sides) == 2 and min(sides) >= 32:
             found = {"short_side": (int(min(sides)),), "long_side": int(max(sides))}
     return found
-
-
-def as_dict(value: object) -> dict[str, Any]:
-    return dict(value) if isinstance(value, Mapping) else {}
-
-
-def as_list(value: object) -> list[Any]:
-    if value is None or value is UNREAD:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def numbers(value: object) -> tuple[float, ...]:
-    items = value if isinstance(value, (list, tuple)) else ()
-    if not all(isinstance(item, (int, float)) and not isinstance(item, bool) for item in items):
-        return ()
-    return tuple(float(item) for item in items)

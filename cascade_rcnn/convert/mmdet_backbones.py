@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from cascade_rcnn.convert.config_text import as_dict, as_list, same
+from cascade_rcnn.convert.config_values import as_dict, as_list, same, whole, word
 from cascade_rcnn.convert.infer_config import TIMM, TIMM_DEEP_STEM
-from cascade_rcnn.convert.mmdet_findings import Findings, word
+from cascade_rcnn.convert.mmdet_findings import Findings
 from cascade_rcnn.messages import shown
 
 _ANY = {"backbone": "resnet50.tv_in1k"}  # beside a refusal, so that the other parts can be looked at too
@@ -29,12 +29,16 @@ _NAMED_WEIGHTS = {"resnet50-11ad3fa6": "resnet50.tv2_in1k", "resnet50_8xb256-rsb
 def backbone_settings(backbone: dict[str, Any], model: Mapping[str, Any], found: Findings) -> dict[str, Any]:
     """Fields of ModelConfig; ``model`` may name the weights instead of ``backbone`` (2.x)."""
     kind = word(backbone.get("type"))
-    settings = {"frozen_stages": backbone.get("frozen_stages", -1)} | BACKBONES[kind](backbone, found)
+    frozen = found.whole(backbone.get("frozen_stages", -1), "backbone.frozen_stages", least=-1)
+    settings = {"frozen_stages": frozen} | BACKBONES[kind](backbone, found)
     if as_dict(backbone.get("dcn")):
         if not kind.startswith("Res"):
             found.refuse("backbone.dcn", f"in a {kind}", "in ResNet and ResNeXt")
-        with_dcn = as_list(backbone.get("stage_with_dcn"))
-        settings["deformable_stages"] = tuple(k + 1 for k, has in enumerate(with_dcn) if has is True)
+        with_dcn = backbone.get("stage_with_dcn", [False] * 4)
+        if not isinstance(with_dcn, list) or len(with_dcn) != 4:
+            found.refuse("backbone.stage_with_dcn", with_dcn, "True or False for each of four stages")
+        has_dcn = [found.flag(has, "backbone.stage_with_dcn") for has in as_list(with_dcn)]
+        settings["deformable_stages"] = tuple(k + 1 for k, has in enumerate(has_dcn) if has)
     norm = as_dict(backbone.get("norm_cfg"))
     if word(norm.get("type")).startswith("LN") and not settings.get("output_norms"):
         found.refuse("backbone.norm_cfg.type", norm["type"], "BN, SyncBN or GN")
@@ -44,6 +48,9 @@ def backbone_settings(backbone: dict[str, Any], model: Mapping[str, Any], found:
     weights = init.get("checkpoint") or backbone.get("pretrained") or model.get("pretrained")
     if kind == "TIMMBackbone":
         return settings
+    found.expect(backbone.get("out_indices", [0, 1, 2, 3]), "backbone.out_indices", [0, 1, 2, 3])
+    if not settings.get("output_norms"):
+        found.expect(norm.get("eps", 1e-5), "backbone.norm_cfg.eps", 1e-5)
     if not weights:
         _check_start(backbone, found)
         return settings | {"pretrained": False}
@@ -77,14 +84,14 @@ def _other_weights(theirs: object, ours: str, why: str, found: Findings) -> None
 
 def _resnet(backbone: dict[str, Any], found: Findings) -> dict[str, Any]:
     kind = word(backbone.get("type"))
-    depth: Any = backbone.get("depth")
-    groups, width = backbone.get("groups", 1), backbone.get("base_width", 4)
-    if not all(type(number) is int for number in (depth, groups, width)):
-        found.refuse("backbone.depth, groups, base_width", [depth, groups, width], "whole numbers")
+    theirs = [backbone.get("depth"), backbone.get("groups", 1), backbone.get("base_width", 4)]
+    if None in map(whole, theirs):
+        found.refuse("backbone.depth, groups, base_width", theirs, "whole numbers")
         return _ANY
+    depth, groups, width = (int(number) for number in theirs)
     per_group = 64 if groups == 1 else width
-    deep = kind in ("ResNetV1c", "ResNetV1d") or backbone.get("deep_stem") is True
-    pooled = kind == "ResNetV1d" or backbone.get("avg_down") is True
+    deep = found.flag(backbone.get("deep_stem", False), "backbone.deep_stem") or kind in ("ResNetV1c", "ResNetV1d")
+    pooled = found.flag(backbone.get("avg_down", False), "backbone.avg_down") or kind == "ResNetV1d"
     found.expect(backbone.get("strides", [1, 2, 2, 2]), "backbone.strides", [1, 2, 2, 2])
     found.expect(backbone.get("base_channels", 64), "backbone.base_channels", 64)
     found.expect(backbone.get("stem_channels") or 64, "backbone.stem_channels", 64)
@@ -107,9 +114,38 @@ def _regnet(backbone: dict[str, Any], found: Findings) -> dict[str, Any]:
 
 
 def _timm(backbone: dict[str, Any], found: Findings) -> dict[str, Any]:
-    found.expect(backbone.get("features_only"), "backbone.features_only", True)
-    found.expect(backbone.get("out_indices", [1, 2, 3, 4]), "backbone.out_indices", [1, 2, 3, 4])
-    return {"backbone": str(backbone.get("model_name")), "pretrained": backbone.get("pretrained") is True}
+    """mmpretrain's TIMMBackbone, whose batch norms are trained: it has no norm_eval and no frozen_stages."""
+    read = dict.fromkeys(("model_name", "pretrained", "checkpoint_path", "init_cfg", "drop_path_rate"), ())
+    found.check(backbone, "backbone", read | {"features_only": (), "out_indices": (), "in_channels": (3,)})
+    found.expect(backbone.get("features_only", False), "backbone.features_only", True)
+    name, indices = str(backbone.get("model_name")), backbone.get("out_indices", [0, 1, 2, 3, 4])
+    strides = _timms_strides(name)
+    places = [k for k, stride in enumerate(strides) if stride in (4, 8, 16, 32)]
+    if strides:
+        found.expect(indices, "backbone.out_indices", places)
+    theirs = backbone.get("checkpoint_path") or as_dict(backbone.get("init_cfg")).get("checkpoint")
+    if theirs:
+        _other_weights(theirs, name, "", found)
+    starts = found.flag(backbone.get("pretrained", False), "backbone.pretrained")
+    return {
+        "backbone": name,
+        "pretrained": starts or bool(theirs),
+        "norm": "batch",
+        "drop_path": _drop_path(backbone, 0.0, found),
+    }
+
+
+def _timms_strides(name: str) -> list[int]:
+    """Of all maps of timm's network; [] for a name that ``check_backbone`` refuses."""
+    import timm
+    import torch
+
+    try:
+        with torch.device("meta"):
+            network: Any = timm.create_model(name, pretrained=False, features_only=True)
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError):
+        return []
+    return [int(stride) for stride in network.feature_info.reduction()]
 
 
 # ConvNeXt and Swin: norms behind each map, stochastic depth

@@ -20,10 +20,12 @@ from typing import Any
 from cascade_rcnn.config import Config, ModelConfig
 from cascade_rcnn.convert.config_files import read_config_file
 from cascade_rcnn.convert.config_rules import DETECTORS, RULES
-from cascade_rcnn.convert.config_text import Hints, as_dict, as_list, read_config_text, same
+from cascade_rcnn.convert.config_text import Hints, read_config_text
+from cascade_rcnn.convert.config_values import SYNCED, as_dict, as_list, flag, same, word
 from cascade_rcnn.convert.mmdet_backbones import BACKBONES, backbone_settings
 from cascade_rcnn.convert.mmdet_data import data_settings
-from cascade_rcnn.convert.mmdet_findings import Findings, same_settings, word
+from cascade_rcnn.convert.mmdet_defaults import fill_defaults, marked, missing
+from cascade_rcnn.convert.mmdet_findings import Findings, same_settings
 from cascade_rcnn.convert.mmdet_schedule import train_settings
 from cascade_rcnn.errors import ConfigError
 from cascade_rcnn.messages import few_names, printable, shown
@@ -35,13 +37,14 @@ _FOR_TRAINING: list[tuple[str, tuple[Any, ...]]] = [
     ("rpn_head.bbox_coder.type", ("DeltaXYWHBBoxCoder",)),
     ("*.conv_cfg.type", ("Conv", "Conv2d")),
 ]
-_SYNCED = ("SyncBN", "MMSyncBN", "NaiveSyncBN")
-# Differences that training hardly feels: listed, not refused.
-_LISTED = (
-    "train_cfg.rcnn.assigner.match_low_quality*",
-    "data_preprocessor.pad_*",
-    "data_preprocessor.batch_augments*",
-)
+# Differences that training hardly feels: listed with what they change, not refused.
+_LISTED = {
+    "train_cfg.rcnn.assigner.match_low_quality": "a box that covers two objects well enough learns the one whose best "
+    "box it is there, here the one that it covers better",
+    "data_preprocessor.pad_size_divisor": "batches are padded to multiples of data.pad_multiple here",
+    "data_preprocessor.pad_value": "the padding is 0 here",
+    "data_preprocessor.batch_augments": "",
+}
 
 
 @dataclass
@@ -92,11 +95,19 @@ def recipe_from_mmdetection(path: str | Path) -> MmdetRecipe:
             f"{where}: no counterpart here for backbone.type = {shown(backbone)}: {', '.join(BACKBONES)} are read, the "
             "last with the model_name of any network of timm"
         )
-    found, hints = Findings(), read_config_text(names)
-    settings = _model_settings(as_dict(names["model"]) | {"train_cfg": _train_cfg(names)}, hints, found)
+    found = Findings()
+    _check_kinds(model, found)
+    model |= {"train_cfg": _train_cfg(names), "test_cfg": as_dict(model.get("test_cfg") or names.get("test_cfg"))}
+    filled = fill_defaults(model)
+    found.refused += missing(model)
+    hints = read_config_text(dict(names) | {"model": model})
+    settings = _model_settings(model, hints, found)
+    _check_starts(model, found)
     data = data_settings(names, hints.data, settings["masks"] != "none", found)
     train = train_settings(names, settings, found, used=used)
+    found.left_out = [marked(said, filled) for said in found.left_out]
     if found.refused:
+        found.refused = [marked(said, filled) for said in dict.fromkeys(found.refused)]
         raise ConfigError(f"{where}: no counterpart here for {few_names(found.refused, most=3)}")
     config = config_from_dict({"model": settings, "data": data, "train": train}, source=where)
     try:
@@ -108,6 +119,35 @@ def recipe_from_mmdetection(path: str | Path) -> MmdetRecipe:
 
 def _train_cfg(names: Mapping[str, Any]) -> dict[str, Any]:
     return as_dict(as_dict(names["model"]).get("train_cfg") or names.get("train_cfg"))
+
+
+def _check_kinds(model: Mapping[str, Any], found: Findings) -> None:
+    """Refuse parts that are no dictionary, or lists of stages that are not all one."""
+    for part in ("backbone", "neck", "rpn_head", "roi_head"):
+        if not as_dict(model.get(part)):
+            found.refuse(part, model.get(part), "one dictionary")
+    roi = as_dict(model.get("roi_head"))
+    for part in ("bbox_head", "mask_head"):
+        value = roi.get(part)
+        if isinstance(value, list) and any(as_dict(item) for item in value) and not all(map(as_dict, value)):
+            found.refuse(f"roi_head.{part}", [bool(as_dict(item)) for item in value], "a head at every stage or none")
+        elif value is not None and not all(as_dict(item) for item in as_list(value)):
+            found.refuse(f"roi_head.{part}", value, "one dictionary, or one for each stage")
+
+
+def _check_starts(model: Mapping[str, Any], found: Findings) -> None:
+    """init_cfg of anything but the backbone, which ``mmdet_backbones`` reads."""
+    places: list[tuple[str, Any]] = [("", model)]
+    places += [(f"{part}.", model.get(part)) for part in ("neck", "rpn_head", "roi_head")]
+    roi = as_dict(model.get("roi_head"))
+    places += [(f"roi_head.{part}.", head) for part in ("bbox_head", "mask_head") for head in as_list(roi.get(part))]
+    for path, part in places:
+        for start in map(as_dict, as_list(as_dict(part).get("init_cfg"))):
+            said = f"{path}init_cfg.type = {shown(start.get('type'))}: these layers start as mmdetection's usual ones"
+            if word(start.get("type")) == "Pretrained":
+                said = f"{path}init_cfg.checkpoint = {shown(start.get('checkpoint'))}: the weights of this part or of "
+                said += "the whole detector; convert that checkpoint, and give --train.init"
+            found.left_out.append(said)
 
 
 def _model_settings(model: dict[str, Any], hints: Hints, found: Findings) -> dict[str, Any]:
@@ -130,6 +170,7 @@ def _model_settings(model: dict[str, Any], hints: Hints, found: Findings) -> dic
     settings |= _heads(roi, stages, settings, found)
     settings["norm"] = _head_norm(roi, settings, found)
     settings["fpn_and_mask_norms"] = _norms_elsewhere(model, settings, found)
+    _check_momentum(model, settings, found)
     _check_losses(model, stages, found)
     _check_border(as_dict(model["train_cfg"].get("rpn")), stages, found)
     _check_stages(as_list(model["train_cfg"].get("rcnn")), as_list(roi.get("bbox_head")), found)
@@ -141,14 +182,14 @@ def _model_settings(model: dict[str, Any], hints: Hints, found: Findings) -> dic
 def _apply_hints(model: dict[str, Any], hints: Hints, found: Findings) -> None:
     """What the rules for checkpoints' texts have found, sorted for a training."""
     training = set(hints.training)
-    listed = [said for said in hints.training if any(fnmatch.fnmatchcase(said, path + "*") for path in _LISTED)]
+    listed = {said: why for said in hints.training for path, why in _LISTED.items() if said.startswith(path)}
     found.refused += [said for said in hints.impossible + hints.unlike if said not in listed]
     refused = [said for said in hints.training if said not in listed]
     if any(said.startswith("roi_head.bbox_head.loss_bbox.type") for said in refused):  # it says enough
         refused = [said for said in refused if "bbox_head.reg_decoded_bbox" not in said]
     found.refused += map(_with_ours, refused)
     found.left_out += [said for said in hints.left_out if said not in training and ("=" in said or ":" in said)]
-    found.left_out += [said for said in listed if "batch_augments" not in said]  # mmdet_data looks at those
+    found.left_out += [f"{said}: {why}" for said, why in listed.items() if why]  # mmdet_data looks at batch_augments
     for path, values in _FOR_TRAINING:
         for place, value in found.leaves(model):
             if fnmatch.fnmatchcase(place, path) and not any(same(word(value), item) for item in values):
@@ -170,7 +211,7 @@ def _heads(roi: Mapping[str, Any], stages: int, settings: Mapping[str, Any], fou
     """Fields for box and mask heads; the stages must be alike but for their coders."""
     heads = [as_dict(head) for head in as_list(roi.get("bbox_head"))]
     single = word(roi.get("type")) == "StandardRoIHead"
-    number = roi.get("num_stages", len(heads)) if not single else 1
+    number = found.whole(roi.get("num_stages", len(heads)), "roi_head.num_stages", least=1) if not single else 1
     if not heads or number != stages or len(heads) not in (1, stages):
         found.refused.append(f"roi_head with {len(heads)} box heads and {stages} IoUs for {number} stages")
         return {"masks": "none"}
@@ -178,7 +219,8 @@ def _heads(roi: Mapping[str, Any], stages: int, settings: Mapping[str, Any], fou
     if any(not same_settings(head, plain[0]) for head in plain):
         found.refused.append("roi_head.bbox_head with stages that differ in more than their bbox_coder")
     head, channels = heads[0], settings["fpn_channels"]
-    result: dict[str, Any] = {"class_agnostic_boxes": head.get("reg_class_agnostic") is True}
+    agnostic = found.flag(head.get("reg_class_agnostic", False), "roi_head.bbox_head.reg_class_agnostic")
+    result: dict[str, Any] = {"class_agnostic_boxes": agnostic}
     result["head_channels"] = head.get("fc_out_channels", 1024)
     result["box_head"] = _box_head(head, channels, found)
     masks = [as_dict(item) for item in as_list(roi.get("mask_head"))]
@@ -206,7 +248,7 @@ def _box_head(head: Mapping[str, Any], channels: object, found: Findings) -> str
         found.refused.append(f"{path} with {convs} shared convolutions and {layers} layers")
     found.expect(head.get("conv_out_channels", 256), f"{path}.conv_out_channels", channels)
     norm = word(as_dict(head.get("norm_cfg")).get("type"))
-    if norm not in ("", "GN", "BN", *_SYNCED):
+    if norm not in ("", "GN", "BN", *SYNCED):
         found.refuse(f"{path}.norm_cfg.type", norm, "none, GN, BN or SyncBN")
     return {"": "4conv1fc", "GN": "4conv1fc_gn"}.get(norm, "4conv1fc_bn")
 
@@ -218,8 +260,8 @@ def _head_norm(roi: Mapping[str, Any], settings: Mapping[str, Any], found: Findi
         return norm
     kind = word(as_dict(as_dict(as_list(roi.get("bbox_head"))[0]).get("norm_cfg")).get("type"))
     if settings.get("output_norms"):  # no batch norm in the backbone
-        return "sync" if kind in _SYNCED else "batch"
-    if (kind in _SYNCED) != (norm == "sync"):
+        return "sync" if kind in SYNCED else "batch"
+    if (kind in SYNCED) != (norm == "sync"):
         usual = "SyncBN" if norm == "sync" else "BN"
         found.refuse("roi_head.bbox_head.norm_cfg.type", kind, f"{usual}, as the backbone's norm has it")
     return norm
@@ -232,7 +274,7 @@ def _norms_elsewhere(model: Mapping[str, Any], settings: Mapping[str, Any], foun
     if settings["masks"] != "none":
         parts["roi_head.mask_head"] = as_dict(as_list(roi.get("mask_head"))[0])
     norms = {path: as_dict(part.get("norm_cfg")) for path, part in parts.items()}
-    batch = {"batch": ("BN", "BN2d"), "sync": _SYNCED}.get(settings["norm"], ())
+    batch = {"batch": ("BN", "BN2d"), "sync": SYNCED}.get(settings["norm"], ())
     everywhere = any(word(norm.get("type")) in batch for norm in norms.values())
     usual = batch if everywhere else ("GN",) if settings["norm"] == "group" else ("",)
     for path, norm in norms.items():
@@ -245,6 +287,19 @@ def _norms_elsewhere(model: Mapping[str, Any], settings: Mapping[str, Any], foun
     return everywhere
 
 
+def _check_momentum(model: Mapping[str, Any], settings: Mapping[str, Any], found: Findings) -> None:
+    """Of batch norms whose statistics are trained."""
+    roi = as_dict(model.get("roi_head"))
+    parts = [("neck", model.get("neck"))]
+    parts += [(f"roi_head.{part}", head) for part in ("bbox_head", "mask_head") for head in as_list(roi.get(part))]
+    if settings["norm"] in ("batch", "sync"):
+        parts.append(("backbone", model.get("backbone")))
+    for path, part in parts:
+        norm = as_dict(as_dict(part).get("norm_cfg"))
+        if word(norm.get("type", "BN")) in ("BN", "BN2d", *SYNCED):
+            found.expect(norm.get("momentum", 0.1), f"{path}.norm_cfg.momentum", 0.1)
+
+
 def _check_losses(model: Mapping[str, Any], stages: int, found: Findings) -> None:
     """mmdetection's cascades learn boxes with smooth L1, its Faster and Mask R-CNN with L1: both are done here."""
     roi = as_dict(model.get("roi_head"))
@@ -253,9 +308,10 @@ def _check_losses(model: Mapping[str, Any], stages: int, found: Findings) -> Non
     for path, head, beta in heads:
         loss = as_dict(head.get("loss_bbox")) or {"type": "SmoothL1Loss", "beta": beta}
         kind = word(loss.get("type"))
-        theirs = 0.0 if kind == "L1Loss" else loss.get("beta", 1.0)
+        theirs = 0.0 if kind == "L1Loss" else found.number(loss.get("beta", 1.0), f"{path}.loss_bbox.beta")
         ours = beta if stages > 1 else 0.0
-        if kind in ("GIoULoss", "DIoULoss", "CIoULoss") and head.get("reg_decoded_bbox") is not True:
+        decoded = found.flag(head.get("reg_decoded_bbox", False), f"{path}.reg_decoded_bbox")
+        if kind in ("GIoULoss", "DIoULoss", "CIoULoss") and not decoded:
             found.refuse(f"{path}.loss_bbox.type", kind, "with reg_decoded_bbox = True")
         weight = loss.get("loss_weight", 1.0)
         if kind in ("L1Loss", "SmoothL1Loss") and not same(weight, 1.0):
@@ -279,7 +335,9 @@ def _check_stages(rcnn: list[Any], heads: list[Any], found: Findings) -> None:
         found.refuse("train_cfg.rcnn.sampler.num", numbers, "one number for all stages")
     for stage in rcnn:
         assigner = as_dict(as_dict(stage).get("assigner"))
-        for name in ("neg_iou_thr", "min_pos_iou"):
+        # Without match_low_quality nothing reads min_pos_iou.
+        reads_least = flag(assigner.get("match_low_quality")) is not False or "min_pos_iou" in assigner
+        for name in ("neg_iou_thr", "min_pos_iou") if reads_least else ("neg_iou_thr",):
             found.expect(
                 assigner.get(name, assigner.get("pos_iou_thr")),
                 f"train_cfg.rcnn.assigner.{name}",

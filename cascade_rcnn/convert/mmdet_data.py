@@ -6,17 +6,22 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cascade_rcnn.convert.config_text import as_dict, as_list, numbers, same
-from cascade_rcnn.convert.mmdet_findings import Findings, same_settings, word
+from cascade_rcnn.convert.config_text import test_steps
+from cascade_rcnn.convert.config_values import as_dict, as_list, flag, numbers, same, word
+from cascade_rcnn.convert.mmdet_findings import Findings, same_settings
 from cascade_rcnn.messages import shown
 
 # Steps of a training pipeline and their settings: values that mean what is done here, () for any value.
 _ANY: tuple[Any, ...] = ()
-_FILES = {"backend_args": _ANY, "file_client_args": _ANY, "imdecode_backend": _ANY}
+_FILES = {"backend_args": _ANY, "file_client_args": _ANY, "imdecode_backend": _ANY}  # the last: _say_library
 _STEPS: dict[str, dict[str, tuple[Any, ...]]] = {
     "LoadImageFromFile": {"to_float32": _ANY, "color_type": ("color",), **_FILES},
     "LoadAnnotations": {
-        **dict.fromkeys(("with_bbox", "with_label", "with_mask", "poly2mask", "box_type"), _ANY),
+        "with_bbox": (True,),
+        "with_label": (True,),
+        "with_mask": (True, False),
+        "poly2mask": _ANY,
+        "box_type": ("hbox",),
         "with_seg": (False,),
         **_FILES,
     },
@@ -45,7 +50,7 @@ _STEPS: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "FilterAnnotations": {
         "min_gt_bbox_wh": ([0.01, 0.01], [1, 1]),
-        "keep_empty": _ANY,
+        "keep_empty": (True,),  # which leaves out images without objects
         "by_box": (True,),
         "by_mask": (False,),
     },
@@ -76,6 +81,12 @@ _DATASET = {
     **dict.fromkeys(("test_mode", "proposal_file"), (False, None)),
     "indices": (None,),
 }
+_OLD_LOADER = {  # of 2.x, since 2.20; class-aware sampling and the like are refused
+    **dict.fromkeys(("samples_per_gpu", "workers_per_gpu", "persistent_workers", "pin_memory"), _ANY),
+    "shuffle": (True,),
+}
+# Steps of a training pipeline of which a second one would do something else: refused.
+_ONCE = ("LoadAnnotations", "RandomFlip", "PhotoMetricDistortion", "Normalize", "FilterAnnotations")
 
 
 def data_settings(
@@ -88,9 +99,10 @@ def data_settings(
     if not steps:
         found.refused.append("a training without train_dataloader.dataset.pipeline (2.x: data.train.pipeline)")
     loads = next((step for step in steps if word(step.get("type")) == "LoadAnnotations"), {})
-    if has_masks and loads.get("with_mask") is not True:
+    if has_masks and flag(loads.get("with_mask")) is not True:
         found.refused.append("a mask head without masks (LoadAnnotations with_mask)")
     settings |= _pipeline(steps, found, old=old)
+    _check_normalize(names, steps, found, old=old)
     _check_augments(as_dict(as_dict(names.get("model")).get("data_preprocessor")), settings, found)
     return settings | _test_size(settings, test, found)
 
@@ -130,6 +142,7 @@ def _train_set(names: Mapping[str, Any], found: Findings) -> tuple[dict[str, Any
     dataset: Any = old.get("train") if old else loader.get("dataset")
     settings: dict[str, Any] = {}
     _check_loader(loader, found)
+    _check_old_loader(old, found)
     parts, settings = _unwrapped(dataset, path, found)
     dataset = parts[0] if parts else {}
     for part in parts:
@@ -140,8 +153,9 @@ def _train_set(names: Mapping[str, Any], found: Findings) -> tuple[dict[str, Any
         said = said if kind.startswith("LVIS") else "by what the files are, not by this class (docs/data.md)"
         found.left_out.append(f"{path}.type = {shown(kind)}: read {said}")
     workers = loader.get("num_workers", old.get("workers_per_gpu"))
-    if isinstance(workers, int):
-        settings["workers"] = workers
+    workers = as_dict(old.get("train_dataloader")).get("workers_per_gpu", workers)
+    if workers is not None:
+        settings["workers"] = found.whole(workers, "num_workers", least=0)
     settings["keep_empty"] = not _drops_empty(dataset, bool(old), found)
     settings |= _places(names, parts, old, found)
     classes = as_dict(dataset.get("metainfo")).get("classes", dataset.get("classes"))
@@ -158,8 +172,9 @@ def _unwrapped(dataset: Any, path: str, found: Findings) -> tuple[list[dict[str,
         (wrapper,) = parts
         kind = word(wrapper.get("type"))
         if kind == "RepeatDataset":
-            times = wrapper.get("times", 1)
-            settings["repeat"] = settings.get("repeat", 1) * (times if isinstance(times, int) else 1)
+            found.check(wrapper, f"{path}.{kind}", {"times": _ANY, "dataset": _ANY, "lazy_init": _ANY})
+            times = found.whole(wrapper.get("times"), f"{path}.{kind}.times", least=1)
+            settings["repeat"] = settings.get("repeat", 1) * times
         elif kind == "ClassBalancedDataset":
             known = {"oversample_thr": _ANY, "filter_empty_gt": (True,), "dataset": _ANY}
             found.check(wrapper, f"{path}.{kind}", known)
@@ -181,12 +196,23 @@ def _unwrapped(dataset: Any, path: str, found: Findings) -> tuple[list[dict[str,
 
 def _check_loader(loader: Mapping[str, Any], found: Findings) -> None:
     known = dict.fromkeys(("batch_size", "num_workers", "persistent_workers", "dataset", "pin_memory"), _ANY)
-    known |= dict.fromkeys(("sampler", "batch_sampler", "drop_last", "collate_fn", "prefetch_factor", "timeout"), _ANY)
+    known |= dict.fromkeys(("sampler", "batch_sampler", "prefetch_factor", "timeout"), _ANY)
+    known |= {"drop_last": (False,), "collate_fn": ({"type": "pseudo_collate"},)}
     found.check(loader, "train_dataloader", known)
+    sampler, batches = as_dict(loader.get("sampler")), as_dict(loader.get("batch_sampler"))
+    found.check(sampler, "train_dataloader.sampler", {"shuffle": (True,), "seed": _ANY, "round_up": (True,)})
+    found.check(batches, "train_dataloader.batch_sampler", {"drop_last": (False,)})
     found.expect(word(as_dict(loader.get("sampler")).get("type")), "train_dataloader.sampler.type",
                  "DefaultSampler", "InfiniteSampler", "")  # fmt: skip
     found.expect(word(as_dict(loader.get("batch_sampler")).get("type")), "train_dataloader.batch_sampler.type",
                  "AspectRatioBatchSampler", "")  # fmt: skip
+
+
+def _check_old_loader(data: Mapping[str, Any], found: Findings) -> None:
+    known = dict.fromkeys(("samples_per_gpu", "imgs_per_gpu", "workers_per_gpu", "train", "val", "test"), _ANY)
+    known |= dict.fromkeys(("train_dataloader", "val_dataloader", "test_dataloader", "persistent_workers"), _ANY)
+    found.check(data, "data", known)
+    found.check(as_dict(data.get("train_dataloader")), "data.train_dataloader", _OLD_LOADER)
 
 
 def _drops_empty(dataset: Mapping[str, Any], old: bool, found: Findings) -> bool:
@@ -239,6 +265,10 @@ def _split_of(file: str) -> str:
 
 def _pipeline(steps: list[dict[str, Any]], found: Findings, *, old: bool) -> dict[str, Any]:
     settings: dict[str, Any] = {"flip": 0.0}
+    kinds = [word(step.get("type")) for step in steps]
+    found.refused += [
+        f"train_pipeline: {kinds.count(kind)} steps {kind} (here one)" for kind in _ONCE if kinds.count(kind) > 1
+    ]
     for step in steps:
         kind = word(step.get("type"))
         if kind not in _STEPS:
@@ -246,6 +276,7 @@ def _pipeline(steps: list[dict[str, Any]], found: Findings, *, old: bool) -> dic
             found.refused.append(f"train_pipeline: a step {shown(kind)}{instead}")
             continue
         found.check(step, f"train_pipeline.{kind}", _STEPS[kind])
+        _say_library(step, f"train_pipeline.{kind}", found)
         if kind in _MAKERS:
             settings |= _MAKERS[kind](step, settings, found, old)
     settings.pop("with_mask", None)
@@ -256,8 +287,30 @@ def _pipeline(steps: list[dict[str, Any]], found: Findings, *, old: bool) -> dic
     return settings
 
 
+def _say_library(step: Mapping[str, Any], path: str, found: Findings) -> None:
+    """Another library than cv2 for files or for resizing."""
+    if step.get("imdecode_backend", "cv2") != "cv2":
+        said = shown(step["imdecode_backend"])
+        found.left_out.append(f"{path}.imdecode_backend = {said}: pictures are decoded by one library here")
+    if step.get("backend", "cv2") != "cv2":
+        said = shown(step["backend"])
+        found.left_out.append(f"{path}.backend = {said}: resized as cv2 does; data.antialias True is as Pillow does")
+
+
+def _check_normalize(names: Mapping[str, Any], steps: list[dict[str, Any]], found: Findings, *, old: bool) -> None:
+    """Training and test normalise alike: in the data_preprocessor, or (2.x) in both pipelines."""
+    theirs = [step for step in steps if word(step.get("type")) == "Normalize"]
+    tests = [step for step in test_steps(names) if step["type"] == "Normalize"]
+    new = as_dict(as_dict(as_dict(names.get("model")).get("data_preprocessor"))).get("mean") is not None
+    values = [[step.get("mean"), step.get("std"), flag(step.get("to_rgb", True))] for step in (*theirs, *tests)]
+    if new and values:
+        found.refuse("a step Normalize", values[0], "in data_preprocessor alone")
+    elif old and (len(values) != 2 or not same(values[0], values[1])):
+        found.refuse("Normalize of training and test", values, "one each, the same")
+
+
 def _annotations(step: Mapping[str, Any], settings: Mapping[str, Any], found: Findings, old: bool) -> dict[str, Any]:
-    return {"with_mask": step.get("with_mask") is True}
+    return {"with_mask": found.flag(step.get("with_mask", False), "train_pipeline.LoadAnnotations.with_mask")}
 
 
 def _flip(step: Mapping[str, Any], settings: Mapping[str, Any], found: Findings, old: bool) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cascade_rcnn.convert.config_text import leaves, same
+from cascade_rcnn.convert.config_values import flag, leaves, number, same, whole
 from cascade_rcnn.messages import shown
 
 
@@ -28,6 +28,29 @@ class Findings:
         if not any(same(value, item) for item in expected):
             self.refuse(path, value, shown(expected[0]))
 
+    def whole(self, value: object, path: str, *, least: int) -> int:
+        """A whole number; refuses others, and gives ``least`` beside a refusal."""
+        read = whole(value)
+        if read is None or read < least:
+            self.refuse(path, value, f"a whole number of at least {least}")
+            return least
+        return read
+
+    def number(self, value: object, path: str) -> float:
+        """A number of at least 0; refuses others, and gives 0 beside a refusal."""
+        read = number(value)
+        if read is None or read < 0:
+            self.refuse(path, value, "a number of at least 0")
+            return 0.0
+        return read
+
+    def flag(self, value: object, path: str) -> bool:
+        """True or False; refuses what is neither (nor 1 nor 0), and gives False beside a refusal."""
+        read = flag(value)
+        if read is None:
+            self.refuse(path, value, "True or False")
+        return bool(read)
+
     def check(self, part: Mapping[str, Any], path: str, known: Mapping[str, tuple[Any, ...]]) -> None:
         """Refuse settings of ``part`` that are not known, or have a value that is not listed (``()``: any)."""
         for key, value in part.items():
@@ -42,11 +65,6 @@ class Findings:
     def leaves(value: object) -> Iterator[tuple[str, Any]]:
         """(path, value) of every setting."""
         return leaves(value)
-
-
-def word(name: object) -> str:
-    """The class in ``mmdet.FPN``, ``torch.nn.Linear``."""
-    return str(name).rpartition(".")[2] if name is not None else ""
 
 
 def same_settings(one: object, other: object) -> bool:

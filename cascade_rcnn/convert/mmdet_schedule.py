@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from cascade_rcnn.convert.config_text import as_dict, as_list, same
-from cascade_rcnn.convert.mmdet_findings import Findings, word
+from cascade_rcnn.convert.config_values import as_dict, as_list, same, whole, word
+from cascade_rcnn.convert.mmdet_findings import Findings
 from cascade_rcnn.messages import few_names, shown
 
 _ANY: tuple[Any, ...] = ()
@@ -17,7 +17,12 @@ _HARMLESS_HOOKS = (
     "SyncBuffersHook",
     "SetEpochInfoHook",
 )
-_LIBRARIES = ("mmcls", "mmcv", "mmdet", "mmengine", "mmpretrain")  # whose types are known by their names, or refused
+_DEFAULT_HOOKS = (
+    *("IterTimerHook", "LoggerHook", "ParamSchedulerHook", "CheckpointHook", "DistSamplerSeedHook", "RuntimeInfoHook"),
+    *("DetVisualizationHook", "TrackVisualizationHook", "GroundingVisualizationHook"),
+)
+# Imports that bring no code but the libraries' own, whose types are known by their names, or refused.
+_IMPORTS = {"", *(f"{library}{part}" for library in ("mmcls", "mmdet", "mmpretrain") for part in ("", ".models"))}
 _PRECISIONS = {"float16": "fp16", "bfloat16": "bf16"}
 # Words in parameters' names that custom_keys leaves without decay, and what they are here.
 _FREE_OF_DECAY = {
@@ -31,14 +36,14 @@ _FREE_OF_DECAY = {
 _UNUSED = {
     *("default_scope", "env_cfg", "vis_backends", "visualizer", "log_processor", "log_level", "resume", "val_cfg"),
     *("test_cfg", "val_dataloader", "test_dataloader", "val_evaluator", "test_evaluator", "backend_args", "work_dir"),
-    *("dataset_type", "data_root", "train_pipeline", "test_pipeline", "val_pipeline", "default_hooks", "launcher"),
-    *("log_config", "checkpoint_config", "dist_params", "workflow", "resume_from", "opencv_num_threads"),
+    *("dataset_type", "data_root", "train_pipeline", "test_pipeline", "val_pipeline", "launcher"),
+    *("log_config", "checkpoint_config", "dist_params", "resume_from", "opencv_num_threads"),
     *("mp_start_method", "file_client_args", "gpu_ids", "img_norm_cfg", "persistent_workers", "cudnn_benchmark"),
 }
 _READ = {
     *("model", "data", "train_dataloader", "train_cfg", "optim_wrapper", "optimizer", "optimizer_config", "lr_config"),
     *("param_scheduler", "runner", "total_epochs", "evaluation", "auto_scale_lr", "custom_hooks", "load_from", "fp16"),
-    *("randomness", "seed", "deterministic", "custom_imports"),
+    *("randomness", "seed", "deterministic", "custom_imports", "default_hooks", "workflow"),
 }
 
 
@@ -56,19 +61,21 @@ def train_settings(
     settings |= _hooks(names, found)
     random = as_dict(names.get("randomness"))
     seed = random.get("seed", names.get("seed"))
-    if type(seed) is int:
-        settings["seed"] = seed
-    if random.get("deterministic", names.get("deterministic")) is True:
+    if seed is not None:
+        settings["seed"] = found.whole(seed, "randomness.seed", least=0)
+    if found.flag(random.get("deterministic", names.get("deterministic") or False), "randomness.deterministic"):
         settings["deterministic"] = True
     backbone = as_dict(as_dict(names.get("model")).get("backbone"))
-    if backbone.get("with_cp") is True or backbone.get("use_checkpoint") is True:
-        settings["activation_checkpointing"] = True
+    for name in ("with_cp", "use_checkpoint"):
+        if found.flag(backbone.get(name, False), f"backbone.{name}"):
+            settings["activation_checkpointing"] = True
+    _check_loops(names, found)
     if names.get("load_from"):
         found.left_out.append(
             f"load_from = {shown(names['load_from'])}: convert that checkpoint, and give --train.init"
         )
     imports = [str(name) for name in as_list(as_dict(names.get("custom_imports")).get("imports"))]
-    if not all(name.partition(".")[0] in _LIBRARIES for name in imports):
+    if not _IMPORTS.issuperset(imports):
         found.left_out.append(
             f"custom_imports {shown(imports)}: not imported; whether they change known parts is not seen"
         )
@@ -123,9 +130,10 @@ def _wrapper(wrapper: Mapping[str, Any], found: Findings) -> dict[str, Any]:
     scale = wrapper.get("loss_scale", "dynamic")
     if kind == "AmpOptimWrapper" and scale != "dynamic":
         found.left_out.append(f"optim_wrapper.loss_scale = {shown(scale)} (fp16 finds its scale while it trains)")
-    settings = precision | _clip(as_dict(wrapper.get("clip_grad")), "optim_wrapper.clip_grad", found)
+    settings = precision | _clip(wrapper.get("clip_grad"), "optim_wrapper.clip_grad", found)
     if "accumulative_counts" in wrapper:
-        settings["accumulate"] = wrapper["accumulative_counts"]
+        counts = wrapper["accumulative_counts"]
+        settings["accumulate"] = found.whole(counts, "optim_wrapper.accumulative_counts", least=1)
     return settings
 
 
@@ -141,10 +149,10 @@ def _old_wrapper(names: Mapping[str, Any], found: Findings) -> dict[str, Any]:
         _say_precision(f"fp16 = {shown(names['fp16'])}", found)
     elif hook.get("use_fp16") is True or word(hook.get("type")) == "Fp16OptimizerHook":
         _say_precision("optimizer_config: half precision", found)
-    settings = _clip(as_dict(hook.get("grad_clip")), "optimizer_config.grad_clip", found)
+    settings = _clip(hook.get("grad_clip"), "optimizer_config.grad_clip", found)
     for name in ("cumulative_iters", "update_interval"):
         if name in hook:
-            settings["accumulate"] = hook[name]
+            settings["accumulate"] = found.whole(hook[name], f"optimizer_config.{name}", least=1)
     return settings
 
 
@@ -152,9 +160,15 @@ def _say_precision(what: str, found: Findings) -> None:
     found.left_out.append(f"{what} (here train.precision auto: bf16 on GPUs that have it; fp16 if you say so)")
 
 
-def _clip(clip: Mapping[str, Any], path: str, found: Findings) -> dict[str, Any]:
-    found.check(clip, path, {"max_norm": _ANY, "norm_type": (2,)})
-    return {"clip_grad_norm": float(clip["max_norm"])} if _is_number(clip.get("max_norm")) else {}
+def _clip(clip: object, path: str, found: Findings) -> dict[str, Any]:
+    if clip is None or clip == {}:
+        return {}
+    found.check(as_dict(clip), path, {"max_norm": _ANY, "norm_type": (2,)})
+    largest = as_dict(clip).get("max_norm")
+    if not _is_number(largest):
+        found.refuse(f"{path}.max_norm", largest if as_dict(clip) else clip, "a number")
+        return {}
+    return {"clip_grad_norm": float(largest)}  # type: ignore[arg-type]
 
 
 def _decay(parts: Mapping[str, Any], network: Mapping[str, Any], found: Findings) -> dict[str, Any]:
@@ -213,32 +227,44 @@ def _length(names: Mapping[str, Any], found: Findings) -> dict[str, Any]:
     steps = loop.get("max_iters", runner.get("max_iters"))
     if steps is not None:
         found.refuse("max_iters", steps, "schedules count epochs: steps x images per step / images of the data")
-    elif type(epochs) is not int or epochs < 1:
+    elif (whole(epochs) or 0) < 1:
         found.refuse("max_epochs", epochs, "a number of epochs")
     if loop.get("dynamic_intervals"):
         found.left_out.append(f"train_cfg.dynamic_intervals = {shown(loop['dynamic_intervals'])}")
     every = loop.get("val_interval", as_dict(names.get("evaluation")).get("interval", 1))
-    return {"epochs": epochs if type(epochs) is int else 12, "evaluate_every": every if type(every) is int else 1}
+    every = found.whole(every, "val_interval", least=1)
+    return {"epochs": max(1, whole(epochs) or 12), "evaluate_every": every}
 
 
 def _schedulers(names: Mapping[str, Any], epochs: int, found: Findings) -> dict[str, Any]:
     settings: dict[str, Any] = {"milestones": (), "warmup_steps": 0}
-    for part in map(as_dict, as_list(names.get("param_scheduler"))):
-        kind = word(part.get("type"))
+    parts = [as_dict(part) for part in as_list(names.get("param_scheduler"))]
+    kinds = [word(part.get("type")) for part in parts]
+    if kinds.count("LinearLR") > 1 or len(kinds) - kinds.count("LinearLR") > 1:
+        found.refuse("param_scheduler", kinds, "one LinearLR as warm-up, and one MultiStepLR or CosineAnnealingLR")
+    for kind, part in zip(kinds, parts):
         path = f"param_scheduler.{kind}"
         if kind == "LinearLR":
             known = {"start_factor": _ANY, "end_factor": (1,), "by_epoch": (False,), "begin": (0,), "end": _ANY}
             found.check(part, path, known)
             found.expect(part.get("by_epoch", True), f"{path}.by_epoch", False)
-            settings["warmup_factor"] = part.get("start_factor", 1 / 3)
-            settings["warmup_steps"] = part.get("end")
+            settings["warmup_factor"] = found.number(part.get("start_factor", 1 / 3), f"{path}.start_factor")
+            settings["warmup_steps"] = found.whole(part.get("end"), f"{path}.end", least=0)
         elif kind == "MultiStepLR":
             known = {"milestones": _ANY, "gamma": (0.1,), "by_epoch": (True,), "begin": (0,), "end": _ANY}
             found.check(part, path, known)
-            settings["milestones"] = _milestones(part.get("milestones"), epochs)
+            steps = _milestones(part.get("milestones"), epochs, f"{path}.milestones", found)
+            settings["milestones"] = steps
+            end = found.whole(part.get("end", epochs), f"{path}.end", least=1)
+            if late := [str(step) for step in steps if step >= end]:
+                said = f"mmdetection's rate does not fall at {', '.join(late)}, here it does"
+                found.left_out.append(f"{path}.end = {end}: {said}")
         elif kind == "CosineAnnealingLR":
             known = {"T_max": (epochs,), "eta_min": (0,), "by_epoch": (True,), "begin": (0,), "end": _ANY}
             found.check(part, path, known | {"convert_to_iter_based": (True,)})
+            end = part.get("end", part.get("T_max", epochs))
+            if (whole(end) or 0) < epochs or ("T_max" not in part and end != epochs):
+                found.refuse(f"{path}.end", end, f"{epochs}, the number of epochs")
             settings["schedule"] = "cosine"
         else:
             found.refuse("param_scheduler.type", kind, "LinearLR, MultiStepLR, CosineAnnealingLR")
@@ -253,7 +279,9 @@ def _old_schedule(names: Mapping[str, Any], epochs: int, found: Findings) -> dic
     settings: dict[str, Any] = {"milestones": (), "warmup_steps": 0}
     if policy == "step":
         known |= {"step": _ANY, "gamma": (0.1,)}
-        settings["milestones"] = _milestones(part.get("step"), epochs)
+        every = whole(part.get("step"))  # a single number is every so many epochs
+        steps = list(range(every, min(epochs, 10_000), every)) if every and every > 0 else part.get("step")
+        settings["milestones"] = _milestones(steps, epochs, "lr_config.step", found)
     elif policy == "cosineannealing":
         known |= {"min_lr": (0,), "min_lr_ratio": (0,)}
         settings["schedule"] = "cosine"
@@ -261,26 +289,29 @@ def _old_schedule(names: Mapping[str, Any], epochs: int, found: Findings) -> dic
         found.refuse("lr_config.policy", part.get("policy"), "step or CosineAnnealing")
     found.check(part, "lr_config", known)
     if part.get("warmup"):
-        settings["warmup_steps"] = part.get("warmup_iters", 0)
-        settings["warmup_factor"] = part.get("warmup_ratio", 0.1)
+        settings["warmup_steps"] = found.whole(part.get("warmup_iters", 0), "lr_config.warmup_iters", least=0)
+        settings["warmup_factor"] = found.number(part.get("warmup_ratio", 0.1), "lr_config.warmup_ratio")
     return settings
 
 
-def _milestones(value: object, epochs: int) -> tuple[int, ...]:
-    """Those before the end; a single number is every so many epochs, as 2.x takes it."""
-    if type(value) is int and value > 0:
-        return tuple(range(value, min(epochs, 10_000), value))
-    return tuple(item for item in as_list(value) if type(item) is int and item < epochs)
+def _milestones(value: object, epochs: int, path: str, found: Findings) -> tuple[int, ...]:
+    """Those before the end, rising."""
+    if not isinstance(value, list):
+        found.refuse(path, value, "a list of epochs")
+        return ()
+    steps = [found.whole(item, path, least=1) for item in value]
+    if len(set(steps)) < len(steps):
+        found.refuse(path, value, "each epoch once")
+    return tuple(sorted({step for step in steps if step < epochs}))
 
 
 def _batch(names: Mapping[str, Any], settings: Mapping[str, Any], found: Findings) -> dict[str, Any]:
     loader, old = as_dict(names.get("train_dataloader")), as_dict(names.get("data"))
     size = loader.get("batch_size", old.get("samples_per_gpu", old.get("imgs_per_gpu", 2)))
-    scaling = as_dict(names.get("auto_scale_lr"))
-    meant = scaling.get("base_batch_size")
-    if type(size) is not int or (meant is not None and type(meant) is not int):
-        found.refuse("batch_size", [size, meant], "whole numbers")
-        return {}
+    size = found.whole(as_dict(old.get("train_dataloader")).get("samples_per_gpu", size), "batch_size", least=1)
+    meant = as_dict(names.get("auto_scale_lr")).get("base_batch_size")
+    if meant is not None:
+        meant = found.whole(meant, "auto_scale_lr.base_batch_size", least=1)
     lr = settings.get("lr")
     if meant is None:
         found.notes.append(f"train.images_per_step {8 * size}: assumed, 8 GPUs with {size} images each; lr is for them")
@@ -294,22 +325,68 @@ def _batch(names: Mapping[str, Any], settings: Mapping[str, Any], found: Finding
 
 def _hooks(names: Mapping[str, Any], found: Findings) -> dict[str, Any]:
     settings: dict[str, Any] = {}
-    for hook in map(as_dict, as_list(names.get("custom_hooks"))):
+    standing = as_dict(names.get("default_hooks"))
+    for name in ("param_scheduler", "sampler_seed"):
+        if name in standing and standing[name] is None:
+            found.refuse(f"default_hooks.{name}", None, "mmdetection's")
+    hooks = [("custom_hooks", as_dict(hook)) for hook in as_list(names.get("custom_hooks"))]
+    hooks += [("default_hooks", as_dict(hook)) for hook in standing.values() if hook is not None]
+    for place, hook in hooks:
         kind = word(hook.get("type"))
-        momentum = hook.get("momentum", 0.0002)
-        if (
-            kind == "EMAHook"
-            and _is_number(momentum)
-            and word(hook.get("ema_type", "")) in ("", "ExponentialMovingAverage")
-        ):
-            known = dict.fromkeys(("momentum", "ema_type", "priority", "update_buffers", "strict_load"), _ANY)
-            found.check(hook, "custom_hooks.EMAHook", known)
-            settings["ema"] = round(1.0 - momentum, 10)
-        elif kind == "EarlyStoppingHook" and type(hook.get("patience", 5)) is int:
-            settings["patience"] = hook.get("patience", 5)
-        elif kind not in _HARMLESS_HOOKS:
-            found.refuse("custom_hooks.type", kind)
+        is_known = kind in _HARMLESS_HOOKS or (place == "default_hooks" and kind in _DEFAULT_HOOKS)
+        if kind == "EMAHook" and "ema" not in settings:
+            settings |= _moving_average(hook, f"{place}.EMAHook", found)
+        elif kind == "EarlyStoppingHook" and "patience" not in settings:
+            settings |= _early_stop(hook, f"{place}.EarlyStoppingHook", found)
+        elif not is_known:
+            twice = kind in ("EMAHook", "EarlyStoppingHook")
+            found.refuse(f"{place}.type", kind, "once" if twice else "EMAHook, EarlyStoppingHook")
     return settings
+
+
+def _moving_average(hook: Mapping[str, Any], path: str, found: Findings) -> dict[str, Any]:
+    known = dict.fromkeys(("momentum", "priority", "update_buffers", "strict_load"), _ANY)
+    known |= {"ema_type": ("ExponentialMovingAverage", "mmengine.ExponentialMovingAverage")}
+    found.check(hook, path, known)
+    momentum = found.number(hook.get("momentum", 0.0002), f"{path}.momentum")
+    if momentum >= 1:
+        found.refuse(f"{path}.momentum", momentum, "below 1: the share of the new weights")
+    return {"ema": max(0.0, round(1.0 - momentum, 10)) if momentum else 0.0}
+
+
+def _early_stop(hook: Mapping[str, Any], path: str, found: Findings) -> dict[str, Any]:
+    """train.patience counts every evaluation that is not better; the other settings are listed."""
+    smallest = hook.get("min_delta", 0.1)  # mmengine's default
+    if smallest != 0:
+        found.left_out.append(f"{path}.min_delta = {shown(smallest)}: any better result counts here")
+    for name in ("monitor", "rule", "stopping_threshold", "strict", "check_finite"):
+        if hook.get(name) is not None:
+            found.left_out.append(f"{path}.{name} = {shown(hook[name])}: box AP is watched here, mask AP with masks")
+    found.check(hook, path, dict.fromkeys(("monitor", "rule", "min_delta", "strict", "check_finite", "patience",
+                                           "stopping_threshold", "priority"), _ANY))  # fmt: skip
+    return {"patience": found.whole(hook.get("patience", 5), f"{path}.patience", least=1)}
+
+
+def _check_loops(names: Mapping[str, Any], found: Findings) -> None:
+    """The kinds of loop and runner, and how results are measured."""
+    loop = as_dict(names.get("train_cfg")) if "data" not in names else {}
+    found.expect(word(loop.get("type", "EpochBasedTrainLoop")), "train_cfg.type", "EpochBasedTrainLoop")
+    runner = word(as_dict(names.get("runner")).get("type", "EpochBasedRunner"))
+    if runner == "EpochBasedRunnerAmp":
+        _say_precision("runner.type = 'EpochBasedRunnerAmp'", found)
+    else:
+        found.expect(runner, "runner.type", "EpochBasedRunner", "IterBasedRunner")  # the latter: refused by max_iters
+    if not same(names.get("workflow", [["train", 1]]), [["train", 1]]):
+        found.left_out.append(f"workflow = {shown(names['workflow'])}: training alone, evaluated every few epochs")
+    parts = [(f"{name}.", as_dict(part)) for name in ("val_evaluator",) for part in as_list(names.get(name))]
+    parts.append(("evaluation.", as_dict(names.get("evaluation"))))
+    for path, part in parts:
+        metrics = as_list(part.get("metric"))
+        if not set(map(str, metrics)) <= {"bbox", "segm", "mAP"}:
+            found.left_out.append(f"{path}metric = {shown(part['metric'])}: evaluated by COCO's AP of boxes and masks")
+        for name in ("iou_thr", "iou_thrs", "proposal_nums"):
+            if part.get(name) is not None:
+                found.left_out.append(f"{path}{name} = {shown(part[name])}: evaluated at COCO's IoUs and counts")
 
 
 def _is_number(value: object) -> bool:

@@ -72,7 +72,8 @@ train_pipeline = [
         [dict(type='Resize', img_scale=sizes, multiscale_mode='value', keep_ratio=True)],
         [dict(type='Resize', img_scale=[(400, 1333), (500, 1333)], multiscale_mode='value', keep_ratio=True),
          dict(type='RandomCrop', crop_type='absolute_range', crop_size=(384, 600), allow_negative_crop=True), last]]),
-    dict(type='Pad', size_divisor=32), dict(type='DefaultFormatBundle'), dict(type='Collect', keys=['img'])]
+    dict(type='Normalize', **norm), dict(type='Pad', size_divisor=32), dict(type='DefaultFormatBundle'),
+    dict(type='Collect', keys=['img'])]
 test_pipeline = [dict(type='LoadImageFromFile'), dict(type='MultiScaleFlipAug', img_scale=(1333, 800), flip=False,
     transforms=[dict(type='Resize', keep_ratio=True), dict(type='RandomFlip'), dict(type='Normalize', **norm)])]
 data = dict(train=dict(pipeline=train_pipeline), val=dict(pipeline=test_pipeline), test=dict(pipeline=test_pipeline))
