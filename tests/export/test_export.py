@@ -191,7 +191,8 @@ def test_serve_takes_it_without_a_choice_of_stages(folder: Path) -> None:
     async def ask() -> None:
         service = _Service(load(folder), ServeSettings())
         await service.start()
-        assert describe(service)["stages"] == 1  # the page then offers none
+        told = describe(service)
+        assert told["stages"] == 3 and not told["choose_stages"]
         assert service.batcher is not None and len((await service.batcher.detect(_pictures((96, 96)), 0))[0])
         with pytest.raises(ServiceError, match="exported network always runs"):
             await _predict(service, cast(Any, None), 0.0, 2, True)
