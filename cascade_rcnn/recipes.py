@@ -149,9 +149,19 @@ def apply_overrides(config: Config, arguments: Sequence[str]) -> Config:
         given = {f"{section}.{leaf}" for section, values in changes.items() for leaf in values}
         given |= {"model.anchor_scales"} if "model.anchor_sizes" in given else set()
         top_level["automatic"] = tuple(name for name in config.automatic if name not in given)
+        _let_sides_agree(config.data, changes.get("data", {}), top_level["automatic"])
     for section, values in changes.items():
         top_level[section] = dataclasses.replace(getattr(config, section), **values)
     return dataclasses.replace(config, **top_level)
+
+
+def _let_sides_agree(own: DataConfig, given: dict[str, Any], free: tuple[str, ...]) -> None:
+    """Of the input's two sides, one that is left to the data follows the given one, where they would contradict."""
+    factor = own.long_side / max(own.short_side)
+    if "data.long_side" in free and "short_side" in given and max(given["short_side"]) > own.long_side:
+        given["long_side"] = math.ceil(max(given["short_side"]) * factor / 32) * 32
+    if "data.short_side" in free and "long_side" in given and given["long_side"] < max(own.short_side):
+        given["short_side"] = (max(32, int(given["long_side"] / factor / 32) * 32),)
 
 
 def settings_help(recipe: Sequence[str]) -> str:

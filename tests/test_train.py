@@ -73,7 +73,8 @@ def test_a_run_leaves_everything_that_is_promised(tmp_path: Path, capsys: pytest
 
 def test_a_run_says_and_saves_what_it_chose_from_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = dataclasses.replace(small_config(epochs=1), automatic=("model.anchor_scales", "data.flip"))
-    lines = explain(config)
+    measured, *lines = explain(config)
+    assert re.fullmatch(r"measured: \d\d objects in 12 images of 'train'", measured)
     train(config, out=tmp_path)
     said = capsys.readouterr().out
     assert len(lines) == 7 and all(line in said for line in lines)
@@ -85,6 +86,23 @@ def test_a_run_says_and_saves_what_it_chose_from_the_data(tmp_path: Path, capsys
     (tmp_path / "config.json").write_text(json.dumps(changed.to_dict()))
     train(config, out=tmp_path, resume=True)
     assert load_config(tmp_path).model.anchor_scales == other, "a resumed run keeps the network that it began with"
+
+
+def test_an_explanation_says_on_what_it_rests(tmp_path: Path) -> None:
+    without = small_config()
+    (nothing,) = explain(without)
+    assert nothing.startswith("nothing is chosen: --automatic none, or a recipe other than finetune, ")
+    shutil.copytree(small_data(), tmp_path / "data")
+    for image in (tmp_path / "data" / "train").glob("*.jpg"):
+        image.unlink()
+    data = dataclasses.replace(without.data, root=str(tmp_path / "data"))
+    _, missing, *_ = explain(dataclasses.replace(without, data=data, automatic=("data.flip",)))
+    assert re.match(r"none of the images is there \(.*\.jpg first\): chosen from the annotations alone", missing)
+    wide = dataclasses.replace(
+        without, automatic=("data.flip",), model=dataclasses.replace(without.model, fpn_channels=256)
+    )
+    if not torch.cuda.is_available():
+        assert explain(wide)[-1].startswith("no GPU: this network takes hours to days on a CPU; finetune_small")
 
 
 def test_convolutions_of_large_maps_learn_by_matrix_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,8 +70,9 @@ class Choice:
 
     def line(self) -> str:
         """``model.max_detections 240: twice the 120 objects of plate_12.jpg``."""
-        value = " ".join(f"{item:g}" for item in self.value) if isinstance(self.value, tuple) else f"{self.value}"
-        return f"{self.setting} {value}: {self.reason}"
+        values = self.value if isinstance(self.value, tuple) else (self.value,)
+        words = " ".join(f"{item:g}" if isinstance(item, float) else f"{item}" for item in values)
+        return f"{self.setting} {words}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -180,9 +181,11 @@ def _input_size(config: Config, objects: _Objects, machine: Machine) -> list[Cho
         found = [Choice("data.short_side", sides if len(data.short_side) > 1 else (short,), reason)]
     if not free_long:
         return [*found, _kept(config, "data.long_side")]
-    reason = f"{longer:.2g} times the shorter side" + (
-        f", for nine of ten images are at most that long ({aspect:.2g})" if longer > data.long_side / own else ""
-    )
+    reason = f"{longer:.2g} times the shorter side"
+    if aspect > longer:
+        reason += f", no more, though one of ten images is over {aspect:.3g} times as long as wide"
+    elif longer > data.long_side / own:
+        reason += f", for nine of ten images are at most that long ({aspect:.2g})"
     same = short == own and longer == data.long_side / own
     long = data.long_side if same else max(short, math.ceil(short * longer / 32) * 32)
     return [*found, Choice("data.long_side", long, reason)]
@@ -362,7 +365,7 @@ def _max_detections(config: Config, split: DataSplit) -> list[Choice]:
     fullest = shown(split.records[counts.index(most)].file_name) if most else ""
     wanted, limit = math.ceil(2 * most / 10) * 10, config.model.test_proposals
     if wanted <= 100:
-        value, reason = 100, f"COCO's number, and enough: the fullest image has {most} objects"
+        value, reason = 100, f"COCO's number, and enough: the fullest image has {most} object{'s' * (most != 1)}"
     else:
         value, reason = wanted, f"twice the {most} objects of {fullest}"
     if value > limit:
@@ -418,7 +421,7 @@ def _repeat_threshold(config: Config, split: DataSplit) -> list[Choice]:
     show = "image shows" if few == 1 else "images show"
     reason = f"{few} {show} {shown(split.class_names[rarest])}, {many} {shown(split.class_names[commonest])}"
     if many <= _UNEVEN * few:
-        return [_kept(config, name, f"{reason}: not ten times as many")]
+        return [_kept(config, name, f"{reason}, not ten times as many: no image is repeated")]
     value = min(_COMMON, _MOST_REPEATS**2 * few / len(split.records))
     return [Choice(name, float(f"{value:.2g}"), f"{reason}; an image comes up to {_MOST_REPEATS} times in an epoch")]
 

@@ -83,7 +83,10 @@ def with_labels(*labels: tuple[int, ...]) -> DataSplit:
 def test_classes_that_differ_by_less_than_ten_times_are_not_balanced() -> None:
     config, choices = chosen(with_labels((0, 1), (0, 1)))
     assert config.data.repeat_threshold == 0
-    assert choices["data.repeat_threshold"].reason == "2 images show 'mitosis', 12 'cell': not ten times as many"
+    assert (
+        choices["data.repeat_threshold"].reason
+        == "2 images show 'mitosis', 12 'cell', not ten times as many: no image is repeated"
+    )
     assert "data.repeat_threshold" not in chosen(with_labels((0, 0)))[1]  # one class in the data
 
 
@@ -185,6 +188,28 @@ def test_long_images_keep_their_length() -> None:
     assert config.data.long_side >= 2.5 * max(config.data.short_side) - 32
     fixed, choices = chosen(split((60, 60), size=(400, 1000)), "--data.long-side", "1000")
     assert fixed.data.long_side == 1000 and choices["data.long_side"].reason == "as given"
+
+
+def test_images_longer_than_any_input_are_told() -> None:
+    config, choices = chosen(split((5, 5), size=(10, 1000)))
+    assert config.data.long_side == pytest.approx(3 * max(config.data.short_side), abs=32)
+    assert choices["data.long_side"].reason.endswith(
+        "no more, though one of ten images is over 100 times as long as wide"
+    )
+
+
+def test_a_side_that_is_left_to_the_data_follows_the_given_one() -> None:
+    large = apply_overrides(FINETUNE, ["--data.short-side", "2000"]).data
+    assert large.short_side == (2000,) and large.long_side == pytest.approx(2000 * 1333 / 800, abs=32)
+    small = apply_overrides(FINETUNE, ["--data.long-side", "320"]).data
+    assert small.long_side == 320 and small.short_side == (192,)
+    with pytest.raises(ConfigError, match="long_side 1333 is below the shorter side 2000"):
+        apply_overrides(dataclasses.replace(FINETUNE, automatic=None), ["--data.short-side", "2000"])
+
+
+def test_numbers_are_written_as_they_are_given() -> None:
+    assert Choice("data.flip", 0.0, "why").line() == "data.flip 0: why"
+    assert Choice("model.anchor_scales", (8.0, 5.7), "why").line() == "model.anchor_scales 8 5.7: why"
 
 
 def test_anchors_reach_the_objects() -> None:
