@@ -74,7 +74,8 @@ def train_settings(
         found.left_out.append(
             f"load_from = {shown(names['load_from'])}: convert that checkpoint, and give --train.init"
         )
-    imports = [str(name) for name in as_list(as_dict(names.get("custom_imports")).get("imports"))]
+    asked = names.get("custom_imports")
+    imports = [str(name) for name in as_list(asked.get("imports") if isinstance(asked, Mapping) else asked)]
     if not _IMPORTS.issuperset(imports):
         found.left_out.append(
             f"custom_imports {shown(imports)}: not imported; whether they change known parts is not seen"

@@ -168,6 +168,7 @@ LISTED = [
     (OLD, "workflow = [('train', 1), ('val', 1)]", "workflow = [['train', 1], ['val', 1]]: training alone"),
     (OLD, "runner = dict(type='EpochBasedRunnerAmp')", "runner.type = 'EpochBasedRunnerAmp'"),
     (NEW, "custom_imports = dict(imports=['mmdet.my_patch'])", "custom_imports ['mmdet.my_patch']: not imported"),
+    (NEW, "custom_imports = ['mmdet.my_patch']", "custom_imports ['mmdet.my_patch']: not imported"),
     (NEW, f"{STEPS}[0].imdecode_backend = 'pillow'", "LoadImageFromFile.imdecode_backend = 'pillow'"),
     (NEW, "tta_model = [i for i in (1, 2)]", "names that are not known here: tta_model"),
 ]  # fmt: skip
