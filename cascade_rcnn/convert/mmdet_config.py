@@ -5,7 +5,8 @@ taken over, or the config is refused by that setting's name because a training w
 
     here             what the network is
     mmdet_backbones  its backbone
-    mmdet_data       data set and pipelines
+    mmdet_data       data set
+    mmdet_pipeline   steps of its pipeline
     mmdet_schedule   optimizer, schedule, hooks
 """
 

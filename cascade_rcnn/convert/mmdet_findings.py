@@ -9,6 +9,8 @@ from typing import Any
 from cascade_rcnn.convert.config_values import flag, leaves, number, same, whole
 from cascade_rcnn.messages import shown
 
+ANY: tuple[Any, ...] = ()  # among the settings of a step or part: no value is refused
+
 
 @dataclass
 class Findings:

@@ -6,10 +6,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from cascade_rcnn.convert.config_values import as_dict, as_list, same, whole, word
-from cascade_rcnn.convert.mmdet_findings import Findings
+from cascade_rcnn.convert.mmdet_findings import ANY, Findings
 from cascade_rcnn.messages import few_names, shown
 
-_ANY: tuple[Any, ...] = ()
 _HARMLESS_HOOKS = (
     "NumClassCheckHook",
     "CheckInvalidLossHook",
@@ -91,9 +90,9 @@ def _optimizer(names: Mapping[str, Any], network: Mapping[str, Any], found: Find
     path = "optimizer" if old else "optim_wrapper.optimizer"
     optimizer = as_dict(names.get("optimizer") if old else wrapper.get("optimizer"))
     kind = word(optimizer.get("type"))
-    known: dict[str, tuple[Any, ...]] = dict.fromkeys(("lr", "weight_decay", "paramwise_cfg", "constructor"), _ANY)
+    known: dict[str, tuple[Any, ...]] = dict.fromkeys(("lr", "weight_decay", "paramwise_cfg", "constructor"), ANY)
     if kind == "SGD":
-        known |= {"momentum": _ANY, "nesterov": (False,), "dampening": (0,)}
+        known |= {"momentum": ANY, "nesterov": (False,), "dampening": (0,)}
     elif kind == "AdamW":
         known |= {"betas": ([0.9, 0.999],), "eps": (1e-8,)}
     else:
@@ -117,8 +116,8 @@ def _optimizer(names: Mapping[str, Any], network: Mapping[str, Any], found: Find
 
 
 def _wrapper(wrapper: Mapping[str, Any], found: Findings) -> dict[str, Any]:
-    known = dict.fromkeys(("optimizer", "paramwise_cfg", "constructor", "clip_grad", "accumulative_counts"), _ANY)
-    found.check(wrapper, "optim_wrapper", known | {"loss_scale": _ANY, "dtype": _ANY, "use_fsdp": (False,)})
+    known = dict.fromkeys(("optimizer", "paramwise_cfg", "constructor", "clip_grad", "accumulative_counts"), ANY)
+    found.check(wrapper, "optim_wrapper", known | {"loss_scale": ANY, "dtype": ANY, "use_fsdp": (False,)})
     kind, dtype = word(wrapper.get("type", "OptimWrapper")), wrapper.get("dtype")
     found.expect(kind, "optim_wrapper.type", "OptimWrapper", "AmpOptimWrapper")
     precision: dict[str, Any] = {}
@@ -140,9 +139,9 @@ def _wrapper(wrapper: Mapping[str, Any], found: Findings) -> dict[str, Any]:
 
 def _old_wrapper(names: Mapping[str, Any], found: Findings) -> dict[str, Any]:
     hook = as_dict(names.get("optimizer_config"))
-    known = {"grad_clip": _ANY, "loss_scale": _ANY, "distributed": _ANY, "cumulative_iters": _ANY}
+    known = {"grad_clip": ANY, "loss_scale": ANY, "distributed": ANY, "cumulative_iters": ANY}
     # DistOptimizerHook: of the programs of Swin's and ConvNeXt's authors
-    known |= {"update_interval": _ANY, "coalesce": _ANY, "bucket_size_mb": _ANY, "use_fp16": _ANY}
+    known |= {"update_interval": ANY, "coalesce": ANY, "bucket_size_mb": ANY, "use_fp16": ANY}
     found.check(hook, "optimizer_config", known)
     kinds = ("", "OptimizerHook", "Fp16OptimizerHook", "GradientCumulativeOptimizerHook", "DistOptimizerHook")
     found.expect(word(hook.get("type")), "optimizer_config.type", *kinds)
@@ -164,7 +163,7 @@ def _say_precision(what: str, found: Findings) -> None:
 def _clip(clip: object, path: str, found: Findings) -> dict[str, Any]:
     if clip is None or clip == {}:
         return {}
-    found.check(as_dict(clip), path, {"max_norm": _ANY, "norm_type": (2,)})
+    found.check(as_dict(clip), path, {"max_norm": ANY, "norm_type": (2,)})
     largest = as_dict(clip).get("max_norm")
     if not _is_number(largest):
         found.refuse(f"{path}.max_norm", largest if as_dict(clip) else clip, "a number")
@@ -175,8 +174,8 @@ def _clip(clip: object, path: str, found: Findings) -> dict[str, Any]:
 def _decay(parts: Mapping[str, Any], network: Mapping[str, Any], found: Findings) -> dict[str, Any]:
     """What is not decayed: norms, biases and tables of positions, or nothing; what of these differs is listed."""
     path = "paramwise_cfg"
-    known: dict[str, tuple[Any, ...]] = {"norm_decay_mult": (0, 1), "bias_decay_mult": (0, 1), "bypass_duplicate": _ANY}
-    found.check(parts, path, known | {"bias_lr_mult": (1,), "custom_keys": _ANY})
+    known: dict[str, tuple[Any, ...]] = {"norm_decay_mult": (0, 1), "bias_decay_mult": (0, 1), "bypass_duplicate": ANY}
+    found.check(parts, path, known | {"bias_lr_mult": (1,), "custom_keys": ANY})
     free = {word for word in ("norm", "bias") if parts.get(f"{word}_decay_mult", 1) == 0}
     for name, rules in as_dict(parts.get("custom_keys")).items():
         found.check(as_dict(rules), f"{path}.custom_keys.{name}", {"decay_mult": (0, 1), "lr_mult": (1,)})
@@ -207,7 +206,7 @@ def _decay(parts: Mapping[str, Any], network: Mapping[str, Any], found: Findings
 def _layer_decay(parts: Mapping[str, Any], backbone: str, found: Findings) -> dict[str, Any]:
     """LearningRateDecayOptimizerConstructor, which also leaves norms and biases without decay."""
     path = "paramwise_cfg"
-    found.check(parts, path, {"decay_rate": _ANY, "decay_type": ("layer_wise",), "num_layers": _ANY})
+    found.check(parts, path, {"decay_rate": ANY, "decay_type": ("layer_wise",), "num_layers": ANY})
     if not backbone.startswith("convnext_"):
         found.refuse("optim_wrapper.constructor", "LearningRateDecayOptimizerConstructor", "for a ConvNeXt")
         return {}
@@ -246,13 +245,13 @@ def _schedulers(names: Mapping[str, Any], epochs: int, found: Findings) -> dict[
     for kind, part in zip(kinds, parts):
         path = f"param_scheduler.{kind}"
         if kind == "LinearLR":
-            known = {"start_factor": _ANY, "end_factor": (1,), "by_epoch": (False,), "begin": (0,), "end": _ANY}
+            known = {"start_factor": ANY, "end_factor": (1,), "by_epoch": (False,), "begin": (0,), "end": ANY}
             found.check(part, path, known)
             found.expect(part.get("by_epoch", True), f"{path}.by_epoch", False)
             settings["warmup_factor"] = found.number(part.get("start_factor", 1 / 3), f"{path}.start_factor")
             settings["warmup_steps"] = found.whole(part.get("end"), f"{path}.end", least=0)
         elif kind == "MultiStepLR":
-            known = {"milestones": _ANY, "gamma": (0.1,), "by_epoch": (True,), "begin": (0,), "end": _ANY}
+            known = {"milestones": ANY, "gamma": (0.1,), "by_epoch": (True,), "begin": (0,), "end": ANY}
             found.check(part, path, known)
             steps = _milestones(part.get("milestones"), epochs, f"{path}.milestones", found)
             settings["milestones"] = steps
@@ -261,7 +260,7 @@ def _schedulers(names: Mapping[str, Any], epochs: int, found: Findings) -> dict[
                 said = f"mmdetection's rate does not fall at {', '.join(late)}, here it does"
                 found.left_out.append(f"{path}.end = {end}: {said}")
         elif kind == "CosineAnnealingLR":
-            known = {"T_max": (epochs,), "eta_min": (0,), "by_epoch": (True,), "begin": (0,), "end": _ANY}
+            known = {"T_max": (epochs,), "eta_min": (0,), "by_epoch": (True,), "begin": (0,), "end": ANY}
             found.check(part, path, known | {"convert_to_iter_based": (True,)})
             end = part.get("end", part.get("T_max", epochs))
             if (whole(end) or 0) < epochs or ("T_max" not in part and end != epochs):
@@ -275,11 +274,11 @@ def _schedulers(names: Mapping[str, Any], epochs: int, found: Findings) -> dict[
 def _old_schedule(names: Mapping[str, Any], epochs: int, found: Findings) -> dict[str, Any]:
     part = as_dict(names.get("lr_config"))
     policy = str(part.get("policy", "")).lower()
-    known: dict[str, tuple[Any, ...]] = {"policy": _ANY, "by_epoch": (True,), "warmup": ("linear", None)}
-    known |= {"warmup_iters": _ANY, "warmup_ratio": _ANY, "warmup_by_epoch": (False,)}
+    known: dict[str, tuple[Any, ...]] = {"policy": ANY, "by_epoch": (True,), "warmup": ("linear", None)}
+    known |= {"warmup_iters": ANY, "warmup_ratio": ANY, "warmup_by_epoch": (False,)}
     settings: dict[str, Any] = {"milestones": (), "warmup_steps": 0}
     if policy == "step":
-        known |= {"step": _ANY, "gamma": (0.1,)}
+        known |= {"step": ANY, "gamma": (0.1,)}
         every = whole(part.get("step"))  # a single number is every so many epochs
         steps = list(range(every, min(epochs, 10_000), every)) if every and every > 0 else part.get("step")
         settings["milestones"] = _milestones(steps, epochs, "lr_config.step", found)
@@ -346,7 +345,7 @@ def _hooks(names: Mapping[str, Any], found: Findings) -> dict[str, Any]:
 
 
 def _moving_average(hook: Mapping[str, Any], path: str, found: Findings) -> dict[str, Any]:
-    known = dict.fromkeys(("momentum", "priority", "update_buffers", "strict_load"), _ANY)
+    known = dict.fromkeys(("momentum", "priority", "update_buffers", "strict_load"), ANY)
     known |= {"ema_type": ("ExponentialMovingAverage", "mmengine.ExponentialMovingAverage")}
     found.check(hook, path, known)
     momentum = found.number(hook.get("momentum", 0.0002), f"{path}.momentum")
@@ -364,7 +363,7 @@ def _early_stop(hook: Mapping[str, Any], path: str, found: Findings) -> dict[str
         if hook.get(name) is not None:
             found.left_out.append(f"{path}.{name} = {shown(hook[name])}: box AP is watched here, mask AP with masks")
     found.check(hook, path, dict.fromkeys(("monitor", "rule", "min_delta", "strict", "check_finite", "patience",
-                                           "stopping_threshold", "priority"), _ANY))  # fmt: skip
+                                           "stopping_threshold", "priority"), ANY))  # fmt: skip
     return {"patience": found.whole(hook.get("patience", 5), f"{path}.patience", least=1)}
 
 

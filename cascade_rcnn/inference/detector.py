@@ -87,11 +87,10 @@ def load(
         ConfigError: more stages than there are, a ``range`` that is none.
         UserError: a setting out of its range, a device or precision that is not there, or no compiler.
     """
-    check_path(path)
     stops_early = stop_after_stage == "auto"
     model_settings: dict[str, Any] = {"score_threshold": score_threshold, "max_detections": max_detections}
     model_settings["stop_after_stage"] = None if stops_early else stop_after_stage
-    _check_settings(model_settings, max_pixels, compile=compile)
+    _check_settings(path, model_settings, max_pixels, compile=compile)
     if (exported := exported_file(path)) is not None:
         _refuse_for_exported(exported, device=device, precision=precision, compile=compile, auto=stops_early)
         return _load_exported(exported, precision, model_settings, {"max_pixels": max_pixels, "range": range})
@@ -116,7 +115,8 @@ def load(
     return detector
 
 
-def _check_settings(model: dict[str, Any], max_pixels: int | None, *, compile: bool) -> None:
+def _check_settings(path: object, model: dict[str, Any], max_pixels: int | None, *, compile: bool) -> None:
+    check_path(path)
     check_model_settings(model, max_pixels)
     if not isinstance(compile, bool):
         raise UserError(f"compile {shown(compile)}: give True or False")
