@@ -86,6 +86,21 @@ def page(request: pytest.FixtureRequest, browser: Any, address: str) -> Iterator
     context.close()
 
 
+def test_an_export_offers_no_stages(page: Any, address: str) -> None:
+    assert page.is_visible("#stages-row") and page.is_visible("#stages-keys")
+    told = page.request.get(f"{address}model").json() | {"choose_stages": False}
+    page.route("**/model", lambda route: route.fulfill(json=told))
+    asked: list[str] = []
+    page.on("request", lambda one: asked.append(one.url))
+    page.reload()
+    _until(page, "model !== null")
+    assert not page.is_visible("#stages-row") and not page.is_visible("#stages-keys")
+    _choose(page, picture())
+    assert _count(page) >= 0 and f"{address}predict" in asked
+    page.keyboard.press("1")
+    assert not any("stages=" in one for one in asked)
+
+
 def _until(page: Any, expression: str) -> None:
     """Playwright's own wait compiles strings in the page, which the page's content security policy forbids."""
     for _ in range(600):
