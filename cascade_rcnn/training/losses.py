@@ -96,12 +96,13 @@ class LossWindow:
                 count = count + 1 if bad else 0
         return count
 
-    def restore(self, bad_in_a_row: int) -> None:
-        """Continue counting from a saved ``bad_in_a_row``."""
-        self._bad_in_a_row = bad_in_a_row
+    def restore(self, bad_in_a_row: int, *, steps: int = 0) -> None:
+        """Continue counting from a saved ``bad_in_a_row``, after so many ``steps``."""
+        self._bad_in_a_row = self._bad = bad_in_a_row
+        self._good = steps - bad_in_a_row
 
     def refuse_if_all_were_skipped(self) -> None:
-        """UserError where no step since the start (or --resume) has changed the weights: that is no training."""
+        """UserError where no step of the run has changed the weights: that is no training."""
         if self._bad and not self._good:
             steps = "the only step was" if self._bad == 1 else f"all {self._bad} steps were"
             raise UserError(f"{steps} skipped ({self._last_bad or 'not finite'}): nothing was learnt; {_REMEDY}")

@@ -246,7 +246,7 @@ class Run:
         if self.average is not None:
             self.average.restore(state.average, updates=state.averaged)
         self.bad_images = set(state.bad_images)
-        self.losses.restore(state.bad_losses)
+        self.losses.restore(state.bad_losses, steps=state.progress.step)
         self.progress = self.schedule.resumed(state.progress)
         device, ranks = self.world.device, len(state.generators)
         if ranks == self.world.size:

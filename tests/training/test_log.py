@@ -162,3 +162,16 @@ def test_a_training_whose_steps_were_all_skipped_is_no_success() -> None:
     window.add_pass({"a": torch.tensor(1.0)}, ("x.png",))
     window.end_step(2, torch.tensor(1.0))
     window.refuse_if_all_were_skipped()
+
+
+def test_steps_from_before_a_resume_count_as_learnt() -> None:
+    for steps, learnt in ((3, True), (1, False)):
+        window = LossWindow(max_bad=5)
+        window.restore(1, steps=steps)  # the last of them was skipped
+        window.add_pass({"a": torch.tensor(math.nan)}, ("x.png",))
+        window.end_step(steps, torch.tensor(math.nan))
+        if learnt:
+            window.refuse_if_all_were_skipped()
+        else:
+            with pytest.raises(UserError, match="all 2 steps were skipped"):
+                window.refuse_if_all_were_skipped()

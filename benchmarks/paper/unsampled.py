@@ -1,0 +1,44 @@
+"""Why figure 4's shares fall at stage 3 here: the boxes of each stage at test, where nothing is sampled.
+
+    python3 benchmarks/paper/unsampled.py WORK [EVERY]
+
+In training a stage takes at most a quarter of positives, and the next one learns from what it took. Looks at every
+fourth image of the evaluation split with the cascade of seed 0 that run.py has trained in WORK.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+from explore import HYPOTHESIS_IOUS, Network, _batches
+from jobs import all_jobs, read_settings
+from product import LAST, load_network, open_split, pairwise_iou
+
+
+@torch.inference_mode()
+def main(work: Path, every: int) -> None:
+    job = all_jobs(read_settings())["cascade-s0"]
+    model, config, _ = load_network(work / "trained" / job.name / LAST, device="cpu")
+    split = open_split(work / "data" / job.data, config.data.val)
+    split = dataclasses.replace(split, records=split.records[::every])
+    network = Network(model)
+    overlaps: list[list[torch.Tensor]] = [[] for _ in range(network.stages + 1)]
+    for images, truth in _batches(split, config, 4):
+        pyramid, boxes, valid = network.begin(images)
+        for k in range(network.stages + 1):
+            table = pairwise_iou(boxes, truth.boxes).masked_fill(~truth.valid[:, None], 0)
+            overlaps[k].append(table.amax(dim=2)[valid])
+            if k < network.stages:
+                boxes = network.head(k, pyramid, boxes, valid, images.sizes)[1]
+    for k, parts in enumerate(overlaps):
+        best = torch.cat(parts)
+        shares = {f"{iou}": round(100 * float((best >= iou).float().mean()), 1) for iou in HYPOTHESIS_IOUS}
+        print("proposals" if k == 0 else f"after stage {k}", len(best), json.dumps(shares))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 4)
