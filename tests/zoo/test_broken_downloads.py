@@ -29,7 +29,7 @@ import locations
 import zoo_fixtures
 from cascade_rcnn.checkpoint import load_checkpoint
 from cascade_rcnn.config import ModelConfig
-from cascade_rcnn.errors import CheckpointError
+from cascade_rcnn.errors import CheckpointError, UserError
 from cascade_rcnn.models.build import build_model
 from cascade_rcnn.zoo import store
 from cascade_rcnn.zoo.command import run_models
@@ -434,7 +434,8 @@ def test_one_of_many_is_cleared_by_its_name(
         (_models(tmp_path) / f"{name}.pth.part").write_bytes(b"began")
     run_models(["other"], cache="show")
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]] == [other]
-    run_models(["nobody"], cache="clear")
+    with pytest.raises(UserError, match="no published weights have 'nobody' in their name"):
+        run_models(["nobody"], cache="clear")
     assert len(list(_models(tmp_path).iterdir())) == 4
     run_models([NAME], cache="clear")
     assert sorted(path.name for path in _models(tmp_path).iterdir()) == [f"{other}.pth.part", f"{other}.safetensors"]
@@ -501,7 +502,7 @@ def test_killed_while_it_converts_the_next_one_needs_no_network(
     (_models(tmp_path) / f".{NAME}.unproven.safetensors").write_bytes(b"killed a moment later")
     assert store.cached() == {}
     run_models(cache="show")
-    assert "could not be converted" in capsys.readouterr().out
+    assert "files that were not converted" in capsys.readouterr().out
     server.status = 500
     assert _is_whole() and len(server.requests) == 1
     assert sorted(path.name for path in _models(tmp_path).iterdir()) == [f"{NAME}.safetensors", f"{NAME}.txt"]
