@@ -11,6 +11,7 @@ its predecessor. A process that is killed at any moment leaves either the old fi
 from __future__ import annotations
 
 import json
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -86,7 +87,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         class_names = tuple(str(name) for name in json.loads(metadata["class_names"]))
         category_ids = tuple(int(number) for number in json.loads(metadata["category_ids"]))
         values = json.loads(metadata["config"])
-        values |= {"train": within_bounds(values["train"])} if isinstance(values.get("train"), dict) else {}
+        if isinstance(values.get("train"), dict):
+            values["train"], moved = within_bounds(values["train"])
+            for line in moved:
+                print(f"{file}: {line}", file=sys.stderr)
         config = config_from_dict(values, source=f"{file}, config")
         extra = json.loads(metadata.get("extra", "{}"))
     except ConfigError as error:

@@ -118,9 +118,9 @@ def _check_bounds(section: str, settings: object) -> None:
         key = f"{section}.{name}"
         if key not in _BOUNDS or value is None:
             continue
-        low, high, words = _BOUNDS[key]
+        low, high, words = bounds = _BOUNDS[key]
         numbers = _numbers(value)
-        _require(bool(numbers) or (low, high, words) not in _NOT_EMPTY, f"{key} {value}: {words}")
+        _require(bool(numbers) or bounds not in _NOT_EMPTY, f"{key} {value}: {words}")
         for number in numbers:
             _require(low <= number < math.inf, f"{key} {value}: {words}")
             _require(number <= high, f"{key} {value}: {f'at most {high}' if high >= _MOST else words}")
@@ -132,17 +132,18 @@ def _numbers(value: object) -> list[float]:
     return [value]  # type: ignore[list-item]
 
 
-def within_bounds(train: Mapping[str, object]) -> dict[str, object]:
-    """The training settings of a checkpoint, single numbers moved to the nearest bound.
+def within_bounds(train: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
+    """The training settings of a checkpoint, single numbers moved to the nearest bound, and a line for each of these.
 
     Older versions let any number through; how a network was trained must not keep it from being used.
     """
-    moved = dict(train)
+    moved, lines = dict(train), []
     for name, value in train.items():
-        low, high, _ = _BOUNDS.get(f"train.{name}", (-math.inf, math.inf, ""))
+        low, high, words = _BOUNDS.get(f"train.{name}", (-math.inf, math.inf, ""))
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not low <= value <= high:
             moved[name] = low if value < low else high
-    return moved
+            lines.append(f"train.{name} {value} is read as {moved[name]:g} ({words})")
+    return moved, lines
 
 
 def pixel_range(text: str) -> Literal["auto", "dtype", "percentile"] | tuple[float, float]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cascade_rcnn import distributed
 from cascade_rcnn.atomic_files import write_json
-from cascade_rcnn.check.choices import Choice, choose, keep_choices
+from cascade_rcnn.check.choices import Choice, advice, choose, keep_choices, measured
 from cascade_rcnn.check.dataset import check_before_training
 from cascade_rcnn.check.memory import Machine
 from cascade_rcnn.config import Config, finetune_schedule
@@ -33,7 +33,7 @@ from cascade_rcnn.data.records import DataSplit
 from cascade_rcnn.data.split_levels import with_range
 from cascade_rcnn.errors import UserError
 from cascade_rcnn.evaluation.evaluate_model import match_classes
-from cascade_rcnn.messages import one_line, printable
+from cascade_rcnn.messages import one_line
 from cascade_rcnn.models.backbone import about_weights
 from cascade_rcnn.models.build import build_model, check_backbone
 from cascade_rcnn.models.cascade_rcnn import CascadeRCNN
@@ -185,55 +185,34 @@ def _compile(model: CascadeRCNN, dataset: DetectionDataset) -> None:
 def explain(config: Config) -> list[str]:
     """What a training with ``config`` chooses from its data on this machine and why, a line each. Trains nothing."""
     config, choices, data = _chosen(config)
-    lines = [*_measured(data), *(choice.line() for choice in choices)] if choices else []
+    if choices:
+        lines = [*measured(data), *(choice.line() for choice in choices)]
+    else:
+        lines = ["nothing is chosen: --automatic none, or a recipe other than finetune, finetune_masks, finetune_small"]
     if not config.train.epochs:
         epochs = finetune_schedule(config, len(data)).train.epochs
         lines.append(Choice("train.epochs", epochs, f"from the {len(data):,} training images").line())
-    lines += _advice(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    nothing = "nothing is chosen: --automatic none, or a recipe other than finetune, finetune_masks and finetune_small"
-    return lines if choices else [nothing, *lines]
-
-
-_LOOKED_FOR = 1000  # images
-
-
-def _measured(data: DataSplit) -> list[str]:
-    """On what the choices rest: annotations, whose images may be elsewhere."""
-    records = data.records
-    objects = sum(int((~record.ignore).sum()) for record in records)
-    lines = [
-        f"measured: {objects:,} object{'s' * (objects != 1)} in {len(records):,} image{'s' * (len(records) != 1)} "
-        f"of {data.name!r}"
-    ]
-    looked_for = records[:: max(1, len(records) // _LOOKED_FOR)]
-    missing = [record.path for record in looked_for if not record.path.is_file()]
-    if missing:
-        many = "none of the images is" if len(missing) == len(looked_for) else f"{len(missing):,} images are not"
-        lines.append(f"{many} there ({printable(missing[0])} first): chosen from the annotations alone")
-    return lines
-
-
-def _advice(config: Config, device: torch.device) -> list[str]:
-    """Networks of the usual width are slow on a CPU."""
-    if device.type == "cpu" and config.model.fpn_channels >= 256:
-        return ["no GPU: this network takes hours to days on a CPU; finetune_small is made for one"]
-    return []
+    return [*lines, *advice(config, _this_machine())]
 
 
 def _choose(config: Config, data: DataSplit, world: distributed.World, log: RunLog, *, begun: Path | None) -> Config:
     """Chooses what is left to the data; a resumed run keeps what stands in the settings that it began with."""
     if begun is not None and begun.is_file():
         config = keep_choices(config, load_config(begun))
-    config, choices = choose(config, data, machine=_machine(world.device))
-    for line in [*(choice.line() for choice in choices), *(_advice(config, world.device) if choices else [])]:
+    machine = _machine(world.device)
+    config, choices = choose(config, data, machine=machine)
+    for line in [*(choice.line() for choice in choices), *(advice(config, machine) if choices else [])]:
         log.say(line)
     return distributed.broadcast(config)  # one choice, also where one GPU has less memory
 
 
 def _chosen(config: Config) -> tuple[Config, list[Choice], DataSplit]:
     data = open_split(config.data.root, config.data.train, orientation=config.data.orientation)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return *choose(config, data, machine=_machine(device)), data
+    return *choose(config, data, machine=_this_machine()), data
+
+
+def _this_machine() -> Machine:
+    return _machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _machine(device: torch.device) -> Machine:

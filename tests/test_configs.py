@@ -273,6 +273,9 @@ def test_numbers_out_of_their_bounds_are_refused(section: Any, settings: dict[st
 
 
 def test_a_checkpoint_trained_with_numbers_of_no_use_still_loads() -> None:
-    moved = within_bounds({"patience": -1, "clip_grad_norm": -1.0, "log_every": 0, "epochs": 3, "ema": 2.0, "init": ""})
+    moved, said = within_bounds(
+        {"patience": -1, "clip_grad_norm": -1.0, "log_every": 0, "epochs": 3, "ema": 2.0, "init": ""}
+    )
     assert TrainConfig(**moved).patience == 0 and (moved["clip_grad_norm"], moved["log_every"]) == (0.0, 1)
     assert moved["epochs"] == 3 and 0.99 < moved["ema"] < 1
+    assert said[2] == "train.log_every 0 is read as 1 (at least 1)" and len(said) == 4

@@ -97,7 +97,7 @@ def test_an_explanation_says_on_what_it_rests(tmp_path: Path) -> None:
         image.unlink()
     data = dataclasses.replace(without.data, root=str(tmp_path / "data"))
     _, missing, *_ = explain(dataclasses.replace(without, data=data, automatic=("data.flip",)))
-    assert re.match(r"none of the images is there \(.*\.jpg first\): chosen from the annotations alone", missing)
+    assert re.match(r"missing: 12 of 12 images that were looked for \(.*\.jpg first\): chosen from the ann", missing)
     wide = dataclasses.replace(
         without, automatic=("data.flip",), model=dataclasses.replace(without.model, fpn_channels=256)
     )

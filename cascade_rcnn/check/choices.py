@@ -22,7 +22,7 @@ from cascade_rcnn.check.memory import Machine, step_memory
 from cascade_rcnn.check.objects import anchor_sides, best_anchor_iou, object_table
 from cascade_rcnn.config import AUTOMATIC, Config, ModelConfig
 from cascade_rcnn.data.records import DataSplit
-from cascade_rcnn.messages import few_names, shown
+from cascade_rcnn.messages import few_names, printable, shown
 
 # Input pixels of the median object's side: below, a box has few cells of the finest level; above, pixels are wasted.
 _LEAST_SIDE, _MOST_SIDE = 48.0, 128.0
@@ -127,6 +127,34 @@ def choose(config: Config, split: DataSplit, *, machine: Machine) -> tuple[Confi
         found += chosen
         config = _changed(config, {choice.setting: choice.value for choice in chosen})
     return dataclasses.replace(config, automatic=None), found
+
+
+_LOOKED_FOR = 1000  # images
+
+
+def measured(split: DataSplit) -> list[str]:
+    """On what the choices rest, a line or two: annotations, whose images may be elsewhere."""
+    records = split.records
+    objects = sum(int((~record.ignore).sum()) for record in records)
+    lines = [
+        f"measured: {objects:,} object{'s' * (objects != 1)} in {len(records):,} image{'s' * (len(records) != 1)} "
+        f"of {split.name!r}"
+    ]
+    looked_for = records[:: math.ceil(len(records) / _LOOKED_FOR) or 1]
+    missing = [record.path for record in looked_for if not record.path.is_file()]
+    if missing:
+        lines.append(
+            f"missing: {len(missing):,} of {len(looked_for):,} images that were looked for ({printable(missing[0])} "
+            "first): chosen from the annotations alone"
+        )
+    return lines
+
+
+def advice(config: Config, machine: Machine) -> list[str]:
+    """A line where the machine is too slow for the network: one of the usual width, without a GPU."""
+    if machine.gpu_memory is None and config.model.fpn_channels >= 256:
+        return ["no GPU: this network takes hours to days on a CPU; finetune_small is made for one"]
+    return []
 
 
 def keep_choices(config: Config, earlier: Config) -> Config:

@@ -77,7 +77,7 @@ def predict(parser: Parser, words: Sequence[str]) -> None:
 def _predict_without_torch(args: argparse.Namespace) -> None:
     """Exported networks need no torch for images; what does is refused before anything is read."""
     given = {"--as": args.as_dataset, "--images-from": args.images_from, "--shard": args.shard, "--tile": args.tile}
-    given |= {"--submission": args.submission}
+    given["--submission"] = args.submission
     if args.compile:
         raise UserError("--compile: an exported network is not compiled by torch; drop --compile")
     if needing := [option for option, value in given.items() if value]:

@@ -71,11 +71,7 @@ RULES: list[_Rule] = [
     *_norm_rules("backbone"),
     ("backbone.strides", IMPOSSIBLE, ([1, 2, 2, 2], [4, 2, 2, 2])),  # the second: Swin's
     ("backbone.dilations", IMPOSSIBLE, ([1, 1, 1, 1],)),
-    (
-        "backbone.out_indices",
-        IMPOSSIBLE,
-        ([0, 1, 2, 3], [1, 2, 3, 4]),
-    ),  # the second: timm's, whose first map has stride 2
+    ("backbone.out_indices", IMPOSSIBLE, ([0, 1, 2, 3], [1, 2, 3, 4])),  # the second: timm's, from stride 2 on
     ("backbone.num_stages", IMPOSSIBLE, (4,)),
     ("backbone.dcn.type", IMPOSSIBLE, ("DCN", "DCNv2")),
     ("backbone.dcn.fallback_on_stride", IMPOSSIBLE, (False,)),

@@ -349,21 +349,25 @@ def _moving_average(hook: Mapping[str, Any], path: str, found: Findings) -> dict
     known |= {"ema_type": ("ExponentialMovingAverage", "mmengine.ExponentialMovingAverage")}
     found.check(hook, path, known)
     momentum = found.number(hook.get("momentum", 0.0002), f"{path}.momentum")
-    if momentum >= 1:
-        found.refuse(f"{path}.momentum", momentum, "below 1: the share of the new weights")
-    return {"ema": max(0.0, round(1.0 - momentum, 10)) if momentum else 0.0}
+    if not 0 < momentum < 1:
+        found.refuse(f"{path}.momentum", momentum, "above 0 and below 1: the share of the new weights")
+        return {}
+    return {"ema": round(1.0 - momentum, 10)}
 
 
 def _early_stop(hook: Mapping[str, Any], path: str, found: Findings) -> dict[str, Any]:
     """train.patience counts every evaluation that is not better; the other settings are listed."""
-    smallest = hook.get("min_delta", 0.1)  # mmengine's default
-    if smallest != 0:
-        found.left_out.append(f"{path}.min_delta = {shown(smallest)}: any better result counts here")
-    for name in ("monitor", "rule", "stopping_threshold", "strict", "check_finite"):
-        if hook.get(name) is not None:
-            found.left_out.append(f"{path}.{name} = {shown(hook[name])}: box AP is watched here, mask AP with masks")
-    found.check(hook, path, dict.fromkeys(("monitor", "rule", "min_delta", "strict", "check_finite", "patience",
-                                           "stopping_threshold", "priority"), ANY))  # fmt: skip
+    differences = {
+        "min_delta": "any better result counts here",
+        "monitor": "box AP is watched here, mask AP with masks",
+        "rule": "a higher AP is better here",
+        "stopping_threshold": "no AP ends a training here",
+    }
+    found.check(hook, path, dict.fromkeys((*differences, "patience", "strict", "check_finite", "priority"), ANY))
+    for name, here in differences.items():
+        value = hook.get(name, 0.1 if name == "min_delta" else None)  # the former: mmengine's default
+        if value is not None and value != 0:
+            found.left_out.append(f"{path}.{name} = {shown(value)}: {here}")
     return {"patience": found.whole(hook.get("patience", 5), f"{path}.patience", least=1)}
 
 
@@ -378,7 +382,7 @@ def _check_loops(names: Mapping[str, Any], found: Findings) -> None:
         found.expect(runner, "runner.type", "EpochBasedRunner", "IterBasedRunner")  # the latter: refused by max_iters
     if not same(names.get("workflow", [["train", 1]]), [["train", 1]]):
         found.left_out.append(f"workflow = {shown(names['workflow'])}: training alone, evaluated every few epochs")
-    parts = [(f"{name}.", as_dict(part)) for name in ("val_evaluator",) for part in as_list(names.get(name))]
+    parts = [("val_evaluator.", as_dict(part)) for part in as_list(names.get("val_evaluator"))]
     parts.append(("evaluation.", as_dict(names.get("evaluation"))))
     for path, part in parts:
         metrics = as_list(part.get("metric"))

@@ -212,8 +212,9 @@ def _made_folder(folder: Path) -> Iterator[None]:
         with _sigterm_unwinds():
             yield
     finally:
-        if new and not any(folder.iterdir()):
-            folder.rmdir()
+        if new:
+            with contextlib.suppress(OSError):  # holds an export
+                folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -21,11 +21,9 @@ _PLACES = {  # what stands before the digits
 
 
 def seal(path: Path) -> None:
-    """Write the checksum into a file whose entry ``SEAL`` is ``UNSEALED``."""
-    place = _PLACES[path.suffix]
-    content = place.sub(UNSEALED.encode(), path.read_bytes())  # an IR keeps what the ONNX file said, too
-    digits = f"{zlib.crc32(content):08x}".encode()
-    sealed, places = place.subn(digits, content)
+    """Write the checksum into a file that has an entry ``SEAL``; an IR has the ONNX file's, too."""
+    place, content = _PLACES[path.suffix], path.read_bytes()
+    sealed, places = place.subn(_checksum(content, place), content)
     assert places, f"{path} has no entry {SEAL}"
     path.write_bytes(sealed)
 
@@ -35,8 +33,17 @@ def check_seal(path: Path) -> None:
     place = _PLACES.get(path.suffix.lower())
     content = path.read_bytes() if place else b""
     found = set(place.findall(content)) if place else set()
-    if place and found and {f"{zlib.crc32(place.sub(UNSEALED.encode(), content)):08x}".encode()} != found:
+    if place and found and found != {_checksum(content, place)}:
         raise CheckpointError(
             f"{printable(path)}: is damaged, or was changed after its export; copy or export it once more (if a "
             f"program changed it on purpose, remove {SEAL} from its metadata)"
         )
+
+
+def _checksum(content: bytes, place: re.Pattern[bytes]) -> bytes:
+    """Its digits; those that stand in ``content`` count as ``UNSEALED``."""
+    value, end, view = 0, 0, memoryview(content)
+    for digits in place.finditer(content):
+        value = zlib.crc32(UNSEALED.encode(), zlib.crc32(view[end : digits.start()], value))
+        end = digits.end()
+    return f"{zlib.crc32(view[end:], value):08x}".encode()
