@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import locations
@@ -57,6 +58,18 @@ def test_a_checkpoint_comes_back_whole(tmp_path: Path) -> None:
     assert loaded.state.keys() == _state().keys()
     for name, tensor in _state().items():
         assert loaded.state[name].dtype == tensor.dtype and torch.equal(loaded.state[name], tensor)
+
+
+def test_a_training_number_that_is_refused_today_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "old.safetensors"
+    _save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    config = json.loads(metadata["config"])
+    config["train"]["log_every"] = 0
+    save_file(tensors, path, metadata=metadata | {"config": json.dumps(config)})
+    assert load_checkpoint(path).config.train.log_every == 1
+    assert capsys.readouterr().err == f"{path}: train.log_every 0 is read as 1 (at least 1)\n"
 
 
 def test_tied_and_strided_weights_are_saved(tmp_path: Path) -> None:

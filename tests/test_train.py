@@ -286,6 +286,12 @@ def test_a_loss_that_is_not_finite_names_its_images_and_changes_nothing(
     assert all(record["loss"] > 0 for record in _log(tmp_path) if record["step"] != 4)
 
 
+def test_a_training_that_skips_every_step_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _poison(monkeypatch, {0, 1})
+    with pytest.raises(UserError, match=r"all 2 steps were skipped \(step 1: s1.box nan; .*nothing was learnt"):
+        train(small_config(max_steps=2), out=tmp_path)
+
+
 def test_losses_that_stay_not_finite_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _poison(monkeypatch, {1, 3, 4, 5, 6, 7})
     with pytest.raises(UserError, match=r"of 3 steps in a row .*step 5: s1.box nan; images .*clip_grad_norm") as caught:

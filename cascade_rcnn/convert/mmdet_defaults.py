@@ -13,7 +13,7 @@ from cascade_rcnn.convert.config_values import as_dict, flag, word
 
 # Path of the part, the setting, its value.
 _DEFAULTS: list[tuple[str, str, Any]] = [
-    ("rpn_head", "anchor_generator", {"scales": [8, 16, 32], "ratios": [0.5, 1.0, 2.0]}),
+    ("rpn_head", "anchor_generator", {"scales": [8, 16, 32], "ratios": [0.5, 1.0, 2.0], "strides": [4, 8, 16, 32, 64]}),
     ("rpn_head.loss_cls", "use_sigmoid", False),
     ("roi_head.mask_head.loss_mask", "use_mask", False),
     ("train_cfg.rpn.assigner", "min_pos_iou", 0.0),
@@ -26,6 +26,9 @@ _DEFAULTS: list[tuple[str, str, Any]] = [
 ]
 # Settings without which mmdetection does not run either: a value of ours would be a guess.
 _NEEDED: list[tuple[str, tuple[str, ...]]] = [
+    ("rpn_head.anchor_generator", ("scales", "octave_base_scale")),
+    ("rpn_head.anchor_generator", ("ratios",)),
+    ("rpn_head.anchor_generator", ("strides",)),
     ("test_cfg.rpn", ("max_per_img", "max_num")),
     ("test_cfg.rcnn", ("score_thr",)),
     ("test_cfg.rcnn", ("max_per_img",)),

@@ -70,6 +70,14 @@ REFUSED = [
      "roi_head.mask_head.loss_mask.use_mask = False (here True), which is mmdetection's value"),
     (NEW, "model = dict(train_cfg=dict(rpn_proposal=dict(_delete_=True)))",
      "train_cfg.rpn_proposal.nms_pre = 1000 (here 2000), which is mmdetection's value"),
+    (NEW, "model = dict(train_cfg=dict(rpn_proposal=dict(_delete_=True, max_per_img=2000, min_bbox_size=0, "
+     "nms=dict(type='nms', iou_threshold=0.7))))", "train_cfg.rpn_proposal.nms_pre = -1 (here 2000), which is mmdet"),
+    (NEW, "model = dict(test_cfg=dict(rpn=dict(_delete_=True, max_per_img=1000, min_bbox_size=0, nms=dict(type='nms', "
+     "iou_threshold=0.7))))", "test_cfg.rpn.nms_pre = -1 (here 1000), which is mmdet"),
+    (NEW, "model = dict(rpn_head=dict(anchor_generator=dict(_delete_=True, type='AnchorGenerator', strides=[4, 8, 16, "
+     "32, 64])))", "rpn_head.anchor_generator without scales, rpn_head.anchor_generator without ratios"),
+    (NEW, "model = dict(train_cfg=dict(rpn=dict(sampler=dict(_delete_=True, type='RandomSampler', num=256, "
+     "pos_fraction=0.5, neg_pos_ub=-1))))", "train_cfg.rpn.sampler.add_gt_as_proposals = True"),
     (NEW, "model = dict(train_cfg=dict(rpn=dict(assigner=dict(_delete_=True, type='MaxIoUAssigner', pos_iou_thr=0.7, "
      "neg_iou_thr=0.3))))", "train_cfg.rpn.assigner.min_pos_iou = 0.0 (here 0.3), which is mmdetection's value"),
     (OLD, "model = dict(train_cfg=dict(rcnn=dict(assigner=dict(_delete_=True, type='MaxIoUAssigner', pos_iou_thr=0.5, "
@@ -203,7 +211,6 @@ TAKEN = [
     (OLD, "data = dict(train_dataloader=dict(samples_per_gpu=8))", "train.batch_size", 8),
     (NEW, TIMM.format("pretrained=True, out_indices=(1, 2, 3, 4), drop_path_rate=0.4"), "model.drop_path", 0.4),
     (NEW, TIMM.format("pretrained=True, out_indices=(1, 2, 3, 4)"), "model.norm", "batch"),
-    (NEW, "model = dict(train_cfg=dict(rpn_proposal=dict(nms_pre=2000)))", "model.train_proposals", 0),
 ]  # fmt: skip
 
 
