@@ -162,6 +162,26 @@ def test_one_head_in_rounds_and_with_the_truth_added() -> None:
     assert sum(look.regressions["round1"].count) > 0
 
 
+def test_boxes_and_scores_of_the_rounds_apart() -> None:
+    from explore import look_at_split
+    from iterative import look
+    from product import open_split
+
+    model, config = small_network((0.5,))
+    split = open_split(small_data(), "val")
+    ways, drift = look(model, config, split.class_names, split)
+    rounds = look_at_split(model, config, split.class_names, split, everything=True, device="cpu").ways
+    assert len(ways) == 12
+    for number in (1, 2, 3):
+        same = [one for found in rounds[f"round{number}"] for one in found.to_coco()]
+        assert [one["bbox"] for one in ways[f"boxes {number}, scores {number}"]] == [one["bbox"] for one in same]
+    assert ways["boxes 3, scores 4"] != ways["boxes 3, scores 3"] != ways["boxes 2, scores 3"]
+    assert drift.counts.sum(dim=(0, 2)).unique().numel() == 1, "the same proposals in each round"
+    assert drift.counts.sum() > 0 and all(
+        sum(shares) == pytest.approx(100) for shares in drift.summary()["alone"] if sum(shares)
+    )
+
+
 def test_an_integral_loss_of_one_iou_is_the_plain_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     from product import DetectionDataset, open_split, train_loader
 

@@ -211,6 +211,9 @@ TAKEN = [
     (OLD, "data = dict(train_dataloader=dict(samples_per_gpu=8))", "train.batch_size", 8),
     (NEW, TIMM.format("pretrained=True, out_indices=(1, 2, 3, 4), drop_path_rate=0.4"), "model.drop_path", 0.4),
     (NEW, TIMM.format("pretrained=True, out_indices=(1, 2, 3, 4)"), "model.norm", "batch"),
+    (NEW, "model = dict(rpn_head=dict(_delete_=True, type='RPNHead', in_channels=256, feat_channels=256, "
+     "loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=True, loss_weight=1.0), "
+     "loss_bbox=dict(type='SmoothL1Loss', beta=1 / 9, loss_weight=1.0)))", "model.anchor_scales", (8.0, 16.0, 32.0)),
 ]  # fmt: skip
 
 
