@@ -1,4 +1,4 @@
-"""What each part of an exported network takes: trunk, RPN, RoIAlign, heads, NMS (docs/deploy.md).
+"""What each part of an exported network takes: trunk, RPN, RoIAlign, heads, NMS (docs/deploy_measured.md).
 
     python3 benchmarks/export_parts.py CHECKPOINT IMAGES ONNX [FILE ...] [--images 20]
 

