@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from explore import Network, _batches
-from jobs import all_jobs, read_settings
+from jobs import all_jobs, evaluated, read_settings
 from product import LAST, coco_table, coco_truth, load_network, open_split, pairwise_iou, to_detections
 from torch import Tensor
 
@@ -74,9 +74,11 @@ def look(model: Any, config: Any, names: tuple[str, ...], split: Any) -> tuple[d
 
 
 def main(work: Path) -> None:
-    job = all_jobs(read_settings())["single5-s0"]
+    settings = read_settings()
+    job = all_jobs(settings)["single5-s0"]
     model, config, names = load_network(work / "trained" / job.name / LAST, device="cpu")
     split = open_split(work / "data" / job.data, config.data.val)
+    config = evaluated(config, settings["data"][job.data])
     ways, drift = look(model, config, names, split)
     truth, found = coco_truth(split), {}
     for way, results in sorted(ways.items()):

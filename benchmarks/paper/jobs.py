@@ -6,6 +6,7 @@ A job is a row of the experiment with one seed, e.g. ``cascade-s0`` or ``small50
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import re
 from dataclasses import dataclass, field, fields
@@ -105,8 +106,9 @@ def job_config(job: Job, settings: dict[str, Any], *, work: Path, weights: Path,
             root=str(work / "data" / job.data),
             train=train_split(job, settings),
             val=data["val"].replace("+", "_"),
-            short_side=(data["short_side"],),
-            long_side=data["long_side"],
+            short_side=(data["crop"],),
+            long_side=data["crop"],
+            large_scale_jitter=tuple(data["jitter"]),
             flip=0.5,
             vertical_flip=0.5,
             repeat=repeat,
@@ -123,6 +125,14 @@ def job_config(job: Job, settings: dict[str, Any], *, work: Path, weights: Path,
             init=str(work / "trained" / job.start / "last.safetensors") if job.start else "",
         ),
     )
+
+
+def evaluated(config: Config, own: dict[str, Any]) -> Config:
+    """The configuration of a trained network that looks at whole pictures of a data set; ``own`` are its settings."""
+    whole = dataclasses.replace(
+        config.data, short_side=(own["short_side"],), long_side=own["long_side"], large_scale_jitter=None
+    )
+    return dataclasses.replace(config, data=whole)
 
 
 def _network(job: Job, settings: dict[str, Any], weights: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from explore import Hypotheses, _batches
-from jobs import Job, all_jobs, job_config, read_settings
+from jobs import Job, all_jobs, evaluated, job_config, read_settings
 from product import (
     LAST,
     DetectionDataset,
@@ -104,7 +104,8 @@ def main(work: Path, numbers: list[int]) -> None:
     batches = [features(model, *pair, training=True) for pair, _ in zip(loader, range(TRAIN_BATCHES))]
     split = open_split(root, "val")
     split = dataclasses.replace(split, records=split.records[:: max(1, len(split) // EVALUATED)])
-    held_out = [features(model, *pair, training=False) for pair in _batches(split, config, 4)]
+    whole = evaluated(config, settings["data"][jobs["cascade-s0"].data])
+    held_out = [features(model, *pair, training=False) for pair in _batches(split, whole, 4)]
     print(f"features of {BATCH * len(batches)} and {len(split)} images", flush=True)
     out = work / "longer_heads.json"
     found = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else []

@@ -15,16 +15,18 @@ from pathlib import Path
 
 import torch
 from explore import HYPOTHESIS_IOUS, Network, _batches
-from jobs import all_jobs, read_settings
+from jobs import all_jobs, evaluated, read_settings
 from product import LAST, load_network, open_split, pairwise_iou
 
 
 @torch.inference_mode()
 def main(work: Path, every: int) -> None:
-    job = all_jobs(read_settings())["cascade-s0"]
+    settings = read_settings()
+    job = all_jobs(settings)["cascade-s0"]
     model, config, _ = load_network(work / "trained" / job.name / LAST, device="cpu")
     split = open_split(work / "data" / job.data, config.data.val)
     split = dataclasses.replace(split, records=split.records[::every])
+    config = evaluated(config, settings["data"][job.data])
     network = Network(model)
     overlaps: list[list[torch.Tensor]] = [[] for _ in range(network.stages + 1)]
     for images, truth in _batches(split, config, 4):

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jobs import Job, all_jobs, job_config, train_split
+from jobs import Job, all_jobs, evaluated, job_config, train_split
 
 EVERYTHING = ("cascade", "single5", "single6", "single7", "stages4")  # rows that some table looks into
 
@@ -56,9 +56,8 @@ def do_job(job: Job, settings: dict[str, Any], place: Place) -> dict[str, Any]:
     other = None
     if job.needs and job.row.startswith("single"):
         other = load_network(place.work / "trained" / job.needs[0] / LAST, device=place.device)[0]
-    look = look_at_split(
-        model, config, names, split, everything=job.row in EVERYTHING, other=other, device=place.device
-    )
+    whole = evaluated(config, settings["data"][job.data])
+    look = look_at_split(model, whole, names, split, everything=job.row in EVERYTHING, other=other, device=place.device)
     raw = place.work / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     save_ways(look.ways, raw / f"{job.name}.npz", {record.image_id: row for row, record in enumerate(split.records)})
