@@ -4,8 +4,8 @@
     python3 benchmarks/serve_load.py runs/demo --requests 10000
 
 starts ``cascade-rcnn serve`` on a free port of this machine and asks it with pictures of 96 x 96 pixels, client and
-service on the same cores. Prints a table for docs/deploy_measured.md. Needs httpx. ``tiny`` as the checkpoint is a network of
-random weights that takes little time, so that what is measured is the service.
+service on the same cores. Prints a table for docs/deploy_measured.md. Needs httpx. ``tiny`` as the checkpoint is a
+network of random weights that takes little time, so that what is measured is the service.
 """
 
 from __future__ import annotations

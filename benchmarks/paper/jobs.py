@@ -44,10 +44,15 @@ class Job:
         return tuple(self.spec.get("integral", ()))
 
 
-def read_settings(*, quick: bool = False, path: Path = HERE / "config.yaml") -> dict[str, Any]:
-    """config.yaml; in miniature with ``quick``."""
+def read_settings(*, quick: bool = False, larger: bool = False, path: Path = HERE / "config.yaml") -> dict[str, Any]:
+    """config.yaml; in miniature with ``quick``, with its section ``larger`` if asked for."""
     settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    changes = settings.pop("quick")
+    changes, more = settings.pop("quick"), settings.pop("larger")
+    if larger:
+        for name, own in more["data"].items():
+            settings["data"][name] |= own
+        for key in ("network", "training"):
+            settings[key] |= more[key]
     settings["quick"] = quick
     if not quick:
         return settings
@@ -106,9 +111,9 @@ def job_config(job: Job, settings: dict[str, Any], *, work: Path, weights: Path,
             root=str(work / "data" / job.data),
             train=train_split(job, settings),
             val=data["val"].replace("+", "_"),
-            short_side=(data["crop"],),
-            long_side=data["crop"],
-            large_scale_jitter=tuple(data["jitter"]),
+            short_side=(data["crop"] or data["short_side"],),
+            long_side=data["crop"] or data["long_side"],
+            large_scale_jitter=tuple(data["jitter"]) if data["crop"] else None,
             flip=0.5,
             vertical_flip=0.5,
             repeat=repeat,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ class Results:
     def __init__(self, work: Path, seeds: Sequence[int]) -> None:
         self.work, self.seeds = work, list(seeds)
         self._scores: dict[str, dict[str, Floats]] = {}
+        self._larger: dict[tuple[str, str], dict[str, Any]] = {}
 
     def has(self, row: str, way: str = "final") -> bool:
         return bool(self._of(row, way))
@@ -62,6 +64,21 @@ class Results:
             drawn.append(_at(a[f"{ours[1]}/samples"], iou) - _at(b[f"{base[1]}/samples"], iou))
         result = _with_interval(float(np.mean(each)), np.mean(drawn, axis=0))
         return result | {"seeds": [round(100 * one, 2) for one in each]}
+
+    def beside(self, path: Path) -> Results:
+        """The same, which also knows the rows of the larger run's table in ``path``, if that is there."""
+        both = copy.copy(self)
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+        both._larger = {(one["row"], one["way"]): one for one in rows if "way" in one}
+        return both
+
+    def of_larger_run(self, row: str, way: str) -> str:
+        """AP (and gain over the same base) of the larger run; empty where that has no such row."""
+        there = self._larger.get((row, way))
+        if there is None:
+            return ""
+        gain = f" ({there['gain']['value']:+.1f})" if there["gain"] else ""
+        return f"{there['AP']['value']:.1f}{gain}"
 
     def facts(self, row: str) -> list[dict[str, Any]]:
         """The json of each seed's job."""
@@ -125,17 +142,20 @@ def ap_table(
     the seeds that all of them have; the column of seeds has every seed's AP.
     """
     there = [entry for entry in entries if results.has(entry[1], entry[2])]
-    head = ["", "AP", *(f"AP{round(100 * iou)}" for iou in ious), f"gain over {entries[base][0]}", "seeds", "paper"]
+    larger = [results.of_larger_run(row, way) for _, row, way, _ in there]
+    head = ["", "AP", *(f"AP{round(100 * iou)}" for iou in ious), f"gain over {entries[base][0]}", "seeds"]
+    head += ["larger run", "paper"] if any(larger) else ["paper"]
     shared = results.shared_seeds([(row, way) for _, row, way, _ in there])
     lines, numbers = [], []
-    for label, row, way, paper in there:
+    for (label, row, way, paper), again in zip(there, larger):
         values = {"AP": results.value(row, way, seeds=shared)}
         values |= {f"AP{round(100 * iou)}": results.value(row, way, iou, seeds=shared) for iou in ious}
         first = (row, way) == entries[base][1:3]
         gain = None if first else results.difference((row, way), entries[base][1:3])
         every = results.value(row, way)["seeds"]
         seeds = " ".join(f"{one:.1f}" for one in every)
-        lines.append([label, *map(shown, values.values()), shown(gain, sign=True), seeds, paper])
+        beside = [again, paper] if any(larger) else [paper]
+        lines.append([label, *map(shown, values.values()), shown(gain, sign=True), seeds, *beside])
         numbers.append(
             {"label": label, "row": row, "way": way, "paper": paper, **values, "gain": gain, "every_seed": every}
         )
@@ -210,8 +230,11 @@ Table = Callable[[Results, Path], dict[str, Any]]
 
 
 def write(name: str, table: Table, rows: Sequence[str], results: Results, out: Path, pictures: Path) -> str:
-    """Make one table: its json into ``out``, its pictures into ``pictures``; returns its text."""
-    found = table(results, pictures)
+    """Make one table: its json into ``out``, its pictures into ``pictures``; returns its text.
+
+    The larger run's table is looked for in ``out``/larger.
+    """
+    found = table(results.beside(out / "larger" / f"{name}.json"), pictures)
     content = {"table": name, "cost": results.cost(rows), **found}
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -224,12 +247,18 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--data", action="append", default=[], metavar="NAME=FOLDER", help="nuclei=... bccd=...")
     parser.add_argument("--work", type=Path, default=Path("runs/paper"), help="trainings and detections")
     parser.add_argument("--weights", type=Path, default=Path(), help="folder of lite0.safetensors, lite2.safetensors")
-    parser.add_argument("--quick", action="store_true", help="all rows in miniature, on generated shapes")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="all rows in miniature, on generated shapes")
+    size.add_argument("--larger", action="store_true", help="whole pictures, steps of 16, a wider pyramid: for a GPU")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processes", type=int, default=1, help="trainings at once")
     parser.add_argument("--loaders", type=int, default=0, help="reading processes for each training")
     parser.add_argument("--scorers", type=int, default=1, help="scoring processes beside several trainings at once")
-    parser.add_argument("--results", type=Path, help="default: benchmarks/paper/results; with --quick in WORK")
-    parser.add_argument("--pictures", type=Path, help="default: docs/images/paper; with --quick in WORK")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="default: benchmarks/paper/results, with --larger its larger/, with --quick in WORK",
+    )
+    parser.add_argument("--pictures", type=Path, help="default: docs/images/paper; with --larger and --quick in WORK")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: those of config.yaml")
     return parser

@@ -2,11 +2,13 @@
 
     python3 benchmarks/paper/run.py --data nuclei=DIR --data bccd=DIR --weights DIR
     python3 benchmarks/paper/run.py --quick                  # all rows in miniature, on generated shapes
+    python3 benchmarks/paper/run.py --larger --device cuda --processes 8 --loaders 1 --data ...   # for a GPU
     python3 benchmarks/paper/stages.py --data nuclei=DIR ... # one table, and only the trainings that it needs
 
-Started again, it goes on where it was: finished trainings stay, one that was killed goes on from its last save. On a
-GPU add --device cuda --processes 8 --loaders 1; --minutes M measures the machine first and takes as many steps for
-every training as all of them can be given in that time. Numbers go to benchmarks/paper/results, pictures to
+Started again, it goes on where it was: finished trainings stay, one that was killed goes on from its last save.
+--processes 2 is faster on two cores than one training with two threads. --larger takes that section of config.yaml;
+--minutes M measures the machine first and takes as many steps for every training as all of them can be given in that
+time. Numbers go to benchmarks/paper/results, pictures to
 docs/images/paper, trained networks and detections to runs/paper. docs/paper.md tells what was seen.
 """
 
@@ -56,12 +58,13 @@ def main(tables: list[str] | None = None) -> int:
     parser.add_argument("--only-report", action="store_true", help="tables of what is there, no training")
     parser.add_argument("--keep-states", action="store_true", help="keep the optimizers' states of finished trainings")
     given = parser.parse_args()
+    given.kind = "quick" if given.quick else "larger" if given.larger else ""
     started = time.monotonic()
 
-    settings = read_settings(quick=given.quick)
+    settings = read_settings(quick=given.quick, larger=given.larger)
     if given.seeds:
         settings["seeds"] = given.seeds
-    work = given.work / "quick" if given.quick else given.work
+    work = given.work / given.kind if given.kind else given.work
     work.mkdir(parents=True, exist_ok=True)
     weights = given.weights.resolve()
     place = Place(work.resolve(), weights, given.device, given.loaders, given.scorers, given.keep_states)
@@ -122,9 +125,9 @@ def _report(given: Any, settings: dict[str, Any], work: Path, names: list[str]) 
     say("scoring")
     score_all(work, names, settings["bootstrap"], processes=os.cpu_count() or 1)
     results = report.Results(work, settings["seeds"])
-    here = work if given.quick else report.ROOT
-    out = given.results or (here / "results" if given.quick else HERE / "results")
-    pictures = given.pictures or (here / "pictures" if given.quick else report.ROOT / "docs" / "images" / "paper")
+    out = work / "results" if given.quick else HERE / "results" / given.kind
+    pictures = work / "pictures" if given.kind else report.ROOT / "docs" / "images" / "paper"
+    out, pictures = given.results or out, given.pictures or pictures
     texts = []
     for name in given.tables:
         module = importlib.import_module(name)

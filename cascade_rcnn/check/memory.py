@@ -14,8 +14,8 @@ from cascade_rcnn.config import Config
 # Cascade R-CNN with ResNet-50 took 12.5 and 17.7 GB at 16 images of 0.87 megapixels on an H200 (benchmarks/NOTES.md).
 _GB_PER_MEGAPIXEL, _GB_PER_MEGAPIXEL_MASKS, _GB_FIXED = 0.85, 1.2, 1.0
 _GPU_SHARE = 0.8  # of a GPU's memory that may be planned with
-# The same without a GPU, in float32, fitted to the peaks of five trainings of ``finetune_small`` (docs/trainings.md): 4.0,
-# 4.6, 6.4, 9.6 and 16.4 GB with up to 1.1, 1.4, 2.4, 3.7 and 6.9 megapixels a pass; none is off by more than 4 %.
+# The same without a GPU, in float32, fitted to the peaks of five trainings of ``finetune_small`` (docs/trainings.md):
+# 4.0, 4.6, 6.4, 9.6 and 16.4 GB with up to 1.1, 1.4, 2.4, 3.7 and 6.9 megapixels a pass; none is off by more than 4 %.
 _CPU_GB_PER_MEGAPIXEL, _CPU_GB_FIXED = 2.2, 1.5
 _RAM_SHARE = 0.6  # the rest is for the processes that load images, and for other programs
 

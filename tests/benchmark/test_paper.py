@@ -244,6 +244,56 @@ def test_jobs_come_after_what_they_need_and_only_the_rules_differ() -> None:
     assert small.train.init.endswith("bccd_single-s0/last.safetensors")
 
 
+def test_trainings_see_crops_and_evaluation_whole_pictures() -> None:
+    from jobs import all_jobs, evaluated, job_config, read_settings
+
+    sizes = {}
+    for larger in (False, True):
+        settings = read_settings(larger=larger)
+        paths = {"work": Path("w"), "weights": Path("x"), "images": 532, "loaders": 0}
+        config = job_config(all_jobs(settings)["cascade-s0"], settings, **paths)
+        whole = evaluated(config, settings["data"]["nuclei"]).data
+        sizes[larger] = (config.data.short_side, config.data.long_side, config.train.batch_size)
+        assert (whole.short_side, whole.long_side, whole.large_scale_jitter) == ((384,), 512, None)
+        assert (config.data.large_scale_jitter is None) is larger
+    assert sizes == {False: ((192,), 192, 8), True: ((384,), 512, 16)}
+
+
+def test_the_larger_run_stands_beside_the_numbers(tmp_path: Path) -> None:
+    import report
+
+    (tmp_path / "scores").mkdir()
+    for row, ap in (("one", 0.4), ("two", 0.5)):
+        each = {"final/ap": np.full(10, ap), "final/samples": np.full((3, 10), ap)}
+        np.savez(tmp_path / "scores" / f"{row}-s0.npz", **each)
+    entries = [("one stage", "one", "final", "34.9"), ("two stages", "two", "final", "")]
+    table = tmp_path / "table.json"
+    rows = [
+        {"row": "one", "way": "final", "AP": {"value": 52.44}, "gain": None},
+        {"row": "two", "way": "final", "AP": {"value": 54.0}, "gain": {"value": 1.56}},
+    ]
+    table.write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    results = report.Results(tmp_path, [0])
+    text = report.ap_table(results.beside(table), entries)[0].splitlines()
+    assert text[0] == "|  | AP | gain over one stage | seeds | larger run | paper |"
+    assert text[2] == "| one stage | 40.0 [40.0, 40.0] | – | 40.0 | 52.4 | 34.9 |"
+    assert text[3] == "| two stages | 50.0 [50.0, 50.0] | +10.0 [+10.0, +10.0] | 50.0 | 54.0 (+1.6) |  |"
+    alone = report.ap_table(results.beside(tmp_path / "not there.json"), entries)[0]
+    assert "larger run" not in alone and alone.splitlines()[3].endswith("| 50.0 |  |")
+
+
+def test_the_page_shows_the_numbers_of_the_results() -> None:
+    page = (locations.REPOSITORY / "docs" / "paper.md").read_text(encoding="utf-8").splitlines()
+    tables = sorted((SCRIPTS / "results").glob("*.json")) or sorted((SCRIPTS / "results" / "larger").glob("*.json"))
+    shown = 0
+    for path in tables:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        lines = found["markdown"].splitlines() if isinstance(found, dict) else []
+        shown += len(lines)
+        assert not [line for line in lines if line not in page], path
+    assert shown > 80
+
+
 def test_weights_of_efficientnet_lite_for_our_pixels() -> None:
     import timm
     from lite0 import MEAN, STD, TRAINED_MEAN, TRAINED_STD, as_timm, for_our_pixels
