@@ -17,6 +17,7 @@ from typing import Any, Literal
 import pytest
 
 import cascade_rcnn
+import locations
 from cascade_rcnn import recipes
 from cascade_rcnn.config import Config, DataConfig, ModelConfig, TrainConfig
 
@@ -109,6 +110,13 @@ def _floor(module: str) -> int:
 def test_no_room_imports_one_above_it() -> None:
     upward = [f"{a} -> {b}" for a, found in _imports().items() for b in found if _floor(b) > _floor(a)]
     assert upward == []
+
+
+def test_every_room_stands_in_the_docs() -> None:
+    page = (locations.REPOSITORY / "docs" / "index.md").read_text(encoding="utf-8")
+    table = page.partition("## Rooms")[2].partition("\n## ")[0]
+    rooms = sorted({path.relative_to(PACKAGE).parts[0] for path in MODULES if len(path.relative_to(PACKAGE).parts) > 1})
+    assert rooms and [room for room in rooms if f"`{room}/`" not in table] == []
 
 
 def test_no_imports_go_in_a_circle() -> None:
