@@ -15,9 +15,11 @@ import queue
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass, replace
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -245,9 +247,25 @@ class Team:
         return None
 
 
+def _end_with_parent() -> None:
+    """End this process when the one that started it is killed: a second start must not find its jobs still running.
+
+    A training that is under way saves what it has.
+    """
+    parent = mp.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _serve(number: int, place: Place, questions: Any, answers: Any) -> None:
     """A worker: answers (its number, whether it went well, what happened)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells us
+    _end_with_parent()
     log = open(place.work / "logs" / f"worker{number}.txt", "a", buffering=1)  # noqa: SIM115, PTH123
     sys.stdout = sys.stderr = log
     import torch
@@ -277,6 +295,7 @@ def _serve(number: int, place: Place, questions: Any, answers: Any) -> None:
 def _score(place: Place, names: Any) -> None:
     """Scores what is done beside the trainings, politely."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_with_parent()
     if hasattr(os, "nice"):
         os.nice(10)
     from scores import score_job

@@ -321,6 +321,43 @@ def start(work: Path, *more: str) -> subprocess.Popen[str]:
     )
 
 
+def test_a_worker_ends_when_its_run_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "run_and_die.py"
+    script.write_text(
+        "import multiprocessing as mp, os, sys, time\n"
+        f"sys.path.insert(0, {str(SCRIPTS)!r})\n"
+        "def serve(ready):\n"
+        "    import work\n"
+        "    work._end_with_parent()\n"
+        "    ready.put(os.getpid())\n"
+        "    time.sleep(300)\n"
+        "if __name__ == '__main__':\n"
+        "    context = mp.get_context('spawn')\n"
+        "    ready = context.Queue()\n"
+        "    context.Process(target=serve, args=(ready,)).start()\n"
+        "    open(sys.argv[1], 'w').write(str(ready.get(timeout=120)))\n"
+        "    os.kill(os.getpid(), 9)\n",
+        encoding="utf-8",
+    )
+    told = tmp_path / "worker.txt"  # a pipe would stay open as long as the worker
+    subprocess.run([sys.executable, str(script), str(told)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    worker, end = int(told.read_text()), time.monotonic() + 30
+    while alive(worker) and time.monotonic() < end:
+        time.sleep(0.1)
+    there = alive(worker)
+    if there:
+        os.kill(worker, signal.SIGKILL)
+    assert not there
+
+
+def alive(process: int) -> bool:
+    """Whether it runs (a process whose parent has not looked after it yet does not)."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_all_rows_in_miniature(tmp_path: Path) -> None:
