@@ -3,7 +3,8 @@
     python3 benchmarks/paper/iterative.py WORK
 
 Looks at the one-stage detector of seed 0 that run.py has trained in WORK. Round k is given the boxes of round k - 1
-(round 1 the proposals); its classifier judges those, its regressor moves them.
+(round 1 the proposals); its classifier judges those, its regressor moves them. Beside it, how boxes drift through the
+stages of the cascade of seed 0.
 """
 
 from __future__ import annotations
@@ -73,6 +74,19 @@ def look(model: Any, config: Any, names: tuple[str, ...], split: Any) -> tuple[d
     return ways, drift
 
 
+@torch.inference_mode()
+def drift_of_stages(model: Any, config: Any, split: Any) -> Drift:
+    """How boxes drift through the three stages of a cascade, each with its own head."""
+    network, drift = Network(model), Drift()
+    for images, truth in _batches(split, config, 4):
+        pyramid, boxes, valid = network.begin(images)
+        rounds = [boxes]
+        for k in range(ROUNDS):
+            rounds.append(network.head(k, pyramid, rounds[-1], valid, images.sizes)[1])
+        drift.add(rounds, valid, truth)
+    return drift
+
+
 def main(work: Path) -> None:
     settings = read_settings()
     job = all_jobs(settings)["single5-s0"]
@@ -90,9 +104,11 @@ def main(work: Path) -> None:
         }
         found[way] = {key: round(100 * float(value or 0), 2) for key, value in found[way].items()}
         print(way, json.dumps(found[way]), len(results), flush=True)
-    print(json.dumps(drift.summary()))
+    cascade = load_network(work / "trained" / "cascade-s0" / LAST, device="cpu")[0]
+    drifts = {"one head": drift.summary(), "cascade": drift_of_stages(cascade, config, split).summary()}
+    print(json.dumps(drifts))
     (work / "iterative.json").write_text(
-        json.dumps({"ways": found, "drift": drift.summary()}, indent=1) + "\n", encoding="utf-8"
+        json.dumps({"ways": found, "drift": drifts}, indent=1) + "\n", encoding="utf-8"
     )
 
 

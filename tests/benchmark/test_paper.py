@@ -182,6 +182,20 @@ def test_boxes_and_scores_of_the_rounds_apart() -> None:
     )
 
 
+def test_drift_through_the_stages_of_a_cascade() -> None:
+    from iterative import drift_of_stages, look
+    from product import open_split
+
+    model, config = small_network((0.5, 0.6, 0.7))
+    split = open_split(small_data(), "val")
+    ours = drift_of_stages(model, config, split).counts
+    for parts in (model.cascade.box_heads, model.cascade.stages):
+        parts[1] = parts[2] = parts[0]
+    one_head = drift_of_stages(model, config, split).counts
+    rounds = look(model, config, split.class_names, split)[1].counts
+    assert torch.equal(one_head, rounds) and not torch.equal(ours, one_head)
+
+
 def test_an_integral_loss_of_one_iou_is_the_plain_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     from product import DetectionDataset, open_split, train_loader
 
