@@ -1,6 +1,6 @@
 """Why three rounds of one head lose AP where the paper's gain (table 1): scores, boxes and what NMS leaves, apart.
 
-    python3 benchmarks/paper/iterative.py WORK
+    python3 benchmarks/paper/iterative.py WORK            # or WORK/larger
 
 Looks at the one-stage detector of seed 0 that run.py has trained in WORK. Round k is given the boxes of round k - 1
 (round 1 the proposals); its classifier judges those, its regressor moves them. Beside it, how boxes drift through the
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from explore import Network, _batches
-from jobs import all_jobs, evaluated, read_settings
+from jobs import all_jobs, evaluated, settings_of
 from product import LAST, coco_table, coco_truth, load_network, open_split, pairwise_iou, to_detections
 from torch import Tensor
 
@@ -88,7 +88,7 @@ def drift_of_stages(model: Any, config: Any, split: Any) -> Drift:
 
 
 def main(work: Path) -> None:
-    settings = read_settings()
+    settings = settings_of(work)
     job = all_jobs(settings)["single5-s0"]
     model, config, names = load_network(work / "trained" / job.name / LAST, device="cpu")
     split = open_split(work / "data" / job.data, config.data.val)

@@ -69,6 +69,11 @@ def read_settings(*, quick: bool = False, larger: bool = False, path: Path = HER
     return settings
 
 
+def settings_of(work: Path) -> dict[str, Any]:
+    """The settings of a folder of trainings: ``run.py --larger`` trains in WORK/larger."""
+    return read_settings(larger=work.name == "larger")
+
+
 def all_jobs(settings: dict[str, Any]) -> dict[str, Job]:
     """Every job by its name: all rows of the first seed, then of the next; what others need comes before them."""
     jobs = []

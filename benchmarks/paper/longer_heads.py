@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from explore import Hypotheses, _batches
-from jobs import Job, all_jobs, evaluated, job_config, read_settings
+from jobs import Job, all_jobs, evaluated, job_config, settings_of
 from product import (
     LAST,
     DetectionDataset,
@@ -93,7 +93,7 @@ def shares(cascade: Any, batches: list[tuple[Any, ...]]) -> dict[str, dict[str, 
 
 
 def main(work: Path, numbers: list[int]) -> None:
-    settings = read_settings()
+    settings = settings_of(work)
     jobs = all_jobs(settings)
     model, config, names = load_network(work / "trained" / "cascade-s0" / LAST, device="cpu")
     root = work / "data" / jobs["cascade-s0"].data

@@ -72,6 +72,7 @@ def main(tables: list[str] | None = None) -> int:
     sources = {name: Path(folder) for name, _, folder in (one.partition("=") for one in given.data)}
     left: list[str] = []
     if not given.only_report:
+        _keep_settings(settings, work)
         say("preparing the data")
         prepare(settings, sources, place.work, processes=os.cpu_count() or 1)
         deadline = started + given.minutes * 60 if given.minutes else float("inf")
@@ -82,6 +83,15 @@ def main(tables: list[str] | None = None) -> int:
     if left:
         say(f"not done: {', '.join(left)}; start again to go on")
     return 1 if left else 0
+
+
+def _keep_settings(settings: dict[str, Any], work: Path) -> None:
+    """Refuse to go on in a folder whose trainings were begun with other settings: its numbers would be a mixture."""
+    path, ours = work / "settings.json", {key: settings[key] for key in ("data", "network", "training")}
+    if path.is_file() and (theirs := json.loads(path.read_text(encoding="utf-8"))) != ours:
+        changed = ", ".join(key for key in ours if theirs.get(key) != ours[key])
+        raise SystemExit(f"{path}: begun with other settings ({changed}) than config.yaml has; give another --work")
+    path.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
 
 
 def _wanted(tables: list[str], jobs: dict[str, Any], *, everything: bool) -> list[str]:

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 from explore import HYPOTHESIS_IOUS, Network, _batches
-from jobs import all_jobs, evaluated, read_settings
+from jobs import all_jobs, evaluated, settings_of
 from product import LAST, load_network, open_split, pairwise_iou
 
 
 @torch.inference_mode()
 def main(work: Path, every: int) -> None:
-    settings = read_settings()
+    settings = settings_of(work)
     job = all_jobs(settings)["cascade-s0"]
     model, config, _ = load_network(work / "trained" / job.name / LAST, device="cpu")
     split = open_split(work / "data" / job.data, config.data.val)

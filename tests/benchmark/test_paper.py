@@ -273,6 +273,18 @@ def test_trainings_see_crops_and_evaluation_whole_pictures() -> None:
     assert sizes == {False: ((192,), 192, 8), True: ((384,), 512, 16)}
 
 
+def test_a_folder_begun_with_other_settings_is_refused(tmp_path: Path) -> None:
+    import run
+    from jobs import read_settings, settings_of
+
+    settings = read_settings()
+    run._keep_settings(settings, tmp_path)
+    run._keep_settings(settings | {"seeds": [7]}, tmp_path)  # more seeds go on there
+    with pytest.raises(SystemExit, match=r"settings\.json: begun with other settings \(data, network, training\)"):
+        run._keep_settings(read_settings(larger=True), tmp_path)
+    assert settings_of(tmp_path / "larger") == read_settings(larger=True) != settings_of(tmp_path) == settings
+
+
 def test_the_larger_run_stands_beside_the_numbers(tmp_path: Path) -> None:
     import report
 
