@@ -241,6 +241,19 @@ def write(name: str, table: Table, rows: Sequence[str], results: Results, out: P
     return f"## {name}\n\n{found['markdown']}\n"
 
 
+def write_costs(tables: Sequence[str], rows: Sequence[str], results: Results, out: Path) -> str:
+    """What the trainings of each table in ``out`` took, and those of all ``rows``; its json, and its text."""
+    there = {name: json.loads((out / f"{name}.json").read_text(encoding="utf-8"))["cost"] for name in tables}
+    lines = [[f"`{name}.py`", str(cost["jobs"]), f"{cost['minutes']:.0f}"] for name, cost in there.items()]
+    everything = results.cost(list(dict.fromkeys(rows)))
+    lines.append(["`run.py`, each once", str(everything["jobs"]), f"{everything['minutes']:.0f}"])
+    text = markdown(["script", "trainings", "minutes of one process"], lines)
+    (out / "costs.json").write_text(
+        json.dumps({"cost": everything, "markdown": text}, indent=1) + "\n", encoding="utf-8"
+    )
+    return f"## costs\n\n{text}\n"
+
+
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """The options that run.py and the table scripts share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -138,7 +138,7 @@ def _report(given: Any, settings: dict[str, Any], work: Path, names: list[str]) 
     out = work / "results" if given.quick else HERE / "results" / given.kind
     pictures = work / "pictures" if given.kind else report.ROOT / "docs" / "images" / "paper"
     out, pictures = given.results or out, given.pictures or pictures
-    texts = []
+    texts, made = [], []
     for name in given.tables:
         module = importlib.import_module(name)
         there = [row for row in module.ROWS if results.facts(row)]
@@ -146,7 +146,10 @@ def _report(given: Any, settings: dict[str, Any], work: Path, names: list[str]) 
             say(f"{name}: its trainings are not there yet")
             continue
         texts.append(report.write(name, module.table, module.ROWS, results, out, pictures))
+        made.append(name)
         say(f"{name}: {out / f'{name}.json'}")
+    if made == list(TABLES):
+        texts.append(report.write_costs(made, [job.row for job in all_jobs(settings).values()], results, out))
     text = "\n".join(texts)
     (work / "tables.md").write_text(text, encoding="utf-8")
     print(f"\n{text}")

@@ -196,6 +196,28 @@ def test_drift_through_the_stages_of_a_cascade() -> None:
     assert torch.equal(one_head, rounds) and not torch.equal(ours, one_head)
 
 
+def test_how_far_a_stage_moves_its_boxes() -> None:
+    from product import Targets, encode_boxes
+    from stage_moves import Moves
+
+    from cascade_rcnn.models.boxes import decode_boxes
+
+    objects = torch.tensor([[[10.0, 10, 50, 60], [100, 20, 160, 90], [0, 0, 0, 0]]])
+    truth = Targets(
+        objects, torch.ones(1, 3, dtype=torch.long), torch.tensor([[True, True, False]]), torch.zeros(1, 3) > 0
+    )
+    before = torch.tensor([[[16.0, 6, 58, 58], [96, 25, 150, 96], [300, 300, 340, 340], [0, 0, 400, 400]]])
+    valid = torch.tensor([[True, True, True, False]])
+    deltas = encode_boxes(before[:, :2], objects[:, :2], torch.ones(4))
+    for share in (0.0, 0.5, 1.0):
+        moved = torch.cat([decode_boxes(share * deltas, before[:, :2], torch.ones(4)), before[:, 2:]], dim=1)
+        stage = Moves()
+        stage.add(before, moved, valid, truth)
+        found = stage.summary()
+        assert found["way"] == pytest.approx(share, abs=1e-4)
+        assert found["good_after"] == pytest.approx(100 * (2 / 3 if share else 0), abs=1e-4)
+
+
 def test_an_integral_loss_of_one_iou_is_the_plain_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     from product import DetectionDataset, open_split, train_loader
 
@@ -306,6 +328,25 @@ def test_the_larger_run_stands_beside_the_numbers(tmp_path: Path) -> None:
     assert text[3] == "| two stages | 50.0 [50.0, 50.0] | +10.0 [+10.0, +10.0] | 50.0 | 54.0 (+1.6) |  |"
     alone = report.ap_table(results.beside(tmp_path / "not there.json"), entries)[0]
     assert "larger run" not in alone and alone.splitlines()[3].endswith("| 50.0 |  |")
+
+
+def test_trainings_that_several_tables_share_cost_once(tmp_path: Path) -> None:
+    from report import Results, write_costs
+
+    (tmp_path / "raw").mkdir()
+    facts = {"look_seconds": 30.0, "device": "cpu", "steps": 4, "evaluated_images": 8}
+    for name, seconds in (("a-s0", 90.0), ("a-s1", 150.0), ("b-s0", 270.0)):
+        (tmp_path / "raw" / f"{name}.json").write_text(json.dumps(facts | {"train_seconds": seconds}), "utf-8")
+    results = Results(tmp_path, [0, 1])
+    for table, rows in (("stages", ["a"]), ("depth", ["a", "b"])):
+        (tmp_path / f"{table}.json").write_text(json.dumps({"cost": results.cost(rows)}), "utf-8")
+    text = write_costs(["stages", "depth"], ["a", "b", "a", "b"], results, tmp_path)
+    assert text.splitlines()[4:] == [
+        "| `stages.py` | 2 | 5 |",
+        "| `depth.py` | 3 | 10 |",
+        "| `run.py`, each once | 3 | 10 |",
+    ]
+    assert json.loads((tmp_path / "costs.json").read_text("utf-8"))["markdown"] in text
 
 
 def test_the_page_shows_the_numbers_of_the_results() -> None:
