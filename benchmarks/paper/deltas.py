@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import run
-from report import COLORS, Results, axes, markdown, save
+from report import COLORS, Results, axes, legend_below, markdown, save
 
 ROWS = ("cascade",)
 KINDS = {"stage1": "stage 1", "stage2": "stage 2", "stage3": "stage 3"}
@@ -59,7 +59,7 @@ def table(results: Results, pictures: Path) -> dict[str, Any]:
                 axis.plot(x, q[2], "_", color="white", markersize=8)
     for axis, title in ((shift, "shift: dx (in widths)"), (size, "size: dw (log of the ratio)")):
         axis.set(title=title, xticks=range(3), xticklabels=KINDS.values())
-        axis.legend()
+    legend_below(figure, shift)
     save(figure, pictures / "deltas.png")
     head = ["", *(f"std of {side}" for side in SIDES), "90 % of dx", "90 % of dw", "statistics of the setting"]
     return {"markdown": markdown(head, lines), "rows": numbers}

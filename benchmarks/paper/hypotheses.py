@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import run
-from report import COLORS, Results, axes, markdown, save
+from report import COLORS, Results, axes, legend_below, markdown, save
 
 ROWS = ("cascade",)
 PAPER = {"stage1": "16.7, 8.0, 2.9", "stage2": "25.6, 21.7, 17.3", "stage3": "28.0, 25.1, 21.7"}
@@ -46,7 +46,7 @@ def table(results: Results, pictures: Path) -> dict[str, Any]:
         xticks=range(len(SHOWN)),
         xticklabels=[f"IoU ≥ {iou}" for iou in SHOWN],
     )
-    axis.legend()
+    legend_below(figure, axis)
     save(figure, pictures / "hypotheses.png")
     head = ["", *(f"IoU ≥ {iou}" for iou in SHOWN), "paper (.5, .6, .7)"]
     return {"markdown": markdown(head, lines), "rows": numbers}

@@ -185,6 +185,11 @@ def axes(columns: int = 1, *, height: float = 3.2, width: float = 4.2) -> tuple[
     return plt.subplots(1, columns, figsize=(width * columns, height), layout="constrained", squeeze=False)
 
 
+def legend_below(figure: Any, axis: Any) -> None:
+    """What ``axis`` shows, under the figure, where it covers nothing."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+
+
 def save(figure: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import run
 from jobs import read_settings
-from report import COLORS, Results, axes, markdown, save, shown
+from report import COLORS, Results, axes, legend_below, markdown, save, shown
 
 SIZES = tuple(read_settings()["small"]["sizes"])
 ROWS = tuple(
@@ -58,7 +58,7 @@ def table(results: Results, pictures: Path) -> dict[str, Any]:
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.minorticks_off()
     panels[1].axhline(0, color=COLORS[0], linewidth=1)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    legend_below(figure, panels[0])
     save(figure, pictures / "small_data.png")
     lines.sort(key=lambda line: int(line[0]))
     head = ["images", "", "AP", "AP50", "AP75", "gain over one stage from ImageNet", "seeds"]
