@@ -268,6 +268,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="all rows in miniature, on generated shapes")
     size.add_argument("--larger", action="store_true", help="whole pictures, steps of 16, a wider pyramid: for a GPU")
+    size.add_argument("--steps", type=int, help="instead of those of config.yaml")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processes", type=int, default=1, help="trainings at once")
     parser.add_argument("--loaders", type=int, default=0, help="reading processes for each training")
@@ -275,8 +276,8 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--results",
         type=Path,
-        help="default: benchmarks/paper/results, with --larger its larger/, with --quick in WORK",
+        help="default: benchmarks/paper/results, with --larger and --steps in a folder there, with --quick in WORK",
     )
-    parser.add_argument("--pictures", type=Path, help="default: docs/images/paper; with --larger and --quick in WORK")
+    parser.add_argument("--pictures", type=Path, help="default: docs/images/paper; else in WORK")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: those of config.yaml")
     return parser

@@ -4,9 +4,11 @@
     python3 benchmarks/paper/run.py --quick                  # all rows in miniature, on generated shapes
     python3 benchmarks/paper/run.py --larger --device cuda --processes 8 --loaders 1 --data ...   # for a GPU
     python3 benchmarks/paper/stages.py --data nuclei=DIR ... # one table, and only the trainings that it needs
+    python3 benchmarks/paper/each_alone.py --steps 300 --rows none iou --data ...   # two rows of it, for longer
 
 Started again, it goes on where it was: finished trainings stay, one that was killed goes on from its last save.
 --processes 2 is faster on two cores than one training with two threads. --larger takes that section of config.yaml;
+--steps N trains in WORK/stepsN, and its tables go to results/stepsN;
 --minutes M measures the machine first and takes as many steps for every training as all of them can be given in that
 time. Numbers go to benchmarks/paper/results, pictures to
 docs/images/paper, trained networks and detections to runs/paper. docs/paper.md tells what was seen.
@@ -54,21 +56,21 @@ def main(tables: list[str] | None = None) -> int:
     parser = report.arguments(__doc__ if tables is None else None)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=tables or list(TABLES))
     parser.add_argument("--minutes", type=float, help="choose the number of steps so that all is done in this time")
+    parser.add_argument("--rows", nargs="+", help="only these rows of config.yaml, and what they need")
     parser.add_argument("--only-train", action="store_true", help="no scores and tables yet")
     parser.add_argument("--only-report", action="store_true", help="tables of what is there, no training")
     parser.add_argument("--keep-states", action="store_true", help="keep the optimizers' states of finished trainings")
     given = parser.parse_args()
-    given.kind = "quick" if given.quick else "larger" if given.larger else ""
+    given.kind = "quick" if given.quick else "larger" if given.larger else f"steps{given.steps}" if given.steps else ""
     started = time.monotonic()
 
     settings = read_settings(quick=given.quick, larger=given.larger)
-    if given.seeds:
-        settings["seeds"] = given.seeds
+    settings |= {key: value for key in ("seeds", "steps") if (value := getattr(given, key))}
     work = given.work / given.kind if given.kind else given.work
     work.mkdir(parents=True, exist_ok=True)
     weights = given.weights.resolve()
     place = Place(work.resolve(), weights, given.device, given.loaders, given.scorers, given.keep_states)
-    names = _wanted(given.tables, all_jobs(settings), everything=len(given.tables) == len(TABLES))
+    names = _wanted(given.tables, all_jobs(settings), given.rows)
     sources = {name: Path(folder) for name, _, folder in (one.partition("=") for one in given.data)}
     left: list[str] = []
     if not given.only_report:
@@ -94,12 +96,12 @@ def _keep_settings(settings: dict[str, Any], work: Path) -> None:
     path.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
 
 
-def _wanted(tables: list[str], jobs: dict[str, Any], *, everything: bool) -> list[str]:
-    """The jobs that some tables need, and those that these need."""
-    if everything:
-        return list(jobs)
-    rows = {row for name in tables for row in importlib.import_module(name).ROWS}
-    names = {name for name, job in jobs.items() if job.row in rows}
+def _wanted(tables: list[str], jobs: dict[str, Any], rows: list[str] | None) -> list[str]:
+    """The jobs that some tables need (of these, those of ``rows``), and those that these need."""
+    wanted = {row for name in tables for row in importlib.import_module(name).ROWS}
+    if rows and (unknown := set(rows) - wanted):
+        raise SystemExit(f"--rows {' '.join(sorted(unknown))}: these tables have {', '.join(sorted(wanted))}")
+    names = {name for name, job in jobs.items() if job.row in (rows or wanted)}
     names |= {need for name in names for need in jobs[name].needs}
     return [name for name in jobs if name in names]
 

@@ -330,6 +330,18 @@ def test_the_larger_run_stands_beside_the_numbers(tmp_path: Path) -> None:
     assert "larger run" not in alone and alone.splitlines()[3].endswith("| 50.0 |  |")
 
 
+def test_some_rows_alone_and_what_they_need() -> None:
+    from jobs import all_jobs, read_settings
+    from run import TABLES, _wanted
+
+    jobs = all_jobs(read_settings() | {"seeds": [4]})
+    assert _wanted(list(TABLES), jobs, None) == list(jobs)
+    assert _wanted(["each_alone"], jobs, None) == ["cascade-s4", "none-s4", "iou-s4", "statistics-s4"]
+    assert _wanted(["each_alone", "single"], jobs, ["none", "single6"]) == ["cascade-s4", "single6-s4", "none-s4"]
+    with pytest.raises(SystemExit, match="--rows single9: these tables have cascade, single5, single6, single7"):
+        _wanted(["single"], jobs, ["single5", "single9"])
+
+
 def test_trainings_that_several_tables_share_cost_once(tmp_path: Path) -> None:
     from report import Results, write_costs
 
