@@ -2,9 +2,10 @@
 
     python3 benchmarks/paper/stage_moves.py WORK [EVERY]
 
-Looks with the three-stage networks that run.py has trained in WORK, at training crops for the share of positives, and
-at every second image of the evaluation split for the rest. ``way`` is how far a stage moves its boxes, as a share of
-the way to their objects (least squares over the four deltas of boxes with an IoU of at least 0.5): 1 is all of it.
+Looks with the three-stage networks that run.py has trained in WORK (or WORK/steps300): at training crops for the share
+of positives, and at every second image of the evaluation split for the rest. ``way`` is how far a stage moves its
+boxes, as a share of the way to their objects (least squares over the four deltas of boxes with an IoU of at least
+0.5): 1 is all of it.
 """
 
 from __future__ import annotations
@@ -116,7 +117,10 @@ def main(work: Path, every: int) -> None:
     settings = settings_of(work)
     found = {}
     for row in ROWS:
-        each = [look(work, f"{row}-s{seed}", settings, every) for seed in settings["seeds"]]
+        names = [f"{row}-s{seed}" for seed in settings["seeds"]]
+        each = [look(work, name, settings, every) for name in names if (work / "trained" / name / LAST).is_file()]
+        if not each:
+            continue
         found[row] = [
             {key: round(sum(one[k][key] for one in each) / len(each), 3) for key in stage}
             for k, stage in enumerate(each[0])
