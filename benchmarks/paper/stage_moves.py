@@ -33,9 +33,11 @@ from product import (
     to_detections,
     train_loader,
 )
+from report import markdown
 from torch import Tensor
 
-ROWS = ("none", "iou", "statistics", "cascade")
+ROWS = {"none": "three stages, neither", "iou": "rising IoU", "statistics": "statistics", "cascade": "both"}
+SHOWN = {"AP": ".1f", "positive": ".0f", "way": ".2f"}
 CROPS, BATCH = 64, 8
 NEAR, GOOD = 0.5, 0.7
 
@@ -113,6 +115,16 @@ def look(work: Path, name: str, settings: dict[str, Any], every: int) -> list[di
     return stages
 
 
+def table(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """What the file of results holds: the numbers, and the same as a table."""
+    head = ["", "AP of each stage alone", "positive in training (%)", "way"]
+    lines = [
+        [ROWS[row], *(" ".join(f"{stage[key]:{form}}" for stage in stages) for key, form in SHOWN.items())]
+        for row, stages in found.items()
+    ]
+    return {"markdown": markdown(head, lines), "rows": found}
+
+
 def main(work: Path, every: int) -> None:
     settings = settings_of(work)
     found = {}
@@ -125,9 +137,8 @@ def main(work: Path, every: int) -> None:
             {key: round(sum(one[k][key] for one in each) / len(each), 3) for key in stage}
             for k, stage in enumerate(each[0])
         ]
-        for number, stage in enumerate(found[row], start=1):
-            print(row, f"stage {number}", json.dumps(stage), flush=True)
-    (work / "stage_moves.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(row, json.dumps(found[row]), flush=True)
+    (work / "stage_moves.json").write_text(json.dumps(table(found), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
