@@ -98,12 +98,19 @@ def _keep_settings(settings: dict[str, Any], work: Path) -> None:
 
 def _wanted(tables: list[str], jobs: dict[str, Any], rows: list[str] | None) -> list[str]:
     """The jobs that some tables need (of these, those of ``rows``), and those that these need."""
-    wanted = {row for name in tables for row in importlib.import_module(name).ROWS}
+    wanted = {row for name in tables for row in _rows(name, jobs)}
     if rows and (unknown := set(rows) - wanted):
         raise SystemExit(f"--rows {' '.join(sorted(unknown))}: these tables have {', '.join(sorted(wanted))}")
     names = {name for name, job in jobs.items() if job.row in (rows or wanted)}
     names |= {need for name in names for need in jobs[name].needs}
     return [name for name in jobs if name in names]
+
+
+def _rows(table: str, jobs: dict[str, Any]) -> list[str]:
+    """The rows of a table; those of small data are in the settings, its sizes."""
+    if table == "small_data":
+        return list(dict.fromkeys(job.row for job in jobs.values() if job.row.startswith("small")))
+    return list(importlib.import_module(table).ROWS)
 
 
 def _train(settings: dict[str, Any], place: Place, names: list[str], *, processes: int, deadline: float) -> list[str]:
@@ -140,18 +147,18 @@ def _report(given: Any, settings: dict[str, Any], work: Path, names: list[str]) 
     out = work / "results" if given.quick else HERE / "results" / given.kind
     pictures = work / "pictures" if given.kind else report.ROOT / "docs" / "images" / "paper"
     out, pictures = given.results or out, given.pictures or pictures
+    jobs = all_jobs(settings)
     texts, made = [], []
     for name in given.tables:
-        module = importlib.import_module(name)
-        there = [row for row in module.ROWS if results.facts(row)]
-        if name != "small_data" and len(there) < min(2, len(module.ROWS)):
+        rows = _rows(name, jobs)
+        if sum(bool(results.facts(row)) for row in rows) < min(2, len(rows)):
             say(f"{name}: its trainings are not there yet")
             continue
-        texts.append(report.write(name, module.table, module.ROWS, results, out, pictures))
+        texts.append(report.write(name, importlib.import_module(name).table, rows, results, out, pictures))
         made.append(name)
         say(f"{name}: {out / f'{name}.json'}")
     if made == list(TABLES):
-        texts.append(report.write_costs(made, [job.row for job in all_jobs(settings).values()], results, out))
+        texts.append(report.write_costs(made, [job.row for job in jobs.values()], results, out))
     text = "\n".join(texts)
     (work / "tables.md").write_text(text, encoding="utf-8")
     print(f"\n{text}")

@@ -6,13 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import run
-from jobs import read_settings
 from report import COLORS, Results, axes, legend_below, markdown, save, shown
 
-SIZES = tuple(read_settings()["small"]["sizes"])
-ROWS = tuple(
-    f"small{size}_{kind}_{begin}" for size in SIZES for kind in ("single", "cascade") for begin in ("imagenet", "bccd")
-)
 BASE = "single_imagenet"
 KINDS = (
     ("one stage, ImageNet", "single_imagenet"),
