@@ -18,6 +18,12 @@ SETTING = ("0.1, 0.2", "0.05, 0.1", "0.033, 0.067")
 SIDES = ("dx", "dy", "dw", "dh")
 
 
+def spread(each: tuple[float, ...]) -> str:
+    """The mean over the seeds, and their range if there are several."""
+    several = f" ({min(each):.3f} to {max(each):.3f})" if len(each) > 1 else ""
+    return f"{np.mean(each):.3f}{several}"
+
+
 def table(results: Results, pictures: Path) -> dict[str, Any]:
     lines, numbers = [], []
     figure, ((shift, size),) = axes(2, width=3.6)
@@ -44,7 +50,7 @@ def table(results: Results, pictures: Path) -> dict[str, Any]:
             lines.append(
                 [
                     f"{words}, {which}",
-                    *(f"{one:.3f}" for one in std),
+                    *(spread(values) for values in zip(*(one["std"] for one in each))),
                     f"{quantiles[0, 0]:+.3f} to {quantiles[0, -1]:+.3f}",
                     f"{quantiles[2, 0]:+.3f} to {quantiles[2, -1]:+.3f}",
                     SETTING[place],
