@@ -143,8 +143,8 @@ def ap_table(
     """
     there = [entry for entry in entries if results.has(entry[1], entry[2])]
     larger = [results.of_larger_run(row, way) for _, row, way, _ in there]
-    head = ["", "AP", *(f"AP{round(100 * iou)}" for iou in ious), f"gain over {entries[base][0]}", "seeds"]
-    head += ["larger run", "paper"] if any(larger) else ["paper"]
+    beside = ["larger run", "paper"] if any(larger) else ["paper"]
+    head = ["", "AP", f"gain over {entries[base][0]}", *beside, *(f"AP{round(100 * iou)}" for iou in ious), "seeds"]
     shared = results.shared_seeds([(row, way) for _, row, way, _ in there])
     lines, numbers = [], []
     for (label, row, way, paper), again in zip(there, larger):
@@ -154,8 +154,8 @@ def ap_table(
         gain = None if first else results.difference((row, way), entries[base][1:3])
         every = results.value(row, way)["seeds"]
         seeds = " ".join(f"{one:.1f}" for one in every)
-        beside = [again, paper] if any(larger) else [paper]
-        lines.append([label, *map(shown, values.values()), shown(gain, sign=True), seeds, *beside])
+        ap, *at_ious = map(shown, values.values())
+        lines.append([label, ap, shown(gain, sign=True), *([again] if any(larger) else []), paper, *at_ious, seeds])
         numbers.append(
             {"label": label, "row": row, "way": way, "paper": paper, **values, "gain": gain, "every_seed": every}
         )

@@ -46,7 +46,8 @@ def table(results: Results, pictures: Path) -> dict[str, Any]:
             gain = None if row == base else results.difference((row, "final"), (base, "final"))
             numbers.append({"images": size, "kind": kind, **value, "gain": gain})
             seeds = " ".join(f"{one:.1f}" for one in value["AP"]["seeds"])
-            lines.append([str(size), words, *map(shown, value.values()), shown(gain, sign=True), seeds])
+            ap, *at_ious = map(shown, value.values())
+            lines.append([str(size), words, ap, shown(gain, sign=True), *at_ious, seeds])
     titles = ("AP (small points: each seed)", "gain over one stage from ImageNet")
     for axis, title, unit in zip(panels, titles, ("AP (%)", "points")):
         axis.set(title=title, xlabel="images to learn from", ylabel=unit, xscale="log")
@@ -56,7 +57,7 @@ def table(results: Results, pictures: Path) -> dict[str, Any]:
     legend_below(figure, panels[0])
     save(figure, pictures / "small_data.png")
     lines.sort(key=lambda line: int(line[0]))
-    head = ["images", "", "AP", "AP50", "AP75", "gain over one stage from ImageNet", "seeds"]
+    head = ["images", "", "AP", "gain over one stage from ImageNet", "AP50", "AP75", "seeds"]
     return {"markdown": markdown(head, lines), "rows": numbers}
 
 
