@@ -10,18 +10,12 @@ from typing import Any
 
 import numpy as np
 import run
-from report import COLORS, Results, axes, legend_below, markdown, save
+from report import COLORS, Results, axes, legend_below, markdown, save, with_range
 
 ROWS = ("cascade",)
 KINDS = {"stage1": "stage 1", "stage2": "stage 2", "stage3": "stage 3"}
 SETTING = ("0.1, 0.2", "0.05, 0.1", "0.033, 0.067")
 SIDES = ("dx", "dy", "dw", "dh")
-
-
-def spread(each: tuple[float, ...]) -> str:
-    """The mean over the seeds, and their range if there are several."""
-    several = f" ({min(each):.3f} to {max(each):.3f})" if len(each) > 1 else ""
-    return f"{np.mean(each):.3f}{several}"
 
 
 def table(results: Results, pictures: Path) -> dict[str, Any]:
@@ -50,7 +44,7 @@ def table(results: Results, pictures: Path) -> dict[str, Any]:
             lines.append(
                 [
                     f"{words}, {which}",
-                    *(spread(values) for values in zip(*(one["std"] for one in each))),
+                    *(with_range(mean, own, ".3f") for mean, own in zip(std, zip(*(one["std"] for one in each)))),
                     f"{quantiles[0, 0]:+.3f} to {quantiles[0, -1]:+.3f}",
                     f"{quantiles[2, 0]:+.3f} to {quantiles[2, -1]:+.3f}",
                     SETTING[place],

@@ -64,6 +64,12 @@ class Network:
         return self.cascade._select(self.cascade._ensemble(logits), boxes, valid)
 
 
+def nearest(boxes: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    """IoU [B, N] of each box with the object that it overlaps most (-1 where an image has none), and which that is."""
+    best, index = pairwise_iou(boxes, targets.boxes).masked_fill(~targets.valid[:, None], -1).max(dim=2)
+    return best, index
+
+
 class Regression:
     """Mean IoU after a head by the IoU before it (the paper's figure 1c)."""
 
@@ -72,8 +78,7 @@ class Regression:
         self.before, self.after = np.zeros_like(self.count), np.zeros_like(self.count)
 
     def add(self, boxes: Tensor, moved: Tensor, valid: Tensor, targets: Targets) -> None:
-        table = pairwise_iou(boxes, targets.boxes).masked_fill(~targets.valid[:, None], -1)  # [B, N, G]
-        before, index = table.max(dim=2)
+        before, index = nearest(boxes, targets)
         own = take(targets.boxes, index)
         after = pairwise_iou(moved[:, :, None], own[:, :, None]).flatten(1)
         before_, after_ = before[valid].cpu().numpy(), after[valid].cpu().numpy()
@@ -122,7 +127,7 @@ def look_at_split(
     """
     network, cascade = Network(model), Network(other) if other is not None else None
     look = Look(names)
-    for images, targets in _batches(split, config, batch_size):
+    for images, targets in eval_batches(split, config, batch_size):
         on_device, truth = images.to(device), targets.to(device)
         if not everything:
             look.keep("final", model.detect(on_device), images)
@@ -133,7 +138,7 @@ def look_at_split(
     return look
 
 
-def _batches(split: DataSplit, config: Config, batch_size: int) -> Iterator[tuple[ImageBatch, Targets]]:
+def eval_batches(split: DataSplit, config: Config, batch_size: int) -> Iterator[tuple[ImageBatch, Targets]]:
     loader = eval_loader(DetectionDataset(split, config.data, training=False), batch_size=batch_size, workers=0)
     yield from loader
     loader.close()
@@ -212,8 +217,7 @@ class Hypotheses:
         return samples
 
     def _add(self, name: str, boxes: Tensor, valid: Tensor, targets: Targets, iou: float) -> None:
-        table = pairwise_iou(boxes, targets.boxes).masked_fill(~targets.valid[:, None], 0)
-        best, index = table.max(dim=2)
+        best, index = nearest(boxes, targets)
         deltas = encode_boxes(boxes, take(targets.boxes, index), torch.ones(4, device=boxes.device))
         self.overlaps[name].append(best[valid].cpu())
         for limit, suffix in ((0.5, ""), (iou, "_positive")):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import run
-from report import COLORS, Results, axes, legend_below, markdown, save
+from report import COLORS, Results, axes, legend_below, markdown, save, with_range
 
 ROWS = ("cascade",)
 PAPER = {"stage1": "16.7, 8.0, 2.9", "stage2": "25.6, 21.7, 17.3", "stage3": "28.0, 25.1, 21.7"}
@@ -33,7 +33,7 @@ def table(results: Results, pictures: Path) -> dict[str, Any]:
                 "paper": PAPER.get(name, ""),
             }
         )
-        cells = [f"{np.mean(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in each.values()]
+        cells = [with_range(float(np.mean(v)), v, ".1f") for v in each.values()]
         lines.append([words, *cells, PAPER.get(name, "")])
     figure, ((axis,),) = axes()
     width = 0.2

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from explore import Network, _batches
+from explore import Network, eval_batches, nearest
 from jobs import all_jobs, evaluated, settings_of
 from product import LAST, coco_table, coco_truth, load_network, open_split, pairwise_iou, to_detections
 from torch import Tensor
@@ -37,12 +37,11 @@ class Drift:
         between = pairwise_iou(truth.boxes, truth.boxes) - torch.eye(truth.boxes.shape[1])
         between = between.masked_fill(~truth.valid[:, None] | ~truth.valid[:, :, None], 0)
         crowded = between.amax(dim=2) > CROWDED  # [B, G]
-        tables = [pairwise_iou(boxes, truth.boxes).masked_fill(~truth.valid[:, None], -1) for boxes in rounds]
-        before, own = tables[0].max(dim=2)
+        before, own = nearest(rounds[0], truth)
         start = valid & (before >= NEAR)
         among = crowded.gather(1, own)
-        for number, table in enumerate(tables[1:]):
-            best, now = table.max(dim=2)
+        for number, boxes in enumerate(rounds[1:]):
+            best, now = nearest(boxes, truth)
             there = best >= NEAR
             for group, members in enumerate((start & ~among, start & among)):
                 for kind, which in enumerate((there & (now == own), there & (now != own), ~there)):
@@ -58,7 +57,7 @@ def look(model: Any, config: Any, names: tuple[str, ...], split: Any) -> tuple[d
     """Results by ``boxes J, scores I``, and how boxes drift."""
     network, drift = Network(model), Drift()
     ways: dict[str, list[Any]] = defaultdict(list)
-    for images, truth in _batches(split, config, 4):
+    for images, truth in eval_batches(split, config, 4):
         pyramid, boxes, valid = network.begin(images)
         rounds, scores = [boxes], []
         for _ in range(ROUNDS + 1):  # one more, whose scores are those of the last boxes
@@ -78,7 +77,7 @@ def look(model: Any, config: Any, names: tuple[str, ...], split: Any) -> tuple[d
 def drift_of_stages(model: Any, config: Any, split: Any) -> Drift:
     """How boxes drift through the three stages of a cascade, each with its own head."""
     network, drift = Network(model), Drift()
-    for images, truth in _batches(split, config, 4):
+    for images, truth in eval_batches(split, config, 4):
         pyramid, boxes, valid = network.begin(images)
         rounds = [boxes]
         for k in range(ROUNDS):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from explore import Hypotheses, _batches
+from explore import Hypotheses, eval_batches
 from jobs import Job, all_jobs, evaluated, job_config, settings_of
 from product import (
     LAST,
@@ -105,7 +105,7 @@ def main(work: Path, numbers: list[int]) -> None:
     split = open_split(root, "val")
     split = dataclasses.replace(split, records=split.records[:: max(1, len(split) // EVALUATED)])
     whole = evaluated(config, settings["data"][jobs["cascade-s0"].data])
-    held_out = [features(model, *pair, training=False) for pair in _batches(split, whole, 4)]
+    held_out = [features(model, *pair, training=False) for pair in eval_batches(split, whole, 4)]
     print(f"features of {BATCH * len(batches)} and {len(split)} images", flush=True)
     out = work / "longer_heads.json"
     found = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else []

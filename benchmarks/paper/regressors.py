@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import run
-from report import COLORS, Floats, Results, axes, markdown, save
+from report import COLORS, Floats, Results, axes, markdown, save, with_range
 
 ROWS = ("single5", "single6", "single7", "cascade")
 FEWEST = 30  # boxes for a point of a curve
@@ -45,12 +45,9 @@ def gain(curve: Curve, iou: float, fewest: int) -> float | None:
     return float(np.interp(iou, before, after - before)) if len(before) and before[-1] > iou - 0.03 else None
 
 
-def with_range(value: float | None, each: list[float | None]) -> str:
-    """``+0.205 (+0.199 to +0.211)``: the range over the seeds, if there are several."""
-    if value is None:
-        return "–"
+def shown(all_seeds: float | None, each: list[float | None]) -> str:
     there = [one for one in each if one is not None]
-    return f"{value:+.3f}" + (f" ({min(there):+.3f} to {max(there):+.3f})" if len(there) > 1 else "")
+    return "–" if all_seeds is None else with_range(all_seeds, there, "+.3f")
 
 
 def table(results: Results, pictures: Path) -> dict[str, Any]:
@@ -68,7 +65,7 @@ def table(results: Results, pictures: Path) -> dict[str, Any]:
             axis.plot(*points(found, fewest), color=color, label=label, marker="o", markersize=3)
             numbers.append({"group": title, "label": label, **found})
             gains = [
-                with_range(gain(found, iou, fewest), [gain(one, iou, fewest) for one in each])
+                shown(gain(found, iou, fewest), [gain(one, iou, fewest) for one in each])
                 for iou in (0.55, 0.65, 0.75, 0.85)
             ]
             lines.append([f"{title}: {label}", *gains, f"{sum(found['count']):,.0f}"])

@@ -85,9 +85,10 @@ class Results:
         paths = [self.work / "raw" / f"{row}-s{seed}.json" for seed in self.seeds]
         return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
 
-    def cost(self, rows: Sequence[str]) -> dict[str, Any]:
-        """Where and how long the trainings of some rows took."""
-        facts = [one for row in rows for one in self.facts(row)]
+    def cost(self, names: Sequence[str]) -> dict[str, Any]:
+        """Where and how long some jobs took, of those that are done."""
+        paths = [self.work / "raw" / f"{name}.json" for name in names]
+        facts = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
         return {
             "jobs": len(facts),
             "minutes": round(sum(f["train_seconds"] + f["look_seconds"] for f in facts) / 60, 1),
@@ -125,6 +126,11 @@ def shown(number: dict[str, Any] | None, *, sign: bool = False) -> str:
         return "–"
     form = "+.1f" if sign else ".1f"
     return f"{number['value']:{form}} [{number['low']:{form}}, {number['high']:{form}}]"
+
+
+def with_range(value: float, each: Sequence[float], form: str) -> str:
+    """``0.126 (0.125 to 0.127)``: the range over the seeds, if there are several."""
+    return f"{value:{form}}" + (f" ({min(each):{form}} to {max(each):{form}})" if len(each) > 1 else "")
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -234,29 +240,35 @@ def draw_both(results: Results, entries: Sequence[tuple[str, str, str]], path: P
 Table = Callable[[Results, Path], dict[str, Any]]
 
 
-def write(name: str, table: Table, rows: Sequence[str], results: Results, out: Path, pictures: Path) -> str:
+def write(name: str, table: Table, jobs: Sequence[str], results: Results, out: Path, pictures: Path) -> str:
     """Make one table: its json into ``out``, its pictures into ``pictures``; returns its text.
 
-    The larger run's table is looked for in ``out``/larger.
+    ``jobs``: all that it needs. The larger run's table is looked for in ``out``/larger.
     """
     found = table(results.beside(out / "larger" / f"{name}.json"), pictures)
-    content = {"table": name, "cost": results.cost(rows), **found}
+    content = {"table": name, "cost": results.cost(jobs), **found}
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return f"## {name}\n\n{found['markdown']}\n"
 
 
-def write_costs(tables: Sequence[str], rows: Sequence[str], results: Results, out: Path) -> str:
-    """What the trainings of each table in ``out`` took, and those of all ``rows``; its json, and its text."""
+def write_costs(tables: Sequence[str], jobs: Sequence[str], results: Results, out: Path) -> str:
+    """What the trainings of each table in ``out`` took, and all ``jobs``; its json, and its text."""
     there = {name: json.loads((out / f"{name}.json").read_text(encoding="utf-8"))["cost"] for name in tables}
     lines = [[f"`{name}.py`", str(cost["jobs"]), f"{cost['minutes']:.0f}"] for name, cost in there.items()]
-    everything = results.cost(list(dict.fromkeys(rows)))
+    everything = results.cost(jobs)
     lines.append(["`run.py`, each once", str(everything["jobs"]), f"{everything['minutes']:.0f}"])
     text = markdown(["script", "trainings", "minutes of one process"], lines)
     (out / "costs.json").write_text(
         json.dumps({"cost": everything, "markdown": text}, indent=1) + "\n", encoding="utf-8"
     )
     return f"## costs\n\n{text}\n"
+
+
+def _steps(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word}: a whole number of at least 1")
+    return int(word)
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -268,7 +280,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="all rows in miniature, on generated shapes")
     size.add_argument("--larger", action="store_true", help="whole pictures, steps of 16, a wider pyramid: for a GPU")
-    size.add_argument("--steps", type=int, help="instead of those of config.yaml")
+    size.add_argument("--steps", type=_steps, help="instead of those of config.yaml")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processes", type=int, default=1, help="trainings at once")
     parser.add_argument("--loaders", type=int, default=0, help="reading processes for each training")

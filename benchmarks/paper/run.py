@@ -61,6 +61,8 @@ def main(tables: list[str] | None = None) -> int:
     parser.add_argument("--only-report", action="store_true", help="tables of what is there, no training")
     parser.add_argument("--keep-states", action="store_true", help="keep the optimizers' states of finished trainings")
     given = parser.parse_args()
+    if given.steps and given.minutes:
+        parser.error("--minutes chooses the number of steps: leave out --steps, or --minutes")
     given.kind = "quick" if given.quick else "larger" if given.larger else f"steps{given.steps}" if given.steps else ""
     started = time.monotonic()
 
@@ -154,11 +156,12 @@ def _report(given: Any, settings: dict[str, Any], work: Path, names: list[str]) 
         if sum(bool(results.facts(row)) for row in rows) < min(2, len(rows)):
             say(f"{name}: its trainings are not there yet")
             continue
-        texts.append(report.write(name, importlib.import_module(name).table, rows, results, out, pictures))
+        needed = _wanted([name], jobs, None)
+        texts.append(report.write(name, importlib.import_module(name).table, needed, results, out, pictures))
         made.append(name)
         say(f"{name}: {out / f'{name}.json'}")
     if made == list(TABLES):
-        texts.append(report.write_costs(made, [job.row for job in jobs.values()], results, out))
+        texts.append(report.write_costs(made, list(jobs), results, out))
     text = "\n".join(texts)
     (work / "tables.md").write_text(text, encoding="utf-8")
     print(f"\n{text}")

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 import torch
-from explore import HYPOTHESIS_IOUS, Network, _batches
+from explore import HYPOTHESIS_IOUS, Network, eval_batches, nearest
 from jobs import all_jobs, evaluated, settings_of
-from product import LAST, load_network, open_split, pairwise_iou
+from product import LAST, load_network, open_split
 
 
 @torch.inference_mode()
@@ -29,11 +29,10 @@ def main(work: Path, every: int) -> None:
     config = evaluated(config, settings["data"][job.data])
     network = Network(model)
     overlaps: list[list[torch.Tensor]] = [[] for _ in range(network.stages + 1)]
-    for images, truth in _batches(split, config, 4):
+    for images, truth in eval_batches(split, config, 4):
         pyramid, boxes, valid = network.begin(images)
         for k in range(network.stages + 1):
-            table = pairwise_iou(boxes, truth.boxes).masked_fill(~truth.valid[:, None], 0)
-            overlaps[k].append(table.amax(dim=2)[valid])
+            overlaps[k].append(nearest(boxes, truth)[0][valid])
             if k < network.stages:
                 boxes = network.head(k, pyramid, boxes, valid, images.sizes)[1]
     for k, parts in enumerate(overlaps):

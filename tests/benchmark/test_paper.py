@@ -200,7 +200,7 @@ def test_how_far_a_stage_moves_its_boxes() -> None:
     from product import Targets, encode_boxes
     from stage_moves import Moves
 
-    from cascade_rcnn.models.boxes import decode_boxes
+    from cascade_rcnn.models.boxes import decode_boxes, pairwise_iou
 
     objects = torch.tensor([[[10.0, 10, 50, 60], [100, 20, 160, 90], [0, 0, 0, 0]]])
     truth = Targets(
@@ -212,10 +212,10 @@ def test_how_far_a_stage_moves_its_boxes() -> None:
     for share in (0.0, 0.5, 1.0):
         moved = torch.cat([decode_boxes(share * deltas, before[:, :2], torch.ones(4)), before[:, 2:]], dim=1)
         stage = Moves()
-        stage.add(before, moved, valid, truth)
+        stage.add(before, moved, valid, truth, followed=torch.tensor([[True, False, True, False]]))
         found = stage.summary()
         assert found["way"] == pytest.approx(share, abs=1e-4)
-        assert found["good_after"] == pytest.approx(100 * (2 / 3 if share else 0), abs=1e-4)
+        assert found["iou"] == pytest.approx(pairwise_iou(moved[0, :1], objects[0, :1]).item() / 2, abs=1e-6)
 
 
 def test_an_integral_loss_of_one_iou_is_the_plain_loss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,15 +350,34 @@ def test_trainings_that_several_tables_share_cost_once(tmp_path: Path) -> None:
     for name, seconds in (("a-s0", 90.0), ("a-s1", 150.0), ("b-s0", 270.0)):
         (tmp_path / "raw" / f"{name}.json").write_text(json.dumps(facts | {"train_seconds": seconds}), "utf-8")
     results = Results(tmp_path, [0, 1])
-    for table, rows in (("stages", ["a"]), ("depth", ["a", "b"])):
-        (tmp_path / f"{table}.json").write_text(json.dumps({"cost": results.cost(rows)}), "utf-8")
-    text = write_costs(["stages", "depth"], ["a", "b", "a", "b"], results, tmp_path)
+    for table, jobs in (("stages", ["a-s0", "a-s1"]), ("depth", ["a-s0", "a-s1", "b-s0", "b-s1"])):
+        (tmp_path / f"{table}.json").write_text(json.dumps({"cost": results.cost(jobs)}), "utf-8")
+    text = write_costs(["stages", "depth"], ["a-s0", "a-s1", "b-s0", "b-s1"], results, tmp_path)
     assert text.splitlines()[4:] == [
         "| `stages.py` | 2 | 5 |",
         "| `depth.py` | 3 | 10 |",
         "| `run.py`, each once | 3 | 10 |",
     ]
     assert json.loads((tmp_path / "costs.json").read_text("utf-8"))["markdown"] in text
+
+
+def test_ranges_over_the_seeds() -> None:
+    from regressors import gain, shown
+    from report import with_range
+
+    assert with_range(0.1264, (0.125, 0.1271, 0.126), ".3f") == "0.126 (0.125 to 0.127)"
+    assert with_range(0.1264, (0.1264,), ".3f") == "0.126"
+    assert shown(None, [0.1]) == "–" and shown(0.02, [0.01, None, 0.03]) == "+0.020 (+0.010 to +0.030)"
+    curve = {"count": [50.0, 40.0, 3.0], "before": [0.52, 0.58, 0.63], "after": [0.6, 0.7, 0.9]}
+    assert gain(curve, 0.55, 30) == pytest.approx(0.1) and gain(curve, 0.65, 30) is None
+
+
+@pytest.mark.parametrize("words", [["--steps", "0"], ["--steps", "300", "--minutes", "9"], ["--steps", "9", "--quick"]])
+def test_a_number_of_steps_that_would_not_be_taken_is_refused(words: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, RUN, "--work", tmp_path, *words], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2 and "--steps" in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_the_page_shows_the_numbers_of_the_results() -> None:
